@@ -1,0 +1,48 @@
+# Every target sets up what it needs: `make test` on a clean checkout creates the virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Megatron-Core has one line for Python up to 3.11 and one from 3.12 on, and the pins go with them.
+PINS = $(shell $(BIN)/python -c 'import sys; print("py310-py311" if sys.version_info < (3, 12) else "py312")')
+CONSTRAINTS = constraints/$(PINS).txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format clean
+
+help: ## Print the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
+
+install: $(STAMP) ## Create the virtual environment in VENV (.venv) and install the package, its tests' and its demo's needs
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): setup.py constraints/py310-py311.txt constraints/py312.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev,demo]'
+	touch $@
+
+demo: install ## Train a small model with SFT and PSFT and compare them
+	$(BIN)/python examples/demo/run.py
+
+test: install ## Run the CPU tests that take seconds
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install ## Run the CPU tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu" || { code=$$?; test $$code -eq 5 && echo "no slow test yet" || exit $$code; }
+
+lint: install ## Check format, style, types, spelling and file sizes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	git ls-files -z | xargs -0 -r $(BIN)/check-added-large-files --enforce-all --maxkb=500
+
+format: install ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the virtual environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
