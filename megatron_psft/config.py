@@ -1,0 +1,380 @@
+"""The run's configuration: one frozen dataclass per section, and the rules that fields keep.
+
+Every field is a flag (`global_batch_size` is `--global-batch-size`) and a YAML key. The string below a field is its
+documentation here and its `--help` text. Nothing is rewritten after parsing; derived values are methods and properties.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import yaml
+
+from megatron_psft.errors import UserError
+from megatron_psft.flags import parse_flags
+
+
+def _require_at_least(minimum: float, section: object, *names: str) -> None:
+    """Raises UserError where one of the named fields is set and below `minimum` (or not a number)."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not value >= minimum:
+            raise UserError(f"{name} ({value}) must be at least {minimum}")
+
+
+def _require_positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if not value > 0:
+            raise UserError(f"{name} ({value}) must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Where weights and tokenizer come from, and where results go."""
+
+    load_hf: str
+    """Hugging Face folder or hub ID with config, tokenizer and safetensors: the model the run starts from."""
+    random_init: bool = False
+    """Read only config and tokenizer from `load_hf` and draw the weights from `seed`. No effect where `save` or `load`
+    holds a checkpoint."""
+    tokenizer: str | None = None
+    """Folder or hub ID of the tokenizer and its chat template; `load_hf` where absent."""
+    save: str
+    """Run folder: metrics.jsonl, config.yaml and checkpoints. Where it holds one already, the run resumes from it."""
+    save_interval: int | None = None
+    """Steps between checkpoints; where absent, one is written at the end only."""
+    keep_last: int | None = None
+    """Number of newest checkpoints to keep in `save`; all where absent."""
+    load: str | None = None
+    """Run folder, or one step folder of it, to start from. No effect where `save` holds a checkpoint."""
+    export_hf: str | None = None
+    """Folder that receives the trained model in Hugging Face format; none is written where absent."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "save_interval", "keep_last")
+
+    @property
+    def tokenizer_source(self) -> str:
+        return self.load_hf if self.tokenizer is None else self.tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Records, and how they become tokens and label tokens."""
+
+    data: tuple[str, ...]
+    """Training records: JSON Lines, JSON or Parquet files, folders of them or written by `datasets`, or hub IDs."""
+    valid_data: tuple[str, ...] = ()
+    """Validation records, as for `data`. Needs `eval_interval`."""
+    eval_interval: int | None = None
+    """Steps between evaluations. Needs `valid_data`."""
+    eval_iters: int | None = None
+    """Global batches per evaluation; all of `valid_data` where absent. Needs `valid_data`."""
+    seq_length: int = 4096
+    """Length of the longest record that is trained on whole, in tokens; `overlong` says what happens to longer ones."""
+    packing: bool = False
+    """Put several records into one sequence. Not supported in this version."""
+    shuffle: bool = True
+    """Draw a new order of the records from `seed` for each epoch; otherwise they are trained on in file order."""
+    overlong: Literal["drop", "truncate", "error"] = "error"
+    """What to do with records longer than `seq_length`: leave them out, cut their end off, or stop."""
+    prompt_key: str = "prompt"
+    """Name of the prompt in records of prompt and completion. No effect on records with messages alone."""
+    completion_key: str = "completion"
+    """Name of the completion in records of prompt and completion; its default also finds `demonstration`. No effect on
+    records with messages alone."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that count as labels: those of all assistant turns, of the last assistant turn, or of the whole text."""
+    skip_bad_records: bool = False
+    """Train without the records that cannot be used, after listing them, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "eval_interval", "eval_iters")
+        _require_at_least(2, self, "seq_length")  # the shortest sequence with a token to predict
+        if not self.data:
+            raise UserError("data () must name at least one file or folder")
+        if self.packing:
+            raise UserError("packing is not supported in this version; use --no-packing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How long to train, and on how many sequences at a time."""
+
+    train_iters: int | None = None
+    """Optimizer steps of the whole run. Give either this or `epochs`."""
+    epochs: int | None = None
+    """Passes over the training records. Give either this or `train_iters`."""
+    global_batch_size: int = 64
+    """Sequences per optimizer step, over all ranks; a multiple of `micro_batch_size` times the data-parallel size."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass of one model replica."""
+    seed: int = 1234
+    """Seed of the order of records and of randomly drawn weights."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "train_iters", "epochs", "global_batch_size", "micro_batch_size")
+        _require_at_least(0, self, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The loss. Proximal SFT is arXiv 2508.17784."""
+
+    objective: Literal["psft", "sft"] = "psft"
+    """Proximal SFT, or plain cross-entropy."""
+    clip_ratio_high: float = 0.28
+    """PSFT: a token has no gradient once its probability exceeds the old policy's by more than this share."""
+    old_policy_interval: int | Literal["fixed"] = 8
+    """PSFT: optimizer steps between updates of the old policy. 1 has the gradient of SFT; `fixed` keeps the model as it
+    is at the end of `sft_warmup_iters` for the whole run."""
+    sft_warmup_iters: int = 0
+    """PSFT: first optimizer steps, trained with plain SFT; windows of the old policy are counted after them."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "clip_ratio_high")
+        _require_at_least(0, self, "sft_warmup_iters")
+        if self.old_policy_interval != "fixed":
+            _require_at_least(1, self, "old_policy_interval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and the schedule of its learning rate."""
+
+    lr: float = 1e-6
+    """Highest learning rate, reached after `lr_warmup_iters`."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay. Cannot be set with lr_decay_style constant."""
+    lr_decay_style: Literal["constant", "cosine", "linear", "WSD"] = "cosine"
+    """Course of the learning rate after warm-up; WSD (warm-up, stable, decay) needs `lr_wsd_decay_iters`."""
+    lr_warmup_iters: int = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    lr_wsd_decay_iters: int | None = None
+    """Last optimizer steps, over which WSD lets the learning rate fall exponentially. Needs lr_decay_style WSD."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; 1-D parameters (norms, biases) have none."""
+    adam_beta1: float = 0.9
+    """Decay per step of Adam's mean of gradients."""
+    adam_beta2: float = 0.95
+    """Decay per step of Adam's mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """Adam's addend in the denominator."""
+    clip_grad: float = 1.0
+    """Gradients are scaled down to this norm over all parameters where theirs is larger."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, self, "lr", "min_lr", "lr_warmup_iters", "weight_decay")
+        _require_at_least(1, self, "lr_wsd_decay_iters")
+        _require_positive(self, "adam_eps", "clip_grad")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model and the optimizer's state are spread over ranks; ranks left over are data-parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer."""
+    sequence_parallel: bool = False
+    """Also split the activations between the tensor-parallel parts along the sequence. Needs tensor parallelism."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks over which the layers are spread in stages."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers per chunk of the interleaved pipeline schedule; plain schedule where absent. Needs several stages."""
+    use_distributed_optimizer: bool = False
+    """Spread the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the forward pass runs. Needs `use_distributed_optimizer` and
+    `overlap_grad_reduce`."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        _require_at_least(1, self, "num_layers_per_virtual_pipeline_stage")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // self.model_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights; otherwise everything is fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """Activation recomputation: memory bought with a second forward pass."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute whole layers or attention only; nothing where absent."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Keep the input of each group of layers, or recompute only the first layers of each pipeline stage. Goes with
+    recompute_granularity full."""
+    recompute_num_layers: int | None = None
+    """Layers per group (uniform), or recomputed layers per pipeline stage (block). Goes with recompute_granularity
+    full."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "recompute_num_layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run reports besides metrics.jsonl, which has every step."""
+
+    log_interval: int = 10
+    """Steps between printed lines."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard event files; none are written where absent."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "log_interval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole run. Field names are unique over all sections."""
+
+    weights: WeightsConfig
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Forward passes of each model replica per optimizer step."""
+        sequences_per_pass = self.batch.micro_batch_size * self.parallel.data_parallel_size(world_size)
+        return self.batch.global_batch_size // sequences_per_pass
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """Builds the configuration from command-line flags and, below them in rank, the YAML file they name with --config.
+
+    Raises UserError for unknown names, wrong types and values out of range. Rules across fields are `validate`'s.
+    """
+    return parse_flags(Config, argv)
+
+
+def config_to_yaml(config: Config) -> str:
+    """Writes every field, section by section, in the form that --config reads."""
+    return "\n".join(
+        f"# {section}\n{yaml.safe_dump(values, sort_keys=False)}" for section, values in asdict(config).items()
+    )
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raises UserError for the first rule across fields that `config` breaks on `world_size` ranks."""
+    _validate_batch(config, world_size)
+    _validate_needs(config)
+    _validate_effects(config)
+    if config.batch.train_iters is not None:
+        validate_train_iters(config, config.batch.train_iters)
+
+
+def validate_train_iters(config: Config, train_iters: int) -> None:
+    """Raises UserError where a phase of the run does not fit into its steps.
+
+    `validate` calls it where `train_iters` is set; with `epochs` the caller does, once the data has told the steps.
+    """
+    phases = {
+        "lr_warmup_iters": config.optimizer.lr_warmup_iters,
+        "sft_warmup_iters": config.objective.sft_warmup_iters,
+    }
+    for name, steps in phases.items():
+        if steps >= train_iters:
+            raise UserError(f"{name} ({steps}) must be below the number of training steps ({train_iters}); change one")
+    warmup, decay = config.optimizer.lr_warmup_iters, config.optimizer.lr_wsd_decay_iters
+    if decay is not None and warmup + decay > train_iters:
+        raise UserError(
+            f"lr_wsd_decay_iters ({decay}) plus lr_warmup_iters ({warmup}) must be at most the number of training "
+            f"steps ({train_iters}); change one of them"
+        )
+
+
+def _validate_batch(config: Config, world_size: int) -> None:
+    parallel, batch = config.parallel, config.batch
+    if (batch.train_iters is None) == (batch.epochs is None):
+        raise UserError(f"train_iters ({batch.train_iters}) or epochs ({batch.epochs}) must be set, and not both")
+    if world_size % parallel.model_parallel_size:
+        raise UserError(
+            f"world_size ({world_size}) must be a multiple of tensor_model_parallel_size * "
+            f"pipeline_model_parallel_size ({parallel.model_parallel_size}); change one of them"
+        )
+    sequences_per_pass = batch.micro_batch_size * parallel.data_parallel_size(world_size)
+    if batch.global_batch_size % sequences_per_pass:
+        raise UserError(
+            f"global_batch_size ({batch.global_batch_size}) must be a multiple of micro_batch_size * "
+            f"data_parallel_size ({sequences_per_pass}); change one of them"
+        )
+    stages, num_microbatches = parallel.pipeline_model_parallel_size, config.num_microbatches(world_size)
+    if parallel.num_layers_per_virtual_pipeline_stage is not None and num_microbatches % stages:
+        raise UserError(
+            f"num_microbatches ({num_microbatches}) must be a multiple of pipeline_model_parallel_size ({stages}) "
+            "where num_layers_per_virtual_pipeline_stage is set; change global_batch_size or micro_batch_size"
+        )
+
+
+def _validate_needs(config: Config) -> None:
+    """Refuses fields that lack another one, or contradict it."""
+    data, optimizer, recompute = config.data, config.optimizer, config.recompute
+    if data.valid_data and data.eval_interval is None:
+        raise UserError(f"valid_data ({' '.join(data.valid_data)}) needs eval_interval; set both or neither")
+    if data.prompt_key == data.completion_key:
+        raise UserError(f"prompt_key ({data.prompt_key}) must differ from completion_key; change one of them")
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(f"min_lr ({optimizer.min_lr}) must be at most lr ({optimizer.lr}); change one of them")
+    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
+        raise UserError("lr_decay_style (WSD) needs lr_wsd_decay_iters; set it or choose another style")
+    if recompute.recompute_granularity == "full":
+        for name in ("recompute_method", "recompute_num_layers"):
+            if getattr(recompute, name) is None:
+                raise UserError(f"recompute_granularity (full) needs {name}; set it or choose selective")
+
+
+def _validate_effects(config: Config) -> None:
+    """Refuses fields that were set although another one leaves them without effect."""
+    data, objective, optimizer = config.data, config.objective, config.optimizer
+    parallel, recompute = config.parallel, config.recompute
+    if not data.valid_data:
+        _refuse_if_set(data, "without valid_data", "eval_interval", "eval_iters")
+    if objective.objective == "sft":
+        names = ("clip_ratio_high", "old_policy_interval", "sft_warmup_iters")
+        _refuse_if_set(objective, "with objective sft", *names)
+    if optimizer.lr_decay_style == "constant":
+        _refuse_if_set(optimizer, "with lr_decay_style constant", "min_lr")
+    if optimizer.lr_decay_style != "WSD":
+        _refuse_if_set(optimizer, f"with lr_decay_style {optimizer.lr_decay_style}", "lr_wsd_decay_iters")
+    if parallel.tensor_model_parallel_size == 1:
+        _refuse_if_set(parallel, "with tensor_model_parallel_size 1", "sequence_parallel")
+    if parallel.pipeline_model_parallel_size == 1:
+        _refuse_if_set(parallel, "with pipeline_model_parallel_size 1", "num_layers_per_virtual_pipeline_stage")
+    if not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        reason = "without use_distributed_optimizer and overlap_grad_reduce"
+        _refuse_if_set(parallel, reason, "overlap_param_gather")
+    if recompute.recompute_granularity != "full":
+        reason = "without recompute_granularity full"
+        _refuse_if_set(recompute, reason, "recompute_method", "recompute_num_layers")
+
+
+def _refuse_if_set(section: object, reason: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value != getattr(type(section), name):  # a dataclass keeps its defaults as class attributes
+            raise UserError(f"{name} ({value}) has no effect {reason}; change one of them")

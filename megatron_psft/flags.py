@@ -1,0 +1,174 @@
+"""A tree of dataclasses as command-line flags and as a flat YAML file. Knows no field by name.
+
+The root's fields are sections, and a section's fields are the flags; the string below a field is its help text.
+"""
+
+import argparse
+import ast
+import inspect
+import math
+import types
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import MISSING, Field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from megatron_psft.errors import UserError, nearest_name_hint
+
+_Root = TypeVar("_Root")
+_RULES: dict[object, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a finite number",
+    str: "a non-empty string",
+}
+_METAVARS = {int: "N", float: "F", str: "TEXT"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_flags(root: type[_Root], argv: Sequence[str]) -> _Root:
+    """Builds `root` from `argv` and, below it in rank, the YAML file it names with --config.
+
+    Raises UserError for unknown names, wrong types, missing fields, and whatever a section's `__post_init__` refuses.
+    """
+    known = _flag_fields(root)
+    parser = _build_parser(root)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {name}{nearest_name_hint(name, map(_flag, ['config', *known]))}")
+    given = vars(namespace)
+    path = given.pop("config")
+    values = {} if path is None else _read_yaml(Path(path), known)
+    for name, text in given.items():
+        values[name] = _convert(known[name], _read_number(known[name], (int, float), text))
+    missing = [_flag(name) for name, field in known.items() if field.default is MISSING and name not in values]
+    if missing:
+        raise UserError(f"missing {', '.join(missing)}; give them as flags or in the --config file")
+    sections = {
+        name: section(**{field.name: values[field.name] for field in fields(section) if field.name in values})
+        for name, section in get_type_hints(root).items()
+    }
+    return root(**sections)
+
+
+def _flag_fields(root: type) -> dict[str, Field[Any]]:
+    return {field.name: field for section in get_type_hints(root).values() for field in fields(section)}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _build_parser(root: type) -> _Parser:
+    parser = _Parser(usage="%(prog)s [--config FILE.yaml] FLAGS", allow_abbrev=False)
+    text = "YAML file that holds any of the flags below, with underscores in their names; the command line wins"
+    parser.add_argument("--config", metavar="FILE.yaml", help=text)
+    docs = _field_docs(root)
+    for name, section in get_type_hints(root).items():
+        group = parser.add_argument_group(name, inspect.getdoc(section))
+        for field in fields(section):
+            group.add_argument(_flag(field.name), default=argparse.SUPPRESS, **_argument_options(field, docs))
+    return parser
+
+
+def _argument_options(field: Field[Any], docs: dict[str, str]) -> dict[str, Any]:
+    default = "required" if field.default is MISSING else f"default: {field.default}"
+    suffix = "" if field.default in (None, ()) else f" ({default})"
+    options: dict[str, Any] = {"help": (docs[field.name] + suffix).replace("%", "%%")}
+    kinds = _kinds(field)
+    if kinds == [bool]:
+        return options | {"action": argparse.BooleanOptionalAction}
+    if get_origin(kinds[0]) is tuple:
+        return options | {"nargs": "+", "metavar": "TEXT"}
+    choices = [_METAVARS[kind] if kind in _METAVARS else "|".join(get_args(kind)) for kind in kinds]
+    return options | {"metavar": "|".join(choices)}
+
+
+def _field_docs(root: type) -> dict[str, str]:
+    """Returns the string below each field, by field name, read from the source of the module that defines `root`."""
+    module = inspect.getmodule(root)
+    assert module is not None
+    docs = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        for statement, below in pairwise(node.body if isinstance(node, ast.ClassDef) else ()):
+            match statement, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
+    return docs
+
+
+def _read_yaml(path: Path, known: dict[str, Field[Any]]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+    if node is None:  # an empty file
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"--config {path} must map names to values, but holds a {type(content).__name__}")
+    names = [key.value for key, _ in node.value]  # `content` has lost all but the last of equal names
+    for name in names:
+        if name not in known:
+            raise UserError(f"{path}: unknown key {name}{nearest_name_hint(name, known)}")
+        if names.count(name) > 1:
+            raise UserError(f"{path}: {name} is given {names.count(name)} times; keep one")
+    # PyYAML reads 1e-6 as a string, since YAML 1.1 wants 1.0e-6.
+    return {name: _convert(known[name], _read_number(known[name], (float,), value)) for name, value in content.items()}
+
+
+def _kinds(field: Field[Any]) -> list[Any]:
+    """Returns the types a field's value may have, None left out."""
+    is_union = get_origin(field.type) in (Union, types.UnionType)
+    return [kind for kind in (get_args(field.type) if is_union else [field.type]) if kind is not types.NoneType]
+
+
+def _read_number(field: Field[Any], numbers: tuple[type, ...], value: object) -> object:
+    """Returns the number that text stands for, where the field takes one of these types; else `value` as it is."""
+    for kind in _kinds(field):
+        if kind in numbers and isinstance(value, str):
+            with suppress(ValueError):
+                return kind(value)
+    return value
+
+
+def _convert(field: Field[Any], value: object) -> object:
+    """Returns `value` in the field's type, or raises UserError."""
+    if value is None and field.default is None:
+        return None
+    kinds = _kinds(field)
+    for kind in kinds:
+        if _matches(kind, value):
+            if kind is float and isinstance(value, int):
+                return float(value)
+            return tuple(value) if isinstance(value, list) else value
+    raise UserError(f"{field.name} ({value!r}) must be {' or '.join(map(_rule, kinds))}")
+
+
+def _matches(kind: object, value: object) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_matches(str, item) for item in value)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if isinstance(value, bool):  # a bool is an int to isinstance
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    assert isinstance(kind, type)
+    return isinstance(value, kind) and value != ""
+
+
+def _rule(kind: object) -> str:
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
+    return "a list of non-empty strings" if get_origin(kind) is tuple else _RULES[kind]

@@ -1,0 +1,400 @@
+"""Flags, the YAML file, and the rules of the configuration."""
+
+import re
+import subprocess
+import sys
+from dataclasses import Field, asdict, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_psft.config import Config, WeightsConfig, config_to_yaml, parse_config, validate, validate_train_iters
+from megatron_psft.errors import UserError
+
+REQUIRED = {"load_hf": "hf", "save": "run", "data": "train.jsonl"}
+FIELDS = [(section, field) for section, cls in get_type_hints(Config).items() for field in fields(cls)]
+BOOLEANS = [field.name for _, field in FIELDS if field.type is bool]
+SETTABLE = [field for _, field in FIELDS if field.name != "packing"]  # --packing is refused
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(*flags: str, given_elsewhere: str = "") -> Config:
+    """Parses `flags` after the required ones, leaving away the one that they, or their YAML file, give."""
+    required = [text for name, value in REQUIRED.items() if name != given_elsewhere for text in (flag(name), value)]
+    return parse_config([*required, *flags])
+
+
+def values_of(config: Config) -> dict[str, Any]:
+    return {name: value for section in asdict(config).values() for name, value in section.items()}
+
+
+def write_yaml(folder: Path, text: str) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def other_value(field: Field) -> Any:
+    """Returns a legal value that is not the field's default."""
+    kind = next(kind for kind in get_args(field.type) or [field.type] if kind is not NoneType)
+    if isinstance(kind, str) or get_origin(kind) is Literal:  # the first choice, or Literal within a union
+        choices = get_args(field.type) if isinstance(kind, str) else get_args(kind)
+        return next(choice for choice in choices if choice != field.default)
+    if get_origin(field.type) is tuple:
+        return ("a.jsonl", "b.jsonl")
+    if kind is bool:
+        return not field.default
+    if kind is int:
+        return (field.default or 5) + 1
+    return (field.default or 1.0) / 2 if kind is float else "other"
+
+
+@pytest.mark.parametrize("field", SETTABLE, ids=lambda field: field.name)
+def test_every_flag_and_every_yaml_key_changes_its_field_and_no_other(field: Field, tmp_path: Path) -> None:
+    expected = other_value(field)
+    if isinstance(expected, bool):
+        arguments = [flag(field.name) if expected else flag("no_" + field.name)]
+    else:
+        arguments = [flag(field.name), *(expected if isinstance(expected, tuple) else [str(expected)])]
+    text = f"{field.name}: {list(expected) if isinstance(expected, tuple) else expected}"
+
+    from_flags = parse(*arguments)
+    from_yaml = parse("--config", write_yaml(tmp_path, text), given_elsewhere=field.name)
+
+    assert values_of(from_flags) == values_of(parse()) | {field.name: expected}
+    assert from_yaml == from_flags
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_booleans_can_be_switched_off_again(name: str) -> None:
+    assert values_of(parse(flag("no_" + name)))[name] is False
+
+
+def test_field_names_are_unique_over_sections() -> None:
+    names = [field.name for _, field in FIELDS]
+    assert len(set(names)) == len(names)
+
+
+def test_defaults_are_the_papers() -> None:
+    config = parse()
+    assert (config.objective.clip_ratio_high, config.objective.old_policy_interval) == (0.28, 8)
+    assert (config.optimizer.adam_beta1, config.optimizer.adam_beta2) == (0.9, 0.95)
+    assert (config.optimizer.weight_decay, config.optimizer.clip_grad) == (0.1, 1.0)
+
+
+def test_help_prints_the_string_below_each_field(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside a help text
+    source = Path(str(sys.modules[Config.__module__].__file__)).read_text(encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    printed = " ".join(" ".join(lines).split())
+    assert stop.value.code == 0
+    for section, field in FIELDS:
+        below = re.search(rf'^    {field.name}: [^\n]*\n    """(.+?)"""$', source, re.MULTILINE | re.DOTALL)
+        assert below, f"{field.name} has no string below it"
+        assert " ".join(below[1].split()) in printed
+        assert f" {flag(field.name)}" in printed
+        assert f"{section}:" in lines
+
+
+def test_old_policy_interval_takes_a_number_or_fixed() -> None:
+    assert parse("--old-policy-interval", "4").objective.old_policy_interval == 4
+    assert parse("--old-policy-interval", "fixed").objective.old_policy_interval == "fixed"
+
+
+def test_the_tokenizer_comes_from_load_hf_unless_given() -> None:
+    assert parse().weights.tokenizer_source == "hf"
+    assert parse("--tokenizer", "words").weights.tokenizer_source == "words"
+
+
+def test_derived_sizes() -> None:
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    config = parse(*layout, "--global-batch-size", "48", "--micro-batch-size", "2")
+    assert config.parallel.model_parallel_size == 4
+    assert config.parallel.data_parallel_size(world_size=16) == 4
+    assert config.num_microbatches(world_size=16) == 6  # 48 / (2 * 4)
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, "lr: 1e-5\nseed: 7\nshuffle: false\ndata: [a.jsonl, b.jsonl]\n")
+    config = parse("--config", path, "--seed", "8", "--shuffle", given_elsewhere="data")
+    assert (config.optimizer.lr, config.batch.seed, config.data.shuffle) == (1e-5, 8, True)
+    assert config.data.data == ("a.jsonl", "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("lr: 1e-5", 1e-5), ("lr: 1.0e-5", 1e-5), ("lr: 0.00001", 1e-5), ("lr: 0", 0.0), ("save_interval: null", None)],
+)
+def test_yaml_takes_every_spelling_of_a_float_and_null(text: str, expected: float | None, tmp_path: Path) -> None:
+    value = values_of(parse("--config", write_yaml(tmp_path, text)))[text.split(":")[0]]
+    assert (value, type(value)) == (expected, type(expected))
+
+
+def test_an_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
+    assert parse("--config", write_yaml(tmp_path, "# nothing yet\n")) == parse()
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Draws configurations whose values are hard on a YAML writer: odd strings, tiny floats, lists, absent values."""
+    name, count = st.text(min_size=1), st.integers(1, 10**9)
+    return parse_config(
+        [
+            f"--load-hf={draw(name)}",
+            f"--save={draw(name)}",
+            f"--data={draw(name)}",
+            f"--prompt-key={draw(name)}",
+            f"--lr={draw(st.floats(0, 1))!r}",
+            f"--adam-eps={draw(st.floats(1e-300, 1))!r}",
+            f"--global-batch-size={draw(count)}",
+            f"--old-policy-interval={draw(st.one_of(st.just('fixed'), count))}",
+            draw(st.sampled_from(["--bf16", "--no-bf16"])),
+            *draw(st.one_of(st.just([]), count.map(lambda steps: ["--save-interval", str(steps)]))),
+        ]
+    )
+
+
+@settings(deadline=None, max_examples=50)  # a busy machine is no failure
+@given(config=configs())
+def test_config_to_yaml_reads_back_as_the_same_config(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = write_yaml(tmp_path_factory.mktemp("yaml"), config_to_yaml(config))
+    assert parse_config(["--config", path]) == config
+
+
+def test_config_to_yaml_keeps_several_files(tmp_path: Path) -> None:
+    config = parse("--data", "a b", "1e-6", "null", "--valid-data", "x", "y")
+    assert parse_config(["--config", write_yaml(tmp_path, config_to_yaml(config))]) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--global-batchsize", "8"], "unknown argument --global-batchsize; did you mean --global-batch-size?"),
+        (["--confg=a.yaml"], "unknown argument --confg; did you mean --config?"),
+        (["--no-lr"], "unknown argument --no-lr"),
+        (["--seed", "1", "stray"], "unknown argument stray"),
+        (["--global-batch", "8"], "unknown argument --global-batch; did you mean --global-batch-size?"),
+        (["--global-batch-size", "eight"], "global_batch_size ('eight') must be an integer"),
+        (["--global-batch-size", "8.5"], "global_batch_size ('8.5') must be an integer"),
+        (["--lr", "fast"], "lr ('fast') must be a finite number"),
+        (["--lr", "nan"], "lr (nan) must be a finite number"),
+        (["--lr", "inf"], "lr (inf) must be a finite number"),
+        (["--objective", "pfst"], "objective ('pfst') must be one of psft, sft"),
+        (["--recompute-method", "all"], "recompute_method ('all') must be one of uniform, block"),
+        (["--old-policy-interval", "never"], "old_policy_interval ('never') must be an integer or fixed"),
+        (["--tokenizer", ""], "tokenizer ('') must be a non-empty string"),
+        (["--lr"], "argument --lr: expected one argument"),
+        (["--bf16=yes"], "ignored explicit argument 'yes'"),
+        (["--config", "missing.yaml"], "cannot read --config missing.yaml: [Errno 2] No such file or directory"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse(*flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("global_batchsize: 8", "unknown key global_batchsize; did you mean global_batch_size?"),
+        ("global-batch-size: 8", "unknown key global-batch-size; did you mean global_batch_size?"),
+        ("1: 8", "unknown key 1"),
+        ("seed: 1\nlr: 0\nseed: 2", "seed is given 2 times; keep one"),
+        ("global_batch_size: '8'", "global_batch_size ('8') must be an integer"),
+        ("global_batch_size: 8.0", "global_batch_size (8.0) must be an integer"),
+        ("global_batch_size: true", "global_batch_size (True) must be an integer"),
+        ("global_batch_size: null", "global_batch_size (None) must be an integer"),
+        ("global_batch_size: [8]", "global_batch_size ([8]) must be an integer"),
+        ("lr: true", "lr (True) must be a finite number"),
+        ("lr: .inf", "lr (inf) must be a finite number"),
+        ("bf16: 1", "bf16 (1) must be true or false"),
+        ("bf16: 'true'", "bf16 ('true') must be true or false"),
+        ("objective: 1", "objective (1) must be one of psft, sft"),
+        ("tokenizer: 7", "tokenizer (7) must be a non-empty string"),
+        ("valid_data: a.jsonl", "valid_data ('a.jsonl') must be a list of non-empty strings"),
+        ("valid_data: [a.jsonl, 1]", "valid_data (['a.jsonl', 1]) must be a list of non-empty strings"),
+        ("data: []", "must name at least one file"),
+        ("- lr", "must map names to values, but holds a list"),
+        ("lr: [", "cannot read --config"),
+        ("lr: 2020-13-01", "cannot read --config"),
+    ],
+)
+def test_a_bad_yaml_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        parse("--config", write_yaml(tmp_path, text), given_elsewhere="data")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_missing_fields_are_named_at_once() -> None:
+    with pytest.raises(UserError, match="missing --load-hf, --data; "):
+        parse_config(["--save", "run"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--save-interval 0", "save_interval (0) must be at least 1"),
+        ("--keep-last 0", "keep_last (0) must be at least 1"),
+        ("--eval-interval 0", "eval_interval (0) must be at least 1"),
+        ("--eval-iters 0", "eval_iters (0) must be at least 1"),
+        ("--seq-length 1", "seq_length (1) must be at least 2"),
+        ("--packing", "packing is not supported in this version; use --no-packing"),
+        ("--train-iters 0", "train_iters (0) must be at least 1"),
+        ("--epochs 0", "epochs (0) must be at least 1"),
+        ("--global-batch-size 0", "global_batch_size (0) must be at least 1"),
+        ("--micro-batch-size -1", "micro_batch_size (-1) must be at least 1"),
+        ("--seed -1", "seed (-1) must be at least 0"),
+        ("--clip-ratio-high 0", "clip_ratio_high (0.0) must be greater than 0"),
+        ("--old-policy-interval 0", "old_policy_interval (0) must be at least 1"),
+        ("--sft-warmup-iters -1", "sft_warmup_iters (-1) must be at least 0"),
+        ("--lr -1", "lr (-1.0) must be at least 0"),
+        ("--min-lr -1", "min_lr (-1.0) must be at least 0"),
+        ("--lr-warmup-iters -1", "lr_warmup_iters (-1) must be at least 0"),
+        ("--lr-wsd-decay-iters 0", "lr_wsd_decay_iters (0) must be at least 1"),
+        ("--weight-decay -1", "weight_decay (-1.0) must be at least 0"),
+        ("--adam-beta1 1", "adam_beta1 (1.0) must be at least 0 and below 1"),
+        ("--adam-beta2 -0.5", "adam_beta2 (-0.5) must be at least 0 and below 1"),
+        ("--adam-eps 0", "adam_eps (0.0) must be greater than 0"),
+        ("--clip-grad 0", "clip_grad (0.0) must be greater than 0"),
+        ("--tensor-model-parallel-size 0", "tensor_model_parallel_size (0) must be at least 1"),
+        ("--pipeline-model-parallel-size 0", "pipeline_model_parallel_size (0) must be at least 1"),
+        ("--num-layers-per-virtual-pipeline-stage 0", "num_layers_per_virtual_pipeline_stage (0) must be at least 1"),
+        ("--recompute-num-layers 0", "recompute_num_layers (0) must be at least 1"),
+        ("--log-interval 0", "log_interval (0) must be at least 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(flags: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(*flags.split())
+    assert str(error.value) == message
+
+
+def test_ranges_hold_without_a_command_line_too() -> None:
+    with pytest.raises(UserError, match="keep_last"):
+        WeightsConfig(load_hf="hf", save="run", keep_last=0)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, "--train-iters 10"),
+        (1, "--epochs 3 --lr-warmup-iters 50 --sft-warmup-iters 50"),  # too long only if the data turns out short
+        (1, "--train-iters 10 --objective sft"),
+        (1, "--train-iters 10 --valid-data v.jsonl --eval-interval 5 --eval-iters 2"),
+        (1, "--train-iters 10 --lr-decay-style constant --lr-warmup-iters 9 --sft-warmup-iters 9"),
+        (1, "--train-iters 10 --lr 0"),
+        (1, "--train-iters 10 --lr-decay-style WSD --lr-warmup-iters 4 --lr-wsd-decay-iters 6"),
+        (1, "--train-iters 10 --recompute-granularity selective"),
+        (1, "--train-iters 10 --recompute-granularity full --recompute-method block --recompute-num-layers 1"),
+        (8, "--train-iters 10 --micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+        (8, "--train-iters 10 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+        (2, "--train-iters 10 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    ],
+)
+def test_a_sound_configuration_is_valid(world_size: int, flags: str) -> None:
+    validate(parse(*flags.split()), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags", "message"),
+    [
+        (
+            6,
+            "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+            "world_size (6) must be a multiple of tensor_model_parallel_size * pipeline_model_parallel_size (4); "
+            "change one of them",
+        ),
+        (
+            32,
+            "--global-batch-size 96 --micro-batch-size 2",
+            "global_batch_size (96) must be a multiple of micro_batch_size * data_parallel_size (64); "
+            "change one of them",
+        ),
+        (
+            2,
+            "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 3",
+            "num_microbatches (3) must be a multiple of pipeline_model_parallel_size (2) where "
+            "num_layers_per_virtual_pipeline_stage is set; change global_batch_size or micro_batch_size",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int, flags: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate(parse("--train-iters", "10", *flags.split()), world_size)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--valid-data v.jsonl", "valid_data (v.jsonl) needs eval_interval"),
+        ("--eval-interval 5", "eval_interval (5) has no effect without valid_data"),
+        ("--eval-iters 5", "eval_iters (5) has no effect without valid_data"),
+        ("--prompt-key text --completion-key text", "prompt_key (text) must differ from completion_key"),
+        ("--objective sft --clip-ratio-high 0.2", "clip_ratio_high (0.2) has no effect with objective sft"),
+        ("--objective sft --old-policy-interval 4", "old_policy_interval (4) has no effect with objective sft"),
+        ("--objective sft --sft-warmup-iters 1", "sft_warmup_iters (1) has no effect with objective sft"),
+        ("--lr 1e-6 --min-lr 1e-5", "min_lr (1e-05) must be at most lr (1e-06)"),
+        ("--lr-decay-style constant --min-lr 1e-7", "min_lr (1e-07) has no effect with lr_decay_style constant"),
+        ("--lr-decay-style WSD", "lr_decay_style (WSD) needs lr_wsd_decay_iters"),
+        ("--lr-wsd-decay-iters 5", "lr_wsd_decay_iters (5) has no effect with lr_decay_style cosine"),
+        (
+            "--lr-decay-style WSD --lr-warmup-iters 5 --lr-wsd-decay-iters 6",
+            "lr_wsd_decay_iters (6) plus lr_warmup_iters (5) must be at most the number of training steps (10)",
+        ),
+        ("--lr-warmup-iters 10", "lr_warmup_iters (10) must be below the number of training steps (10)"),
+        ("--sft-warmup-iters 10", "sft_warmup_iters (10) must be below the number of training steps (10)"),
+        ("--sequence-parallel", "sequence_parallel (True) has no effect with tensor_model_parallel_size 1"),
+        (
+            "--num-layers-per-virtual-pipeline-stage 1",
+            "num_layers_per_virtual_pipeline_stage (1) has no effect with pipeline_model_parallel_size 1",
+        ),
+        ("--overlap-param-gather --overlap-grad-reduce", "overlap_param_gather (True) has no effect without use_dist"),
+        ("--overlap-param-gather --use-distributed-optimizer", "overlap_param_gather (True) has no effect without"),
+        ("--recompute-method block", "recompute_method (block) has no effect without recompute_granularity full"),
+        ("--recompute-granularity selective --recompute-num-layers 2", "recompute_num_layers (2) has no effect"),
+        (
+            "--recompute-granularity full --recompute-num-layers 2",
+            "recompute_granularity (full) needs recompute_method",
+        ),
+        ("--recompute-granularity full --recompute-method block", "recompute_granularity (full) needs recompute_num_"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate(parse("--train-iters", "10", *flags.split()), world_size=1)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("flags", [[], ["--train-iters", "10", "--epochs", "2"]])
+def test_the_length_of_a_run_is_given_exactly_once(flags: list[str]) -> None:
+    with pytest.raises(UserError, match="must be set, and not both"):
+        validate(parse(*flags), world_size=1)
+
+
+def test_phases_are_checked_against_steps_that_the_data_told() -> None:
+    config = parse("--epochs", "2", "--lr-warmup-iters", "50")
+    validate_train_iters(config, train_iters=51)
+    with pytest.raises(UserError, match=r"lr_warmup_iters \(50\) must be below the number of training steps \(50\)"):
+        validate_train_iters(config, train_iters=50)
+
+
+def test_importing_the_configuration_loads_no_numeric_library() -> None:
+    heavy = {"torch", "numpy", "transformers", "megatron", "megatron.core", "datasets"}
+    script = f"import sys, megatron_psft.config; print(*{heavy} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).split() == []
