@@ -1,0 +1,111 @@
+"""The only door to `megatron.core.parallel_state`: sets the process groups up and hands out ranks, sizes and groups."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_psft.config import ParallelConfig
+from megatron_psft.errors import UserError
+from megatron_psft.platform import Platform
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Where this process stands in the grid of processes; sizes multiply to `world_size`."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    virtual_size: int
+    """Model chunks per pipeline rank, 1 without interleaving."""
+    data_rank: int
+    data_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes metrics."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the embedding lives."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the output layer lives and losses are computed."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def counts_batch(self) -> bool:
+        """True on the one rank of each data-parallel replica whose sums enter the global sums."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+
+def initialize_parallel(
+    config: ParallelConfig, *, virtual_size: int | None, seed: int, device: torch.device
+) -> Parallel:
+    """Creates Megatron-Core's process groups. `config` must fit the world size (`config.validate`)."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_size=virtual_size or 1,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Runs `action` on every rank and makes its failure everybody's.
+
+    A `UserError` on any rank, say a file missing on one node, raises on all ranks with the text of the lowest failing
+    rank, so that none waits in a collective for the others.
+    """
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for found in messages:
+        if found is not None:
+            raise UserError(found)
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def process_group(platform: Platform, world_size: int) -> Iterator[None]:
+    """The processes that torchrun started, joined for the length of a run; a lone process is a world of one."""
+    if world_size > 1:
+        dist.init_process_group(platform.backend, timeout=timedelta(minutes=30))
+    else:
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

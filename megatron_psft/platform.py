@@ -1,0 +1,149 @@
+"""What this process computes on, and everything that lets Megatron-Core run without a GPU.
+
+Megatron-Core is written against `torch.cuda`. Where CUDA is absent, `adapt_to_cpu` answers those calls for the CPU, so
+that the trainer's code is the same on a laptop and on a cluster. Where CUDA is present nothing is touched. No other
+file of this package patches another library.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """Device of this process, its collective backend, and whether Transformer Engine is importable."""
+
+    device: torch.device
+    backend: str
+    has_transformer_engine: bool
+
+    @property
+    def is_gpu(self) -> bool:
+        """True where computation happens on a CUDA device."""
+        return self.device.type == "cuda"
+
+    def describe(self) -> str:
+        """One line for the log: what was chosen."""
+        name = torch.cuda.get_device_name(self.device) if self.is_gpu else f"CPU, {torch.get_num_threads()} threads"
+        spec = "Transformer Engine" if self.has_transformer_engine else "portable PyTorch"
+        return f"{name}; {self.backend} collectives; {spec} layers"
+
+
+def detect(local_rank: int) -> Platform:
+    """Chooses the device of this process and prepares it; `local_rank` is the process's index on its node."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        # Megatron-Core's sequence parallelism relies on one hardware queue to order communication before computation.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        has_engine = importlib.util.find_spec("transformer_engine") is not None
+        return Platform(device=torch.device("cuda", local_rank), backend="nccl", has_transformer_engine=has_engine)
+    adapt_to_cpu()
+    return Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
+
+
+@functools.cache
+def adapt_to_cpu() -> None:
+    """Answers Megatron-Core's `torch.cuda` calls for the CPU; later calls do nothing.
+
+    Must run before a Megatron-Core model is built. Changes `torch` for the whole process.
+    """
+    assert not torch.cuda.is_available(), "the CPU answers would hide a GPU"
+    _answer_device_queries()
+    _answer_streams()
+    _answer_random_state()
+    _CudaIsCpu().__enter__()  # for good: Megatron-Core names the device in many places
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Lets tensors that are asked to live on CUDA live on the CPU, for one microsecond per operation.
+
+    Wrapping the factory functions would be cheaper, but torch recognizes them by identity: `with torch.device("meta")`,
+    by which transformers builds its models, would silently leave memory uninitialized.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            # The optimizers recognize parameters by `param.type() == "torch.cuda.FloatTensor"`.
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+class _Stream:
+    """A stream or event of a device that runs everything in order: all waiting is over at once."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def record(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: "_Stream | None" = None) -> "_Stream":
+        return event or _Stream()
+
+    def query(self) -> bool:
+        return True
+
+
+def _answer_device_queries() -> None:
+    _replace(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        synchronize=lambda device=None: None,
+        empty_cache=lambda: None,
+        FloatTensor=torch.FloatTensor,
+    )
+
+
+def _answer_streams() -> None:
+    _replace(
+        torch.cuda,
+        Stream=_Stream,
+        Event=_Stream,
+        current_stream=lambda device=None: _Stream(),
+        default_stream=lambda device=None: _Stream(),
+        stream=lambda stream: contextlib.nullcontext(),
+    )
+
+
+def _answer_random_state() -> None:
+    """Megatron-Core forks the device's generator for dropout and recompute; here it forks the CPU's."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def get_state(device: object = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
+        torch.set_rng_state(state)
+
+    _replace(torch.cuda, manual_seed=torch.manual_seed, get_rng_state=get_state, set_rng_state=set_state)
+    _replace(torch.cuda.random, get_rng_state=get_state, set_rng_state=set_state)
+    # Megatron-Core's own setter queues the call until CUDA is initialized, which never happens here.
+    _replace(megatron_random, _set_cuda_rng_state=set_state)
+
+
+def _replace(module: ModuleType, **answers: object) -> None:
+    for name, answer in answers.items():
+        setattr(module, name, answer)
