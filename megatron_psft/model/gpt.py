@@ -1,0 +1,233 @@
+"""Builds Megatron-Core's `GPTModel` for a shape, wrapped for data parallelism."""
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_psft.config import Config
+from megatron_psft.errors import UserError
+from megatron_psft.model.layers import Attention, RMSNorm
+from megatron_psft.model.shape import ModelShape
+from megatron_psft.parallel import Parallel
+from megatron_psft.platform import Platform
+from megatron_psft.vocab_parallel import LabelStats, label_stats
+
+# Each rank's part of the vocabulary is a multiple of 128, which matrix units like. Padding for 8 ranks even on fewer
+# makes the padded size the same for every tensor-parallel size that divides 8, so that checkpoints move freely between
+# them.
+VOCAB_ALIGNMENT, VOCAB_RANKS = 128, 8
+
+
+class PolicyModel(GPTModel):
+    """A `GPTModel` whose forward with labels returns `LabelStats` in place of cross-entropy."""
+
+    true_vocab_size: int
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> LabelStats:
+        """`labels` `[b, s]`, `logits` `[s, b, v]` (this rank's columns) to log-probabilities and entropy `[b, s]`."""
+        return label_stats(logits, labels, vocab_size=self.true_vocab_size, group=self.pg_collection.tp)
+
+
+def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
+    """The vocabulary rounded up to what `tensor_size` ranks split evenly and well aligned."""
+    multiple = VOCAB_ALIGNMENT * math.lcm(VOCAB_RANKS, tensor_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_layout(shape: ModelShape, config: Config) -> None:
+    """Raises UserError where the model cannot be cut as `config.parallel` asks."""
+    tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(shape, name)
+        if value % tensor:
+            raise UserError(
+                f"{name} ({value}) must be a multiple of tensor_model_parallel_size ({tensor}); change the latter"
+            )
+    if shape.num_layers % pipeline:
+        raise UserError(
+            f"num_layers ({shape.num_layers}) must be a multiple of pipeline_model_parallel_size ({pipeline}); "
+            "change the latter"
+        )
+    per_chunk = config.parallel.num_layers_per_virtual_pipeline_stage
+    per_stage = shape.num_layers // pipeline
+    if per_chunk and (per_stage % per_chunk or per_stage == per_chunk):
+        raise UserError(
+            f"num_layers_per_virtual_pipeline_stage ({per_chunk}) must be a proper divisor of the layers per stage "
+            f"({per_stage}); change it or leave it away"
+        )
+
+
+def transformer_config(shape: ModelShape, config: Config, platform: Platform) -> TransformerConfig:
+    """Megatron-Core's configuration of the model, its layout and its precision."""
+    dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
+    parallel = config.parallel
+    chunks = virtual_size(shape, config)
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        # Dropout would make the two passes of one policy disagree: the ratio after a sync must be 1.
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks,
+        batch_p2p_comm=platform.is_gpu and chunks is None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.precision.bf16,
+        # Every weight is read or drawn by `hf.weights`; Megatron-Core's own draw would be thrown away.
+        perform_initialization=False,
+        use_cpu_initialization=not platform.is_gpu,
+        # One denominator for the whole global batch; any other setting makes the gradient depend on the layout.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        # The fused kernels need CUDA, and gradient accumulation fusion needs Apex or Transformer Engine.
+        bias_activation_fusion=platform.is_gpu,
+        bias_dropout_fusion=platform.is_gpu,
+        apply_rope_fusion=platform.has_transformer_engine,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=platform.has_transformer_engine,
+        recompute_granularity=config.recompute.recompute_granularity,
+        recompute_method=config.recompute.recompute_method,
+        recompute_num_layers=config.recompute.recompute_num_layers,
+    )
+
+
+def virtual_size(shape: ModelShape, config: Config) -> int | None:
+    """Model chunks per pipeline rank, or None without interleaving."""
+    per_chunk = config.parallel.num_layers_per_virtual_pipeline_stage
+    if per_chunk is None:
+        return None
+    return shape.num_layers // config.parallel.pipeline_model_parallel_size // per_chunk
+
+
+def build_model(
+    shape: ModelShape, config: Config, platform: Platform, parallel: Parallel
+) -> list[DistributedDataParallel]:
+    """Returns this rank's model chunks, one without interleaving; their weights are still to be filled."""
+    megatron_config = transformer_config(shape, config, platform)
+    chunks: list[DistributedDataParallel] = []
+    for index in range(parallel.virtual_size):
+        model: torch.nn.Module = _build_chunk(shape, config, megatron_config, platform, parallel, index)
+        model.to(platform.device)
+        if config.precision.bf16:
+            model = Float16Module(megatron_config, model)
+        chunks.append(
+            DistributedDataParallel(
+                megatron_config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    average_in_collective=False,
+                    use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+                    overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+                    overlap_param_gather=config.parallel.overlap_param_gather,
+                ),
+                model,
+                # Only the chunk that is needed first is worth cutting into buckets; see Megatron-LM's get_model.
+                disable_bucketing=index > 0,
+            )
+        )
+    if config.parallel.overlap_grad_reduce:
+        # The schedules hold the reduction back until the last micro-batch.
+        syncs = [chunk.no_sync for chunk in chunks]
+        megatron_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    return chunks
+
+
+def _build_chunk(
+    shape: ModelShape,
+    config: Config,
+    megatron_config: TransformerConfig,
+    platform: Platform,
+    parallel: Parallel,
+    index: int,
+) -> PolicyModel:
+    vp_stage = index if parallel.virtual_size > 1 else None
+    model = PolicyModel(
+        config=megatron_config,
+        transformer_layer_spec=_layer_spec(shape, megatron_config, platform, vp_stage),
+        vocab_size=padded_vocab_size(shape.vocab_size, parallel.tensor_size),
+        max_sequence_length=config.data.seq_length,
+        pre_process=parallel.is_first_stage and index == 0,
+        post_process=parallel.is_last_stage and index == parallel.virtual_size - 1,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        vp_stage=vp_stage,
+    )
+    model.true_vocab_size = shape.vocab_size
+    _mark_sharded_weights(model)
+    _scale_rope(model, shape)
+    return model
+
+
+def _layer_spec(
+    shape: ModelShape, megatron_config: TransformerConfig, platform: Platform, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    if platform.has_transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = Attention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(megatron_config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+def _mark_sharded_weights(model: PolicyModel) -> None:
+    """Says which weights are cut over the tensor-parallel group, so that the gradient norm counts every shard.
+
+    Megatron-Core does it along with its own draw of the weights, which is switched off here.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
+            weight, dimension = module.weight, int(isinstance(module, RowParallelLinear))
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
+
+
+def _scale_rope(model: PolicyModel, shape: ModelShape) -> None:
+    """Applies Llama 3's frequency scaling with all its numbers; the model's own flag knows only the factor."""
+    if shape.rope_scaling is None:
+        return
+    rope, scaling = model.rotary_pos_emb, shape.rope_scaling
+    rope.inv_freq = rope._apply_scaling(
+        rope.inv_freq,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_max_position_embeddings=scaling.original_max_position_embeddings,
+    )

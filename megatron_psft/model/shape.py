@@ -1,0 +1,154 @@
+"""Reads a Hugging Face `config.json` into the shape of a model, or says what of it is not supported."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_psft.errors import UserError, nearest_name_hint
+
+# What a `model_type` of transformers implies about the maths, beyond the common decoder with RMSNorm, RoPE, GQA and
+# SwiGLU.
+_FAMILIES: dict[str, dict[str, bool]] = {
+    "llama": {"qkv_bias": False, "qk_norm": False},
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+}
+
+# Fields that change the maths, with the only value this version computes. Fields that transformers' own classes of the
+# families above do not read cannot change the maths, so they are not listed.
+_ONLY_SUPPORTED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling:
+    """Llama 3.1's stretching of the slow rotary frequencies; field names as in `config.json`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """All of a `config.json` that the model is built from."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3RopeScaling | None
+    qkv_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+    initializer_range: float
+    """Standard deviation of randomly drawn weights."""
+    dtype: str
+    """Of the published weights, as torch spells it, e.g. `bfloat16`."""
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """Reads `folder/config.json`.
+
+    Raises:
+        UserError: the file is missing or not JSON, its `model_type` is not supported, or one of its fields asks for
+            maths that this version does not compute; the message names the field, its value and what is supported.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"load_hf ({folder}) must hold a config.json; point it to a Hugging Face model folder"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} must be JSON: {error}") from None
+    return shape_from_config(config, str(path))
+
+
+def shape_from_config(config: Mapping[str, Any], source: str) -> ModelShape:
+    """The same for a parsed `config.json`; `source` names it in errors."""
+    model_type = config.get("model_type")
+    if model_type not in _FAMILIES:
+        hint = nearest_name_hint(str(model_type), _FAMILIES)
+        raise UserError(
+            f"{source}: model_type ({model_type}) is not supported; supported are {', '.join(_FAMILIES)}{hint}"
+        )
+    _refuse_other_maths(config, source)
+    rope_theta, rope_scaling = _rope(config, source)
+    try:
+        heads = config["num_attention_heads"]
+        return ModelShape(
+            model_type=model_type,
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            tied_embeddings=config.get("tie_word_embeddings", False),
+            initializer_range=config.get("initializer_range", 0.02),
+            dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+            **_FAMILIES[model_type],
+        )
+    except KeyError as error:
+        raise UserError(f"{source}: {error.args[0]} is missing; a {model_type} config.json must have it") from None
+
+
+def _refuse_other_maths(config: Mapping[str, Any], source: str) -> None:
+    for field, supported in _ONLY_SUPPORTED.items():
+        value = config.get(field, supported)
+        if value != supported:
+            raise UserError(
+                f"{source}: {field} ({value}) is not supported; this version computes only {field} = {supported}"
+            )
+    odd_layers = sorted(set(config.get("layer_types") or []) - {"full_attention"})
+    if odd_layers:
+        raise UserError(f"{source}: layer_types ({', '.join(odd_layers)}) is not supported; only full_attention is")
+
+
+def _rope(config: Mapping[str, Any], source: str) -> tuple[float, Llama3RopeScaling | None]:
+    """Base and scaling of the rotary embedding, in the spelling of transformers 4 or 5."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"{source}: partial_rotary_factor ({parameters['partial_rotary_factor']}) is not supported; only 1.0 is"
+        )
+    if rope_type == "default":
+        return theta, None
+    if rope_type != "llama3":
+        raise UserError(f"{source}: rope_type ({rope_type}) is not supported; supported are default, llama3")
+    try:
+        scaling = Llama3RopeScaling(
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{source}: the llama3 rope scaling has no {error.args[0]}; all four of its fields are needed"
+        ) from None
+    return theta, scaling
