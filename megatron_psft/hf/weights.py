@@ -1,0 +1,155 @@
+"""Fills a model's parameters, each rank reading just its own slices, from safetensors or from a seed."""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from megatron.core.utils import unwrap_model
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_psft.errors import UserError
+from megatron_psft.hf.mapping import Piece, hf_tensors, pieces
+from megatron_psft.model.shape import ModelShape
+from megatron_psft.parallel import Parallel
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class WeightSource(Protocol):
+    """Where Hugging Face tensors come from."""
+
+    def read(self, piece: Piece) -> Tensor:
+        """Returns the block that `piece` names, on the CPU."""
+        ...
+
+
+class SafetensorsFolder:
+    """The weights of a Hugging Face model folder. Pickled weights are never opened."""
+
+    def __init__(self, folder: Path, shape: ModelShape) -> None:
+        """Opens the files and checks their tensors against `shape`.
+
+        Raises:
+            UserError: no safetensors, a missing or damaged file, or tensors that are missing, unknown or of another
+            size.
+        """
+        self._folder = folder
+        self._files = {name: self._open(name) for name in sorted(set(_weight_map(folder).values()))}
+        self._file_of = {tensor: name for name, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
+        self._check(hf_tensors(shape), shape)
+
+    def _open(self, name: str) -> safe_open:
+        try:
+            return safe_open(self._folder / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"load_hf: {self._folder / name} must be a readable safetensors file: {error}") from None
+
+    def _check(self, expected: dict[str, tuple[int, ...]], shape: ModelShape) -> None:
+        missing = [name for name in expected if name not in self._file_of]
+        if missing:
+            raise UserError(
+                f"load_hf ({self._folder}) lacks {_some(missing)}; a {shape.model_type} checkpoint must have them"
+            )
+        unknown = [name for name in self._file_of if name not in expected and not _is_redundant(name, shape)]
+        if unknown:
+            raise UserError(
+                f"load_hf ({self._folder}) holds {_some(unknown)}, which a {shape.model_type} model does not use"
+            )
+        for name, dims in expected.items():
+            found = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+            if found != dims:
+                raise UserError(f"load_hf ({self._folder}): {name} is {found}, but config.json makes it {dims}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, which stands for all."""
+        name = "model.embed_tokens.weight"
+        return self._files[self._file_of[name]].get_slice(name)[:1].dtype
+
+    def read(self, piece: Piece) -> Tensor:
+        """Reads only the bytes of the block."""
+        return self._files[self._file_of[piece.name]].get_slice(piece.name)[piece.index]
+
+
+class RandomWeights:
+    """Freshly drawn weights, the same for any layout: every tensor has its own generator, seeded by its name."""
+
+    def __init__(self, shape: ModelShape, seed: int) -> None:
+        self._tensors = hf_tensors(shape)
+        self._std, self._seed = shape.initializer_range, seed
+        self.dtype: torch.dtype = getattr(torch, shape.dtype)
+
+    def read(self, piece: Piece) -> Tensor:
+        """Draws the whole tensor and returns the block; norms are one, biases zero, the rest normal."""
+        dims = self._tensors[piece.name]
+        if len(dims) == 1:
+            tensor = torch.zeros(dims) if piece.name.endswith("bias") else torch.ones(dims)
+        else:
+            generator = torch.Generator().manual_seed(zlib.crc32(piece.name.encode()) + self._seed)
+            tensor = torch.randn(dims, generator=generator) * self._std
+        return tensor[piece.index].to(self.dtype)
+
+
+def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters under their names in the whole model, layers counted from 0 over all pipeline stages."""
+    for chunk in unwrap_model(list(chunks)):
+        for name, parameter in chunk.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, index, suffix = name.split(".", 3)
+                name = f"decoder.layers.{chunk.decoder.layers[int(index)].layer_number - 1}.{suffix}"
+            yield name, parameter
+
+
+@torch.no_grad()
+def fill_parameters(
+    chunks: Sequence[torch.nn.Module], source: WeightSource, shape: ModelShape, parallel: Parallel
+) -> None:
+    """Fills this rank's parameters from `source`; padding rows of the vocabulary become zero."""
+    parameters = list(named_parameters(chunks))
+    for name, parameter in tqdm(parameters, desc="weights", unit="tensor", disable=not parallel.is_main, leave=False):
+        blocks = pieces(
+            name,
+            shape,
+            tensor_rank=parallel.tensor_rank,
+            tensor_size=parallel.tensor_size,
+            local_rows=parameter.shape[0],
+        )
+        row = 0
+        for piece in blocks:
+            block = source.read(piece)
+            parameter[row : row + len(block)].copy_(block)
+            row += len(block)
+        parameter[row:].zero_()
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name to file name; a folder without an index has one file, whose tensors need no listing."""
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"load_hf: {index} must be a safetensors index: {error!r}") from None
+    if (folder / _SINGLE).is_file():
+        return {"": _SINGLE}
+    pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
+    if pickled:
+        raise UserError(
+            f"load_hf ({folder}) holds only pickled weights ({_some(pickled)}), which are never opened as they can run "
+            "code; convert them to safetensors"
+        )
+    raise UserError(f"load_hf ({folder}) holds no {_SINGLE} and no {_INDEX}; add the weights or use --random-init")
+
+
+def _is_redundant(name: str, shape: ModelShape) -> bool:
+    """Tensors that transformers ignores too: derived rotary tables, and a head that is tied to the embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (shape.tied_embeddings and name == "lm_head.weight")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
