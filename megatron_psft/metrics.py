@@ -1,0 +1,189 @@
+"""Reduces a step's sums over all ranks, and writes what a run reports."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megatron_psft.data.loader import MicroBatch
+from megatron_psft.errors import UserError
+from megatron_psft.objectives import BatchSums
+from megatron_psft.parallel import Parallel
+from megatron_psft.vocab_parallel import LabelStats
+
+METRICS_FILE = "metrics.jsonl"
+
+_SUMMED = tuple(field.name for field in fields(BatchSums) if field.name != "ratio_max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """Means over the label tokens of the global batch, except where stated; the same on every rank."""
+
+    loss: float
+    """The objective that was optimized."""
+    nll: float
+    """-log pi, nats."""
+    entropy: float
+    """Of the next-token distribution, nats."""
+    ratio_mean: float
+    """pi / pi_old; 1 where the step has no old policy."""
+    ratio_max: float
+    """Largest ratio of a label token."""
+    clip_fraction: float
+    """Share of label tokens whose ratio exceeds 1 + clip_ratio_high."""
+    approx_kl: float
+    """r - 1 - log r, nats."""
+    tokens: int
+    """Tokens that went through the model, padding not counted."""
+    loss_tokens: int
+    """Label tokens."""
+    sequences: int
+    """Records."""
+
+
+def reduce_metrics(
+    sums: Sequence[BatchSums], micro_batches: Sequence[MicroBatch], parallel: Parallel, step: int
+) -> StepMetrics:
+    """Adds the sums of all micro-batches and data-parallel ranks and divides once; collective over the world.
+
+    Args:
+        sums: one per micro-batch on the last pipeline stage, empty elsewhere.
+        micro_batches: of this data-parallel rank.
+        parallel: this rank's place.
+        step: from 1, for the error.
+
+    Raises:
+        UserError: on every rank, where the loss of any rank is not finite; names step and rank.
+    """
+    totals = {name: 0.0 for name in (*_SUMMED, "tokens", "sequences")}
+    ratio_max = bad_rank = 0.0
+    if parallel.counts_batch:
+        # One host copy per step. fp64: a sum of 10^7 fp32 losses would otherwise lose its last digits.
+        columns = torch.stack([torch.stack([getattr(entry, name) for name in _SUMMED]) for entry in sums]).double()
+        totals.update(zip(_SUMMED, columns.sum(dim=0).tolist(), strict=True))
+        totals["tokens"] = float(sum(batch.num_tokens for batch in micro_batches))
+        totals["sequences"] = float(sum(batch.num_sequences for batch in micro_batches))
+        ratio_max = float(torch.stack([entry.ratio_max for entry in sums]).max())
+        bad_rank = 0.0 if math.isfinite(totals["loss"]) else parallel.rank + 1.0
+    added = torch.tensor(list(totals.values()), dtype=torch.float64, device=parallel.device)
+    largest = torch.tensor([ratio_max, bad_rank], dtype=torch.float64, device=parallel.device)
+    dist.all_reduce(added)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    if largest[1] > 0:
+        raise UserError(
+            f"step {step}: the loss is not finite on rank {int(largest[1]) - 1}; nothing was updated; resume "
+            "from the last checkpoint with a lower lr, or check the data of this step"
+        )
+    return _means(dict(zip(totals, added.tolist(), strict=True)), float(largest[0]))
+
+
+def _means(totals: Mapping[str, float], ratio_max: float) -> StepMetrics:
+    count = max(totals["loss_tokens"], 1.0)
+    return StepMetrics(
+        loss=totals["loss"] / count,
+        nll=totals["nll"] / count,
+        entropy=totals["entropy"] / count,
+        ratio_mean=totals["ratio"] / count,
+        ratio_max=ratio_max,
+        clip_fraction=totals["clipped"] / count,
+        approx_kl=totals["approx_kl"] / count,
+        tokens=int(totals["tokens"]),
+        loss_tokens=int(totals["loss_tokens"]),
+        sequences=int(totals["sequences"]),
+    )
+
+
+class EvalSums:
+    """Adds up log-probabilities and entropy over the batches of an evaluation: sums over all tokens, one division at
+    the end."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self._parallel = parallel
+        self._sums = torch.zeros(3, dtype=torch.float64, device=parallel.device)
+
+    def add(self, stats: Sequence[LabelStats], micro_batches: Sequence[MicroBatch]) -> None:
+        """Adds a scored global batch; `stats` is empty on ranks without the output layer."""
+        if not self._parallel.counts_batch:
+            return
+        for entry, batch in zip(stats, micro_batches, strict=True):
+            mask: Tensor = batch.loss_mask.to(self._parallel.device)
+            nll = torch.where(mask, -entry.log_probs, 0.0).sum(dtype=torch.float64)
+            entropy = torch.where(mask, entry.entropy, 0.0).sum(dtype=torch.float64)
+            self._sums += torch.stack([nll, entropy, mask.sum().double()])
+
+    def means(self) -> dict[str, float]:
+        """Returns `valid_nll` and `valid_entropy` in nats per label token; collective."""
+        dist.all_reduce(self._sums)
+        nll, entropy, count = self._sums.tolist()
+        return {"valid_nll": nll / max(count, 1.0), "valid_entropy": entropy / max(count, 1.0)}
+
+
+class Report:
+    """What rank 0 shows and keeps of a run: metrics.jsonl, TensorBoard, the progress bar and a line now and then."""
+
+    def __init__(
+        self, folder: Path, *, first_step: int, train_iters: int, log_interval: int, tensorboard_dir: str | None
+    ) -> None:
+        """Opens the files; lines of metrics.jsonl from `first_step` (from 1) on, left by a run that went further, are
+        dropped."""
+        self._path = folder / METRICS_FILE
+        _drop_from(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(tensorboard_dir, purge_step=first_step) if tensorboard_dir else None
+        self._log_interval = log_interval
+        self._bar = tqdm(total=train_iters, initial=first_step - 1, desc="train", unit="step", dynamic_ncols=True)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one step (from 1)."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        shown = {name: f"{values[name]:.4g}" for name in ("loss", "entropy", "clip_fraction", "tokens_per_second")}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        if step % self._log_interval == 0:
+            self.say(f"step {step}: " + ", ".join(f"{name} {values[name]:.4g}" for name in _PRINTED if name in values))
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        self._bar.write(text)
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+_PRINTED = ("loss", "nll", "entropy", "clip_fraction", "ratio_max", "grad_norm", "lr", "tokens_per_second", "valid_nll")
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    """Keeps the lines of earlier steps, so that a resumed run repeats none; the file is replaced in one move."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # The last line of a killed run may be half a line; its step is trained again.
+    whole = [line for line in lines if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] < first_step]
+    if len(kept) < len(lines):
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)

@@ -1,0 +1,128 @@
+"""Megatron-Core's AdamW and learning-rate schedule, and the one update that refuses bad numbers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_psft.config import Config
+from megatron_psft.errors import UserError
+
+
+def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW over `chunks`; the weights must be final, as fp32 master copies are taken here."""
+    options = config.optimizer
+    dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=config.precision.bf16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(megatron_config)  # no weight decay on 1-D parameters
+    optimizer = get_megatron_optimizer(megatron_config, list(chunks), config_overrides=overrides)
+    for adam in _torch_adams(optimizer):
+        _create_state(adam)
+    return optimizer
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> OptimizerParamScheduler:
+    """Megatron-Core's schedule, counted in optimizer steps; its length is the run's."""
+    options = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters,
+        lr_decay_steps=train_iters,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+        # A resumed run follows its own flags; the checkpoint only says how far it got.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=options.lr_wsd_decay_iters,
+        lr_wsd_decay_style="exponential",
+    )
+
+
+def update(optimizer: MegatronOptimizer, step: int) -> float:
+    """Clips the gradients and steps the optimizer; returns the norm before clipping.
+
+    Raises:
+        UserError: on every rank and before any weight has changed, where the norm is not finite.
+    """
+    # Megatron-Core would take the step with a non-finite norm, so the norm is taken once more ahead of it. That reads
+    # the gradients, one pass over memory, against the many of forward and backward.
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    if not math.isfinite(norm):
+        culprits = _ranks_with_bad_gradients(optimizer)
+        raise UserError(
+            f"step {step}: the gradient norm is {norm} (first seen on rank {culprits[0]}); nothing was updated; "
+            "resume from the last checkpoint with a lower lr, or check the data of this step"
+        )
+    optimizer.step()
+    return norm
+
+
+def _ranks_with_bad_gradients(optimizer: MegatronOptimizer) -> list[int]:
+    bad = any(not torch.isfinite(grad).all() for grad in optimizer.get_main_grads_for_grad_norm())
+    gathered = [False] * dist.get_world_size()
+    dist.all_gather_object(gathered, bad)
+    # The norm sums squares in fp32: it can overflow although every gradient is finite.
+    return [rank for rank, is_bad in enumerate(gathered) if is_bad] or [0]
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Fills the optimizer from what `dist_checkpointing` loaded for its sharded state."""
+    # The distributed optimizer copies every tensor of Adam's state from the checkpoint, where torch's `step`, the same for
+    # all parameters, is not among them: it is set aside meanwhile.
+    parameter_state = loaded.pop("param_state", None)
+    optimizer.load_state_dict(loaded)
+    states = [state for adam in _torch_adams(optimizer) for state in adam.state.values()]
+    steps = [state.pop("step") for state in states]
+    if parameter_state is not None:
+        (inner,) = optimizer.chained_optimizers
+        inner.load_parameter_state_from_fully_reshardable(parameter_state)
+    for state, step in zip(states, steps, strict=True):
+        # Megatron-Core hands the same tensor to all parameters, each of which would advance it.
+        state["step"] = step.clone()
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    """The optimizers in use where neither Transformer Engine nor Apex brings its fused Adam."""
+    inner = [chained.optimizer for chained in optimizer.chained_optimizers]
+    return [adam for adam in inner if isinstance(adam, torch.optim.AdamW)]
+
+
+def _create_state(adam: torch.optim.AdamW) -> None:
+    """Creates all of Adam's state up front, as the fused Adams do.
+
+    torch creates it in the first step, but a checkpoint is loaded before that, and Megatron-Core reads the state's
+    `step` to do so.
+    """
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            adam.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

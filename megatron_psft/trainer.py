@@ -1,0 +1,138 @@
+"""Trains: one loop for every objective, with the old policy, evaluation and checkpoints around it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_psft import throughput
+from megatron_psft.checkpoint import Identity, TrainState, save_checkpoint
+from megatron_psft.config import Config
+from megatron_psft.data.loader import BatchLoader
+from megatron_psft.metrics import EvalSums, Report, reduce_metrics
+from megatron_psft.model.shape import ModelShape
+from megatron_psft.optimizer import update
+from megatron_psft.parallel import Parallel
+from megatron_psft.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run, ready to train."""
+
+    config: Config
+    shape: ModelShape
+    parallel: Parallel
+    schedule: Schedule
+    state: TrainState
+    loader: BatchLoader
+    valid_loader: BatchLoader | None
+    identity: Identity
+    first_step: int
+    """Steps that were completed before, in an earlier process."""
+    train_iters: int
+
+
+def train(run: Run) -> None:
+    """Trains from `first_step` to `train_iters` and leaves a checkpoint; collective."""
+    with _report(run) as report:
+        for step in range(run.first_step, run.train_iters):
+            values = train_step(run, step)
+            if _is_due(step, run.config.data.eval_interval):
+                values |= evaluate(run)
+            if report:
+                report.record(step + 1, values)
+            if _is_due(step, run.config.weights.save_interval) or step + 1 == run.train_iters:
+                save(run, step + 1)
+
+
+def train_step(run: Run, step: int) -> dict[str, float]:
+    """Makes optimizer step `step` (from 0) and returns its line of metrics.jsonl; collective."""
+    schedule, state = run.schedule, run.state
+    with _timer() as total:
+        micro_batches = run.loader.micro_batches(step)
+        schedule.zero_grad()
+        state.optimizer.zero_grad()
+        with _timer() as scoring:
+            if state.window.begins_at(step):
+                schedule.gather_parameters()
+            old_log_probs = state.window.old_log_probs(step)
+        objective = "sft" if state.window.is_warmup(step) else run.config.objective.objective
+        sums = schedule.train(micro_batches, old_log_probs, objective=objective)
+        metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1)
+        lr = state.optimizer.param_groups[0]["lr"]
+        grad_norm = update(state.optimizer, step + 1)
+        state.scheduler.step(increment=1)
+    return {
+        **asdict(metrics),
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "step_seconds": total.seconds,
+        "old_policy_seconds": scoring.seconds,
+        "tokens_per_second": metrics.tokens / total.seconds,
+        **_gpu_values(run, step, total.seconds - scoring.seconds),
+    }
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Negative log-likelihood and entropy over the validation records; collective, training is none the wiser."""
+    assert run.valid_loader is not None
+    run.schedule.gather_parameters()
+    sums = EvalSums(run.parallel)
+    eval_iters = run.config.data.eval_iters or run.valid_loader.num_batches
+    for index in range(min(eval_iters, run.valid_loader.num_batches)):
+        micro_batches = run.valid_loader.micro_batches(index)
+        sums.add(run.schedule.score(micro_batches), micro_batches)
+    return sums.means()
+
+
+def save(run: Run, completed_steps: int) -> None:
+    """Writes a checkpoint; collective."""
+    run.schedule.gather_parameters()
+    folder = Path(run.config.weights.save)
+    save_checkpoint(
+        folder, completed_steps, run.state, run.identity, run.loader, run.parallel, run.config.weights.keep_last
+    )
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and (step + 1) % interval == 0
+
+
+def _report(run: Run) -> Report | nullcontext[None]:
+    if not run.parallel.is_main:
+        return nullcontext()
+    return Report(
+        Path(run.config.weights.save),
+        first_step=run.first_step + 1,
+        train_iters=run.train_iters,
+        log_interval=run.config.logging.log_interval,
+        tensorboard_dir=run.config.logging.tensorboard_dir,
+    )
+
+
+def _gpu_values(run: Run, step: int, seconds: float) -> dict[str, float]:
+    """Throughput of the training pass (forward and backward, three forward passes' worth) and memory, on GPUs only."""
+    device = run.parallel.device
+    if device.type != "cuda":
+        return {}
+    flops = (
+        3 * throughput.forward_flops(run.shape, run.loader.lengths(step).tolist()) / seconds / run.parallel.world_size
+    )
+    values = {"tflops_per_gpu": flops / 1e12, "max_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    peak = throughput.peak_flops(device)
+    return values if peak is None else values | {"mfu": flops / peak}
+
+
+class _Timer:
+    seconds = 0.0
+
+
+@contextmanager
+def _timer() -> Iterator[_Timer]:
+    timer, started = _Timer(), time.perf_counter()
+    yield timer
+    timer.seconds = time.perf_counter() - started

@@ -1,0 +1,64 @@
+"""Trains a Hugging Face model with Proximal SFT: `torchrun --nproc-per-node N pretrain_psft.py --help`."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from megatron_psft.config import parse_config, validate
+from megatron_psft.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line on this rank and returns the exit code: 0, or 2 after a user's mistake."""
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _PLACE.items())
+    _configure_output(rank)
+    try:
+        config = parse_config(argv)
+        validate(config, world_size)
+    except UserError as error:
+        return _refuse(error, rank, world_size)
+
+    # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
+    from megatron_psft import build, parallel, platform
+
+    here = platform.detect(local_rank)
+    with parallel.process_group(here, world_size):
+        try:
+            build.run(config, here, rank)
+        except UserError as error:
+            return _refuse(error, rank, world_size)
+    return 0
+
+
+def _configure_output(rank: int) -> None:
+    """Our own messages from rank 0 only; of other libraries just what may matter."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
+    logging.getLogger("megatron_psft").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # Megatron-Core warns at import of each fused library that is not installed; one line at start says what is used.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+
+
+_PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what torchrun sets, and a lone process
+
+
+def _refuse(error: UserError, rank: int, world_size: int) -> int:
+    """Prints the error once. All ranks have the same one and leave together: torchrun ends the others when the first
+    exits."""
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    if world_size > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        dist.barrier()
+    return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
