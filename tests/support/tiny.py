@@ -1,0 +1,157 @@
+"""Tiny random Hugging Face checkpoints, a home-trained tokenizer and records in its words, all written from a seed."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers.utils import logging as transformers_logging
+
+FAMILIES = ("qwen2", "llama", "qwen3")
+VOCAB_SIZE = 211  # prime: no tensor-parallel size divides it, so the padded columns are there in every layout
+
+PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_VOCABULARY = """
+add all answer apple because both box check count divide each eleven equals every find first five four from gives
+half hence how increases is lemon less let many minus more nine now of one over pears plus price proof seven she so
+square sum ten than the then three times total twelve twice two we what when which with x y zero 3 17 42 1/2 = + *
+"""
+WORDS = _VOCABULARY.split()
+
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+_ROPE_THETA = 1000.0  # no library's default
+# Wavelengths at head_dim 16 are 6, 15, 35, 84 ... tokens: below 64 / 4 kept, above 64 / 1 times 8, in between blended.
+_LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def build_model(
+    folder: Path,
+    family: str,
+    *,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "1GB",
+    hub_config: bool = True,
+    seed: int = 0,
+    **shape,
+) -> Path:
+    """Writes a checkpoint of `family` and returns its folder.
+
+    Every parameter is random, norm weights and biases included, so that one that is dropped or swapped shows. The scale
+    makes the next-token distribution far from uniform.
+
+    Args:
+        folder: created.
+        family: `qwen2` (QKV bias), `llama` (llama3 RoPE scaling) or `qwen3` (QK norm, wide heads).
+        tied: one matrix for embedding and output layer.
+        dtype: of the file.
+        shard_size: of one safetensors file, e.g. `100KB` for several files.
+        hub_config: spells RoPE and dtype as published checkpoints do; otherwise as transformers 5 writes them.
+        seed: of the weights.
+        shape: overrides of the config, e.g. `num_hidden_layers=2`.
+    """
+    model = AutoModelForCausalLM.from_config(_config(family, tie_word_embeddings=tied, **shape))
+    _randomize(model, seed)
+    transformers_logging.disable_progress_bar()
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    if hub_config:
+        _respell_config(Path(folder) / "config.json")
+    return Path(folder)
+
+
+def _config(family: str, **overrides):
+    rope = {"rope_type": "default", "rope_theta": _ROPE_THETA}
+    if family == "qwen2":
+        return Qwen2Config(**{**_SHAPE, "rope_parameters": rope, **overrides})
+    if family == "qwen3":
+        return Qwen3Config(**{**_SHAPE, "rope_parameters": rope, "head_dim": 24, **overrides})
+    assert family == "llama", family
+    return LlamaConfig(**{**_SHAPE, "rope_parameters": {**rope, **_LLAMA3_ROPE, "rope_type": "llama3"}, **overrides})
+
+
+@torch.no_grad()
+def _randomize(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.2 * noise)
+        elif parameter.dim() == 1:
+            parameter.copy_(0.2 * noise)
+        else:
+            gain = 1.6 if "embed_tokens" in name or "lm_head" in name else 1.0
+            parameter.copy_(gain / math.sqrt(parameter.shape[1]) * noise)
+
+
+def _respell_config(path: Path) -> None:
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config["torch_dtype"] = config.pop("dtype")
+    path.write_text(json.dumps(config, indent=2))
+
+
+def build_tokenizer(folder: Path) -> Path:
+    """Writes a byte-level BPE tokenizer of 200 tokens with ChatML's template and returns its folder.
+
+    The folder must not hold a model: beside a Qwen2 `config.json`, transformers 5 replaces a tokenizer's pre-tokenizer.
+    It knows ASCII text only.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    ascii_text = "".join(map(chr, range(32, 127))) + "\n"
+    alphabet = {character for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(ascii_text) for character in piece}
+    specials = [PAD, IM_START, IM_END]
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=specials, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    roles = ["system\n", "user\n", "assistant\n"]
+    tokenizer.train_from_iterator(roles + [f" {word}" for word in WORDS], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=IM_END, pad_token=PAD, chat_template=CHATML)
+    fast.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    # transformers 5 writes `TokenizersBackend`, which transformers 4 does not know.
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+    )
+    return Path(folder)
+
+
+def write_records(path: Path, count: int, *, seed: int = 0, max_words: int = 20, max_exchanges: int = 3) -> Path:
+    """Writes `count` lines of `{"messages": [...]}`: one to `max_exchanges` exchanges, some after a system message.
+
+    The number of words per message is uniform in its logarithm between 1 and `max_words`: most are short, few are long.
+    """
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            roles = ["user", "assistant"] * rng.randint(1, max_exchanges)
+            roles = ["system", *roles] if rng.random() < 0.25 else roles
+            messages = [{"role": role, "content": _sentence(rng, max_words)} for role in roles]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return Path(path)
+
+
+def _sentence(rng: random.Random, max_words: int) -> str:
+    return " ".join(rng.choices(WORDS, k=round(max_words ** rng.random())))

@@ -1,0 +1,159 @@
+"""The trainer against an independent reference: plain PyTorch and transformers, one process, fp32."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support import reference, tiny
+from tests.support.cli import run_cli
+
+STEPS, GLOBAL_BATCH_SIZE = 12, 8
+COMPARED = ("loss", "nll", "entropy", "grad_norm", "clip_fraction")
+
+TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+LAYOUTS = {
+    "1": (1, []),
+    "tp2": (2, TP2),
+    "tp2-sp": (2, [*TP2, "--sequence-parallel"]),
+    "pp2": (2, PP2),
+    "pp2-interleaved": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
+    "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer"]),
+    "dp2-overlapped": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
+    "tp2-pp2": (4, [*TP2, *PP2]),
+    "tp2-pp2-dp2": (8, [*TP2, "--sequence-parallel", *PP2, "--use-distributed-optimizer"]),
+}
+PSFT = {"old_policy_interval": 4}
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """One folder with a model per family, a tokenizer and records."""
+    folder = tmp_path_factory.mktemp("parity")
+    for family in tiny.FAMILIES:
+        tiny.build_model(folder / family, family, tied=family == "qwen3")
+    tiny.build_tokenizer(folder / "tokenizer")
+    tiny.write_records(folder / "records.jsonl", 40)
+    return folder
+
+
+@functools.cache
+def expected(inputs: Path, family: str, **objective) -> tuple[list[dict[str, float]], torch.nn.Module]:
+    """The reference's metrics and trained model."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
+    batches = reference.chatml_batches(inputs / "records.jsonl", tokenizer, GLOBAL_BATCH_SIZE, STEPS)
+    return reference.run_reference(inputs / family, batches, lr=reference.PARITY_LR, **objective)
+
+
+def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str = "1") -> list[dict[str, float]]:
+    """Runs the command line and returns the lines of metrics.jsonl."""
+    world_size, layout_flags = LAYOUTS[layout]
+    argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
+    argv += ["--save", save, "--export-hf", save / "hf", "--train-iters", STEPS, "--global-batch-size", GLOBAL_BATCH_SIZE]
+    argv += ["--micro-batch-size", "2", "--lr", reference.PARITY_LR, "--lr-decay-style", "constant"]
+    argv += ["--no-shuffle", "--no-packing", *layout_flags, *flags]
+    exits = pool.run(run_cli, world_size, [str(value) for value in argv])
+    assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    for line, reference_line in zip(found, wanted, strict=True):
+        for name in COMPARED:
+            assert line[name] == pytest.approx(reference_line[name], rel=1e-4), (line["step"], name)
+        for name in ("tokens", "loss_tokens", "sequences"):
+            assert line[name] == reference_line[name]
+
+
+def assert_same_logits(exported: Path, model: torch.nn.Module) -> None:
+    tokens = torch.randint(0, tiny.VOCAB_SIZE, (2, 90), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)(tokens).logits
+        wanted = model(tokens).logits
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
+    wanted, model = expected(inputs, family, **PSFT)
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
+    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2-pp2"])
+def test_fixed_old_policy_follows_the_reference(pool, inputs, tmp_path, layout):
+    wanted, model = expected(inputs, "qwen2", old_policy_interval="fixed")
+    found = train(pool, inputs, "qwen2", tmp_path, "--old-policy-interval", "fixed", layout=layout)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+
+
+@pytest.mark.parametrize("layout", ["1", "dp2-overlapped"])
+def test_warm_up_comes_before_the_first_window(pool, inputs, tmp_path, layout):
+    wanted, model = expected(inputs, "llama", old_policy_interval=3, sft_warmup_iters=3)
+    flags = ["--old-policy-interval", "3", "--sft-warmup-iters", "3"]
+    found = train(pool, inputs, "llama", tmp_path, *flags, layout=layout)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+    assert [line["clip_fraction"] > 0 for line in found[:8]] == [False, False, False, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2-sp"])
+def test_sft_follows_the_reference(pool, inputs, tmp_path, layout):
+    wanted, model = expected(inputs, "qwen3", objective="sft")
+    found = train(pool, inputs, "qwen3", tmp_path, "--objective", "sft", layout=layout)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+
+
+def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
+    sft = train(pool, inputs, "qwen2", tmp_path / "sft", "--objective", "sft")
+    psft = train(pool, inputs, "qwen2", tmp_path / "psft", "--old-policy-interval", "1")
+    for name in ("nll", "entropy", "grad_norm"):
+        assert [line[name] for line in psft] == [line[name] for line in sft]
+    assert {line["loss"] for line in psft} == {-1.0}
+
+
+def test_ratio_is_one_after_every_sync(pool, inputs, tmp_path):
+    found = train(pool, inputs, "llama", tmp_path, "--old-policy-interval", "4", layout="tp2-pp2")
+    for line in found[::4]:
+        assert (line["ratio_mean"], line["ratio_max"], line["clip_fraction"], line["approx_kl"]) == (1.0, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2-sp", "pp2-interleaved", "dp2-overlapped"])
+def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_path, layout):
+    """The old-policy pass computes bit for bit what training computes: the shortcut r = 1 hides no difference."""
+    argv = [tmp_path, inputs, LAYOUTS[layout][1]]
+    for lines in pool.run(_train_with_forced_passes, LAYOUTS[layout][0], *argv)[:1]:
+        ratios = [(line["ratio_mean"], line["ratio_max"]) for line in lines[::2]]
+        assert ratios == [(1.0, 1.0)] * (len(lines) // 2)
+        assert all(line["old_policy_seconds"] > 0.001 for line in lines[::2])
+
+
+def _train_with_forced_passes(save: Path, inputs: Path, layout: list[str]) -> list[dict[str, float]]:
+    from megatron_psft.old_policy import OldPolicyWindow
+
+    shortcut = OldPolicyWindow.old_log_probs
+
+    def forced(window: OldPolicyWindow, step: int):
+        first = window._score(step) if window.begins_at(step) else None
+        rest = shortcut(window, step)
+        return first or rest
+
+    OldPolicyWindow.old_log_probs = forced
+    try:
+        argv = ["--load-hf", inputs / "qwen2", "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
+        argv += ["--save", save, "--train-iters", 6, "--global-batch-size", 8, "--lr", reference.PARITY_LR]
+        argv += ["--old-policy-interval", "2", *layout]
+        assert run_cli([str(value) for value in argv]).code == 0
+    finally:
+        OldPolicyWindow.old_log_probs = shortcut
+    metrics = save / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
