@@ -3,8 +3,10 @@
 import logging
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -28,6 +30,8 @@ from megatron_psft.trainer import Run, train
 
 log = logging.getLogger(__name__)
 
+_SHOWN_TOKENS = 200
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -39,7 +43,7 @@ class Inputs:
     weights: SafetensorsFolder | RandomWeights
     dataset: TokenizedDataset
     valid_dataset: TokenizedDataset | None
-    pad_token_id: int
+    tokenizer: PreTrainedTokenizerBase
     train_iters: int
 
 
@@ -50,8 +54,8 @@ def run(config: Config, platform: Platform, rank: int) -> None:
         UserError: on every rank alike.
     """
     inputs = together(lambda: read_inputs(config, show_progress=rank == 0))
+    _describe(inputs, platform)
     ready = build_run(config, inputs, platform)
-    log.info("%s", platform.describe())
     _write_config(config, ready.parallel)
     train(ready)
     if config.weights.export_hf is not None:
@@ -96,7 +100,7 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
         weights=weights,
         dataset=dataset,
         valid_dataset=valid,
-        pad_token_id=tokenizer.pad_token_id or 0,
+        tokenizer=tokenizer,
         train_iters=train_iters,
     )
 
@@ -197,8 +201,20 @@ def _loader(
         wrap=is_training,
         # Sequence parallelism cuts the sequence into equal parts.
         pad_to_multiple_of=parallel.tensor_size if config.parallel.sequence_parallel else 1,
-        pad_token_id=inputs.pad_token_id,
+        pad_token_id=inputs.tokenizer.pad_token_id or 0,
     )
+
+
+def _describe(inputs: Inputs, platform: Platform) -> None:
+    """Says what the run computes on and what it trains on, with one record as the model gets it."""
+    log.info("%s", platform.describe())
+    log.info("training data: %s", inputs.dataset.statistics())
+    if inputs.valid_dataset is not None:
+        log.info("validation data: %s", inputs.valid_dataset.statistics())
+    tokens, is_label = inputs.dataset[0].tokens[:_SHOWN_TOKENS], inputs.dataset[0].label_mask[:_SHOWN_TOKENS]
+    borders = [0, *(np.flatnonzero(np.diff(is_label)) + 1), len(tokens)]
+    spans = [(str(inputs.tokenizer.decode(tokens[start:stop])), is_label[start]) for start, stop in pairwise(borders)]
+    log.info("first record, labels in ⟦⟧:\n%s", "".join(f"⟦{text}⟧" if label else text for text, label in spans))
 
 
 def _prepare_folders(config: Config) -> None:

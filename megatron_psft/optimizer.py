@@ -93,8 +93,8 @@ def _ranks_with_bad_gradients(optimizer: MegatronOptimizer) -> list[int]:
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Fills the optimizer from what `dist_checkpointing` loaded for its sharded state."""
-    # The distributed optimizer copies every tensor of Adam's state from the checkpoint. torch's `step`, the same for all
-    # parameters, is not among them there: it is set aside meanwhile.
+    # The distributed optimizer copies every tensor of Adam's state from the checkpoint. torch's `step`, the same for
+    # all parameters, is not among them: it is set aside meanwhile.
     parameter_state = loaded.pop("param_state", None)
     optimizer.load_state_dict(loaded)
     states = [state for adam in _torch_adams(optimizer) for state in adam.state.values()]

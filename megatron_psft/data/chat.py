@@ -89,8 +89,7 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._loss_on = loss_on
         self._eos = tokenizer.eos_token or ""
-        tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {self._eos}
-        self._special = tuple(sorted(tokens - {""}, key=len, reverse=True))
+        self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = "|".join(map(re.escape, self._special)) or _NO_MATCH
         self._special_token = re.compile(special)
         # Some templates close a turn with several special tokens in a row; then the eos token is the one that counts.
@@ -168,7 +167,7 @@ class ChatRenderer:
         return _ContentSpan(start=start, end=end, is_exact=start == len(before))
 
     def _find_label_start(self, before: Sequence[Message], text: str, previous_end: int, span: _ContentSpan) -> int:
-        """Where in `text` the generation prompt of the turn after the messages `before` ends, and the model is to write.
+        """Where in `text` the generation prompt of the turn after the messages `before` ends and the model takes over.
 
         The turn's content is `span`; the assistant turn before it ends at `previous_end`.
         """
@@ -228,7 +227,7 @@ def _label_mask(offsets: NDArray[np.int64], rendering: Rendering) -> NDArray[np.
     """
     starts, ends = offsets[:, 0], offsets[:, 1]
     # Some tokenizers trim blanks off their offsets: a token starts where the one before ended, or earlier.
-    starts = np.minimum(starts, np.maximum.accumulate(np.concatenate([[0], ends[:-1]])))
+    starts = np.minimum(starts, np.concatenate([[0], ends[:-1]]))
     mask = np.zeros(len(offsets), dtype=np.bool_)
     for start, end in rendering.label_spans:
         first_word = end - len(rendering.text[start:end].lstrip())
