@@ -3,10 +3,8 @@
 import logging
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_psft import __version__
 from megatron_psft.checkpoint import Identity, TrainState, find_checkpoint, load_checkpoint, read_step
 from megatron_psft.config import Config, config_to_yaml, validate_train_iters
+from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.errors import UserError
@@ -211,10 +210,10 @@ def _describe(inputs: Inputs, platform: Platform) -> None:
     log.info("training data: %s", inputs.dataset.statistics())
     if inputs.valid_dataset is not None:
         log.info("validation data: %s", inputs.valid_dataset.statistics())
-    tokens, is_label = inputs.dataset[0].tokens[:_SHOWN_TOKENS], inputs.dataset[0].label_mask[:_SHOWN_TOKENS]
-    borders = [0, *(np.flatnonzero(np.diff(is_label)) + 1), len(tokens)]
-    spans = [(str(inputs.tokenizer.decode(tokens[start:stop])), is_label[start]) for start, stop in pairwise(borders)]
-    log.info("first record, labels in ⟦⟧:\n%s", "".join(f"⟦{text}⟧" if label else text for text, label in spans))
+    first = inputs.dataset[0]
+    shown = Example(tokens=first.tokens[:_SHOWN_TOKENS], label_mask=first.label_mask[:_SHOWN_TOKENS])
+    runs = label_runs(shown, inputs.tokenizer)
+    log.info("first record, labels in ⟦⟧:\n%s", "".join(f"⟦{text}⟧" if is_label else text for is_label, text in runs))
 
 
 def _prepare_folders(config: Config) -> None:

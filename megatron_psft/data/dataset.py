@@ -119,21 +119,19 @@ def build_dataset(
     usable record.
     """
     renderer = ChatRenderer(tokenizer, loss_on)
-    items = tqdm(
-        iter_records(paths, prompt_key=prompt_key, completion_key=completion_key),
-        desc="tokenizing",
-        unit=" records",
-        disable=not show_progress,
-    )
+    items = iter_records(paths, prompt_key=prompt_key, completion_key=completion_key)
+    progress = tqdm(items, desc="tokenizing", unit=" records", disable=not show_progress)
     sources: list[str] = []
     examples: list[Example] = []
     bad: list[BadRecord] = []
-    for record, result in _tokenize(items, renderer):
+    for record, result in _tokenize(progress, renderer):
         if isinstance(result, BadRecord):
             bad.append(result)
         else:
             sources.append(record.source)
             examples.append(result)
+    if not bad and not examples:
+        raise UserError(f"data ({', '.join(paths)}) holds no record; name files that hold at least one")
     if report := raise_or_report(bad, len(bad) + len(examples), skip_bad_records):
         logger.warning(report)
     dropped = Counter(f"bad: {record.reason}" for record in bad)
@@ -165,21 +163,12 @@ def _fit(
     sources: Sequence[str], examples: Sequence[Example], dropped: Counter[str], *, seq_length: int, overlong: Overlong
 ) -> TokenizedDataset:
     """The examples that fit, one after the other; the others are truncated, added to `dropped`, or refused."""
-    is_overlong = [len(example.tokens) > seq_length for example in examples]
-    if overlong == "error" and any(is_overlong):
-        named = [
-            f"{source} ({len(example.tokens)} tokens)"
-            for source, example, is_long in zip(sources, examples, is_overlong, strict=True)
-            if is_long
-        ]
-        raise UserError(
-            f"data must hold no record of more than seq_length ({seq_length}) tokens with --overlong error, found "
-            f"{len(named)} in {len(examples)}: {', '.join(named[:_NAMED_RECORDS])}; raise --seq-length, or choose "
-            "--overlong drop or truncate"
-        )
+    if overlong == "error":
+        _refuse_overlong(sources, examples, seq_length)
     kept: list[Example] = []
     truncated = 0
-    for example, is_long in zip(examples, is_overlong, strict=True):
+    for example in examples:
+        is_long = len(example.tokens) > seq_length
         cut = Example(tokens=example.tokens[:seq_length], label_mask=example.label_mask[:seq_length])
         if is_long and overlong == "drop":
             dropped["over-long"] += 1
@@ -198,3 +187,14 @@ def _fit(
         truncated=truncated,
         dropped=dropped,
     )
+
+
+def _refuse_overlong(sources: Sequence[str], examples: Sequence[Example], seq_length: int) -> None:
+    lengths = [len(example.tokens) for example in examples]
+    named = [f"{source} ({n} tokens)" for source, n in zip(sources, lengths, strict=True) if n > seq_length]
+    if named:
+        raise UserError(
+            f"data must hold no record of more than seq_length ({seq_length}) tokens with --overlong error, found "
+            f"{len(named)} in {len(examples)}: {', '.join(named[:_NAMED_RECORDS])}; raise --seq-length, or choose "
+            "--overlong drop or truncate"
+        )

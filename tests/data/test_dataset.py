@@ -1,0 +1,180 @@
+"""From files to token arrays: what is kept, cut, dropped, counted and refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_psft.data.chat import render_record
+from megatron_psft.data.dataset import DatasetStatistics, TokenizedDataset, build_dataset
+from megatron_psft.data.records import read_records
+from megatron_psft.errors import UserError
+from tests.data import toys
+from tests.data.toys import byte_tokenizer, label_texts_of
+
+TOKENIZER = byte_tokenizer(
+    toys.GLM
+)  # <|user|> \n prompt <|assistant|> \n completion </s>: 5 tokens and the texts' bytes
+
+
+def write_rows(folder: Path, *rows: object) -> str:
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def pair(prompt_length: int, completion_length: int) -> dict[str, str]:
+    return {"prompt": "p" * prompt_length, "completion": "c" * completion_length}
+
+
+def build(path: str, **changes: object) -> TokenizedDataset:
+    settings = {
+        "seq_length": 20,
+        "overlong": "error",
+        "prompt_key": "prompt",
+        "completion_key": "completion",
+        "loss_on": "assistant",
+        "skip_bad_records": False,
+        "show_progress": False,
+    }
+    return build_dataset([path], TOKENIZER, **(settings | changes))
+
+
+def test_the_dataset_is_the_rendered_records_in_order(tmp_path):
+    path = write_rows(tmp_path, *(pair(1 + i % 5, 1 + i % 7) for i in range(600)))
+    dataset = build(path)
+    records, _ = read_records([path])
+    assert len(dataset) == len(records) == 600
+    for index, record in enumerate(records):
+        example = render_record(record, TOKENIZER, "assistant")
+        assert dataset[index].tokens.tolist() == example.tokens.tolist()
+        assert dataset[index].label_mask.tolist() == example.label_mask.tolist()
+        assert dataset.lengths[index] == len(example.tokens)
+    assert (dataset.tokens.dtype, dataset.label_mask.dtype, dataset.offsets.dtype) == (np.int32, np.bool_, np.int64)
+
+
+def test_an_index_beyond_the_records_is_an_error_and_ends_iteration(tmp_path):
+    dataset = build(write_rows(tmp_path, pair(1, 1), pair(2, 2)))
+    assert len(list(dataset)) == 2
+    for index in (-1, 2):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_a_record_of_seq_length_tokens_is_not_over_long(tmp_path):
+    assert build(write_rows(tmp_path, pair(5, 10)), seq_length=20).lengths.tolist() == [20]
+    with pytest.raises(UserError, match=r"more than seq_length \(19\)"):
+        build(write_rows(tmp_path, pair(5, 10)), seq_length=19)
+
+
+def test_over_long_records_are_refused_by_name(tmp_path):
+    path = write_rows(tmp_path, pair(5, 10), pair(5, 11), pair(5, 20))
+    with pytest.raises(
+        UserError, match=r"found 2 in 3: .*a\.jsonl:2 \(21 tokens\), .*a\.jsonl:3 \(30 tokens\); raise --seq"
+    ):
+        build(path)
+
+
+def test_over_long_records_are_dropped_and_counted(tmp_path):
+    dataset = build(write_rows(tmp_path, pair(5, 10), pair(5, 11), pair(5, 4)), overlong="drop")
+    assert dataset.lengths.tolist() == [20, 14]
+    assert dataset.statistics().dropped == {"over-long": 1}
+
+
+def test_over_long_records_are_cut_on_the_right_and_dropped_without_a_label(tmp_path):
+    # The prompt and both headers take 4 tokens more than the prompt's text: with 16 bytes nothing else fits into 20.
+    path = write_rows(tmp_path, pair(5, 30), pair(16, 1), pair(15, 2), pair(5, 4))
+    dataset = build(path, overlong="truncate")
+    assert [label_texts_of(example, TOKENIZER) for example in dataset] == [["c" * 11], ["c"], ["cccc</s>"]]
+    assert dataset.lengths.tolist() == [20, 20, 14]
+    statistics = dataset.statistics()
+    assert (statistics.truncated, statistics.dropped) == (2, {"without a label in seq_length": 1})
+
+
+def test_loss_on_reaches_the_labels(tmp_path):
+    path = write_rows(tmp_path, pair(2, 1))
+    assert build(path).label_mask.sum() == 2
+    assert build(path, loss_on="all").label_mask.sum() == 7
+
+
+def test_statistics_are_counted_by_hand(tmp_path):
+    rows = [pair(1, length) for length in range(1, 11)]  # 7 to 16 tokens
+    path = write_rows(tmp_path, *rows, pair(5, 11), {}, {"a": 1}, 7)
+    statistics = build(path, overlong="drop", skip_bad_records=True).statistics()
+    assert statistics == DatasetStatistics(
+        records=10,
+        tokens=115,
+        label_tokens=65,
+        length_p50=11,
+        length_p90=15,
+        length_max=16,
+        truncated=0,
+        dropped={"bad: no known keys": 2, "bad: not an object": 1, "over-long": 1},
+    )
+    assert str(statistics) == (
+        "10 records, 115 tokens, 65 of them labels; lengths: median 11, 90th percentile 15, longest 16; truncated: 0; "
+        "dropped: 2 bad: no known keys, 1 bad: not an object, 1 over-long"
+    )
+
+
+def test_bad_records_stop_the_run_with_all_of_their_places(tmp_path):
+    quoting = {"prompt": "Hi?", "completion": "k7Qplaceholder0Xv"}  # can be read, but not masked
+    path = write_rows(tmp_path, pair(1, 1), {}, {"prompt": quoting["completion"], "completion": "x"}, pair(1, 1))
+    with pytest.raises(UserError, match=r"a\.jsonl:2: no known keys.*\n.*a\.jsonl:3: no label span"):
+        build(path, seq_length=99)
+    assert len(build(write_rows(tmp_path, quoting), seq_length=99)) == 1
+
+
+def test_skipped_bad_records_are_logged_and_the_others_kept(tmp_path, caplog):
+    path = write_rows(tmp_path, pair(1, 1), {}, pair(1, 2))
+    with caplog.at_level(logging.WARNING):
+        dataset = build(path, skip_bad_records=True)
+    assert dataset.lengths.tolist() == [7, 8]
+    assert "1 of 3 records are bad\n" in caplog.text
+    assert f"{path}:2: no known keys" in caplog.text
+
+
+def test_good_records_log_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        build(write_rows(tmp_path, pair(1, 1)))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_no_record_that_fits_is_a_user_error(tmp_path, overlong):
+    with pytest.raises(UserError, match=r"no usable record: 2 .*seq_length \(20\)"):
+        build(write_rows(tmp_path, pair(16, 1), pair(17, 9)), overlong=overlong)
+
+
+def test_no_record_at_all_is_a_user_error(tmp_path):
+    path = write_rows(tmp_path)
+    with pytest.raises(UserError, match=f"{path}.*holds no record"):
+        build(path)
+
+
+def test_chunks_of_bad_records_alone_do_no_harm(tmp_path):
+    path = write_rows(tmp_path, *[{}] * 300, pair(1, 1), *[{}] * 300)
+    assert build(path, skip_bad_records=True).lengths.tolist() == [7]
+
+
+def test_progress_is_shown_only_when_asked_for(tmp_path, capsys):
+    path = write_rows(tmp_path, pair(1, 1))
+    build(path)
+    assert capsys.readouterr() == ("", "")
+    build(path, show_progress=True)
+    assert "tokenizing: 1 records" in capsys.readouterr().err
+
+
+def test_the_fingerprint_tells_tokens_labels_and_borders_apart():
+    tokens, mask, offsets = np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], bool), np.array([0, 3, 6])
+    base = TokenizedDataset(tokens=tokens, label_mask=mask, offsets=offsets)
+    same = TokenizedDataset(tokens=tokens.copy(), label_mask=mask.copy(), offsets=offsets.copy(), truncated=1)
+    others = [
+        TokenizedDataset(tokens=tokens[::-1], label_mask=mask, offsets=offsets),
+        TokenizedDataset(tokens=tokens, label_mask=np.roll(mask, 1), offsets=offsets),
+        TokenizedDataset(tokens=tokens, label_mask=mask, offsets=np.array([0, 2, 6])),
+    ]
+    assert base.fingerprint() == same.fingerprint()
+    assert len({dataset.fingerprint() for dataset in [base, *others]}) == 4

@@ -1,0 +1,236 @@
+"""The command line as a user meets it: what a mistake costs, and what a run leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import tiny
+from tests.support.cli import REPOSITORY, run_cli, run_torchrun
+
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.build_model(folder / "model", "qwen2", num_hidden_layers=2)
+    tiny.build_tokenizer(folder / "tokenizer")
+    tiny.write_records(folder / "records.jsonl", 12)
+    return folder
+
+
+def command_line(inputs: Path, save: Path, **changes: object) -> list[str]:
+    """A small run's flags; `changes` replaces values, and None takes a flag away."""
+    flags = {
+        "load_hf": inputs / "model",
+        "tokenizer": inputs / "tokenizer",
+        "data": inputs / "records.jsonl",
+        "save": save,
+        "train_iters": 4,
+        "global_batch_size": 4,
+        "lr": 1e-3,
+    }
+    flags |= changes
+    return [
+        text
+        for name, value in flags.items()
+        if value is not None
+        for text in ("--" + name.replace("_", "-"), str(value))
+    ]
+
+
+def assert_refused(pool, argv: list[str], *parts: str, world_size: int = 2) -> None:
+    """All ranks exit with code 2, and only rank 0 speaks: one `error:` line that holds all `parts`."""
+    exits = pool.run(run_cli, world_size, argv)
+    assert [exit.code for exit in exits] == [2] * world_size
+    printed = "".join(exit.out + exit.err for exit in exits)
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, printed
+    assert "Traceback" not in printed
+    for part in parts:
+        assert part in errors[0], errors[0]
+
+
+MISTAKES = {
+    "world size": (
+        {},
+        [*TP2, *PP2],
+        ("world_size (2)", "tensor_model_parallel_size", "pipeline_model_parallel_size (4)"),
+    ),
+    "batch size": ({"global_batch_size": 3}, [], ("global_batch_size (3)", "micro_batch_size", "data_parallel_size")),
+    "unknown flag": ({}, ["--clip-ratio-hig", "0.3"], ("--clip-ratio-hig", "did you mean --clip-ratio-high?")),
+    "wrong value": ({"lr": "fast"}, [], ("lr", "fast")),
+    "missing flag": ({"data": None}, [], ("--data",)),
+    "missing data": ({"data": "no/such/file.jsonl"}, [], ("no/such/file.jsonl",)),
+    "missing model": ({"load_hf": "./no/such/model"}, [], ("load_hf (./no/such/model)", "existing folder")),
+    "missing checkpoint": ({"load": "./no/such/run"}, [], ("load (no/such/run)", "complete step folder")),
+    "no effect": (
+        {},
+        ["--objective", "sft", "--clip-ratio-high", "0.3"],
+        ("clip_ratio_high (0.3)", "no effect", "sft"),
+    ),
+    "packing": ({}, ["--packing"], ("packing", "--no-packing")),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_the_flags_is_one_line_on_all_ranks(pool, inputs, tmp_path, mistake):
+    changes, extra, parts = MISTAKES[mistake]
+    assert_refused(pool, command_line(inputs, tmp_path / "run", **changes) + extra, *parts)
+
+
+def test_layout_that_cuts_heads_or_layers_unevenly_is_refused(pool, inputs, tmp_path):
+    three_heads = tiny.build_model(
+        tmp_path / "heads", "llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=48
+    )
+    three_layers = tiny.build_model(tmp_path / "layers", "qwen2", num_hidden_layers=3)
+    argv = command_line(inputs, tmp_path / "run", load_hf=three_heads)
+    assert_refused(pool, argv + TP2, "num_attention_heads (3)", "tensor_model_parallel_size (2)")
+    argv = command_line(inputs, tmp_path / "run", load_hf=three_layers)
+    assert_refused(pool, argv + PP2, "num_layers (3)", "pipeline_model_parallel_size (2)")
+
+
+def test_unknown_yaml_key_names_the_nearest(pool, inputs, tmp_path):
+    (tmp_path / "run.yaml").write_text("old_policy_intervall: 4\n")
+    argv = [*command_line(inputs, tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
+    assert_refused(pool, argv, "old_policy_intervall", "did you mean old_policy_interval?")
+
+
+RECORDS = {
+    "empty file": ("", ("no", "record")),
+    "broken line": ('{"messages": [\n', (":1",)),
+    "no assistant": ('{"messages": [{"role": "user", "content": "add"}]}\n', (":1", "assistant")),
+    "wrong type": ('{"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": "x"}]}\n', (":1",)),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_data_that_cannot_be_trained_on_is_refused(pool, inputs, tmp_path, kind):
+    text, parts = RECORDS[kind]
+    (tmp_path / "bad.jsonl").write_text(text)
+    exits = pool.run(run_cli, 2, command_line(inputs, tmp_path / "run", data=tmp_path / "bad.jsonl"))
+    assert [exit.code for exit in exits] == [2, 2]
+    assert exits[0].err.count("error: ") == 1
+    for part in ("bad.jsonl", *parts):
+        assert part in exits[0].err
+    assert "Traceback" not in exits[0].err + exits[1].err
+
+
+def test_bad_records_are_skipped_only_on_demand(pool, inputs, tmp_path):
+    data = tmp_path / "mixed.jsonl"
+    data.write_text('{"messages": []}\n' + (inputs / "records.jsonl").read_text())
+    argv = command_line(inputs, tmp_path / "run", data=data)
+    assert_refused(pool, argv, "1", world_size=1)
+    (exit,) = pool.run(run_cli, 1, [*argv, "--skip-bad-records"])
+    assert exit.code == 0
+    assert "mixed.jsonl:1" in exit.err
+
+
+def test_overlong_records_stop_the_run_unless_told_otherwise(pool, inputs, tmp_path):
+    argv = command_line(inputs, tmp_path / "run", seq_length=40)
+    assert_refused(pool, argv, "seq_length (40)", "records.jsonl:", "--overlong")
+    for choice, said in (("drop", "over-long"), ("truncate", "truncated: ")):
+        (exit,) = pool.run(run_cli, 1, [*command_line(inputs, tmp_path / choice, seq_length=40), "--overlong", choice])
+        assert exit.code == 0
+        assert said in exit.err
+        assert "truncated: 0; dropped: none" not in exit.err
+
+
+def test_pickled_weights_are_not_opened(pool, inputs, tmp_path):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((inputs / "model" / "config.json").read_bytes())
+    torch.save({}, folder / "pytorch_model.bin")
+    assert_refused(pool, command_line(inputs, tmp_path / "run", load_hf=folder), "pytorch_model.bin", "safetensors")
+
+
+def test_unsupported_model_type_is_named(pool, inputs, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert_refused(
+        pool, command_line(inputs, tmp_path / "run", load_hf=folder), "model_type (gpt2)", "llama, qwen2, qwen3"
+    )
+
+
+def test_checkpoint_of_another_model_is_refused_and_left_alone(pool, inputs, tmp_path):
+    argv = command_line(inputs, tmp_path / "run")
+    assert pool.run(run_cli, 1, argv)[0].code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = tiny.build_model(tmp_path / "other", "qwen2", num_hidden_layers=2, intermediate_size=64)
+    argv = command_line(inputs, tmp_path / "run", load_hf=other)
+    assert_refused(pool, argv, "step_0000004", "model ffn_hidden_size (96)", "(64)")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_second_run_into_the_same_folder_has_nothing_left_to_do(pool, inputs, tmp_path):
+    argv = command_line(inputs, tmp_path / "run")
+    (first,) = pool.run(run_cli, 1, argv)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (second,) = pool.run(run_cli, 1, argv)
+    assert (first.code, second.code) == (0, 0)
+    assert "resumed from" in second.err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_run_folder_tells_how_it_was_made(pool, inputs, tmp_path):
+    argv = command_line(inputs, tmp_path / "run", valid_data=inputs / "records.jsonl", eval_interval=2)
+    assert pool.run(run_cli, 1, argv)[0].code == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [("valid_nll" in line, "valid_entropy" in line) for line in lines] == [(False, False), (True, True)] * 2
+    resolved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "clip_ratio_high: 0.28" in resolved
+    assert "# megatron-core " in resolved
+    # The file is a configuration: it alone repeats the run.
+    again = ["--config", str(tmp_path / "run" / "config.yaml"), "--save", str(tmp_path / "again")]
+    assert pool.run(run_cli, 1, again)[0].code == 0
+    repeated = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in repeated] == [line["loss"] for line in lines]
+
+
+def test_evaluation_does_not_change_the_training(pool, inputs, tmp_path):
+    overlapped = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    evaluated = command_line(inputs, tmp_path / "a", valid_data=inputs / "records.jsonl", eval_interval=1)
+    plain = command_line(inputs, tmp_path / "b")
+    for argv in (evaluated, plain):
+        assert [exit.code for exit in pool.run(run_cli, 2, [*argv, *overlapped])] == [0, 0]
+    found, wanted = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab"
+    )
+    for name in ("loss", "nll", "entropy", "grad_norm"):
+        assert [line[name] for line in found] == [line[name] for line in wanted]
+
+
+def test_non_finite_loss_stops_all_ranks_and_names_step_and_rank(pool, inputs, tmp_path):
+    argv = command_line(inputs, tmp_path / "run", lr=1e30, clip_grad=1e30)
+    assert_refused(pool, argv + TP2, "step 2", "not finite on rank 0", "nothing was updated")
+
+
+def test_help_needs_no_torch_and_names_every_section():
+    command = [sys.executable, "-X", "importtime", "pretrain_psft.py", "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "--old-policy-interval" in done.stdout
+    assert "import torch" not in done.stderr
+    assert " torch\n" not in done.stderr
+
+
+def test_torchrun_trains_and_exports(inputs, tmp_path):
+    argv = command_line(inputs, tmp_path / "run", export_hf=tmp_path / "hf")
+    done = run_torchrun(["pretrain_psft.py", *argv, *TP2, "--sequence-parallel"], 2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_torchrun_shows_a_mistake_once_and_code_2_for_every_rank(inputs, tmp_path):
+    done = run_torchrun(["pretrain_psft.py", *command_line(inputs, tmp_path / "run", global_batch_size=3)], 2)
+    assert done.returncode != 0
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: global_batch_size (3) must be a multiple of")
+    assert "exitcode  : 2" in done.stderr
