@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line on this rank and returns the exit code: 0, or 2 after a user's mistake."""
+    """Runs the command line on this rank and returns the exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _PLACE.items())
     _configure_output(rank)
     try:
@@ -32,6 +32,10 @@ def main(argv: Sequence[str]) -> int:
             build.run(config, here, rank)
         except UserError as error:
             return _refuse(error, rank, world_size)
+        except KeyboardInterrupt:
+            if rank == 0:
+                print("interrupted: the same command resumes from the newest checkpoint", file=sys.stderr)  # noqa: T201
+            return EXIT_INTERRUPTED
     return 0
 
 
@@ -41,6 +45,8 @@ def _configure_output(rank: int) -> None:
     logging.getLogger("megatron_psft").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     # Megatron-Core warns at import of each fused library that is not installed; one line at start says what is used.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    # Collectives that newer torch has renamed, called by Megatron-Core.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 _PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what torchrun sets, and a lone process

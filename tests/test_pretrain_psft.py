@@ -1,8 +1,11 @@
 """The command line as a user meets it: what a mistake costs, and what a run leaves."""
 
+import functools
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -218,6 +221,28 @@ def test_help_needs_no_torch_and_names_every_section():
     assert "--old-policy-interval" in done.stdout
     assert "import torch" not in done.stderr
     assert " torch\n" not in done.stderr
+
+
+def test_interrupted_run_ends_quietly_and_resumes(pool, inputs, tmp_path):
+    argv = command_line(inputs, tmp_path / "run", train_iters=24, save_interval=4)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, "pretrain_psft.py", *argv]
+    # What started pytest may have it ignore the signal, which a child inherits.
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 5):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: the same command resumes" in err
+    assert "Traceback" not in err
+    (exit,) = pool.run(run_cli, 1, argv)
+    assert exit.code == 0
+    assert "resumed from" in exit.err
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 25))
 
 
 def test_torchrun_trains_and_exports(inputs, tmp_path):
