@@ -43,8 +43,8 @@ class Schedule:
         """
         old: Sequence[Tensor | None] = old_log_probs or [None] * len(micro_batches)
 
-        def loss(item: _Item, stats: LabelStats) -> tuple[Tensor, Tensor, BatchSums]:
-            micro_batch, old = item
+        def loss(item: _Item, output: Sequence[Tensor]) -> tuple[Tensor, Tensor, BatchSums]:
+            (micro_batch, old), stats = item, LabelStats(*output)
             sums = batch_sums(
                 objective,
                 stats.log_probs,
@@ -66,9 +66,9 @@ class Schedule:
             One entry per micro-batch on the last pipeline stage, an empty list elsewhere.
         """
 
-        def keep(_item: _Item, stats: LabelStats, non_loss_data: bool) -> LabelStats:
+        def keep(_item: _Item, output: Sequence[Tensor], non_loss_data: bool) -> LabelStats:
             assert non_loss_data
-            return LabelStats(*stats)
+            return LabelStats(*output)
 
         items: list[_Item] = [(micro_batch, None) for micro_batch in micro_batches]
         return self._run(items, keep, forward_only=True, collect_non_loss_data=True)

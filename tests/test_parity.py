@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import reference, tiny
@@ -52,7 +53,16 @@ def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str 
     """Runs the command line and returns the lines of metrics.jsonl."""
     world_size, layout_flags = LAYOUTS[layout]
     argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
-    argv += ["--save", save, "--export-hf", save / "hf", "--train-iters", STEPS, "--global-batch-size", GLOBAL_BATCH_SIZE]
+    argv += [
+        "--save",
+        save,
+        "--export-hf",
+        save / "hf",
+        "--train-iters",
+        STEPS,
+        "--global-batch-size",
+        GLOBAL_BATCH_SIZE,
+    ]
     argv += ["--micro-batch-size", "2", "--lr", reference.PARITY_LR, "--lr-decay-style", "constant"]
     argv += ["--no-shuffle", "--no-packing", *layout_flags, *flags]
     exits = pool.run(run_cli, world_size, [str(value) for value in argv])
@@ -119,6 +129,34 @@ def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
     for name in ("nll", "entropy", "grad_norm"):
         assert [line[name] for line in psft] == [line[name] for line in sft]
     assert {line["loss"] for line in psft} == {-1.0}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--recompute-granularity", "selective"],
+        ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+        ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "2"],
+    ],
+    ids=["selective", "uniform", "block"],
+)
+def test_recomputation_changes_nothing(pool, inputs, tmp_path, flags):
+    wanted, _ = expected(inputs, "qwen3", **PSFT)
+    found = train(pool, inputs, "qwen3", tmp_path, "--old-policy-interval", "4", *flags, layout="tp2-sp")
+    assert_same_run(found, wanted)
+
+
+def test_bf16_follows_fp32_at_its_own_precision(pool, inputs, tmp_path):
+    wanted, _ = expected(inputs, "llama", **PSFT)
+    found = train(
+        pool, inputs, "llama", tmp_path, "--old-policy-interval", "4", "--bf16", layout="dp2-distributed-optimizer"
+    )
+    for line, reference_line in zip(found, wanted, strict=True):
+        assert line["nll"] == pytest.approx(reference_line["nll"], rel=0.02)
+        assert line["entropy"] == pytest.approx(reference_line["entropy"], rel=0.02)
+    assert [line["ratio_max"] for line in found[::4]] == [1.0, 1.0, 1.0]
+    with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as exported:
+        assert exported.get_tensor("model.norm.weight").dtype == torch.bfloat16
 
 
 def test_ratio_is_one_after_every_sync(pool, inputs, tmp_path):
