@@ -123,7 +123,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, inputs.train_iters),
-        window=_window(config, inputs.train_iters, schedule, loader),
+        window=_window(config, inputs.train_iters, schedule, loader, show_progress=parallel.is_main),
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
@@ -145,7 +145,9 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     )
 
 
-def _window(config: Config, train_iters: int, schedule: Schedule, loader: BatchLoader) -> OldPolicyWindow:
+def _window(
+    config: Config, train_iters: int, schedule: Schedule, loader: BatchLoader, *, show_progress: bool
+) -> OldPolicyWindow:
     def score(step: int) -> list[Tensor]:
         return [stats.log_probs for stats in schedule.score(loader.micro_batches(step))]
 
@@ -153,7 +155,9 @@ def _window(config: Config, train_iters: int, schedule: Schedule, loader: BatchL
     interval = train_iters if objective.old_policy_interval == "fixed" else objective.old_policy_interval
     # SFT is warm-up all the way.
     warmup_iters = train_iters if objective.objective == "sft" else objective.sft_warmup_iters
-    return OldPolicyWindow(interval=interval, warmup_iters=warmup_iters, train_iters=train_iters, score=score)
+    return OldPolicyWindow(
+        interval=interval, warmup_iters=warmup_iters, train_iters=train_iters, score=score, show_progress=show_progress
+    )
 
 
 def _resume_point(config: Config, identity: Identity, train_iters: int) -> tuple[Path | None, int]:

@@ -3,6 +3,10 @@
 from collections.abc import Callable
 
 from torch import Tensor
+from tqdm import tqdm
+
+SHORT_SECONDS = 5
+"""A pass that is over sooner gets no progress bar."""
 
 ScoreStep = Callable[[int], list[Tensor]]
 """Scores the global batch of a step (from 0) with the current weights: `[b, s]` fp32 per micro-batch of this rank, none
@@ -19,7 +23,9 @@ class OldPolicyWindow:
     from a checkpoint.
     """
 
-    def __init__(self, *, interval: int, warmup_iters: int, train_iters: int, score: ScoreStep) -> None:
+    def __init__(
+        self, *, interval: int, warmup_iters: int, train_iters: int, score: ScoreStep, show_progress: bool = False
+    ) -> None:
         """Describes the windows.
 
         Args:
@@ -27,7 +33,9 @@ class OldPolicyWindow:
             warmup_iters: leading steps without an old policy.
             train_iters: steps of the run; the last window ends there.
             score: scores a step's global batch.
+            show_progress: whether a long pass shows a progress bar.
         """
+        self._show_progress = show_progress
         self._interval = interval
         self._warmup_iters = warmup_iters
         self._train_iters = train_iters
@@ -50,7 +58,11 @@ class OldPolicyWindow:
         """
         if not self.begins_at(step):
             return self.stored.pop(step, None)
-        for later in range(step + 1, self._window_end(step)):
+        rest = range(step + 1, self._window_end(step))
+        bar = tqdm(
+            rest, desc="old policy", unit="step", disable=not self._show_progress, delay=SHORT_SECONDS, leave=False
+        )
+        for later in bar:
             # Host memory: k global batches of log-probabilities are needed one at a time, far apart.
             self.stored[later] = [log_probs.cpu() for log_probs in self._score(later)]
         return None

@@ -60,6 +60,7 @@ def adapt_to_cpu() -> None:
     _answer_device_queries()
     _answer_streams()
     _answer_random_state()
+    _answer_gradient_norm()
     _CudaIsCpu().__enter__()  # for good: Megatron-Core names the device in many places
 
 
@@ -142,6 +143,31 @@ def _answer_random_state() -> None:
     _replace(torch.cuda.random, get_rng_state=get_state, set_rng_state=set_state)
     # Megatron-Core's own setter queues the call until CUDA is initialized, which never happens here.
     _replace(megatron_random, _set_cuda_rng_state=set_state)
+
+
+def _answer_gradient_norm() -> None:
+    import megatron.core.optimizer.clip_grads as clip_grads
+
+    _replace(clip_grads, l2_norm_impl=_l2_norm)
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Norm over all elements of the first list, fp32 `[1]`, as the norm of the norms of short rows.
+
+    Stands in for `torch.norm`, which on the CPU adds all squares into a few fp32 numbers: over an embedding's 10^8
+    elements its error is above 1 %, here it is below 1e-6 (and the rows are also faster).
+    """
+    norms = [torch.linalg.vector_norm(row_block, dim=-1).flatten() for x in tensor_lists[0] for row_block in _rows(x)]
+    return torch.linalg.vector_norm(torch.cat(norms)).reshape(1), None
+
+
+def _rows(tensor: torch.Tensor, length: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flat tensor as rows of `length` elements, and what is left over."""
+    flat = tensor.flatten()
+    whole = flat.numel() // length * length
+    return flat[:whole].view(-1, length), flat[whole:]
 
 
 def _replace(module: ModuleType, **answers: object) -> None:

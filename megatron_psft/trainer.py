@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from megatron_psft import throughput
 from megatron_psft.checkpoint import Identity, TrainState, save_checkpoint
@@ -14,6 +15,7 @@ from megatron_psft.config import Config
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.metrics import EvalSums, Report, reduce_metrics
 from megatron_psft.model.shape import ModelShape
+from megatron_psft.old_policy import SHORT_SECONDS
 from megatron_psft.optimizer import update
 from megatron_psft.parallel import Parallel
 from megatron_psft.schedule import Schedule
@@ -83,7 +85,8 @@ def evaluate(run: Run) -> dict[str, float]:
     run.schedule.gather_parameters()
     sums = EvalSums(run.parallel)
     eval_iters = run.config.data.eval_iters or run.valid_loader.num_batches
-    for index in range(min(eval_iters, run.valid_loader.num_batches)):
+    indices = range(min(eval_iters, run.valid_loader.num_batches))
+    for index in tqdm(indices, desc="evaluate", disable=not run.parallel.is_main, delay=SHORT_SECONDS, leave=False):
         micro_batches = run.valid_loader.micro_batches(index)
         sums.add(run.schedule.score(micro_batches), micro_batches)
     return sums.means()
