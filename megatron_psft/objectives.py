@@ -91,7 +91,9 @@ def batch_sums(
         token_loss = psft_loss(log_probs, old_log_probs, clip_ratio_high=clip_ratio_high)
 
     ratio = policy_ratio(current, old_log_probs)
-    approx_kl = ratio - 1 - (current - old_log_probs)
+    # fp64: near r = 1, where training mostly is, the divergence is the small difference of larger numbers.
+    log_ratio = (current - old_log_probs).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    approx_kl = torch.expm1(log_ratio) - log_ratio
 
     def masked_sum(values: Tensor) -> Tensor:
         return torch.where(loss_mask, values, zero).sum()
@@ -102,7 +104,7 @@ def batch_sums(
         entropy=masked_sum(entropy.detach()),
         ratio=masked_sum(ratio),
         clipped=(loss_mask & (ratio > 1.0 + clip_ratio_high)).sum().to(log_probs.dtype),
-        approx_kl=approx_kl.sum(),
+        approx_kl=approx_kl.sum().to(log_probs.dtype),
         loss_tokens=loss_mask.sum().to(log_probs.dtype),
         ratio_max=torch.where(loss_mask, ratio, zero).max(),
     )

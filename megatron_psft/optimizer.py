@@ -73,22 +73,30 @@ def update(optimizer: MegatronOptimizer, step: int) -> float:
     # the gradients, one pass over memory, against the many of forward and backward.
     optimizer.prepare_grads()
     norm = optimizer.get_grad_norm()
-    if not math.isfinite(norm):
-        culprits = _ranks_with_bad_gradients(optimizer)
+    culprit = _rank_to_blame(optimizer, norm)
+    if culprit is not None:
         raise UserError(
-            f"step {step}: the gradient norm is {norm} (first seen on rank {culprits[0]}); nothing was updated; "
-            "resume from the last checkpoint with a lower lr, or check the data of this step"
+            f"step {step}: the gradient norm is not finite, first seen on rank {culprit}; nothing was updated; resume "
+            "from the last checkpoint with a lower lr, or check the data of this step"
         )
     optimizer.step()
     return norm
 
 
-def _ranks_with_bad_gradients(optimizer: MegatronOptimizer) -> list[int]:
-    bad = any(not torch.isfinite(grad).all() for grad in optimizer.get_main_grads_for_grad_norm())
-    gathered = [False] * dist.get_world_size()
-    dist.all_gather_object(gathered, bad)
-    # The norm sums squares in fp32: it can overflow although every gradient is finite.
-    return [rank for rank, is_bad in enumerate(gathered) if is_bad] or [0]
+def _rank_to_blame(optimizer: MegatronOptimizer, norm: float) -> int | None:
+    """The lowest rank with a gradient that is not finite, or else with such a norm; None where all is well. Collective.
+
+    The norm is common to a model replica only, but all ranks have to stop together.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    blame = 2 * world_size
+    if not math.isfinite(norm):
+        # Squares overflow before gradients do, and a bad gradient makes the norm bad on its neighbours.
+        is_finite = all(torch.isfinite(gradient).all() for gradient in optimizer.get_main_grads_for_grad_norm())
+        blame = rank + world_size if is_finite else rank
+    lowest = torch.tensor(blame, device="cuda")  # the CPU where there is no GPU, see platform.py
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    return int(lowest) % world_size if lowest < 2 * world_size else None
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
