@@ -92,7 +92,8 @@ def _rank_to_blame(optimizer: MegatronOptimizer, norm: float) -> int | None:
     blame = 2 * world_size
     if not math.isfinite(norm):
         # Squares overflow before gradients do, and a bad gradient makes the norm bad on its neighbours.
-        is_finite = all(torch.isfinite(gradient).all() for gradient in optimizer.get_main_grads_for_grad_norm())
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        is_finite = all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)
         blame = rank + world_size if is_finite else rank
     lowest = torch.tensor(blame, device="cuda")  # the CPU where there is no GPU, see platform.py
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)

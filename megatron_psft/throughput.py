@@ -6,8 +6,17 @@ import torch
 
 from megatron_psft.model.shape import ModelShape
 
-# Dense bf16 peak of one GPU, operations per second, by a part of its name (NVIDIA's data sheets, without sparsity).
-_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+# Dense bf16 peak of one GPU, operations per second, by the first of these that is part of its name (NVIDIA's data sheets,
+# without sparsity).
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
 
 
 def forward_flops(shape: ModelShape, lengths: Iterable[int]) -> float:

@@ -1,0 +1,338 @@
+"""A run that is resumed is the run that was not interrupted: to the bit in its layout, to rounding in another."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_psft.checkpoint import MARKER, VERSION, complete_checkpoints, find_checkpoint, read_step, step_folder
+from megatron_psft.errors import UserError
+from tests.support import tiny
+from tests.support.cli import run_cli
+
+TIMINGS = {"step_seconds", "old_policy_seconds", "tokens_per_second"}
+
+ONE: tuple[str, ...] = ()
+TP2_SP = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+PP2 = ("--pipeline-model-parallel-size", "2")
+VPP = (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")
+DIST_OPT = ("--use-distributed-optimizer",)
+OVERLAP = (*DIST_OPT, "--overlap-grad-reduce", "--overlap-param-gather")
+BF16 = ("--bf16",)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all runs of this module share."""
+
+    model: Path
+    tokenizer: Path
+    data: Path
+
+    def argv(self, save: Path, *flags: str) -> list[str]:
+        """Eight steps: one of warm-up, a window of four, and three steps of the next one. Ten records, in an order of
+        each epoch's own, are less than three batches."""
+        shared = f"""
+            --load-hf {self.model} --tokenizer {self.tokenizer} --data {self.data} --save {save} --seq-length 256
+            --train-iters 8 --global-batch-size 4 --lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 2
+            --old-policy-interval 4 --sft-warmup-iters 1
+        """
+        return [*shared.split(), *flags]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Inputs:
+    root = tmp_path_factory.mktemp("inputs")
+    return Inputs(
+        model=tiny.build_model(root / "model", "qwen3", tied=True),
+        tokenizer=tiny.build_tokenizer(root / "tokenizer"),
+        data=tiny.write_records(root / "records.jsonl", 10),
+    )
+
+
+def train(pool, world_size: int, argv: list[str]) -> str:
+    """Runs to the end; returns what rank 0 said."""
+    results = pool.run(run_cli, world_size, argv)
+    assert [result.code for result in results] == [0] * world_size, results[0].err
+    return results[0].out + results[0].err
+
+
+def refuse(pool, argv: list[str]) -> str:
+    """Runs a command that must end with one line of explanation; returns it."""
+    (result,) = pool.run(run_cli, 1, argv)
+    assert result.code == 2
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def metrics_of(save: Path) -> list[dict[str, float]]:
+    """Every line, without what a clock has said."""
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def forget_steps_from(save: Path, step: int) -> None:
+    """Makes a copy of a run one that was killed: later checkpoints are unfinished, the last line of metrics is torn."""
+    for folder in complete_checkpoints(save):
+        if int(folder.name.removeprefix("step_")) >= step:
+            (folder / MARKER).unlink()
+    with open(save / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "los')
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(1, ONE), (2, TP2_SP), (2, DIST_OPT), (2, VPP), (1, BF16), (2, (*BF16, *OVERLAP))],
+    ids=["one", "TP2-SP", "DP2-distopt", "PP2-VPP", "bf16", "DP2-distopt-overlap-bf16"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, inputs, world_size, layout):
+    """Killed within a window, whose old log-probabilities come from weights that are gone."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = (*layout, "--save-interval", "3")
+    train(pool, world_size, inputs.argv(whole, *flags, "--export-hf", str(tmp_path / "whole-hf")))
+    expected = metrics_of(whole)
+    assert [line["step"] for line in expected] == list(range(1, 9))
+    assert [line["ratio_max"] == 1 for line in expected] == [True, True, False, False, False, True, False, False]
+    assert len({line["lr"] for line in expected}) > 6
+    shutil.copytree(whole, resumed)
+    forget_steps_from(resumed, 4)
+    said = train(pool, world_size, inputs.argv(resumed, *flags, "--export-hf", str(tmp_path / "resumed-hf")))
+    assert f"resumed from {resumed / 'step_0000003'}, step 3 of 8" in said
+    assert metrics_of(resumed) == expected
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("resumed-hf", "whole-hf"))
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert [folder.name for folder in complete_checkpoints(resumed)] == ["step_0000003", "step_0000006", "step_0000008"]
+
+
+def test_a_fixed_old_policy_is_resumed_to_the_bit_and_keeps_its_number_of_steps(pool, tmp_path, inputs):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = ("--old-policy-interval", "fixed", "--save-interval", "3", "--train-iters", "6")
+    train(pool, 1, inputs.argv(whole, *flags))
+    assert [line["ratio_max"] == 1 for line in metrics_of(whole)] == [True, True, False, False, False, False]
+    shutil.copytree(whole, resumed)
+    forget_steps_from(resumed, 4)
+    line = refuse(pool, inputs.argv(resumed, *flags, "--train-iters", "7"))
+    assert "had train_iters (6), this one has (7)" in line
+    train(pool, 1, inputs.argv(resumed, *flags))
+    assert metrics_of(resumed) == metrics_of(whole)
+
+
+def test_the_last_update_of_every_rank_leaves_with_the_export(pool, tmp_path, inputs):
+    """With overlapped gathering it reaches the other ranks only when they need it."""
+    exports = []
+    for name, flags in (("plain", DIST_OPT), ("overlap", OVERLAP)):
+        exports.append(tmp_path / f"{name}-hf")
+        train(pool, 2, inputs.argv(tmp_path / name, *flags, "--train-iters", "3", "--export-hf", str(exports[-1])))
+    expected, found = (load_file(folder / "model.safetensors") for folder in exports)
+    start = load_file(inputs.model / "model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(start[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "pipeline"), [(ONE, PP2), (DIST_OPT, VPP)], ids=["optimizer-PP2", "distopt-PP2-VPP"]
+)
+def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, pipeline):
+    """Two steps each on TP2, PP2, DP2 and one rank, and every change is within a window."""
+    stations = [
+        ("tp2", 2, TP2_SP, 2),
+        ("pp2", 2, pipeline, 4),
+        ("dp2", 2, ("--micro-batch-size", "2"), 6),
+        ("one", 1, ONE, 8),
+    ]
+    flags = (*optimizer, "--save-interval", "2")
+    export = tmp_path / "export"
+    found: list[dict[str, float]] = []
+    load: tuple[str, ...] = ()
+    for name, world_size, layout, stop in stations:
+        said = train(pool, world_size, inputs.argv(tmp_path / name, *flags, *layout, *load, "--export-hf", str(export)))
+        assert ("resumed from" in said) is (stop > 2)
+        lines = metrics_of(tmp_path / name)
+        assert [line["step"] for line in lines] == list(range(stop - 1, 9) if load else range(1, 9))
+        found += [line for line in lines if stop - 2 < line["step"] <= stop]
+        load = ("--load", str(step_folder(tmp_path / name, stop)))
+    train(pool, 1, inputs.argv(tmp_path / "whole", "--export-hf", str(tmp_path / "whole-hf")))
+    expected = [
+        {name: pytest.approx(value, rel=1e-5, abs=1e-7) for name, value in line.items()}
+        for line in metrics_of(tmp_path / "whole")
+    ]
+    assert found == expected
+    moved, whole = (load_file(folder / "model.safetensors") for folder in (export, tmp_path / "whole-hf"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def finished(pool, inputs, tmp_path_factory) -> Path:
+    """A run with checkpoints of its steps 6, 7 and 8."""
+    save = tmp_path_factory.mktemp("finished") / "run"
+    train(pool, 1, inputs.argv(save, "--save-interval", "1", "--keep-last", "3"))
+    return save
+
+
+def test_only_the_newest_checkpoints_are_kept(finished):
+    folders = ["step_0000006", "step_0000007", "step_0000008"]
+    assert sorted(path.name for path in finished.iterdir()) == ["config.yaml", "metrics.jsonl", *folders]
+    assert [path.name for path in complete_checkpoints(finished)] == folders
+
+
+def test_a_finished_run_has_nothing_left_to_do(pool, tmp_path, inputs, finished):
+    save = shutil.copytree(finished, tmp_path / "run")
+    said = train(pool, 1, inputs.argv(save, "--export-hf", str(tmp_path / "export")))
+    assert f"resumed from {save / 'step_0000008'}, step 8 of 8" in said
+    assert (save / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert set(load_file(tmp_path / "export" / "model.safetensors")) == set(
+        load_file(inputs.model / "model.safetensors")
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lr", "5e-4"),
+        ("--min-lr", "5e-4"),
+        ("--lr-decay-style", "constant"),
+        ("--train-iters", "10"),
+    ],
+    ids=lambda flags: flags[0][2:],
+)
+def test_a_resumed_run_follows_its_own_schedule(pool, tmp_path, inputs, finished, flags):
+    """As the error of a diverged run advises: resume with a lower lr."""
+    fresh, resumed = tmp_path / "fresh", tmp_path / "resumed"
+    train(pool, 1, inputs.argv(fresh, *flags))
+    train(pool, 1, inputs.argv(resumed, *flags, "--load", str(finished / "step_0000006")))
+    expected = {line["step"]: line["lr"] for line in metrics_of(fresh) if line["step"] > 6}
+    assert {line["step"]: line["lr"] for line in metrics_of(resumed)} == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--adam-beta1", "0.5"),
+        ("--adam-beta2", "0.5"),
+        ("--adam-eps", "1e-3"),
+        ("--weight-decay", "0.9"),
+        ("--clip-grad", "0.01"),
+    ],
+    ids=lambda flags: flags[0][2:],
+)
+def test_a_resumed_run_follows_its_own_optimizer(pool, tmp_path, inputs, finished, flags):
+    train(pool, 1, inputs.argv(tmp_path / "run", *flags, "--load", str(finished / "step_0000006")))
+    before, after = metrics_of(finished)[6:]
+    found_before, found_after = metrics_of(tmp_path / "run")
+    assert found_before["nll"] == before["nll"]
+    assert found_after["nll"] != after["nll"]
+
+
+@pytest.mark.parametrize("below", ["", "step_0000007"])
+def test_load_takes_a_run_folder_or_one_of_its_steps(pool, tmp_path, inputs, finished, below):
+    said = train(pool, 1, inputs.argv(tmp_path / "new", "--load", str(finished / below)))
+    newest = finished / (below or "step_0000008")
+    assert f"resumed from {newest}, step {int(newest.name[-7:])} of 8" in said
+    # The run that is loaded stays as it is.
+    assert [path.name[-1] for path in complete_checkpoints(finished)] == ["6", "7", "8"]
+    expected = [line for line in metrics_of(finished) if line["step"] > int(newest.name[-7:])]
+    assert metrics_of(tmp_path / "new") == expected
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(pool, tmp_path, inputs, finished):
+    other_model = tiny.build_model(tmp_path / "model", "qwen3", tied=True, rms_norm_eps=1e-3)
+    other_data = tiny.write_records(tmp_path / "other.jsonl", 10, seed=1)
+    runs = {
+        "model norm_eps (1e-05), this one has (0.001)": ["--load-hf", str(other_model)],
+        "training data (": ["--data", str(other_data)],
+        "global_batch_size (4), this one has (2)": ["--global-batch-size", "2"],
+        "seed (1234), this one has (1)": ["--seed", "1"],
+        "shuffle (True), this one has (False)": ["--no-shuffle"],
+        "bf16 (False), this one has (True)": ["--bf16"],
+        "use_distributed_optimizer (False), this one has (True)": ["--use-distributed-optimizer"],
+    }
+    before = sorted(finished.rglob("*"))
+    for difference, flags in runs.items():
+        line = refuse(pool, inputs.argv(finished, *flags))
+        assert f"error: {finished / 'step_0000008'}: the run that wrote it had {difference}" in line
+        assert "use its settings, or another save folder to start anew" in line
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(pool, inputs, finished):
+    line = refuse(pool, inputs.argv(finished, "--train-iters", "7"))
+    assert line == f"error: train_iters (7) must not be below the 8 steps of {finished / 'step_0000008'}; raise it"
+
+
+def test_a_load_folder_without_checkpoint_is_refused(pool, tmp_path, inputs):
+    for name in ("missing", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        line = refuse(pool, inputs.argv(tmp_path / "run", "--load", str(tmp_path / name)))
+        assert f"load ({tmp_path / name}) must be a complete step folder or a run folder that holds one" in line
+
+
+@pytest.mark.parametrize("save", ["model", "model/run"])
+def test_an_export_that_would_erase_the_run_is_refused(pool, tmp_path, inputs, save):
+    """An export replaces its folder whole."""
+    shutil.copytree(inputs.model, tmp_path / "model")
+    argv = inputs.argv(tmp_path / save, "--export-hf", str(tmp_path / "model"), "--train-iters", "3")
+    assert "export_hf" in refuse(pool, argv)
+
+
+def make_steps(run: Path, **markers: dict | None) -> None:
+    """Step folders by name with the content of their marker; None leaves the marker out."""
+    for name, marker in markers.items():
+        (run / name).mkdir(parents=True)
+        if marker is not None:
+            (run / name / MARKER).write_text(json.dumps(marker))
+
+
+def test_only_folders_with_the_marker_count_and_the_newest_is_found_by_number(tmp_path):
+    make_steps(tmp_path, step_0000010={}, step_0000009={}, step_0000011=None, step_10000000={})
+    expected = [tmp_path / name for name in ("step_0000009", "step_0000010", "step_10000000")]
+    assert complete_checkpoints(tmp_path) == expected
+    assert find_checkpoint(tmp_path, None) == expected[-1]
+    assert complete_checkpoints(tmp_path / "no-such-folder") == []
+    assert find_checkpoint(tmp_path / "no-such-folder", None) is None
+
+
+def test_a_marker_that_is_half_written_does_not_count(tmp_path):
+    make_steps(tmp_path, step_0000001={}, step_0000002=None)
+    (tmp_path / "step_0000002" / (MARKER + ".partial")).write_text("{")
+    assert complete_checkpoints(tmp_path) == [tmp_path / "step_0000001"]
+
+
+def test_a_copy_that_somebody_keeps_beside_the_checkpoints_is_none_of_them(tmp_path):
+    make_steps(tmp_path, step_0000001={}, step_0000001_good={}, step_={})
+    assert complete_checkpoints(tmp_path) == [tmp_path / "step_0000001"]
+
+
+def test_save_goes_before_load(tmp_path):
+    make_steps(tmp_path / "save", step_0000002={})
+    make_steps(tmp_path / "load", step_0000005={}, step_0000006=None)
+    save, load = tmp_path / "save", tmp_path / "load"
+    assert find_checkpoint(save, load) == save / "step_0000002"
+    assert find_checkpoint(save, tmp_path / "missing") == save / "step_0000002"
+    assert find_checkpoint(tmp_path / "new", load) == load / "step_0000005"
+    assert find_checkpoint(tmp_path / "new", load / "step_0000005") == load / "step_0000005"
+    for wrong in (load / "step_0000006", tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match=rf"load \({wrong}\) must be a complete step folder"):
+            find_checkpoint(tmp_path / "new", wrong)
+
+
+def test_a_step_is_read_from_the_marker_of_a_run_that_is_the_same(tmp_path):
+    identity = {"seed": 1, "model rope_scaling": {"factor": 8.0}, "model norm_eps": 1e-5, "data": None}
+    make_steps(
+        tmp_path,
+        step_0000003={"version": VERSION, "step": 3, "identity": identity},
+        step_0000004={"version": VERSION + 1, "step": 4, "identity": identity},
+    )
+    assert read_step(tmp_path / "step_0000003", identity) == 3
+    with pytest.raises(UserError, match=rf"version \({VERSION + 1}\) must be {VERSION}; use the release that wrote it"):
+        read_step(tmp_path / "step_0000004", identity)
+    for changes in ({"seed": 2}, {"model rope_scaling": None}, {"model norm_eps": 1e-6}, {"something new": 1}):
+        (field,) = changes
+        with pytest.raises(UserError, match=f"had {field} "):
+            read_step(tmp_path / "step_0000003", {**identity, **changes})

@@ -1,0 +1,267 @@
+"""Means over the tokens of all ranks by one division, the error that every rank shares, and the files of a run."""
+
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_psft.data.loader import MicroBatch
+from megatron_psft.errors import UserError
+from megatron_psft.metrics import METRICS_FILE, EvalSums, Report, reduce_metrics
+from megatron_psft.objectives import BatchSums, batch_sums
+from megatron_psft.vocab_parallel import LabelStats
+
+LAYOUTS = {"PP2 DP2": (1, 2), "TP2 DP2": (2, 1), "TP2 PP2": (2, 2), "DP4": (1, 1)}
+"""Tensor and pipeline-parallel sizes on four ranks."""
+CLIP = 0.28
+
+
+def micro_batch(seed: int, num_labels: int) -> tuple[MicroBatch, LabelStats, torch.Tensor]:
+    """One of 2 x 8 positions with this many labels, what a model says of it, and what it said before."""
+    generator = torch.Generator().manual_seed(seed)
+    loss_mask = torch.zeros(16, dtype=torch.bool)
+    loss_mask[torch.randperm(16, generator=generator)[:num_labels]] = True
+    old_log_probs = -3 * torch.rand(2, 8, generator=generator)
+    log_probs = old_log_probs + 0.5 * torch.randn(2, 8, generator=generator)
+    batch = MicroBatch(
+        tokens=torch.zeros(2, 8, dtype=torch.int64),
+        labels=torch.zeros(2, 8, dtype=torch.int64),
+        loss_mask=loss_mask.view(2, 8),
+        position_ids=torch.arange(8).repeat(2, 1),
+        num_sequences=1 + seed % 2,
+        num_tokens=9 + seed,
+    )
+    return batch, LabelStats(log_probs, 5 * torch.rand(2, 8, generator=generator)), old_log_probs
+
+
+LABELS = (16, 1, 0, 3, 0, 0, 0, 0, 0, 7, 16, 2)
+"""Label tokens of the micro-batches of a global batch: four data-parallel ranks hold 17, 3, 0 and 25."""
+
+
+def global_batch(data_size: int) -> list[list[tuple[MicroBatch, LabelStats, torch.Tensor]]]:
+    """The micro-batches of each data-parallel rank."""
+    every = [micro_batch(seed, count) for seed, count in enumerate(LABELS)]
+    per_rank = len(every) // data_size
+    return [every[first : first + per_rank] for first in range(0, len(every), per_rank)]
+
+
+@contextmanager
+def entered(tensor_size: int, pipeline_size: int):
+    """The process group of four ranks, for the length of a block, and this rank's place in it."""
+    from megatron_psft import parallel, platform
+    from megatron_psft.config import ParallelConfig
+
+    here = platform.detect(0)
+    config = ParallelConfig(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
+    with parallel.process_group(here, 4):
+        yield parallel.initialize_parallel(config, virtual_size=None, seed=1, device=here.device)
+
+
+def _sums(entries) -> list[BatchSums]:
+    return [
+        batch_sums("psft", stats.log_probs, old, stats.entropy, batch.loss_mask, clip_ratio_high=CLIP)
+        for batch, stats, old in entries
+    ]
+
+
+def _reduce(tensor_size: int, pipeline_size: int):
+    with entered(tensor_size, pipeline_size) as place:
+        entries = global_batch(place.data_size)[place.data_rank]
+        sums = _sums(entries) if place.is_last_stage else []
+        return asdict(reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
+    (batches,) = global_batch(1)
+    mask = torch.cat([batch.loss_mask for batch, _, _ in batches])
+    log_probs = torch.cat([stats.log_probs for _, stats, _ in batches])[mask].double()
+    old_log_probs = torch.cat([old for _, _, old in batches])[mask].double()
+    entropy = torch.cat([stats.entropy for _, stats, _ in batches])[mask].double()
+    log_ratio = log_probs - old_log_probs
+    ratio = log_ratio.exp()
+    expected = {
+        "loss": -ratio.clamp(max=1 + CLIP).mean().item(),
+        "nll": -log_probs.mean().item(),
+        "entropy": entropy.mean().item(),
+        "ratio_mean": ratio.mean().item(),
+        "ratio_max": ratio.max().item(),
+        "clip_fraction": (ratio > 1 + CLIP).double().mean().item(),
+        "approx_kl": (ratio - 1 - log_ratio).mean().item(),
+        "tokens": sum(9 + seed for seed in range(12)),
+        "loss_tokens": sum(LABELS),
+        "sequences": 18,
+    }
+    results = pool.run(_reduce, 4, *layout)
+    assert results[0] == pytest.approx(expected, rel=1e-5)
+    assert results[1:] == [results[0]] * 3
+
+
+def _reduce_big_numbers():
+    """2**24 and 1 on each of two micro-batches of each rank: in fp32 their sum is 2**24."""
+    with entered(1, 1) as place:
+        entries = global_batch(4)[place.data_rank][:2]
+        values = {field.name: torch.tensor(0.0) for field in fields(BatchSums)}
+        sums = [
+            BatchSums(**{**values, "loss": torch.tensor(value), "loss_tokens": torch.tensor(value)})
+            for value in (2.0**24, 1.0)
+        ]
+        return reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1)
+
+
+def test_sums_of_many_tokens_keep_their_last_digit(pool):
+    assert [(metrics.loss_tokens, metrics.loss) for metrics in pool.run(_reduce_big_numbers, 4)] == [
+        (4 * (2**24 + 1), 1.0)
+    ] * 4
+
+
+def _reduce_nothing_but_prompts():
+    with entered(1, 2) as place:
+        batch, stats, old = micro_batch(5, 0)
+        return asdict(reduce_metrics(_sums([(batch, stats, old)]) if place.is_last_stage else [], [batch], place, 1))
+
+
+def test_a_global_batch_without_labels_has_zero_means(pool):
+    zero = dict.fromkeys(
+        ("loss", "nll", "entropy", "ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "loss_tokens"), 0.0
+    )
+    assert pool.run(_reduce_nothing_but_prompts, 4) == [zero | {"tokens": 28, "sequences": 4}] * 4
+
+
+def _reduce_bad_loss(tensor_size: int, pipeline_size: int, bad_data_ranks: list[int], value: float) -> str | None:
+    with entered(tensor_size, pipeline_size) as place:
+        entries = global_batch(place.data_size)[place.data_rank]
+        sums = _sums(entries) if place.is_last_stage else []
+        if place.data_rank in bad_data_ranks and sums:
+            sums[-1] = replace(sums[-1], loss=torch.tensor(value))
+        try:
+            reduce_metrics(sums, [batch for batch, _, _ in entries], place, 7)
+        except UserError as error:
+            return str(error)
+        return None
+
+
+@pytest.mark.parametrize(
+    ("layout", "bad_data_ranks", "culprits"),
+    [("PP2 DP2", [0], (2,)), ("PP2 DP2", [0, 1], (2, 3)), ("TP2 DP2", [1], (2,)), ("DP4", [0], (0,))],
+)
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_rank(pool, layout, bad_data_ranks, culprits):
+    for value in (math.nan, math.inf, -math.inf):
+        messages = pool.run(_reduce_bad_loss, 4, *LAYOUTS[layout], bad_data_ranks, value)
+        assert len(set(messages)) == 1
+        assert messages[0] is not None
+        assert messages[0].startswith("step 7: the loss is not finite on rank ")
+        assert any(f"on rank {rank};" in messages[0] for rank in culprits)
+
+
+def _evaluate(tensor_size: int, pipeline_size: int):
+    with entered(tensor_size, pipeline_size) as place:
+        sums = EvalSums(place)
+        for batch, stats, _ in global_batch(place.data_size)[place.data_rank]:
+            masked = [torch.where(batch.loss_mask, values, math.nan) for values in stats]
+            sums.add([LabelStats(*masked)] if place.is_last_stage else [], [batch])
+        return sums.means()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_evaluation_is_a_sum_over_a_sum(pool, layout):
+    (batches,) = global_batch(1)
+    mask = torch.cat([batch.loss_mask for batch, _, _ in batches])
+    log_probs = torch.cat([stats.log_probs for _, stats, _ in batches])[mask]
+    entropy = torch.cat([stats.entropy for _, stats, _ in batches])[mask]
+    expected = {
+        "valid_nll": -math.fsum(log_probs.tolist()) / len(log_probs),
+        "valid_entropy": math.fsum(entropy.tolist()) / len(entropy),
+    }
+    results = pool.run(_evaluate, 4, *layout)
+    assert results[0] == pytest.approx(expected, rel=1e-7)
+    assert results[1:] == [results[0]] * 3
+
+
+def values(step: int, run: int = 0) -> dict[str, float]:
+    """A line of a run without `step`; recognizable by run and step."""
+    return {
+        "loss": step + run / 8,
+        "entropy": 1.0,
+        "clip_fraction": 0.5,
+        "tokens_per_second": 1e3,
+        "grad_norm": 0.1 * step,
+    }
+
+
+def report(folder, first_step: int = 1, **options) -> Report:
+    options = {"train_iters": 9, "log_interval": 100, "tensorboard_dir": None, **options}
+    return Report(folder, first_step=first_step, **options)
+
+
+def lines(folder) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def write_steps(folder, first_step: int, last_step: int, run: int = 0, **options) -> None:
+    with report(folder, first_step, **options) as target:
+        for step in range(first_step, last_step + 1):
+            target.record(step, values(step, run))
+
+
+def test_each_step_is_one_line_that_is_there_at_once(tmp_path):
+    with report(tmp_path) as target:
+        target.record(1, values(1))
+        assert lines(tmp_path) == [{"step": 1, **values(1)}]
+        target.record(2, values(2) | {"valid_nll": 0.5})
+        assert lines(tmp_path) == [{"step": 1, **values(1)}, {"step": 2, **values(2), "valid_nll": 0.5}]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 40])
+def test_a_resumed_run_repeats_no_step_and_leaves_none_out(tmp_path, cut):
+    write_steps(tmp_path, 1, 6)
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(path.read_bytes()[: -cut or None])  # the run was killed within its sixth line
+    write_steps(tmp_path, 5, 7, run=1)
+    earlier = [{"step": step, **values(step)} for step in range(1, 5)]
+    assert lines(tmp_path) == earlier + [{"step": step, **values(step, run=1)} for step in range(5, 8)]
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_a_half_line_right_after_the_checkpoint_is_dropped_too(tmp_path):
+    write_steps(tmp_path, 1, 3)
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 4, "lo')
+    write_steps(tmp_path, 4, 4, run=1)
+    assert [line["loss"] for line in lines(tmp_path)] == [1, 2, 3, 4.125]
+
+
+def test_a_run_that_starts_anew_drops_what_an_earlier_one_left(tmp_path):
+    write_steps(tmp_path, 1, 3)
+    write_steps(tmp_path, 1, 2, run=1)
+    assert [line["loss"] for line in lines(tmp_path)] == [1.125, 2.125]
+
+
+def test_tensorboard_holds_every_value_of_every_step_once(tmp_path):
+    folder = tmp_path / "events"
+    write_steps(tmp_path, 1, 4, tensorboard_dir=str(folder))
+    write_steps(tmp_path, 3, 5, run=1, tensorboard_dir=str(folder))
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    expected = [values(1), values(2), *(values(step, run=1) for step in (3, 4, 5))]
+    assert set(events.Tags()["scalars"]) == set(expected[0])
+    for name in expected[0]:
+        scalars = events.Scalars(name)
+        assert [scalar.step for scalar in scalars] == [1, 2, 3, 4, 5]
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in expected])
+
+
+def test_without_a_folder_no_events_are_written(tmp_path):
+    write_steps(tmp_path, 1, 2)
+    assert [path.name for path in tmp_path.rglob("*")] == [METRICS_FILE]
+
+
+def test_a_line_is_printed_now_and_then(tmp_path, capsys):
+    write_steps(tmp_path, 1, 7, log_interval=3)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split(":")[0] for line in printed] == ["step 3", "step 6"]
+    assert "loss 6, " in printed[1]
+    assert "grad_norm 0.6" in printed[1]

@@ -1,0 +1,255 @@
+"""Token losses and their sums, against arithmetic in double precision and derivatives written out by hand."""
+
+import ast
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from megatron_psft import objectives
+from megatron_psft.objectives import BatchSums, batch_sums, policy_ratio, psft_loss, sft_loss
+
+OBJECTIVES = ("psft", "sft")
+JUNK = (math.inf, -math.inf, math.nan, -100.0, 3e38)
+log_probability = st.floats(-30, 0, width=32)
+
+
+def leaf(values):
+    return torch.tensor(values, dtype=torch.float32, requires_grad=True)
+
+
+def sums_and_gradient(objective, log_probs, old_log_probs, entropy, loss_mask, clip_ratio_high=0.28):
+    log_probs = log_probs.detach().clone().requires_grad_()
+    sums = batch_sums(objective, log_probs, old_log_probs, entropy, loss_mask, clip_ratio_high=clip_ratio_high)
+    sums.loss.backward()
+    return sums.detached(), log_probs.grad
+
+
+def numbers(sums: BatchSums) -> dict[str, float]:
+    return {field.name: getattr(sums, field.name).item() for field in fields(sums)}
+
+
+def random_batch(seed: int, *shape: int):
+    """Log-probabilities whose ratios lie on both sides of the bound, old ones, entropies and a mask."""
+    generator = torch.Generator().manual_seed(seed)
+    old_log_probs = -3 * torch.rand(shape, generator=generator)
+    log_probs = old_log_probs + 0.4 * torch.randn(shape, generator=generator)
+    entropy = 5 * torch.rand(shape, generator=generator)
+    return log_probs, old_log_probs, entropy, torch.rand(shape, generator=generator) < 0.6
+
+
+@given(log_prob=log_probability, old_log_prob=log_probability, clip_ratio_high=st.floats(0.01, 4))
+def test_psft_is_the_ratio_up_to_its_bound_and_so_is_its_gradient(log_prob, old_log_prob, clip_ratio_high):
+    log_ratio = log_prob - old_log_prob
+    ratio = math.exp(min(max(log_ratio, -20), 20))
+    bound = 1 + clip_ratio_high
+    assume(abs(ratio / bound - 1) > 1e-5 and abs(abs(log_ratio) - 20) > 1e-4)
+    log_probs = leaf(log_prob)
+    loss = psft_loss(log_probs, torch.tensor(old_log_prob), clip_ratio_high=clip_ratio_high)
+    loss.backward()
+    assert loss.item() == pytest.approx(-min(ratio, bound), rel=1e-5)
+    if ratio > bound or log_ratio < -20:  # the clip, and the guard against underflow, where the ratio is below 3e-9
+        assert log_probs.grad.item() == 0.0
+    else:
+        assert log_probs.grad.item() == pytest.approx(-ratio, rel=1e-5)
+
+
+@pytest.mark.parametrize("log_ratio", [0.0625, 0.25, 0.7, 3.0])
+def test_a_ratio_that_equals_its_bound_still_learns_and_the_next_number_does_not(log_ratio):
+    log_probs, old_log_probs = leaf([-1.0 + log_ratio]), torch.tensor([-1.0])
+    ratio = torch.exp(log_probs.detach() - old_log_probs)
+    everything = torch.ones(1, dtype=torch.bool)
+    at_bound, gradient_at_bound = sums_and_gradient(
+        "psft", log_probs, old_log_probs, torch.zeros(1), everything, float(ratio) - 1
+    )
+    beyond, gradient_beyond = sums_and_gradient(
+        "psft",
+        log_probs,
+        old_log_probs,
+        torch.zeros(1),
+        everything,
+        float(torch.nextafter(ratio, torch.zeros(1))) - 1,
+    )
+    assert (gradient_at_bound.item(), at_bound.clipped.item()) == (-ratio.item(), 0.0)
+    assert (gradient_beyond.item(), beyond.clipped.item()) == (0.0, 1.0)
+
+
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 40))
+def test_at_the_old_policy_psft_has_exactly_the_gradient_of_sft(seed, count):
+    log_probs, _, entropy, loss_mask = random_batch(seed, count)
+    _, sft = sums_and_gradient("sft", log_probs, None, entropy, loss_mask)
+    implied, without_old = sums_and_gradient("psft", log_probs, None, entropy, loss_mask)
+    explicit, with_equal_old = sums_and_gradient("psft", log_probs, log_probs, entropy, loss_mask)
+    assert torch.equal(sft, -loss_mask.float())
+    assert torch.equal(without_old, sft)
+    assert torch.equal(with_equal_old, sft)
+    assert numbers(implied) == numbers(explicit)
+    assert (implied.loss, implied.ratio) == (-loss_mask.sum(), loss_mask.sum())
+    assert (implied.clipped, implied.approx_kl) == (0, 0)
+
+
+@given(st.floats(-(2.0**100), 0, width=32))
+def test_the_ratio_of_equal_log_probabilities_is_exactly_one(log_prob):
+    assert policy_ratio(torch.tensor(log_prob), torch.tensor(log_prob)).item() == 1.0
+
+
+@pytest.mark.parametrize("log_ratio", [20.5, 87.0, 1e4, 1e38, math.inf])
+def test_a_diverged_policy_gives_finite_numbers(log_ratio):
+    near, far = torch.tensor(0.0), torch.tensor(-log_ratio)
+    assert policy_ratio(near, far).item() == pytest.approx(math.exp(20), rel=1e-5)
+    assert policy_ratio(far, near).item() == pytest.approx(math.exp(-20), rel=1e-5)
+    for log_prob, old_log_prob, expected in ((0.0, -log_ratio, -1.28), (-log_ratio, 0.0, -math.exp(-20))):
+        log_probs = leaf(log_prob)
+        loss = psft_loss(log_probs, torch.tensor(old_log_prob), clip_ratio_high=0.28)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        assert log_probs.grad.item() == 0.0
+
+
+def test_sft_is_the_negative_log_probability():
+    log_probs = leaf([-0.25, 0.0, -7.0])
+    loss = sft_loss(log_probs)
+    loss.sum().backward()
+    assert loss.tolist() == [0.25, 0.0, 7.0]
+    assert log_probs.grad.tolist() == [-1.0, -1.0, -1.0]
+
+
+def test_sums_equal_arithmetic_by_hand():
+    # Probabilities 0.5, 0.2, 0.9 and 0.25 were 0.4, 0.4, 0.3 and 0.25: ratios 1.25, 0.5, 3 and 1; the fifth is masked.
+    probs, old_probs = torch.tensor([[0.5, 0.2, 0.9, 0.25, 0.3]]), torch.tensor([[0.4, 0.4, 0.3, 0.25, 0.1]])
+    entropy = torch.tensor([[1.0, 2.0, 0.5, 0.25, 9.0]])
+    loss_mask = torch.tensor([[True, True, True, True, False]])
+    arguments = (probs.log(), old_probs.log(), entropy, loss_mask)
+    sums, gradient = sums_and_gradient("psft", *arguments, clip_ratio_high=0.3)
+    negative_log = -math.log(0.5 * 0.2 * 0.9 * 0.25)
+    shared = {
+        "nll": negative_log,
+        "entropy": 3.75,
+        "ratio": 5.75,
+        "clipped": 1.0,
+        "approx_kl": 5.75 - 4 - math.log(1.25 * 0.5 * 3),
+        "loss_tokens": 4.0,
+        "ratio_max": 3.0,
+    }
+    assert numbers(sums) == pytest.approx({"loss": -(1.25 + 0.5 + 1.3 + 1), **shared}, rel=1e-6)
+    torch.testing.assert_close(gradient, torch.tensor([[-1.25, -0.5, 0.0, -1.0, 0.0]]))
+
+    sums, gradient = sums_and_gradient("sft", *arguments, clip_ratio_high=0.3)
+    assert numbers(sums) == pytest.approx({"loss": negative_log, **shared}, rel=1e-6)
+    assert gradient.tolist() == [[-1.0, -1.0, -1.0, -1.0, 0.0]]
+
+
+@pytest.mark.parametrize("log_ratio", [3e-5, 1e-4, 1e-3, 1e-2, -1e-4, -1e-2])
+def test_approx_kl_of_a_small_step_keeps_its_digits(log_ratio):
+    """Early in a window the log-probabilities have moved by 1e-4 or so, where r - 1 - log r in fp32 is all rounding."""
+    log_probs, old_log_probs = torch.full((8,), log_ratio), torch.zeros(8)
+    sums = batch_sums(
+        "psft", log_probs, old_log_probs, torch.zeros(8), torch.ones(8, dtype=torch.bool), clip_ratio_high=0.28
+    )
+    exact = float(log_probs[0])
+    assert sums.approx_kl.item() == pytest.approx(8 * (math.expm1(exact) - exact), rel=0.02)
+
+
+@pytest.mark.parametrize(("log_ratio", "clamped"), [(100.0, 20.0), (-100.0, -20.0)])
+def test_approx_kl_is_of_the_same_ratio_as_the_loss(log_ratio, clamped):
+    one = torch.ones(1, dtype=torch.bool)
+    sums = batch_sums("psft", torch.tensor([log_ratio]), torch.zeros(1), torch.zeros(1), one, clip_ratio_high=0.28)
+    ratio = math.exp(clamped)
+    assert sums.approx_kl.item() == pytest.approx(ratio - 1 - math.log(ratio), rel=1e-5)
+
+
+@given(seed=st.integers(0, 2**32 - 1), objective=st.sampled_from(OBJECTIVES))
+def test_approx_kl_is_never_negative(seed, objective):
+    log_probs, old_log_probs, entropy, loss_mask = random_batch(seed, 12)
+    near = old_log_probs + 1e-4 * (log_probs - old_log_probs)
+    for current in (log_probs, near):
+        sums = batch_sums(objective, current, old_log_probs, entropy, loss_mask, clip_ratio_high=0.28)
+        assert sums.approx_kl.item() >= -1e-12
+
+
+@pytest.mark.parametrize("with_old", [True, False])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("junk", JUNK)
+def test_what_masked_positions_hold_reaches_neither_loss_nor_gradient(junk, objective, with_old):
+    log_probs, old_log_probs, entropy, loss_mask = random_batch(7, 4, 6)
+    expected_sums, expected_gradient = sums_and_gradient(
+        objective,
+        log_probs[loss_mask],
+        old_log_probs[loss_mask] if with_old else None,
+        entropy[loss_mask],
+        torch.ones(int(loss_mask.sum()), dtype=torch.bool),
+    )
+
+    def spoilt(values):
+        return torch.where(loss_mask, values, junk)
+
+    cases = [
+        (spoilt(log_probs), old_log_probs, entropy),
+        (log_probs, spoilt(old_log_probs), entropy),
+        (log_probs, old_log_probs, spoilt(entropy)),
+        (spoilt(log_probs), spoilt(old_log_probs), spoilt(entropy)),
+    ]
+    for case_log_probs, case_old, case_entropy in cases:
+        old = case_old if with_old else None
+        sums, gradient = sums_and_gradient(objective, case_log_probs, old, case_entropy, loss_mask)
+        assert numbers(sums) == pytest.approx(numbers(expected_sums), rel=1e-5)
+        assert torch.equal(gradient[loss_mask], expected_gradient)
+        assert torch.equal(gradient[~loss_mask], torch.zeros(int((~loss_mask).sum())))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_micro_batch_without_labels_sums_to_zero(objective):
+    junk = torch.tensor([JUNK])
+    sums, gradient = sums_and_gradient(objective, junk, junk, junk, torch.zeros(1, len(JUNK), dtype=torch.bool))
+    assert numbers(sums) == {field.name: 0.0 for field in fields(BatchSums)}
+    assert torch.equal(gradient, torch.zeros(1, len(JUNK)))
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    objective=st.sampled_from(OBJECTIVES),
+    with_old=st.booleans(),
+)
+def test_sums_add_up_over_any_split_into_micro_batches(seed, sizes, objective, with_old):
+    log_probs, old_log_probs, entropy, loss_mask = random_batch(seed, sum(sizes))
+
+    def run(part):
+        old = old_log_probs[part] if with_old else None
+        return sums_and_gradient(objective, log_probs[part], old, entropy[part], loss_mask[part])
+
+    whole, whole_gradient = run(slice(None))
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    parts = [run(slice(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    for name, value in numbers(whole).items():
+        combine = max if name == "ratio_max" else math.fsum
+        assert combine(numbers(sums)[name] for sums, _ in parts) == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert torch.equal(torch.cat([gradient for _, gradient in parts]), whole_gradient)
+
+
+def test_only_the_loss_carries_a_gradient_and_detached_sums_none():
+    log_probs, old_log_probs, entropy, loss_mask = random_batch(3, 10)
+    log_probs.requires_grad_()
+    sums = batch_sums("psft", log_probs, old_log_probs, entropy.requires_grad_(), loss_mask, clip_ratio_high=0.28)
+    assert [field.name for field in fields(sums) if getattr(sums, field.name).requires_grad] == ["loss"]
+    detached = sums.detached()
+    assert not detached.loss.requires_grad
+    assert numbers(detached) == numbers(sums)
+
+
+def test_no_value_is_copied_to_the_host():
+    """A meta tensor has no values: reading one raises."""
+    values = torch.zeros(2, 3, device="meta")
+    sums = batch_sums("psft", values, values, values, values.bool(), clip_ratio_high=0.28)
+    assert {getattr(sums, field.name).device.type for field in fields(sums)} == {"meta"}
+
+
+def test_the_maths_knows_nothing_of_parallelism():
+    with open(objectives.__file__, encoding="utf-8") as file:
+        nodes = list(ast.walk(ast.parse(file.read())))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert imported == {"dataclasses", "typing", "torch"}

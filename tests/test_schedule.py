@@ -1,0 +1,321 @@
+"""Gradients and scores of a global batch through Megatron-Core's schedules, against transformers and autograd."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_psft.config import BatchConfig, Config, DataConfig, OptimizerConfig, ParallelConfig, WeightsConfig
+from megatron_psft.data.chat import Example
+from megatron_psft.data.loader import MicroBatch, collate
+from megatron_psft.objectives import BatchSums
+from tests.support import reference, tiny
+
+SEQ_LENGTH, ROWS, CLIP = 22, 2, 0.28
+TENSOR = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "DP2": (2, ParallelConfig()),
+    "DP2 overlapped": (2, ParallelConfig(overlap_grad_reduce=True)),
+    "TP2": (2, TENSOR),
+    "PP2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "PP2 interleaved": (
+        2,
+        ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
+    ),
+    "PP2 DP2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
+}
+LABELS = {
+    "uneven": ((1, 9), (4, 17), (2, 0), (12, 3)),
+    "a masked micro-batch": ((1, 9), (0, 0), (2, 0), (12, 3)),
+    "a masked rank": ((5, 1), (7, 2), (0, 0), (0, 0)),
+}
+"""Label tokens of the two records of each micro-batch; two data-parallel ranks have two micro-batches each."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A global batch: its micro-batches, old log-probabilities with NaN where there is no label, and what is due."""
+
+    micro_batches: list[MicroBatch]
+    old_log_probs: list[Tensor]
+    gradients: dict[str, dict[str, Tensor]]
+    """Objective -> Hugging Face name -> gradient of the mean over label tokens."""
+    sums: dict[str, dict[str, float]]
+    """Objective -> field of `BatchSums` -> sum (of `ratio_max`: maximum) over the batch."""
+
+
+def make_batch(model: torch.nn.Module, labels: tuple[tuple[int, int], ...], seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    records, micro_batches, old_log_probs = [], [], []
+    for counts in labels:
+        examples = [_random_example(count, generator) for count in counts]
+        micro_batches.append(collate(examples, batch_size=ROWS, seq_length=SEQ_LENGTH, pad_token_id=0))
+        old = torch.full((ROWS, SEQ_LENGTH), torch.nan)
+        for row, example in enumerate(examples):
+            ids, label_mask = example.tokens.tolist(), example.label_mask.tolist()
+            with torch.no_grad():
+                now, _ = reference.label_statistics(model, ids, label_mask)
+            before = now + 0.4 * torch.randn(now.shape, generator=generator)
+            old[row, : len(ids) - 1][torch.tensor(label_mask[1:])] = before
+            records.append((ids, label_mask, before))
+        old_log_probs.append(old)
+    due = {objective: _by_autograd(model, records, objective) for objective in ("psft", "sft")}
+    return Batch(
+        micro_batches,
+        old_log_probs,
+        gradients={objective: gradients for objective, (gradients, _) in due.items()},
+        sums={objective: sums for objective, (_, sums) in due.items()},
+    )
+
+
+def _random_example(num_labels: int, generator: torch.Generator) -> Example:
+    length = int(torch.randint(num_labels + 2, SEQ_LENGTH + 2, (1,), generator=generator))
+    label_mask = np.zeros(length, dtype=bool)
+    label_mask[1 + torch.randperm(length - 1, generator=generator)[:num_labels].numpy()] = True
+    # Without the padding token, for which transformers' embedding has no gradient wherever it stands.
+    tokens = torch.randint(1, tiny.VOCAB_SIZE, (length,), generator=generator).numpy().astype(np.int32)
+    return Example(tokens=tokens, label_mask=label_mask)
+
+
+def _by_autograd(model: torch.nn.Module, records, objective: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    columns: dict[str, list[Tensor]] = {"loss": [], "log_prob": [], "entropy": [], "ratio": []}
+    for ids, label_mask, before in records:
+        log_probs, entropy = reference.label_statistics(model, ids, label_mask)
+        ratio = (log_probs - before).exp()
+        loss = -log_probs if objective == "sft" else -torch.minimum(ratio, torch.tensor(1 + CLIP))
+        for column, values in zip(columns.values(), (loss, log_probs, entropy, ratio), strict=True):
+            column.append(values)
+    loss, log_probs, entropy, ratio = (torch.cat(column) for column in columns.values())
+    model.zero_grad()
+    loss.mean().backward()
+    sums = {
+        "loss": loss.sum(),
+        "nll": -log_probs.sum(),
+        "entropy": entropy.sum(),
+        "ratio": ratio.sum(),
+        "clipped": (ratio > 1 + CLIP).sum(),
+        "approx_kl": (ratio - 1 - ratio.log()).sum(),
+        "loss_tokens": torch.tensor(len(loss)),
+        "ratio_max": ratio.max(),
+    }
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return gradients, {name: value.item() for name, value in sums.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.build_model(tmp_path_factory.mktemp("schedule"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def batches(folder) -> dict[str, Batch]:
+    model = reference.load_model(folder)
+    return {name: make_batch(model, labels, seed) for seed, (name, labels) in enumerate(LABELS.items())}
+
+
+@contextmanager
+def ready(folder: Path, parallel_config: ParallelConfig):
+    """Place, model chunks, schedule and optimizer of this rank of a pool, for the length of a block."""
+    from megatron_psft import parallel, platform
+    from megatron_psft.hf.weights import SafetensorsFolder, fill_parameters
+    from megatron_psft.model.gpt import build_model, virtual_size
+    from megatron_psft.model.shape import read_shape
+    from megatron_psft.optimizer import build_optimizer
+    from megatron_psft.schedule import Schedule
+
+    config = Config(
+        weights=WeightsConfig(load_hf="unread", save="unwritten"),
+        data=DataConfig(data=("unread",), seq_length=SEQ_LENGTH),
+        batch=BatchConfig(train_iters=10),
+        optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant"),
+        parallel=parallel_config,
+    )
+    here, shape = platform.detect(0), read_shape(folder)
+    with parallel.process_group(here, int(os.environ["WORLD_SIZE"])):
+        place = parallel.initialize_parallel(
+            parallel_config, virtual_size=virtual_size(shape, config), seed=1, device=here.device
+        )
+        chunks = build_model(shape, config, here, place)
+        fill_parameters(chunks, SafetensorsFolder(folder, shape), shape, place)
+        optimizer = build_optimizer(config, chunks)
+        schedule = Schedule(chunks=chunks, device=here.device, clip_ratio_high=CLIP)
+        yield SimpleNamespace(place=place, shape=shape, chunks=chunks, schedule=schedule, optimizer=optimizer)
+
+
+def my_part(values: list, place) -> list:
+    """This data-parallel rank's part of a list over the micro-batches of a global batch."""
+    size = len(values) // place.data_size
+    return values[place.data_rank * size : (place.data_rank + 1) * size]
+
+
+def gradients_of(run: SimpleNamespace) -> dict[str, Tensor]:
+    from megatron_psft.hf.weights import named_parameters
+
+    return {name: parameter.main_grad.clone() for name, parameter in named_parameters(run.chunks)}
+
+
+class GradientSource:
+    """Gradients in place of weights: what maps the one to Megatron-Core's parameters maps the other."""
+
+    def __init__(self, gradients: dict[str, Tensor]) -> None:
+        self._gradients = gradients
+
+    def read(self, piece) -> Tensor:
+        return self._gradients[piece.name][piece.index]
+
+
+def train(run: SimpleNamespace, batch: Batch, objective: str, *, with_old: bool = True):
+    """Sums and gradients of a global batch, on cleared buffers."""
+    micro_batches, old_log_probs = my_part(batch.micro_batches, run.place), my_part(batch.old_log_probs, run.place)
+    run.schedule.zero_grad()
+    old = old_log_probs if with_old and run.place.is_last_stage else None
+    return run.schedule.train(micro_batches, old, objective=objective), gradients_of(run)
+
+
+def totals(per_rank: list[list[BatchSums]]) -> dict[str, float]:
+    entries = [entry for sums in per_rank for entry in sums]
+    return {
+        field.name: (max if field.name == "ratio_max" else sum)(float(getattr(entry, field.name)) for entry in entries)
+        for field in fields(BatchSums)
+    }
+
+
+def _check_gradients(folder: Path, config: ParallelConfig, batches: dict[str, Batch]):
+    """Compares the gradients of this rank's parameters; returns its sums where they count."""
+    from megatron_psft.hf.weights import fill_parameters, named_parameters
+
+    sums = {}
+    with ready(folder, config) as run:
+        found = {
+            (name, objective): train(run, batch, objective)
+            for name, batch in batches.items()
+            for objective in batch.sums
+        }
+        for (name, objective), (_, gradients) in found.items():
+            fill_parameters(run.chunks, GradientSource(batches[name].gradients[objective]), run.shape, run.place)
+            for parameter_name, parameter in named_parameters(run.chunks):
+                expected = parameter.detach()
+                torch.testing.assert_close(
+                    gradients[parameter_name],
+                    expected,
+                    rtol=1e-3,
+                    atol=1e-5 * float(expected.abs().max()) + 1e-8,
+                    msg=lambda text, at=(name, objective, parameter_name): f"{at}: {text}",
+                )
+            entries = found[name, objective][0]
+            assert bool(entries) == run.place.is_last_stage
+            sums[name, objective] = entries if run.place.counts_batch else []
+    return sums
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_is_that_of_the_mean_over_all_label_tokens(pool, folder, batches, layout):
+    world_size, config = LAYOUTS[layout]
+    results = pool.run(_check_gradients, world_size, folder, config, batches)
+    for name, batch in batches.items():
+        assert 0.1 < batch.sums["psft"]["clipped"] / batch.sums["psft"]["loss_tokens"] < 0.6
+        for objective, expected in batch.sums.items():
+            # Without an old policy of its own, SFT is told the same one: the metrics are of both.
+            found = totals([sums[name, objective] for sums in results])
+            assert found == pytest.approx(expected, rel=1e-4), (name, objective)
+
+
+def _check_window_start(folder: Path, config: ParallelConfig, batch: Batch):
+    """Scores a batch, then trains on it with these old log-probabilities, with none, and by SFT."""
+    with ready(folder, config) as run:
+        run.schedule.zero_grad()
+        scored = run.schedule.score(my_part(batch.micro_batches, run.place))
+        assert all(not gradient.any() for gradient in gradients_of(run).values()), "scoring has left a gradient"
+        assert not any(tensor.requires_grad for stats in scored for tensor in stats)
+        assert len(scored) == (len(my_part(batch.micro_batches, run.place)) if run.place.is_last_stage else 0)
+        own = [stats.log_probs for stats in scored]
+        start = run.place.data_rank * len(own)
+        own_old = [*batch.old_log_probs[:start], *own, *batch.old_log_probs[start + len(own) :]]
+        explicit = train(run, Batch(batch.micro_batches, own_old, {}, {}), "psft")
+        implied = train(run, batch, "psft", with_old=False)
+        sft = train(run, batch, "sft", with_old=False)
+        for name, gradient in sft[1].items():
+            assert torch.equal(explicit[1][name], gradient), name
+            assert torch.equal(implied[1][name], gradient), name
+        return scored if run.place.tensor_rank == 0 else [], explicit[0] if run.place.counts_batch else []
+
+
+@pytest.mark.parametrize("layout", ["one", "DP2", "TP2", "PP2 interleaved", "PP2 DP2"])
+def test_a_window_starts_at_a_ratio_of_exactly_one_and_with_the_gradient_of_sft(pool, folder, batches, layout):
+    world_size, config = LAYOUTS[layout]
+    batch = batches["uneven"]
+    results = pool.run(_check_window_start, world_size, folder, config, batch)
+    sums = totals([entries for _, entries in results])
+    assert sums["ratio_max"] == 1.0
+    assert (sums["ratio"], sums["clipped"], sums["approx_kl"]) == (sums["loss_tokens"], 0.0, 0.0)
+
+    scored = [stats for part, _ in results for stats in part]
+    assert len(scored) == len(batch.micro_batches)
+    found = {"nll": 0.0, "entropy": 0.0}
+    for stats, micro_batch in zip(scored, batch.micro_batches, strict=True):
+        found["nll"] -= float(stats.log_probs[micro_batch.loss_mask].double().sum())
+        found["entropy"] += float(stats.entropy[micro_batch.loss_mask].double().sum())
+    assert found == pytest.approx({name: batch.sums["sft"][name] for name in found}, rel=1e-5)
+
+
+def _check_nothing_to_learn(folder: Path, config: ParallelConfig, batch: Batch):
+    with ready(folder, config) as run:
+        train(run, batch, "psft")  # leaves gradients that have to be cleared
+        empty = [
+            MicroBatch(**{**vars(each), "loss_mask": torch.zeros_like(each.loss_mask)}) for each in batch.micro_batches
+        ]
+        old = [torch.full_like(each, torch.nan) for each in batch.old_log_probs]
+        sums, gradients = train(run, Batch(empty, old, {}, {}), "psft")
+        assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients.values())
+        return sums if run.place.counts_batch else []
+
+
+@pytest.mark.parametrize("layout", ["one", "DP2", "PP2"])
+def test_a_global_batch_without_labels_has_no_gradient(pool, folder, batches, layout):
+    world_size, config = LAYOUTS[layout]
+    results = pool.run(_check_nothing_to_learn, world_size, folder, config, batches["uneven"])
+    assert totals(results) == {field.name: 0.0 for field in fields(BatchSums)}
+
+
+def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+    """Four steps in windows of two, as the trainer makes them; returns the scores, and the weights in the end."""
+    from megatron_psft.hf.weights import named_parameters
+    from megatron_psft.optimizer import update
+
+    with ready(folder, config) as run:
+        scores: list[Tensor] = []
+        for step in range(4):
+            run.schedule.zero_grad()
+            run.optimizer.zero_grad()
+            old_log_probs = None
+            if step % 2 == 0:
+                run.schedule.gather_parameters()
+                later = my_part(batches[(step + 1) % 3].micro_batches, run.place)
+                ahead = [stats.log_probs for stats in run.schedule.score(later)]
+                scores += ahead
+            else:
+                old_log_probs = ahead
+            run.schedule.train(my_part(batches[step % 3].micro_batches, run.place), old_log_probs, objective="psft")
+            update(run.optimizer, step + 1)
+        run.schedule.gather_parameters()
+        return scores, [parameter.detach().clone() for _, parameter in named_parameters(run.chunks)]
+
+
+def test_scoring_between_updates_sees_every_overlapped_gather(pool, folder, batches):
+    plain = ParallelConfig(use_distributed_optimizer=True)
+    overlapped = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    expected, found = (
+        pool.run(_train_two_windows, 2, folder, config, list(batches.values())) for config in (plain, overlapped)
+    )
+    for (expected_scores, expected_weights), (scores, weights) in zip(expected, found, strict=True):
+        assert all(map(torch.equal, scores, expected_scores))
+        assert all(map(torch.equal, weights, expected_weights))
+    assert all(map(torch.equal, found[0][1], found[1][1])), "the ranks hold different weights"
+    assert not torch.equal(found[0][0][0], found[0][0][2]), "the old policy has not moved between the windows"
