@@ -77,11 +77,11 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
     Raises:
         UserError: anything that is missing, broken or does not fit together.
     """
-    model_folder = hub.model_folder("load_hf", config.weights.load_hf)
-    tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source)
+    model_folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=not config.weights.random_init)
+    tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
     shape = read_shape(model_folder)
     check_layout(shape, config)
-    _prepare_folders(config)
+    _prepare_folders(config, model_folder, tokenizer_folder)
     random_init = config.weights.random_init
     weights = RandomWeights(shape, config.batch.seed) if random_init else SafetensorsFolder(model_folder, shape)
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
@@ -220,15 +220,17 @@ def _describe(inputs: Inputs, platform: Platform) -> None:
     log.info("first record, labels in ⟦⟧:\n%s", "".join(f"⟦{text}⟧" if is_label else text for is_label, text in runs))
 
 
-def _prepare_folders(config: Config) -> None:
+def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path) -> None:
+    save = Path(config.weights.save)
     try:
-        Path(config.weights.save).mkdir(parents=True, exist_ok=True)
+        save.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"save ({config.weights.save}) must be a folder that can be written: {error.strerror}"
         ) from None
     if config.weights.export_hf is not None:
-        export.check_target(Path(config.weights.export_hf))
+        inputs = {"save": save, "load_hf": model_folder, "tokenizer": tokenizer_folder}
+        export.check_target(Path(config.weights.export_hf), inputs)
 
 
 def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from megatron_psft.parallel import Parallel
 VERSION = 1
 # Written last: a folder without it is no checkpoint.
 MARKER = "complete.json"
+_STEP_FOLDER = re.compile(r"step_\d+")  # and no copy that somebody keeps beside, such as step_0000012_good
 
 # The distributed optimizer's one format that any tensor, pipeline and data-parallel size can read.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -54,7 +56,8 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete step folders of a run, oldest first."""
-    return sorted((path.parent for path in folder.glob(f"step_*/{MARKER}")), key=_step_of)
+    found = (path.parent for path in folder.glob(f"step_*/{MARKER}"))
+    return sorted((path for path in found if _STEP_FOLDER.fullmatch(path.name)), key=_step_of)
 
 
 def find_checkpoint(save: Path, load: Path | None) -> Path | None:

@@ -105,6 +105,10 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
     # The distributed optimizer copies every tensor of Adam's state from the checkpoint. torch's `step`, the same for
     # all parameters, is not among them: it is set aside meanwhile.
     parameter_state = loaded.pop("param_state", None)
+    # What a flag sets is this run's affair: "resume with a lower lr" has to work.
+    own = optimizer.param_groups[0]
+    for group in loaded.get("optimizer", loaded)["param_groups"]:
+        group.update({name: own[name] for name in ("max_lr", "min_lr", "betas", "eps") if name in own})
     optimizer.load_state_dict(loaded)
     states = [state for adam in _torch_adams(optimizer) for state in adam.state.values()]
     steps = [state.pop("step") for state in states]

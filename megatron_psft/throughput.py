@@ -6,8 +6,8 @@ import torch
 
 from megatron_psft.model.shape import ModelShape
 
-# Dense bf16 peak of one GPU, operations per second, by the first of these that is part of its name (NVIDIA's data sheets,
-# without sparsity).
+# Dense bf16 peak of one GPU, operations per second, by the first of these that is part of its name (NVIDIA's data
+# sheets, without sparsity).
 _PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,

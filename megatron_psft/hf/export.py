@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,10 +35,22 @@ _TOKENIZER_FILES = (
 )
 
 
-def check_target(target: Path) -> None:
-    """Raises UserError where export would overwrite something that is no model folder."""
+def check_target(target: Path, inputs: Mapping[str, Path]) -> None:
+    """Raises UserError where export would fail, or overwrite what is no earlier export.
+
+    Args:
+        target: the folder that export replaces.
+        inputs: folders that must outlive it, under the names of their fields.
+    """
     if target.exists() and not (target / "config.json").is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"export_hf ({target}) exists and is no model folder; name an empty or new folder")
+    for field, folder in inputs.items():
+        if folder.resolve().is_relative_to(target.resolve()):
+            raise UserError(f"export_hf ({target}) would replace {field} ({folder}); name another folder")
+    try:
+        target.resolve().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"export_hf ({target}) must be a folder that can be written: {error.strerror}") from None
 
 
 def export(
@@ -67,6 +79,7 @@ def export(
         parallel: this rank's place.
         max_shard_bytes: size limit of one file, unless a single tensor is larger.
     """
+    target = target.resolve()
     partial = target.with_name(target.name + ".partial")
     if parallel.is_main:
         shutil.rmtree(partial, ignore_errors=True)

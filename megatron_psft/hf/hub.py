@@ -1,5 +1,6 @@
 """Turns `DIR|ID` into a local folder."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -7,27 +8,29 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from megatron_psft.errors import UserError
 
-# Pickled weights are not even downloaded.
-_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+_TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+_WEIGHT_FILES = ["*.safetensors"]  # pickled weights are not even downloaded
 
 
-def model_folder(field: str, name: str) -> Path:
+def model_folder(field: str, name: str, *, with_weights: bool) -> Path:
     """Returns the folder `name`, or the local copy of the hub repository of that name.
 
     Args:
         field: of the configuration, for errors.
         name: a folder, or a hub ID such as `Qwen/Qwen2.5-7B`.
+        with_weights: whether a download includes the weights.
 
     Raises:
         UserError: `name` is neither.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # where pathlib raises, as for the home of nobody, this leaves the name
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{field} ({name}) must be an existing folder or a hub ID; check the path")
     try:
-        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+        patterns = _TEXT_FILES + (_WEIGHT_FILES if with_weights else [])
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{field} ({name}) is no local folder and the hub has no answer for it: {reason}") from None

@@ -18,6 +18,7 @@ from megatron_psft.model.shape import ModelShape
 from megatron_psft.parallel import Parallel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class WeightSource(Protocol):
@@ -39,9 +40,10 @@ class SafetensorsFolder:
             size.
         """
         self._folder = folder
-        self._files = {name: self._open(name) for name in sorted(set(_weight_map(folder).values()))}
+        self._files = {name: self._open(name) for name in _weight_files(folder)}
         self._file_of = {tensor: name for name, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
         self._check(hf_tensors(shape), shape)
+        self._check_tie(shape)
 
     def _open(self, name: str) -> safe_open:
         try:
@@ -65,11 +67,20 @@ class SafetensorsFolder:
             if found != dims:
                 raise UserError(f"load_hf ({self._folder}): {name} is {found}, but config.json makes it {dims}")
 
+    def _check_tie(self, shape: ModelShape) -> None:
+        """A head of its own under tie_word_embeddings is a contradiction, which transformers resolves by untying."""
+        if shape.tied_embeddings and _HEAD in self._file_of:
+            head, embedding = (self._files[self._file_of[name]].get_tensor(name) for name in (_HEAD, _EMBEDDING))
+            if not torch.equal(head, embedding):
+                raise UserError(
+                    f"load_hf ({self._folder}): {_HEAD} differs from {_EMBEDDING}, but config.json has "
+                    "tie_word_embeddings true; set it to false"
+                )
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the embedding, which stands for all."""
-        name = "model.embed_tokens.weight"
-        return self._files[self._file_of[name]].get_slice(name)[:1].dtype
+        return self._files[self._file_of[_EMBEDDING]].get_slice(_EMBEDDING)[:1].dtype
 
     def read(self, piece: Piece) -> Tensor:
         """Reads only the bytes of the block."""
@@ -127,16 +138,17 @@ def fill_parameters(
         parameter[row:].zero_()
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name to file name; a folder without an index has one file, whose tensors need no listing."""
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files; like transformers, a single file goes before an index."""
+    if (folder / _SINGLE).is_file():
+        return [_SINGLE]
     index = folder / _INDEX
     if index.is_file():
         try:
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return sorted(Path(name).name for name in files)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"load_hf: {index} must be a safetensors index: {error!r}") from None
-    if (folder / _SINGLE).is_file():
-        return {"": _SINGLE}
     pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
     if pickled:
         raise UserError(
@@ -147,8 +159,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _is_redundant(name: str, shape: ModelShape) -> bool:
-    """Tensors that transformers ignores too: derived rotary tables, and a head that is tied to the embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (shape.tied_embeddings and name == "lm_head.weight")
+    """Derived rotary tables, and a tied head, which `_check_tie` compares with the embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (shape.tied_embeddings and name == _HEAD)
 
 
 def _some(names: Sequence[str]) -> str:

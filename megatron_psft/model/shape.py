@@ -8,13 +8,25 @@ from typing import Any
 
 from megatron_psft.errors import UserError, nearest_name_hint
 
+
 # What a `model_type` of transformers implies about the maths, beyond the common decoder with RMSNorm, RoPE, GQA and
 # SwiGLU.
-_FAMILIES: dict[str, dict[str, bool]] = {
-    "llama": {"qkv_bias": False, "qk_norm": False},
-    "qwen2": {"qkv_bias": True, "qk_norm": False},
-    "qwen3": {"qkv_bias": False, "qk_norm": True},
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    qkv_bias: bool
+    qk_norm: bool
+    num_query_groups: int | None = None
+    """Where the config does not say; None is one per head."""
+    head_dim: int | None = None
+    """Where the config does not say; None divides the hidden size among the heads."""
+
+
+_FAMILIES = {
+    "llama": _Family(qkv_bias=False, qk_norm=False),
+    "qwen2": _Family(qkv_bias=True, qk_norm=False, num_query_groups=32),
+    "qwen3": _Family(qkv_bias=False, qk_norm=True, num_query_groups=32, head_dim=128),
 }
+_DTYPES = ("float32", "bfloat16", "float16")
 
 # Fields that change the maths, with the only value this version computes. Fields that transformers' own classes of the
 # families above do not read cannot change the maths, so they are not listed.
@@ -24,6 +36,7 @@ _ONLY_SUPPORTED: dict[str, Any] = {
     "mlp_bias": False,
     "attention_dropout": 0.0,
     "use_sliding_window": False,
+    "is_causal": True,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
@@ -82,37 +95,55 @@ def read_shape(folder: Path) -> ModelShape:
     return shape_from_config(config, str(path))
 
 
-def shape_from_config(config: Mapping[str, Any], source: str) -> ModelShape:
+def shape_from_config(config: Any, source: str) -> ModelShape:
     """The same for a parsed `config.json`; `source` names it in errors."""
-    model_type = config.get("model_type")
-    if model_type not in _FAMILIES:
+    if not isinstance(config, Mapping):
+        raise UserError(f"{source} must hold a JSON object, not {type(config).__name__}")
+    family = _FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        model_type = config.get("model_type")
         hint = nearest_name_hint(str(model_type), _FAMILIES)
         raise UserError(
             f"{source}: model_type ({model_type}) is not supported; supported are {', '.join(_FAMILIES)}{hint}"
         )
     _refuse_other_maths(config, source)
     rope_theta, rope_scaling = _rope(config, source)
-    try:
-        heads = config["num_attention_heads"]
-        return ModelShape(
-            model_type=model_type,
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab_size=config["vocab_size"],
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            tied_embeddings=config.get("tie_word_embeddings", False),
-            initializer_range=config.get("initializer_range", 0.02),
-            dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
-            **_FAMILIES[model_type],
-        )
-    except KeyError as error:
-        raise UserError(f"{source}: {error.args[0]} is missing; a {model_type} config.json must have it") from None
+    hidden_size = _size(config, "hidden_size", source)
+    heads = _size(config, "num_attention_heads", source)
+    groups = _size(config, "num_key_value_heads", source, family.num_query_groups or heads)
+    if heads % groups:
+        raise UserError(f"{source}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})")
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if dtype not in _DTYPES:
+        raise UserError(f"{source}: dtype ({dtype}) is not supported; supported are {', '.join(_DTYPES)}")
+    return ModelShape(
+        model_type=config["model_type"],
+        num_layers=_size(config, "num_hidden_layers", source),
+        hidden_size=hidden_size,
+        ffn_hidden_size=_size(config, "intermediate_size", source),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=_size(config, "head_dim", source, family.head_dim or hidden_size // heads),
+        vocab_size=_size(config, "vocab_size", source),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        tied_embeddings=config.get("tie_word_embeddings", False),
+        initializer_range=config.get("initializer_range", 0.02),
+        dtype=dtype,
+    )
+
+
+def _size(config: Mapping[str, Any], field: str, source: str, default: int | None = None) -> int:
+    value = config.get(field)
+    value = default if value is None else value
+    if value is None:
+        raise UserError(f"{source}: {field} is missing; a {config['model_type']} config.json must have it")
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{source}: {field} ({value}) must be a positive integer")
+    return value
 
 
 def _refuse_other_maths(config: Mapping[str, Any], source: str) -> None:
@@ -128,8 +159,14 @@ def _refuse_other_maths(config: Mapping[str, Any], source: str) -> None:
 
 
 def _rope(config: Mapping[str, Any], source: str) -> tuple[float, Llama3RopeScaling | None]:
-    """Base and scaling of the rotary embedding, in the spelling of transformers 4 or 5."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Base and scaling of the rotary embedding, in the spelling of transformers 4 or 5; the older one wins, as it does
+    there."""
+    parameters: dict[str, Any] = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        value = config.get(field) or {}
+        if not isinstance(value, Mapping):
+            raise UserError(f"{source}: {field} ({value}) must be a JSON object")
+        parameters |= value
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
@@ -145,7 +182,9 @@ def _rope(config: Mapping[str, Any], source: str) -> tuple[float, Llama3RopeScal
             factor=float(parameters["factor"]),
             low_freq_factor=float(parameters["low_freq_factor"]),
             high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+            original_max_position_embeddings=int(
+                config.get("original_max_position_embeddings") or parameters["original_max_position_embeddings"]
+            ),
         )
     except KeyError as error:
         raise UserError(

@@ -1,0 +1,399 @@
+"""Published configurations load with the numbers their authors gave them; other maths is refused by name."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from megatron_psft.errors import UserError
+from megatron_psft.model.shape import Llama3RopeScaling, ModelShape, read_shape, shape_from_config
+from tests.support import tiny
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+SMALL = {
+    "num_hidden_layers": 3,
+    "hidden_size": 40,
+    "intermediate_size": 24,
+    "num_attention_heads": 5,
+    "vocab_size": 17,
+}
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder with published `config.json` files, which is no part of the repository."""
+    beside = Path(__file__).parents[3] / "shared" / "data"
+    folder = Path(os.environ.get("MEGATRON_PSFT_DATA", beside)) / "hf_configs"
+    if not folder.is_dir():
+        pytest.skip(f"no published configs: {folder} is no folder")
+    return folder
+
+
+LLAMA_3_1_8B = ModelShape(
+    model_type="llama",
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    head_dim=128,
+    vocab_size=128256,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=Llama3RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    ),
+    qkv_bias=False,
+    qk_norm=False,
+    tied_embeddings=False,
+    initializer_range=0.02,
+    dtype="bfloat16",
+)
+QWEN3_4B = ModelShape(
+    model_type="qwen3",
+    num_layers=36,
+    hidden_size=2560,
+    ffn_hidden_size=9728,
+    num_attention_heads=32,
+    num_query_groups=8,
+    head_dim=128,
+    vocab_size=151936,
+    norm_eps=1e-6,
+    rope_theta=1000000.0,
+    rope_scaling=None,
+    qkv_bias=False,
+    qk_norm=True,
+    tied_embeddings=True,
+    initializer_range=0.02,
+    dtype="bfloat16",
+)
+PUBLISHED = {
+    "Qwen2.5-0.5B": ModelShape(
+        model_type="qwen2",
+        num_layers=24,
+        hidden_size=896,
+        ffn_hidden_size=4864,
+        num_attention_heads=14,
+        num_query_groups=2,
+        head_dim=64,
+        vocab_size=151936,
+        norm_eps=1e-6,
+        rope_theta=1000000.0,
+        rope_scaling=None,
+        qkv_bias=True,
+        qk_norm=False,
+        tied_embeddings=True,
+        initializer_range=0.02,
+        dtype="bfloat16",
+    ),
+    "Qwen2.5-7B-Instruct": ModelShape(
+        model_type="qwen2",
+        num_layers=28,
+        hidden_size=3584,
+        ffn_hidden_size=18944,
+        num_attention_heads=28,
+        num_query_groups=4,
+        head_dim=128,
+        vocab_size=152064,
+        norm_eps=1e-6,
+        rope_theta=1000000.0,
+        rope_scaling=None,
+        qkv_bias=True,
+        qk_norm=False,
+        tied_embeddings=False,
+        initializer_range=0.02,
+        dtype="bfloat16",
+    ),
+    "Qwen3-4B": QWEN3_4B,
+    "Qwen3-4B-Base": QWEN3_4B,
+    "Llama-3.1-8B": LLAMA_3_1_8B,
+    "Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
+}
+REFUSED = {"Qwen3-30B-A3B": "qwen3_moe", "Qwen2.5-VL-7B-Instruct": "qwen2_5_vl"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_config_has_its_published_numbers(published, name):
+    assert read_shape(published / name) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_published_config_of_another_architecture_is_refused_by_its_name(published, name):
+    with pytest.raises(UserError, match=rf"model_type \({REFUSED[name]}\) is not supported.*llama, qwen2, qwen3"):
+        read_shape(published / name)
+
+
+def test_every_published_config_is_covered(published):
+    assert {path.parent.name for path in published.glob("*/config.json")} <= {*PUBLISHED, *REFUSED}
+
+
+def make_config(model_type: str = "llama", **changes: object) -> dict:
+    return {"model_type": model_type, **SMALL, **changes}
+
+
+def read(**changes: object) -> ModelShape:
+    return shape_from_config(make_config(**changes), "here")
+
+
+def test_absent_fields_have_transformers_defaults():
+    """Of Llama, whose class derives heads from what is given."""
+    theirs = LlamaConfig(**SMALL)
+    shape = read()
+    assert (shape.num_query_groups, shape.head_dim) == (theirs.num_key_value_heads, theirs.head_dim) == (5, 8)
+    assert (shape.norm_eps, shape.initializer_range) == (theirs.rms_norm_eps, theirs.initializer_range)
+    assert (shape.rope_theta, shape.rope_scaling) == (theirs.rope_parameters["rope_theta"], None)
+    assert shape.tied_embeddings is theirs.tie_word_embeddings is False
+    assert shape.dtype == "float32"
+
+
+@pytest.mark.parametrize(("model_type", "theirs"), [("qwen2", Qwen2Config), ("qwen3", Qwen3Config)])
+def test_fields_that_qwen_derives_differently_are_taken_its_way(model_type, theirs):
+    """Heads that are not given are 32 key-value heads, or 128 wide, for these classes."""
+    changes = {"num_attention_heads": 64, "hidden_size": 128}
+    expected = theirs(**changes)
+    shape = read(model_type=model_type, **changes)
+    assert shape.num_query_groups == expected.num_key_value_heads
+    assert shape.head_dim == getattr(expected, "head_dim", 2)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5000.0},
+        {"rope_theta": 5000, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5000.0},
+        {"rope_parameters": {"rope_theta": 5000.0}, "rope_scaling": None},
+    ],
+)
+def test_both_spellings_of_the_rotary_base_are_read(spelling):
+    shape = read(**spelling)
+    assert (shape.rope_theta, shape.rope_scaling) == (5000.0, None)
+
+
+LLAMA3_SCALING = {
+    "factor": 32.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 8.0,
+    "original_max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 7.0, "rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3"}},
+        {"rope_theta": 7.0, "rope_scaling": {**LLAMA3_SCALING, "type": "llama3"}},
+        {"rope_parameters": {**LLAMA3_SCALING, "rope_type": "llama3", "rope_theta": 7.0}},
+    ],
+)
+def test_both_spellings_of_llama3_scaling_are_read(spelling):
+    shape = read(**spelling)
+    assert shape.rope_theta == 7.0
+    assert dataclasses.asdict(shape.rope_scaling) == LLAMA3_SCALING
+
+
+@pytest.mark.parametrize("field", LLAMA3_SCALING)
+def test_llama3_scaling_needs_all_its_numbers(field):
+    numbers = {name: value for name, value in LLAMA3_SCALING.items() if name != field}
+    with pytest.raises(UserError, match=field):
+        read(rope_scaling={**numbers, "rope_type": "llama3"})
+
+
+@pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
+def test_both_spellings_of_the_dtype_are_read(spelling):
+    assert read(**{spelling: "bfloat16"}).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_either_transformers_writes_is_read_alike(tmp_path, family):
+    shapes = [
+        read_shape(tiny.build_model(tmp_path / str(hub), family, hub_config=hub, dtype=torch.bfloat16))
+        for hub in (True, False)
+    ]
+    assert shapes[0] == shapes[1]
+    assert shapes[0].dtype == "bfloat16"
+    assert (shapes[0].rope_scaling is not None) is (family == "llama")
+
+
+UNSUPPORTED = {
+    "hidden_act": "gelu",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "attention_dropout": 0.1,
+    "use_sliding_window": True,
+    "partial_rotary_factor": 0.5,
+    "quantization_config": {"quant_method": "fp8"},
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_other_maths_is_refused_by_field_and_value(family, field):
+    with pytest.raises(UserError) as caught:
+        read(model_type=family, **{field: UNSUPPORTED[field]})
+    value = "sliding_attention" if field == "layer_types" else str(UNSUPPORTED[field])
+    assert f"here: {field} ({value}) is not supported" in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_field_at_its_supported_value_is_no_reason_to_refuse(family):
+    supported = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 2,
+        "partial_rotary_factor": 1,
+        "quantization_config": None,
+        "layer_types": ["full_attention"] * 3,
+    }
+    assert read(model_type=family, num_key_value_heads=5, **supported) == read(model_type=family, num_key_value_heads=5)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope", "mrope"])
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_other_rotary_scalings_are_refused_by_name(kind, where, key):
+    with pytest.raises(UserError, match=rf"rope_type \({kind}\) is not supported; supported are default, llama3"):
+        read(**{where: {key: kind, "factor": 4.0, "rope_theta": 10000.0}})
+
+
+def test_a_scaling_written_beside_rope_parameters_is_not_overlooked():
+    """Model cards ask to add `rope_scaling` for long contexts, and transformers lets it win over `rope_parameters`."""
+    both = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    }
+    theirs = Qwen2Config(**both)
+    assert theirs.rope_parameters["rope_type"] == "yarn"
+    with pytest.raises(UserError, match="yarn"):
+        read(model_type="qwen2", **both)
+
+
+def test_a_rotary_part_within_rope_parameters_is_refused():
+    with pytest.raises(UserError, match=r"partial_rotary_factor \(0.25\)"):
+        read(rope_parameters={"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.25})
+
+
+# Fields of the configuration classes that say nothing of the maths of training: names, ids for generation, caches, and
+# the output format of transformers' own forward.
+NO_MATHS = {
+    *("transformers_version", "architectures", "model_type", "name_or_path", "id2label", "label2id", "problem_type"),
+    *("output_hidden_states", "output_attentions", "return_dict", "use_cache", "bos_token_id", "eos_token_id"),
+    *("is_encoder_decoder", "tie_last_hidden_states", "num_labels", "chunk_size_feed_forward"),
+    "pad_token_id",  # only stops transformers from training that row of the embedding
+    "pretraining_tp",  # cuts products into sums of products, if it is read at all
+    "max_position_embeddings",  # sizes no table; rotary tables grow
+    *("sliding_window", "max_window_layers"),  # of no effect without use_sliding_window
+}
+# Each field that changes the maths, and a value that this version can only refuse or that shows in the shape.
+MATHS = {
+    "vocab_size": 18,
+    "hidden_size": 80,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "hidden_act": "relu",
+    "initializer_range": 0.5,
+    "rms_norm_eps": 0.5,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+    "attention_bias": True,
+    "attention_dropout": 0.1,
+    "mlp_bias": True,
+    "use_sliding_window": True,
+    "layer_types": ["sliding_attention"] * 3,
+    "dtype": "float16",
+    "is_causal": False,  # in no class, but read from a file that has it: embedding models do
+}
+
+
+@pytest.mark.parametrize("theirs", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_every_field_of_transformers_is_known_to_these_tests(theirs):
+    fields = {field.name for field in dataclasses.fields(theirs)}
+    assert fields - NO_MATHS - set(MATHS) == set()
+
+
+@pytest.mark.parametrize("field", MATHS)
+@pytest.mark.parametrize(("family", "theirs"), [("llama", LlamaConfig), ("qwen2", Qwen2Config), ("qwen3", Qwen3Config)])
+def test_no_field_that_changes_the_maths_is_overlooked(family, theirs, field):
+    plain = {"model_type": family, "num_key_value_heads": 5}
+    try:
+        shape = read(**{**plain, field: MATHS[field]})
+    except UserError as error:
+        assert field in str(error)  # noqa: PT017 (either is right)
+    else:
+        assert shape != read(**plain)
+
+
+def test_transformers_obeys_is_causal_although_its_classes_do_not_declare_it():
+    torch.manual_seed(0)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    causal, both_ways = (
+        AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, is_causal=flag)) for flag in (True, False)
+    )
+    both_ways.load_state_dict(causal.state_dict())
+    assert not torch.allclose(causal(tokens).logits, both_ways(tokens).logits)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen3_next", "LLAMA", None, 3])
+def test_another_model_type_is_refused(model_type):
+    with pytest.raises(
+        UserError, match=rf"model_type \({model_type}\) is not supported; supported are llama, qwen2, qwen3"
+    ):
+        read(model_type=model_type)
+
+
+@pytest.mark.parametrize(
+    "field", ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"]
+)
+def test_a_missing_field_is_named(field):
+    config = make_config()
+    del config[field]
+    with pytest.raises(UserError, match=f"here: {field} is missing"):
+        shape_from_config(config, "here")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", "three"),
+        ("hidden_size", None),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 3),  # five heads do not divide into three groups
+        ("dtype", "fp8"),
+        ("rope_scaling", "yarn"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(field, value):
+    with pytest.raises(UserError, match=field):
+        read(**{field: value})
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match=rf"load_hf \({tmp_path}\) must hold a config.json"):
+        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"model_type": "llama",}', b"\xff\xfe\x00", b"[]", b'"llama"', b"null"])
+def test_a_broken_config_is_refused_by_its_path(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(UserError) as caught:
+        read_shape(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_an_error_names_the_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(make_config(hidden_act="gelu")))
+    with pytest.raises(UserError, match=f"{tmp_path}/config.json: hidden_act"):
+        read_shape(tmp_path)
