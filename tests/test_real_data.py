@@ -64,8 +64,8 @@ def test_half_a_billion_parameters_take_the_same_steps_in_two_layouts(pool, data
         for index, layout in enumerate((TP2, PP2))
     ]
     for tensor, pipeline in zip(*runs, strict=True):
-        for name in ("loss", "nll", "entropy", "grad_norm"):
-            assert tensor[name] == pytest.approx(pipeline[name], rel=1e-5), (tensor["step"], name)
+        for name, tolerance in (("loss", 1e-5), ("nll", 1e-5), ("entropy", 1e-5), ("grad_norm", 1e-4)):
+            assert tensor[name] == pytest.approx(pipeline[name], rel=tolerance), (tensor["step"], name)
 
 
 @pytest.mark.parametrize(
