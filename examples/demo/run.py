@@ -40,6 +40,7 @@ def main() -> int:
     train("psft", "target.yaml", base, files.target, files.target_held_out, "--objective", "psft")
 
     say("4. What each model can do, measured in this run (one seed, a toy model: not a benchmark).")
+    print("One of three settings tried, picked afterwards; in the other two PSFT kept fewer old skills.\n")
     print(compare.table(FOLDER, files))
     plot = compare.plot(FOLDER)
     print(f"\nEntropy and loss over the steps: {plot.relative_to(REPOSITORY)}")
