@@ -2,19 +2,21 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
 from megatron_psft.config import parse_config, validate
-from megatron_psft.errors import UserError
+from megatron_psft.errors import RankError, UserError
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNALLED = 128  # plus the signal's number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line on this rank and returns the exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Runs the command line on this rank and returns the exit code: 0, 2 after an error that is explained, or 128 plus
+    the number of the signal that ended the run."""
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _PLACE.items())
     _configure_output(rank)
     try:
@@ -27,16 +29,22 @@ def main(argv: Sequence[str]) -> int:
     from megatron_psft import build, parallel, platform
 
     here = platform.detect(local_rank)
-    with parallel.process_group(here, world_size):
+    with parallel.process_group(here, world_size, config.parallel.distributed_timeout_minutes):
         try:
-            build.run(config, here, rank)
+            signum = build.run(config, here, rank)
         except UserError as error:
             return _refuse(error, rank, world_size)
+        except RankError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            return EXIT_USER_ERROR
         except KeyboardInterrupt:
-            if rank == 0:
-                print("interrupted: the same command resumes from the newest checkpoint", file=sys.stderr)  # noqa: T201
-            return EXIT_INTERRUPTED
-    return 0
+            signum = signal.SIGINT
+    if not signum:
+        return 0
+    if rank == 0:
+        name = signal.Signals(signum).name
+        print(f"ended by {name}: the same command resumes from the newest checkpoint", file=sys.stderr)  # noqa: T201
+    return EXIT_SIGNALLED + signum
 
 
 def _configure_output(rank: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_psft import __version__
-from megatron_psft.checkpoint import Identity, TrainState, find_checkpoint, load_checkpoint, read_step
+from megatron_psft.checkpoint import Identity, TrainState, find_checkpoint, load_checkpoint
 from megatron_psft.config import Config, config_to_yaml, validate_train_iters
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
@@ -46,17 +46,23 @@ class Inputs:
     train_iters: int
 
 
-def run(config: Config, platform: Platform, rank: int) -> None:
+def run(config: Config, platform: Platform, rank: int) -> int:
     """Trains as `config` says, on all ranks of the default process group.
+
+    Returns:
+        0, or the number of the signal that ended the run early; then the same command goes on from there.
 
     Raises:
         UserError: on every rank alike.
+        RankError: on this rank, whatever the others do.
     """
     inputs = together(lambda: read_inputs(config, show_progress=rank == 0))
     _describe(inputs, platform)
     ready = build_run(config, inputs, platform)
     _write_config(config, ready.parallel)
-    train(ready)
+    signum = train(ready)
+    if signum:
+        return signum
     if config.weights.export_hf is not None:
         ready.schedule.gather_parameters()
         export.export(
@@ -69,6 +75,7 @@ def run(config: Config, platform: Platform, rank: int) -> None:
             parallel=ready.parallel,
         )
         log.info("exported %s", config.weights.export_hf)
+    return 0
 
 
 def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
@@ -112,7 +119,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         config.parallel, virtual_size=virtual_size(shape, config), seed=config.batch.seed, device=platform.device
     )
     identity = _identity(config, inputs, parallel)
-    checkpoint, first_step = together(lambda: _resume_point(config, identity, inputs.train_iters))
+    checkpoint, first_step = _resume_point(config, identity, inputs.train_iters)
     chunks = build_model(shape, config, platform, parallel)
     if checkpoint is None:
         fill_parameters(chunks, inputs.weights, shape, parallel)
@@ -161,12 +168,12 @@ def _window(
 
 
 def _resume_point(config: Config, identity: Identity, train_iters: int) -> tuple[Path | None, int]:
-    """The checkpoint to start from, if any, and its completed steps."""
+    """The checkpoint to start from, if any, and its completed steps; collective."""
     load = config.weights.load
-    checkpoint = find_checkpoint(Path(config.weights.save), None if load is None else Path(load))
-    if checkpoint is None:
+    found = find_checkpoint(Path(config.weights.save), None if load is None else Path(load), identity)
+    if found is None:
         return None, 0
-    step = read_step(checkpoint, identity)
+    checkpoint, step = found
     if step > train_iters:
         raise UserError(f"train_iters ({train_iters}) must not be below the {step} steps of {checkpoint}; raise it")
     return checkpoint, step

@@ -46,6 +46,8 @@ class WeightsConfig:
     """Steps between checkpoints; where absent, one is written at the end only."""
     keep_last: int | None = None
     """Number of newest checkpoints to keep in `save`; all where absent."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on; the last one is finished before the run ends."""
     load: str | None = None
     """Run folder, or one step folder of it, to start from. No effect where `save` holds a checkpoint."""
     export_hf: str | None = None
@@ -192,8 +194,11 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the forward pass runs. Needs `use_distributed_optimizer` and
     `overlap_grad_reduce`."""
+    distributed_timeout_minutes: float = 30.0
+    """Minutes that a rank waits in a collective for the others before the run ends with an error."""
 
     def __post_init__(self) -> None:
+        _require_positive(self, "distributed_timeout_minutes")
         _require_at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         _require_at_least(1, self, "num_layers_per_virtual_pipeline_stage")
 

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions whose text is all that a user needs; every other one is a bug and keeps its traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +7,15 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake in flags, files or data.
 
-    The text names the field, the value found, the rule and the remedy. The entry point prints it as one `error:` line
-    and exits with code 2; every other exception is a bug and keeps its traceback.
+    The text names the field, the value found, the rule and the remedy. All ranks raise it together; the entry point
+    prints it as one `error:` line and exits with code 2.
+    """
+
+
+class RankError(Exception):
+    """What went wrong around the program, as a peer that is gone or a disk that fails, and only this rank may know of.
+
+    The entry point prints it as this rank's `error:` line and leaves with code 2 without waiting for the other ranks.
     """
 
 

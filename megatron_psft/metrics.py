@@ -156,6 +156,10 @@ class Report:
         if step % self._log_interval == 0:
             self.say(f"step {step}: " + ", ".join(f"{name} {values[name]:.4g}" for name in _PRINTED if name in values))
 
+    def sync(self) -> None:
+        """Has all lines reach the disk, so that no checkpoint is ahead of them."""
+        os.fsync(self._file.fileno())
+
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         self._bar.write(text)

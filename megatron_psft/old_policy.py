@@ -51,10 +51,11 @@ class OldPolicyWindow:
         """Whether the old policy becomes the current one before `step` (from 0). The same on all ranks."""
         return not self.is_warmup(step) and step not in self.stored
 
-    def old_log_probs(self, step: int) -> list[Tensor] | None:
+    def old_log_probs(self, step: int, *, between_batches: Callable[[], None] = lambda: None) -> list[Tensor] | None:
         """Returns the old log-probabilities of the batch of `step`, or None where the old policy is the current one.
 
-        Collective; steps must be asked for in order. At the start of a window this scores the rest of the window.
+        Collective; steps must be asked for in order. At the start of a window this scores the rest of the window, and
+        calls `between_batches` after each global batch; where that raises, the window has not begun.
         """
         if not self.begins_at(step):
             return self.stored.pop(step, None)
@@ -62,9 +63,12 @@ class OldPolicyWindow:
         bar = tqdm(
             rest, desc="old policy", unit="step", disable=not self._show_progress, delay=SHORT_SECONDS, leave=False
         )
+        scored: dict[int, list[Tensor]] = {}
         for later in bar:
             # Host memory: k global batches of log-probabilities are needed one at a time, far apart.
-            self.stored[later] = [log_probs.cpu() for log_probs in self._score(later)]
+            scored[later] = [log_probs.cpu() for log_probs in self._score(later)]
+            between_batches()
+        self.stored.update(scored)
         return None
 
     def _window_end(self, step: int) -> int:

@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_psft.config import ParallelConfig
-from megatron_psft.errors import UserError
+from megatron_psft.errors import RankError, UserError
 from megatron_psft.platform import Platform
 
 Result = TypeVar("Result")
@@ -62,6 +63,7 @@ def initialize_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,  # type: ignore[arg-type]
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Parallel(
@@ -97,11 +99,61 @@ def together(action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+def on_main(action: Callable[[], Result]) -> Result:
+    """Runs `action` on rank 0 and returns its result on every rank; its `UserError` or `OSError` is everybody's
+    `UserError`. Collective."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except (UserError, OSError) as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    result, message = box
+    if message is not None:
+        raise UserError(message)
+    return result
+
+
 @contextmanager
-def process_group(platform: Platform, world_size: int) -> Iterator[None]:
-    """The processes that torchrun started, joined for the length of a run; a lone process is a world of one."""
+def naming_lost_peers(doing: str) -> Iterator[None]:
+    """Raises `RankError` where a collective fails, since a peer hangs or is gone: says which one, while doing what."""
+    try:
+        yield
+    except RuntimeError as error:
+        collective = _collective_in(error.__traceback__)
+        if collective is None:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise RankError(
+            f"rank {dist.get_rank()}: {doing}: {collective} failed, as another rank hangs or is gone; see its output; "
+            f"distributed_timeout_minutes says how long to wait: {reason}"
+        ) from error
+
+
+_COLLECTIVES = "torch/distributed/distributed_c10d.py"
+_PIPELINE = "megatron/core/pipeline_parallel/p2p_communication.py"
+
+
+def _collective_in(trace: TracebackType | None) -> str | None:
+    """The innermost collective that a traceback went through, as `torch.distributed` names it."""
+    found = None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_filename.endswith((_COLLECTIVES, _PIPELINE)):
+            found = code.co_name
+        trace = trace.tb_next
+    return found
+
+
+@contextmanager
+def process_group(platform: Platform, world_size: int, timeout_minutes: float) -> Iterator[None]:
+    """The processes that torchrun started, joined for the length of a run; a lone process is a world of one.
+
+    A collective that some rank has not joined after `timeout_minutes` fails on the others.
+    """
     if world_size > 1:
-        dist.init_process_group(platform.backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(platform.backend, timeout=timedelta(minutes=timeout_minutes))
     else:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -10,14 +10,15 @@ import torch
 from tqdm import tqdm
 
 from megatron_psft import throughput
-from megatron_psft.checkpoint import Identity, TrainState, save_checkpoint
+from megatron_psft.checkpoint import Identity, Saver, TrainState
 from megatron_psft.config import Config
 from megatron_psft.data.loader import BatchLoader
+from megatron_psft.interrupt import StopRequested, StopSignals
 from megatron_psft.metrics import EvalSums, Report, reduce_metrics
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.old_policy import SHORT_SECONDS
 from megatron_psft.optimizer import update
-from megatron_psft.parallel import Parallel
+from megatron_psft.parallel import Parallel, naming_lost_peers
 from megatron_psft.schedule import Schedule
 
 
@@ -38,21 +39,42 @@ class Run:
     train_iters: int
 
 
-def train(run: Run) -> None:
-    """Trains from `first_step` to `train_iters` and leaves a checkpoint; collective."""
-    with _report(run) as report:
-        for step in range(run.first_step, run.train_iters):
-            values = train_step(run, step)
-            if _is_due(step, run.config.data.eval_interval):
-                values |= evaluate(run)
-            if report:
-                report.record(step + 1, values)
-            if _is_due(step, run.config.weights.save_interval) or step + 1 == run.train_iters:
-                save(run, step + 1)
+def train(run: Run) -> int:
+    """Trains from `first_step` to `train_iters` and leaves a checkpoint; collective.
+
+    Returns:
+        0, or the number of the signal that ended the run early, with its last step completed and saved.
+    """
+    completed = saved = run.first_step
+    with StopSignals() as stop, _saver(run) as saver, _report(run) as report:
+        try:
+            while completed < run.train_iters:
+                stop.check()
+                with naming_lost_peers(f"step {completed + 1}"):
+                    values = train_step(run, completed, stop)
+                    completed += 1
+                    if _is_due(completed, run.config.data.eval_interval):
+                        values |= evaluate(run)
+                if report:
+                    report.record(completed, values)
+                saver.poll()
+                if _is_due(completed, run.config.weights.save_interval) or completed == run.train_iters:
+                    save(run, saver, report, completed)
+                    saved = completed
+            stop.check()
+        except StopRequested as request:
+            if saved < completed:
+                save(run, saver, report, completed)
+            return request.signum
+    return 0
 
 
-def train_step(run: Run, step: int) -> dict[str, float]:
-    """Makes optimizer step `step` (from 0) and returns its line of metrics.jsonl; collective."""
+def train_step(run: Run, step: int, stop: StopSignals) -> dict[str, float]:
+    """Makes optimizer step `step` (from 0) and returns its line of metrics.jsonl; collective.
+
+    Raises:
+        StopRequested: on all ranks, before anything has changed, where a signal came during the old policy's pass.
+    """
     schedule, state = run.schedule, run.state
     with _timer() as total:
         micro_batches = run.loader.micro_batches(step)
@@ -61,7 +83,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         with _timer() as scoring:
             if state.window.begins_at(step):
                 schedule.gather_parameters()
-            old_log_probs = state.window.old_log_probs(step)
+            old_log_probs = state.window.old_log_probs(step, between_batches=stop.check)
         objective = "sft" if state.window.is_warmup(step) else run.config.objective.objective
         sums = schedule.train(micro_batches, old_log_probs, objective=objective)
         metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1)
@@ -92,17 +114,30 @@ def evaluate(run: Run) -> dict[str, float]:
     return sums.means()
 
 
-def save(run: Run, completed_steps: int) -> None:
-    """Writes a checkpoint; collective."""
-    run.schedule.gather_parameters()
-    folder = Path(run.config.weights.save)
-    save_checkpoint(
-        folder, completed_steps, run.state, run.identity, run.loader, run.parallel, run.config.weights.keep_last
+def save(run: Run, saver: Saver, report: Report | None, completed_steps: int) -> None:
+    """Writes a checkpoint, and the metrics up to it for good; collective."""
+    if report:
+        report.sync()
+    with naming_lost_peers(f"checkpoint of step {completed_steps}"):
+        run.schedule.gather_parameters()
+        saver.save(completed_steps)
+
+
+def _is_due(completed_steps: int, interval: int | None) -> bool:
+    return interval is not None and completed_steps % interval == 0
+
+
+def _saver(run: Run) -> Saver:
+    weights = run.config.weights
+    return Saver(
+        Path(weights.save),
+        run.state,
+        run.identity,
+        run.loader,
+        run.parallel,
+        keep_last=weights.keep_last,
+        in_background=weights.async_save,
     )
-
-
-def _is_due(step: int, interval: int | None) -> bool:
-    return interval is not None and (step + 1) % interval == 0
 
 
 def _report(run: Run) -> Report | nullcontext[None]:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_psft.checkpoint import MARKER, VERSION, complete_checkpoints, find_checkpoint, read_step, step_folder
-from megatron_psft.errors import UserError
+from megatron_psft.step_folders import MARKER, step_folder, step_folders
 from tests.support import tiny
 from tests.support.cli import run_cli
 
@@ -77,9 +76,10 @@ def metrics_of(save: Path) -> list[dict[str, float]]:
 
 def forget_steps_from(save: Path, step: int) -> None:
     """Makes a copy of a run one that was killed: later checkpoints are unfinished, the last line of metrics is torn."""
-    for folder in complete_checkpoints(save):
+    for folder in step_folders(save):
         if int(folder.name.removeprefix("step_")) >= step:
             (folder / MARKER).unlink()
+            folder.rename(folder.with_name(folder.name + ".partial"))
     with open(save / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "los')
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, in
     found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("resumed-hf", "whole-hf"))
     assert set(found) == set(wanted)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert [folder.name for folder in complete_checkpoints(resumed)] == ["step_0000003", "step_0000006", "step_0000008"]
+    assert [folder.name for folder in step_folders(resumed)] == ["step_0000003", "step_0000006", "step_0000008"]
 
 
 def test_a_fixed_old_policy_is_resumed_to_the_bit_and_keeps_its_number_of_steps(pool, tmp_path, inputs):
@@ -179,7 +179,7 @@ def finished(pool, inputs, tmp_path_factory) -> Path:
 def test_only_the_newest_checkpoints_are_kept(finished):
     folders = ["step_0000006", "step_0000007", "step_0000008"]
     assert sorted(path.name for path in finished.iterdir()) == ["config.yaml", "metrics.jsonl", *folders]
-    assert [path.name for path in complete_checkpoints(finished)] == folders
+    assert [path.name for path in step_folders(finished)] == folders
 
 
 def test_a_finished_run_has_nothing_left_to_do(pool, tmp_path, inputs, finished):
@@ -236,7 +236,7 @@ def test_load_takes_a_run_folder_or_one_of_its_steps(pool, tmp_path, inputs, fin
     newest = finished / (below or "step_0000008")
     assert f"resumed from {newest}, step {int(newest.name[-7:])} of 8" in said
     # The run that is loaded stays as it is.
-    assert [path.name[-1] for path in complete_checkpoints(finished)] == ["6", "7", "8"]
+    assert [path.name[-1] for path in step_folders(finished)] == ["6", "7", "8"]
     expected = [line for line in metrics_of(finished) if line["step"] > int(newest.name[-7:])]
     assert metrics_of(tmp_path / "new") == expected
 
@@ -279,60 +279,3 @@ def test_an_export_that_would_erase_the_run_is_refused(pool, tmp_path, inputs, s
     shutil.copytree(inputs.model, tmp_path / "model")
     argv = inputs.argv(tmp_path / save, "--export-hf", str(tmp_path / "model"), "--train-iters", "3")
     assert "export_hf" in refuse(pool, argv)
-
-
-def make_steps(run: Path, **markers: dict | None) -> None:
-    """Step folders by name with the content of their marker; None leaves the marker out."""
-    for name, marker in markers.items():
-        (run / name).mkdir(parents=True)
-        if marker is not None:
-            (run / name / MARKER).write_text(json.dumps(marker))
-
-
-def test_only_folders_with_the_marker_count_and_the_newest_is_found_by_number(tmp_path):
-    make_steps(tmp_path, step_0000010={}, step_0000009={}, step_0000011=None, step_10000000={})
-    expected = [tmp_path / name for name in ("step_0000009", "step_0000010", "step_10000000")]
-    assert complete_checkpoints(tmp_path) == expected
-    assert find_checkpoint(tmp_path, None) == expected[-1]
-    assert complete_checkpoints(tmp_path / "no-such-folder") == []
-    assert find_checkpoint(tmp_path / "no-such-folder", None) is None
-
-
-def test_a_marker_that_is_half_written_does_not_count(tmp_path):
-    make_steps(tmp_path, step_0000001={}, step_0000002=None)
-    (tmp_path / "step_0000002" / (MARKER + ".partial")).write_text("{")
-    assert complete_checkpoints(tmp_path) == [tmp_path / "step_0000001"]
-
-
-def test_a_copy_that_somebody_keeps_beside_the_checkpoints_is_none_of_them(tmp_path):
-    make_steps(tmp_path, step_0000001={}, step_0000001_good={}, step_={})
-    assert complete_checkpoints(tmp_path) == [tmp_path / "step_0000001"]
-
-
-def test_save_goes_before_load(tmp_path):
-    make_steps(tmp_path / "save", step_0000002={})
-    make_steps(tmp_path / "load", step_0000005={}, step_0000006=None)
-    save, load = tmp_path / "save", tmp_path / "load"
-    assert find_checkpoint(save, load) == save / "step_0000002"
-    assert find_checkpoint(save, tmp_path / "missing") == save / "step_0000002"
-    assert find_checkpoint(tmp_path / "new", load) == load / "step_0000005"
-    assert find_checkpoint(tmp_path / "new", load / "step_0000005") == load / "step_0000005"
-    for wrong in (load / "step_0000006", tmp_path / "missing", tmp_path):
-        with pytest.raises(UserError, match=rf"load \({wrong}\) must be a complete step folder"):
-            find_checkpoint(tmp_path / "new", wrong)
-
-
-def test_a_step_is_read_from_the_marker_of_a_run_that_is_the_same(tmp_path):
-    identity = {"seed": 1, "model rope_scaling": {"factor": 8.0}, "model norm_eps": 1e-5, "data": None}
-    make_steps(
-        tmp_path,
-        step_0000003={"version": VERSION, "step": 3, "identity": identity},
-        step_0000004={"version": VERSION + 1, "step": 4, "identity": identity},
-    )
-    assert read_step(tmp_path / "step_0000003", identity) == 3
-    with pytest.raises(UserError, match=rf"version \({VERSION + 1}\) must be {VERSION}; use the release that wrote it"):
-        read_step(tmp_path / "step_0000004", identity)
-    for changes in ({"seed": 2}, {"model rope_scaling": None}, {"model norm_eps": 1e-6}, {"something new": 1}):
-        (field,) = changes
-        with pytest.raises(UserError, match=f"had {field} "):
-            read_step(tmp_path / "step_0000003", {**identity, **changes})

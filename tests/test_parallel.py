@@ -15,7 +15,7 @@ from megatron_psft.errors import UserError
 
 def _place(config: ParallelConfig, world_size: int, virtual_size: int | None = None):
     here = platform.detect(0)
-    with parallel.process_group(here, world_size):
+    with parallel.process_group(here, world_size, 5):
         place = parallel.initialize_parallel(config, virtual_size=virtual_size, seed=1, device=here.device)
         roles = (place.is_main, place.is_first_stage, place.is_last_stage, place.counts_batch)
         return asdict(place), roles
@@ -57,7 +57,7 @@ def test_interleaving_says_how_many_chunks_a_rank_has(pool):
 
 def _act_together(failing_ranks: Sequence[int]):
     """What `together` returned or raised on this rank, and whether collectives still work after it."""
-    with parallel.process_group(platform.detect(0), int(os.environ["WORLD_SIZE"])):
+    with parallel.process_group(platform.detect(0), int(os.environ["WORLD_SIZE"]), 5):
         rank = dist.get_rank()
 
         def action() -> list[int]:
@@ -85,7 +85,7 @@ def test_one_ranks_error_is_everybodys(pool, failing_ranks):
 
 
 def _return_nothing():
-    with parallel.process_group(platform.detect(0), 1):
+    with parallel.process_group(platform.detect(0), 1, 5):
         return parallel.together(lambda: None)
 
 
@@ -94,7 +94,7 @@ def test_nothing_is_a_result_too(pool):
 
 
 def _fail_with_a_bug():
-    with parallel.process_group(platform.detect(0), 1):
+    with parallel.process_group(platform.detect(0), 1, 5):
         try:
             parallel.together(lambda: {}["missing"])
         except KeyError as error:
@@ -110,7 +110,7 @@ def _without_launcher():
         del os.environ[name]
     here, seen = platform.detect(0), []
     for _ in range(2):
-        with parallel.process_group(here, 1):
+        with parallel.process_group(here, 1, 5):
             total = torch.ones(1)
             dist.all_reduce(total)
             seen.append((dist.get_rank(), dist.get_world_size(), total.item()))
@@ -127,7 +127,7 @@ def _leave_by_an_error():
 
     here = platform.detect(0)
     try:
-        with parallel.process_group(here, 2):
+        with parallel.process_group(here, 2, 5):
             parallel.initialize_parallel(
                 ParallelConfig(tensor_model_parallel_size=2), virtual_size=None, seed=1, device=here.device
             )

@@ -236,7 +236,7 @@ def test_interrupted_run_ends_quietly_and_resumes(pool, inputs, tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted: the same command resumes" in err
+    assert "ended by SIGINT: the same command resumes" in err
     assert "Traceback" not in err
     (exit,) = pool.run(run_cli, 1, argv)
     assert exit.code == 0

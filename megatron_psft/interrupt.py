@@ -1,0 +1,65 @@
+"""Ends a run in good order when it is told to: SIGTERM, as schedulers send before they kill, or Ctrl-C."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequested(Exception):  # noqa: N818 (no error, as StopIteration is none)
+    """Raised on every rank alike once a signal has come to any of them."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals:
+    """Within this context the first SIGTERM or SIGINT is a request that `check` honours; a second one acts at once, as
+    it would outside."""
+
+    def __init__(self) -> None:
+        self._received = 0
+
+    def check(self) -> None:
+        """Raises `StopRequested` where any rank has received a signal; collective."""
+        highest = torch.tensor(self._received, device="cuda")  # the CPU where there is no GPU, see platform.py
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        if highest > 0:
+            raise StopRequested(int(highest))
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {signum: signal.signal(signum, self._receive) for signum in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+        self._received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def helpers_outlive_signals() -> Iterator[None]:
+    """Processes that are started in this context never see SIGTERM or SIGINT.
+
+    torchrun sends its signal to the whole process group. The helpers by which Megatron-Core writes checkpoints would
+    die of it while the trainer is about to save. What arrives for this process meanwhile is delivered at the end.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -1,0 +1,182 @@
+"""Checkpoints as folders: written aside, sealed with checksums, found again, checked, removed. Knows no tensors.
+
+A checkpoint `step_0000012` is written as `step_0000012.partial` and gets its name only when it is whole: its last file,
+`complete.json`, lists size and SHA-256 of every other file. So a folder of that name either is what was saved or has
+been damaged since, and `find_damage` tells which.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MARKER = "complete.json"
+_STEP_FOLDER = re.compile(r"step_\d+")  # and no copy that somebody keeps beside, such as step_0000012_good
+_SUMS = "sums_{rank}.json"
+_READ_BYTES = 1 << 20
+
+FileSums = dict[str, tuple[int, str]]
+"""File name to size in bytes and SHA-256."""
+
+
+class DamageError(Exception):
+    """A checkpoint is not what was written; the text names the file."""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """`step` counts completed optimizer steps."""
+    return folder / f"step_{step:07d}"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first; whether they are intact is `find_damage`'s question."""
+    found = (path for path in folder.glob("step_*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def is_step_folder(path: Path) -> bool:
+    """Whether `path` is one checkpoint, be it under another name, and not a run."""
+    return path.is_dir() and (_STEP_FOLDER.fullmatch(path.name) is not None or (path / MARKER).exists())
+
+
+def begin(target: Path) -> Path:
+    """Returns the empty folder in which `target` is to be written."""
+    aside = _aside(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def discard(target: Path) -> None:
+    """Removes what was written of `target` before it failed, and held the room that a next try needs."""
+    shutil.rmtree(_aside(target), ignore_errors=True)
+
+
+def leave_sums(aside: Path, rank: int) -> None:
+    """Leaves checksums of the files that `rank` wrote beside them: hashing is shared out like writing."""
+    sums = {path.name: _sum(path) for path in sorted(aside.glob(f"__{rank}_*"))}
+    (aside / _SUMS.format(rank=rank)).write_text(json.dumps(sums), encoding="utf-8")
+
+
+def seal(target: Path, content: Mapping[str, Any]) -> None:
+    """Makes the finished folder of `begin` the checkpoint `target`, for good: its files have reached the disk.
+
+    Args:
+        target: the name; what had it is replaced.
+        content: what `read_content` is to return; JSON values.
+    """
+    aside = _aside(target)
+    sums: FileSums = {}
+    for path in aside.glob(_SUMS.format(rank="*")):
+        sums |= json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    for path in aside.iterdir():
+        if path.name not in sums:
+            _sync(path)
+            sums[path.name] = _sum(path)
+    body = {"content": dict(content), "files": dict(sorted(sums.items()))}
+    marker = aside / MARKER
+    marker.write_text(json.dumps(body | {"sha256": _sum_of_json(body)}, indent=1) + "\n", encoding="utf-8")
+    _sync(marker)
+    _sync(aside)
+    replaced = target.with_name(target.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    aside.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_content(checkpoint: Path) -> dict[str, Any]:
+    """Returns what was sealed with the checkpoint.
+
+    Raises:
+        DamageError: the marker is missing or altered.
+    """
+    return _read_marker(checkpoint)["content"]
+
+
+def find_damage(checkpoint: Path, *, part: int, parts: int) -> str | None:
+    """Reads every `parts`-th file, from number `part` on, and says what is wrong with the first bad one, if any is."""
+    try:
+        files: FileSums = _read_marker(checkpoint)["files"]
+        for name in list(files)[part::parts]:
+            _check(checkpoint / name, *files[name])
+    except DamageError as error:
+        return str(error)
+    return None
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Takes the name from a damaged checkpoint, which stays for people to look at; returns the new one."""
+    target = checkpoint.with_name(checkpoint.name + ".damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    checkpoint.rename(target)
+    return target
+
+
+def remove_older(folder: Path, keep_last: int | None) -> None:
+    """Removes all checkpoints but the newest `keep_last`."""
+    if keep_last is None:
+        return
+    for old in step_folders(folder)[:-keep_last]:
+        # The name goes first, so that a half-removed folder is not taken for a checkpoint.
+        removed = old.with_name(old.name + ".removed")
+        old.rename(removed)
+        shutil.rmtree(removed)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
+def _read_marker(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MARKER
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        body = {"content": marker["content"], "files": marker["files"]}
+        is_intact = marker["sha256"] == _sum_of_json(body)
+    except FileNotFoundError:
+        raise DamageError(f"{path} is missing") from None
+    except (ValueError, TypeError, KeyError):  # no JSON, or not ours
+        is_intact = False
+    if not is_intact:
+        raise DamageError(f"{path} is not as it was written")
+    return body
+
+
+def _check(path: Path, size_bytes: int, sha256: str) -> None:
+    if not path.is_file():
+        raise DamageError(f"{path} is missing")
+    found_bytes = path.stat().st_size
+    if found_bytes != size_bytes:
+        raise DamageError(f"{path} has {found_bytes} bytes, {size_bytes} were written")
+    if _sum(path)[1] != sha256:
+        raise DamageError(f"{path} is not as it was written")
+
+
+def _sum(path: Path) -> tuple[int, str]:
+    digest, size_bytes = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            size_bytes += len(block)
+    return size_bytes, digest.hexdigest()
+
+
+def _sum_of_json(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Has the file, or the names in a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
