@@ -30,7 +30,7 @@ from megatron_psft.errors import RankError, UserError
 from megatron_psft.interrupt import helpers_outlive_signals
 from megatron_psft.old_policy import OldPolicyWindow
 from megatron_psft.optimizer import load_optimizer_state
-from megatron_psft.parallel import Parallel, on_main, together
+from megatron_psft.parallel import Parallel, naming_lost_peers, on_main, together
 from megatron_psft.step_folders import DamageError
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Saver:
         self._target = target = step_folders.step_folder(self._folder, step)
         needed_bytes = self._state_bytes()
         aside = on_main(lambda: _begin(target, needed_bytes))
-        with self._writing(), helpers_outlive_signals():
+        with self._writing(), naming_lost_peers(f"checkpoint {target}"), helpers_outlive_signals():
             request = dist_checkpointing.save(
                 self._sharded_content(),
                 str(aside),
@@ -119,13 +119,13 @@ class Saver:
     def poll(self) -> None:
         """Seals the checkpoint that is written in the background, where all ranks are done with it."""
         if self._queue is not None:
-            with self._writing():
+            with self._writing(), naming_lost_peers(f"checkpoint {self._target}"):
                 self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
         """Waits for the checkpoint that is written in the background, if one is, and seals it."""
         if self._queue is not None:
-            with self._writing():
+            with self._writing(), naming_lost_peers(f"checkpoint {self._target}"):
                 self._queue.maybe_finalize_async_calls(blocking=True)
 
     def __enter__(self) -> "Saver":
@@ -182,9 +182,9 @@ class Saver:
             causes = [str(cause) for cause, _ in error.failures.values()]
             on_main(lambda: step_folders.discard(self._target))
             raise UserError(f"save: a checkpoint could not be written ({'; '.join(causes[:1])}); {advice}") from None
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.save answers a full disk with the latter
             raise RankError(
-                f"rank {self._parallel.rank}: a checkpoint could not be written ({error.strerror}); {advice}"
+                f"rank {self._parallel.rank}: a checkpoint could not be written ({error}); {advice}"
             ) from error
 
 

@@ -78,9 +78,8 @@ def seal(target: Path, content: Mapping[str, Any]) -> None:
         if path.name not in sums:
             _sync(path)
             sums[path.name] = _sum(path)
-    body = {"content": dict(content), "files": dict(sorted(sums.items()))}
     marker = aside / MARKER
-    marker.write_text(json.dumps(body | {"sha256": _sum_of_json(body)}, indent=1) + "\n", encoding="utf-8")
+    marker.write_text(_marker_text(dict(content), dict(sorted(sums.items()))), encoding="utf-8")
     _sync(marker)
     _sync(aside)
     replaced = target.with_name(target.name + ".replaced")
@@ -138,16 +137,16 @@ def _aside(target: Path) -> Path:
 def _read_marker(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MARKER
     try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-        body = {"content": marker["content"], "files": marker["files"]}
-        is_intact = marker["sha256"] == _sum_of_json(body)
+        text = path.read_text(encoding="utf-8")
+        marker = json.loads(text)
+        is_intact = text == _marker_text(marker["content"], marker["files"])
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
     except (ValueError, TypeError, KeyError):  # no JSON, or not ours
         is_intact = False
     if not is_intact:
         raise DamageError(f"{path} is not as it was written")
-    return body
+    return marker
 
 
 def _check(path: Path, size_bytes: int, sha256: str) -> None:
@@ -169,8 +168,11 @@ def _sum(path: Path) -> tuple[int, str]:
     return size_bytes, digest.hexdigest()
 
 
-def _sum_of_json(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _marker_text(content: Mapping[str, Any], files: FileSums) -> str:
+    """The marker carries its own checksum, so that it vouches for itself as well."""
+    body = {"content": content, "files": files}
+    checksum = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps({**body, "sha256": checksum}, indent=1)
 
 
 def _sync(path: Path) -> None:

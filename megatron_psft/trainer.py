@@ -118,9 +118,8 @@ def save(run: Run, saver: Saver, report: Report | None, completed_steps: int) ->
     """Writes a checkpoint, and the metrics up to it for good; collective."""
     if report:
         report.sync()
-    with naming_lost_peers(f"checkpoint of step {completed_steps}"):
-        run.schedule.gather_parameters()
-        saver.save(completed_steps)
+    run.schedule.gather_parameters()
+    saver.save(completed_steps)
 
 
 def _is_due(completed_steps: int, interval: int | None) -> bool:

@@ -1,0 +1,65 @@
+"""Signals: the first is a request, the second acts, and helper processes see none."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+
+from megatron_psft import parallel, platform
+from megatron_psft.interrupt import StopRequested, StopSignals, helpers_outlive_signals
+
+
+def _check_after_signal(to_rank: int, signum: int) -> list[int]:
+    """The signals that three checks found: before it was sent, after, and once more."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    found = []
+    with parallel.process_group(platform.detect(rank), world_size, 1), StopSignals() as stop:
+        for moment in range(3):
+            if moment == 1 and rank == to_rank:
+                os.kill(os.getpid(), signum)
+            try:
+                stop.check()
+                found.append(0)
+            except StopRequested as request:
+                found.append(request.signum)
+        dist.barrier()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    return found
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("to_rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all(pool, to_rank, signum):
+    assert pool.run(_check_after_signal, 2, to_rank, signum) == [[0, signum, signum]] * 2
+
+
+def test_a_second_signal_acts_at_once():
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def test_helpers_outlive_what_the_trainer_receives():
+    """The signal reaches this process when the context ends, and the helper never."""
+    with StopSignals() as stop:
+        with helpers_outlive_signals():
+            script = "import sys; print('up', flush=True); sys.stdin.read(); print('still here')"
+            pipe = subprocess.PIPE
+            helper = subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, text=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop._received == 0
+        assert stop._received == signal.SIGTERM
+    assert helper.stdout.readline() == "up\n"
+    helper.send_signal(signal.SIGTERM)
+    helper.send_signal(signal.SIGINT)
+    out, _ = helper.communicate(timeout=30)
+    assert (out, helper.returncode) == ("still here\n", 0)

@@ -1,0 +1,347 @@
+"""Runs that are stopped, killed or starved of disk go on as if nothing had happened."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_psft.step_folders import MARKER, step_folder, step_folders
+from tests.support.cli import Exit, run_cli
+from tests.support.pool import WorkerError
+from tests.test_checkpoint import DIST_OPT, ONE, PP2, TP2_SP, forget_steps_from, inputs, metrics_of, refuse, train
+
+__all__ = ["inputs"]  # the fixture
+
+TP2_PP2 = (*TP2_SP, *PP2)
+EVERY_STEP = ("--save-interval", "1")
+EVALUATED = ("--valid-data", "{data}", "--eval-interval", "2")
+
+
+def evaluated(inputs) -> list[str]:
+    return [text.format(data=inputs.data) for text in EVALUATED]
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(2, DIST_OPT), (4, TP2_PP2)], ids=["DP2-distopt", "TP2-PP2"])
+def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world_size, layout):
+    """Within the window, at its borders, in warm-up, and where an epoch ends."""
+    whole = tmp_path / "whole"
+    train(pool, world_size, inputs.argv(whole, *layout, *EVERY_STEP))
+    for stop in range(1, 6):
+        resumed = shutil.copytree(whole, tmp_path / f"after-{stop}")
+        forget_steps_from(resumed, stop + 1)
+        said = train(pool, world_size, inputs.argv(resumed, *layout, *EVERY_STEP))
+        assert f"resumed from {step_folder(resumed, stop)}" in said
+        assert metrics_of(resumed) == metrics_of(whole)
+
+
+def test_evaluation_leaves_no_trace_in_training(pool, tmp_path, inputs):
+    train(pool, 2, inputs.argv(tmp_path / "plain", *DIST_OPT))
+    train(pool, 2, inputs.argv(tmp_path / "evaluated", *DIST_OPT, *evaluated(inputs)))
+    lines = metrics_of(tmp_path / "evaluated")
+    values = [(line.pop("valid_nll", None), line.pop("valid_entropy", None)) for line in lines]
+    assert [None not in pair for pair in values] == [False, True] * 4
+    assert lines == metrics_of(tmp_path / "plain")
+
+
+MOMENTS = {"in training": "train", "in the old policy's pass": "score", "in evaluation": "evaluate"}
+
+
+def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Exit:
+    """The command line; `rank` gets the signal in the third training pass, the second scoring pass or the first
+    evaluation."""
+    from megatron_psft import trainer
+    from megatron_psft.schedule import Schedule
+
+    owner = trainer if moment == "evaluate" else Schedule
+    original, calls = getattr(owner, moment), []
+
+    def signalled(*args, **kwargs):
+        calls.append(moment)
+        if os.environ["RANK"] == rank and len(calls) == {"train": 3, "score": 2, "evaluate": 1}[moment]:
+            os.kill(os.getpid(), signum)
+        return original(*args, **kwargs)
+
+    setattr(owner, moment, signalled)
+    try:
+        return run_cli(argv)
+    finally:
+        setattr(owner, moment, original)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("signum", "rank"), [(signal.SIGTERM, "1"), (signal.SIGINT, "0")])
+def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, signum, rank):
+    flags = (*DIST_OPT, *evaluated(inputs))
+    train(pool, 2, inputs.argv(tmp_path / "whole", *flags))
+    argv = inputs.argv(tmp_path / "run", *flags)
+    exits = pool.run(_run_with_signal, 2, argv, rank, MOMENTS[moment], signum)
+    assert [exit.code for exit in exits] == [128 + signum] * 2, exits[0].err
+    assert "the same command resumes" in exits[0].err
+    # The old policy's pass is cut short: it comes before step 2, whose weights it does not touch.
+    done = {"in training": 3, "in the old policy's pass": 1, "in evaluation": 2}[moment]
+    assert step_folders(tmp_path / "run") == [step_folder(tmp_path / "run", done)]
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, done + 1))
+    train(pool, 2, argv)
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("layout", [ONE, DIST_OPT], ids=["one", "DP2-distopt"])
+def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inputs, layout):
+    world_size = 2 if layout else 1
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(pool, world_size, inputs.argv(whole, *layout, *EVERY_STEP))
+    train(pool, world_size, inputs.argv(run, *layout, *EVERY_STEP, "--async-save", "--keep-last", "5"))
+    assert step_folders(run) == [step_folder(run, step) for step in range(4, 9)]
+    assert metrics_of(run) == metrics_of(whole)
+    for stop in (4, 6):  # what was saved is what the weights were then, and not what training made of them since
+        resumed = shutil.copytree(run, tmp_path / f"after-{stop}")
+        forget_steps_from(resumed, stop + 1)
+        train(pool, world_size, inputs.argv(resumed, *layout, "--async-save"))
+        assert metrics_of(resumed) == metrics_of(whole)
+
+
+def damage_newest(run: Path, harm: str) -> Path:
+    """Does the harm to the largest file of the newest checkpoint and returns it."""
+    path = max(step_folders(run)[-1].iterdir(), key=lambda path: path.stat().st_size)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if harm == "truncated" else data[:9] + bytes([data[9] ^ 1]) + data[10:])
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(pool, inputs, tmp_path_factory) -> Path:
+    """A run of two ranks with checkpoints of its steps 5 to 8."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(pool, 2, inputs.argv(run, *DIST_OPT, *EVERY_STEP, "--keep-last", "4"))
+    return run
+
+
+def test_every_file_of_a_checkpoint_is_watched(pool, tmp_path, inputs, finished):
+    """Whatever is done to whichever file, no run starts from it; one does from the untouched copy."""
+    argv = inputs.argv(tmp_path / "new", *DIST_OPT)
+    for path in sorted(step_folder(finished, 8).iterdir()):
+        for harm in ("removed", "truncated", "flipped"):
+            bad = shutil.copytree(step_folder(finished, 8), tmp_path / "bad" / "step_0000008")
+            data = path.read_bytes()
+            flipped = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :]
+            (bad / path.name).unlink()
+            if harm != "removed":
+                (bad / path.name).write_bytes(data[:-1] if harm == "truncated" else flipped)
+            exits = pool.run(_read_only, 2, [*argv, "--load", str(bad)])
+            assert [exit.code for exit in exits] == [2, 2], (path.name, harm)
+            assert f"error: load ({bad}) must be an intact checkpoint: {bad / path.name} " in exits[0].err
+            shutil.rmtree(tmp_path / "bad")
+    assert [exit.code for exit in pool.run(_read_only, 2, [*argv, "--load", str(finished)])] == [0, 0]
+
+
+def _read_only(argv: list[str]) -> Exit:
+    """The command line up to the moment when a model would be built: the checks, at the price of the checks."""
+    from megatron_psft import build
+
+    def stop(*args, **kwargs):
+        raise SystemExit(0)
+
+    original, build.build_model = build.build_model, stop
+    try:
+        return run_cli(argv)
+    finally:
+        build.build_model = original
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_newest_intact_one(pool, tmp_path, inputs, finished):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(step_folder(run, 7))
+    path = damage_newest(run, "flipped")
+    for load in (run, step_folder(run, 8)):
+        line = refuse(pool, inputs.argv(tmp_path / "new", *DIST_OPT, "--load", str(load)))
+        assert f"load ({load}) must be an intact checkpoint: {path} is not as it was written" in line
+        assert f"--load {step_folder(run, 6)}" in line
+    for step in (5, 6):
+        shutil.rmtree(step_folder(run, step))
+    assert "none beside it is intact" in refuse(pool, inputs.argv(tmp_path / "new", *DIST_OPT, "--load", str(run)))
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped"])
+def test_a_run_falls_back_to_the_newest_intact_checkpoint_and_says_so(pool, tmp_path, inputs, finished, harm):
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = damage_newest(run, harm)
+    said = train(pool, 2, inputs.argv(run, *DIST_OPT))
+    assert f"WARNING: {path}" in said
+    assert "step_0000008.damaged" in said
+    assert f"resumed from {step_folder(run, 7)}, step 7 of 8" in said
+    assert metrics_of(run) == metrics_of(finished)
+    assert (run / "step_0000008.damaged" / MARKER).is_file()
+    assert step_folders(run)[-1] == step_folder(run, 8)
+
+
+def test_a_run_of_which_no_checkpoint_is_left_does_not_start_anew_unasked(pool, tmp_path, inputs, finished):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for folder in step_folders(run):
+        (folder / MARKER).unlink()
+    line = refuse(pool, inputs.argv(run, *DIST_OPT))
+    assert f"save ({run}) holds no intact checkpoint any more; name another save folder" in line
+
+
+def _run_with_small_files(argv: list[str]) -> Exit:
+    """The command line where from the second checkpoint on no file may grow beyond 64 KiB, as with a quota used up."""
+    from megatron_psft.checkpoint import Saver
+
+    original, (soft, hard) = Saver.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(saver: Saver, step: int) -> None:
+        if step > 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+        original(saver, step)
+
+    Saver.save = limited
+    try:
+        return run_cli(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        Saver.save = original
+
+
+@pytest.mark.parametrize("background", [(), ("--async-save",)], ids=["waiting", "background"])
+def test_a_checkpoint_that_cannot_be_written_costs_no_other(pool, tmp_path, inputs, background):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = (*DIST_OPT, "--save-interval", "2", "--keep-last", "1")
+    train(pool, 2, inputs.argv(whole, *flags))
+    exits = pool.run(_run_with_small_files, 2, inputs.argv(run, *flags, *background))
+    assert {exit.code for exit in exits} == {2}, [exit.err for exit in exits]
+    errors = [line for exit in exits for line in exit.err.splitlines() if line.startswith("error: ")]
+    assert "could not be written" in errors[0], errors
+    assert "Traceback" not in exits[0].err + exits[1].err
+    assert [path.name for path in run.glob("step_*") if path.suffix != ".partial"] == ["step_0000002"]
+    train(pool, 2, inputs.argv(run, *flags))
+    assert metrics_of(run) == metrics_of(whole)
+
+
+def _run_with_a_full_disk_on_rank_0(argv: list[str]) -> Exit:
+    """What is small and first, rank 0 writes alone: the others learn of its failure only as it leaves."""
+    from megatron_psft.checkpoint import dist_checkpointing
+
+    original = dist_checkpointing.save
+
+    def fail(*args, **kwargs):
+        if os.environ["RANK"] == "0":
+            raise RuntimeError("basic_ios::clear: iostream error")  # torch.save's words
+        return original(*args, **kwargs)
+
+    dist_checkpointing.save = fail
+    try:
+        return run_cli(argv)
+    finally:
+        dist_checkpointing.save = original
+
+
+def test_a_rank_that_fails_alone_does_not_leave_the_others_waiting(pool, tmp_path, inputs):
+    first, second = pool.run(_run_with_a_full_disk_on_rank_0, 2, inputs.argv(tmp_path / "run", *DIST_OPT, *EVERY_STEP))
+    assert (first.code, second.code) == (2, 2)
+    assert "error: rank 0: a checkpoint could not be written (basic_ios::clear: iostream error)" in first.err
+    assert f"error: rank 1: checkpoint {step_folder(tmp_path / 'run', 1)}: " in second.err
+    assert "another rank hangs or is gone" in second.err
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a disk; the test above covers what a quota does")
+def test_a_full_disk_is_noticed_before_anything_is_written(pool, tmp_path, inputs):
+    train(pool, 1, inputs.argv(tmp_path / "whole"))
+    with small_disk(tmp_path / "disk", "12m") as disk:
+        run = disk / "run"
+        line = refuse(pool, inputs.argv(run, *EVERY_STEP))
+        assert f"save ({run}) must have room for a checkpoint, about 0.00" in line
+        assert "the checkpoints before it are intact; make room and start again" in line
+        before = step_folders(run)
+        assert sorted(run.iterdir()) == sorted([*before, run / "config.yaml", run / "metrics.jsonl"])
+        shutil.rmtree(before[0])
+        said = train(pool, 1, inputs.argv(run, *EVERY_STEP, "--keep-last", "1"))
+        assert f"resumed from {before[-1]}" in said
+        assert metrics_of(run) == metrics_of(tmp_path / "whole")
+
+
+def _run_with_a_peer_that(fate: str, argv: list[str]) -> Exit:
+    """The command line; rank 1 hangs, or is killed, in its third training pass."""
+    from megatron_psft.schedule import Schedule
+
+    original, calls = Schedule.train, []
+
+    def last(*args, **kwargs):
+        calls.append(fate)
+        if os.environ["RANK"] == "1" and len(calls) == 3:
+            if fate == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(15)
+        return original(*args, **kwargs)
+
+    Schedule.train = last
+    try:
+        return run_cli(argv)
+    finally:
+        Schedule.train = original
+
+
+def test_a_rank_that_hangs_is_reported_with_collective_and_step(pool, tmp_path, inputs):
+    argv = inputs.argv(tmp_path / "run", *TP2_SP, "--distributed-timeout-minutes", "0.05")
+    hung = pool.run(_run_with_a_peer_that, 2, "hangs", argv)
+    assert [exit.code for exit in hung] == [2, 2]
+    (line,) = [line for line in hung[0].err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 0: step 3: ")
+    assert "failed, as another rank hangs or is gone" in line
+    assert any(name in line for name in ("all_reduce", "all_gather", "reduce_scatter"))
+    assert "Traceback" not in hung[0].err
+
+
+def strike(pool, argv: list[str], run: Path, signum: int, rng: random.Random) -> str:
+    """Starts the command on two ranks and sends all or one of them the signal at some moment; returns what was said."""
+    victims = rng.choice([[0, 1], [0], [1]])
+    lines, delay_seconds = rng.randrange(8), rng.random() * 0.4
+    metrics = run / "metrics.jsonl"
+    with ThreadPoolExecutor(1) as executor:
+        outcome = executor.submit(pool.run, run_cli, 2, argv)
+        while not outcome.done() and not (metrics.is_file() and metrics.read_text().count("\n") >= lines):
+            time.sleep(0.005)
+        time.sleep(delay_seconds)
+        for victim in victims if not outcome.done() else []:
+            os.kill(pool._workers[victim].process.pid, signum)
+        try:
+            return "".join(exit.err for exit in outcome.result())
+        except WorkerError as error:  # killed before they could say anything
+            return str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "times"), [(signal.SIGKILL, 20), (signal.SIGTERM, 10)], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("background", [(), ("--async-save",)], ids=["waiting", "background"])
+def test_a_run_survives_a_signal_at_any_moment(pool, tmp_path, inputs, background, signum, times):
+    """All ranks or one, in start-up, in a step, while files are written, in the export."""
+    rng = random.Random(signum)
+    flags = (*DIST_OPT, "--save-interval", "2", *background)
+    train(pool, 2, inputs.argv(tmp_path / "whole", *flags))
+    expected = metrics_of(tmp_path / "whole")
+    assert [line["step"] for line in expected] == list(range(1, 9))
+    for moment in range(times // 2):
+        run = tmp_path / f"run-{moment}"
+        argv = inputs.argv(run, *flags)
+        first = strike(pool, argv, run, signum, rng)
+        second = strike(pool, argv, run, signum, rng)
+        train(pool, 2, argv)
+        assert metrics_of(run) == expected, (first, second)
+        assert not any(folder.suffix == ".damaged" for folder in run.iterdir())
