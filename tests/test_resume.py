@@ -312,11 +312,13 @@ def test_a_rank_that_hangs_is_reported_with_collective_and_step(pool, tmp_path, 
 def strike(pool, argv: list[str], run: Path, signum: int, rng: random.Random) -> str:
     """Starts the command on two ranks and sends all or one of them the signal at some moment; returns what was said."""
     victims = rng.choice([[0, 1], [0], [1]])
-    lines, delay_seconds = rng.randrange(8), rng.random() * 0.4
+    lines, delay_seconds = rng.randrange(8), rng.random() * rng.choice([0.4, 4])
     metrics = run / "metrics.jsonl"
     with ThreadPoolExecutor(1) as executor:
         outcome = executor.submit(pool.run, run_cli, 2, argv)
-        while not outcome.done() and not (metrics.is_file() and metrics.read_text().count("\n") >= lines):
+        while not outcome.done() and not (
+            len(pool._workers) >= 2 and metrics.is_file() and metrics.read_text().count("\n") >= lines
+        ):
             time.sleep(0.005)
         time.sleep(delay_seconds)
         for victim in victims if not outcome.done() else []:

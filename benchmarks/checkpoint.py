@@ -1,0 +1,145 @@
+"""What a checkpoint costs a run: waiting for it, writing it in the background, checking and loading it.
+
+Trains a small model on records of random letters and prints one JSON line per figure. One thread trains, so that on two
+cores the background writer has one for itself, as it has on a machine with GPUs.
+
+    python benchmarks/checkpoint.py [--hidden-size 512] [--steps 8]
+"""
+
+import argparse
+import json
+import logging
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_psft import build, parallel, platform, trainer
+from megatron_psft.checkpoint import Saver, find_checkpoint, load_checkpoint
+from megatron_psft.config import parse_config
+from megatron_psft.interrupt import StopSignals
+from megatron_psft.step_folders import step_folders
+
+_TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden-size", type=int, default=512, help="width of the model (512: 71 million parameters)")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps per figure (8)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable()
+    here = platform.detect(0)
+    with tempfile.TemporaryDirectory() as name, parallel.process_group(here, 1, 30):
+        folder = Path(name)
+        write_inputs(folder, options.hidden_size)
+        flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
+            --train-iters 1000 --global-batch-size 1 --old-policy-interval {9 * options.steps + 1}"""
+        config = parse_config(flags.split())
+        run = build.build_run(config, build.read_inputs(config, show_progress=False), here)
+        measure(run, options.steps)
+
+
+def write_inputs(folder: Path, hidden_size: int) -> None:
+    """A Qwen2-shaped config, a tokenizer of letters, and records of 256 of them."""
+    shape = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": hidden_size // 64, "num_key_value_heads": hidden_size // 64}
+    other = {"model_type": "qwen2", "vocab_size": 65536, "tie_word_embeddings": True, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps({**shape, **heads, **other}))
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(["<s>", "</s>", *_LETTERS])}, "a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=_TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    rng = random.Random(0)
+    with (folder / "records.jsonl").open("w") as file:
+        for _ in range(64):
+            prompt, completion = ("".join(rng.choices(_LETTERS, k=128)) for _ in range(2))
+            file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+
+
+def measure(run: trainer.Run, steps: int) -> None:
+    """Prints all figures; waiting and background saves alternate with plain steps, as the machine's speed drifts."""
+    steps_done = 0
+    folder = Path(run.config.weights.save)
+
+    def train(save: Callable[[], None], poll: Callable[[], None]) -> tuple[float, float]:
+        """Seconds of a save and the steps after it, and how many of them went into `save` and `poll`."""
+        nonlocal steps_done
+        started = time.perf_counter()
+        save()
+        stalled = time.perf_counter() - started
+        for _ in range(steps):
+            trainer.train_step(run, steps_done, stop)
+            steps_done += 1
+            before_poll = time.perf_counter()
+            poll()
+            stalled += time.perf_counter() - before_poll
+        return time.perf_counter() - started, stalled
+
+    with StopSignals() as stop:
+        pass_started = time.perf_counter()
+        trainer.train_step(run, steps_done, stop)  # begins the window that all further steps are in
+        pass_seconds = time.perf_counter() - pass_started
+        steps_done += 1
+        savers = [_saver(run, in_background=in_background) for in_background in (False, True)]
+        savers[0].save(1_000_000)  # starts the helper process that all saves share
+        plain: list[float] = []
+        waiting: list[float] = []
+        background: list[float] = []
+        polled: list[float] = []
+        for trial in range(3):
+            plain.append(train(lambda: None, lambda: None)[0])
+            waiting.append(train(lambda number=3 * trial + 1: savers[0].save(number), lambda: None)[1])
+            seconds, stalled = train(lambda number=3 * trial + 2: savers[1].save(number), savers[1].poll)
+            polled.append(stalled)
+            savers[1].finish()
+            background.append(seconds)
+    stall = statistics.median(waiting)
+    extra = statistics.median(background) - statistics.median(plain)
+    newest = step_folders(folder)[-1]
+    stored = [tensor for tensors in run.state.window.stored.values() for tensor in tensors]
+    figures = {
+        "checkpoint_bytes": (sum(path.stat().st_size for path in newest.iterdir()), "bytes"),
+        "step_seconds": (statistics.median(plain) / steps, "s"),
+        "save_stall_seconds": (stall, "s"),
+        "async_save_stall_seconds": (statistics.median(polled), "s"),
+        "async_save_stall_ratio": (statistics.median(polled) / stall, "ratio"),
+        "async_save_extra_seconds": (extra, "s"),
+        "async_save_extra_ratio": (extra / stall, "ratio"),
+        "old_log_probs_bytes_per_batch": (
+            sum(t.nbytes for t in stored) / max(len(run.state.window.stored), 1),
+            "bytes",
+        ),
+        "old_policy_pass_seconds": (pass_seconds, "s"),
+        "old_weights_bytes": (sum(p.numel() * 4 for chunk in run.state.chunks for p in chunk.parameters()), "bytes"),
+    }
+    figures |= {name: (seconds, "s") for name, seconds in _load_seconds(run, newest).items()}
+    for name, (value, unit) in figures.items():
+        print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "steps_per_figure": steps}))
+
+
+def _saver(run: trainer.Run, *, in_background: bool) -> Saver:
+    folder = Path(run.config.weights.save)
+    return Saver(folder, run.state, run.identity, run.loader, run.parallel, keep_last=1, in_background=in_background)
+
+
+def _load_seconds(run: trainer.Run, newest: Path) -> dict[str, float]:
+    started = time.perf_counter()
+    find_checkpoint(Path(run.config.weights.save), None, run.identity)
+    checked = time.perf_counter()
+    load_checkpoint(newest, run.state, run.loader, run.parallel)
+    return {"check_seconds": checked - started, "load_seconds": time.perf_counter() - checked}
+
+
+if __name__ == "__main__":
+    main()
