@@ -52,7 +52,8 @@ def _configure_output(rank: int) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
     logging.getLogger("megatron_psft").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     # Megatron-Core warns at import of each fused library that is not installed; one line at start says what is used.
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    # On the CPU some come in the name of platform.py, which its calls go through.
+    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_psft\.platform")
     # Collectives that newer torch has renamed, called by Megatron-Core.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
