@@ -14,7 +14,8 @@ from megatron_psft.checkpoint import Identity, TrainState, find_checkpoint, load
 from megatron_psft.config import Config, config_to_yaml, validate_train_iters
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
-from megatron_psft.data.loader import BatchLoader
+from megatron_psft.data.loader import BatchLoader, Shard
+from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from megatron_psft.errors import UserError
 from megatron_psft.hf import export, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, fill_parameters
@@ -41,6 +42,7 @@ class Inputs:
     shape: ModelShape
     weights: SafetensorsFolder | RandomWeights
     dataset: TokenizedDataset
+    plan: PackPlan
     valid_dataset: TokenizedDataset | None
     tokenizer: PreTrainedTokenizerBase
     train_iters: int
@@ -53,7 +55,7 @@ def run(config: Config, platform: Platform, rank: int) -> None:
         UserError: on every rank alike.
     """
     inputs = together(lambda: read_inputs(config, show_progress=rank == 0))
-    _describe(inputs, platform)
+    _describe(inputs, platform, packing=config.data.packing)
     ready = build_run(config, inputs, platform)
     _write_config(config, ready.parallel)
     train(ready)
@@ -87,10 +89,11 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
     dataset = _read_dataset(config, config.data.data, tokenizer, show_progress)
     valid = _read_dataset(config, config.data.valid_data, tokenizer, show_progress) if config.data.valid_data else None
+    plan = _plan(config, dataset)
     train_iters = config.batch.train_iters
     if train_iters is None:
         assert config.batch.epochs is not None
-        train_iters = -(-config.batch.epochs * len(dataset) // config.batch.global_batch_size)
+        train_iters = -(-config.batch.epochs * len(plan) // config.batch.global_batch_size)
         validate_train_iters(config, train_iters)
     return Inputs(
         model_folder=model_folder,
@@ -98,6 +101,7 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
         shape=shape,
         weights=weights,
         dataset=dataset,
+        plan=plan,
         valid_dataset=valid,
         tokenizer=tokenizer,
         train_iters=train_iters,
@@ -118,7 +122,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         fill_parameters(chunks, inputs.weights, shape, parallel)
     optimizer = build_optimizer(config, chunks)
     schedule = Schedule(chunks=chunks, device=platform.device, clip_ratio_high=config.objective.clip_ratio_high)
-    loader = _loader(config, inputs, inputs.dataset, parallel, is_training=True)
+    loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
     state = TrainState(
         chunks=chunks,
         optimizer=optimizer,
@@ -127,7 +131,8 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
-        valid_loader = _loader(config, inputs, inputs.valid_dataset, parallel, is_training=False)
+        plan = _plan(config, inputs.valid_dataset)
+        valid_loader = _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, loader, parallel)
         log.info("resumed from %s, step %d of %d", checkpoint, first_step, inputs.train_iters)
@@ -184,23 +189,43 @@ def _identity(config: Config, inputs: Inputs, parallel: Parallel) -> Identity:
         "bf16": config.precision.bf16,
         "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
     }
+    identity["packing"] = config.data.packing
+    if config.data.packing:
+        identity["seq_length"] = config.data.seq_length
     if config.objective.old_policy_interval == "fixed":
         # Its log-probabilities were computed for these steps, by weights that are gone.
         identity["train_iters"] = inputs.train_iters
     return identity
 
 
+def _plan(config: Config, dataset: TokenizedDataset) -> PackPlan:
+    """Which records share a row."""
+    make_plan = best_fit if config.data.packing else one_per_pack
+    return make_plan(dataset.lengths - 1, config.data.seq_length)  # a record's last token is a label only
+
+
 def _loader(
-    config: Config, inputs: Inputs, dataset: TokenizedDataset, parallel: Parallel, *, is_training: bool
+    config: Config,
+    inputs: Inputs,
+    dataset: TokenizedDataset,
+    plan: PackPlan,
+    parallel: Parallel,
+    *,
+    is_training: bool,
 ) -> BatchLoader:
     return BatchLoader(
         dataset,
+        plan,
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
-        data_parallel_rank=parallel.data_rank,
-        data_parallel_size=parallel.data_size,
-        shuffle=config.data.shuffle and is_training,
-        seed=config.batch.seed,
+        shard=Shard(
+            data_rank=parallel.data_rank,
+            data_size=parallel.data_size,
+            context_rank=parallel.context_rank,
+            context_size=parallel.context_size,
+        ),
+        shuffle_seed=config.batch.seed if config.data.shuffle and is_training else None,
+        one_row=config.data.packing or parallel.context_size > 1,
         wrap=is_training,
         # Sequence parallelism cuts the sequence into equal parts.
         pad_to_multiple_of=parallel.tensor_size if config.parallel.sequence_parallel else 1,
@@ -208,10 +233,12 @@ def _loader(
     )
 
 
-def _describe(inputs: Inputs, platform: Platform) -> None:
+def _describe(inputs: Inputs, platform: Platform, *, packing: bool) -> None:
     """Says what the run computes on and what it trains on, with one record as the model gets it."""
     log.info("%s", platform.describe())
     log.info("training data: %s", inputs.dataset.statistics())
+    if packing:
+        log.info("packing: %s", inputs.plan)
     if inputs.valid_dataset is not None:
         log.info("validation data: %s", inputs.valid_dataset.statistics())
     first = inputs.dataset[0]

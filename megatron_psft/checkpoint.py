@@ -114,7 +114,7 @@ def save_checkpoint(
     dist.barrier()
     tensors = _sharded_state(state, is_loading=False)
     tensors["old_log_probs"] = {
-        str(later): _sharded_old_log_probs(later, torch.cat(old) if old else None, loader, parallel)
+        str(later): _sharded_old_log_probs(later, _whole_packs(loader.to_packs(later, old), parallel), loader, parallel)
         for later, old in state.window.stored.items()
         if old
     }
@@ -142,7 +142,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     state.scheduler.load_state_dict(common["scheduler"])
     for step in steps:
         saved = loaded["old_log_probs"][str(step)] if parallel.is_last_stage else None
-        state.window.stored[step] = [] if saved is None else _micro_batches(saved, loader.seq_length(step), loader)
+        state.window.stored[step] = [] if saved is None else loader.from_packs(step, saved)
 
 
 def _named_chunks(chunks: Sequence[DistributedDataParallel]) -> dict[str, GPTModel]:
@@ -161,24 +161,27 @@ def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
 
 
 def _sharded_old_log_probs(step: int, rows: Tensor | None, loader: BatchLoader, parallel: Parallel) -> ShardedTensor:
-    """The old log-probabilities of one global batch as a checkpoint tensor `[global batch, s]`, this replica's rows of
-    it.
+    """The old log-probabilities of one global batch as a checkpoint tensor `[global batch, longest pack]`, this
+    replica's packs of it.
 
-    Its width is the batch's longest row without the padding that a layout may add, so that any layout can read it.
+    It holds no padding that a layout may add, and each pack whole, so that any layout can read it.
     """
-    width = loader.unpadded_length(step)
-    data = torch.zeros(loader.rows_per_rank, width) if rows is None else rows[:, :width].contiguous()
+    data = torch.zeros(loader.packs_per_rank, loader.unpadded_length(step)) if rows is None else rows
     return ShardedTensor.from_rank_offsets(
         f"old_log_probs.{step}",
         data,
         (0, parallel.data_rank, parallel.data_size),
-        replica_id=parallel.tensor_rank,
+        replica_id=parallel.context_rank * parallel.tensor_size + parallel.tensor_rank,
     )
 
 
-def _micro_batches(rows: Tensor, seq_length: int, loader: BatchLoader) -> list[Tensor]:
-    padded = torch.nn.functional.pad(rows, (0, seq_length - rows.shape[1]))
-    return list(padded.split(loader.micro_batch_size))
+def _whole_packs(rows: Tensor, parallel: Parallel) -> Tensor:
+    """Adds up what each context-parallel rank has of the packs; collective over these ranks."""
+    if parallel.context_size == 1:
+        return rows
+    rows = rows.to(parallel.device)
+    dist.all_reduce(rows, group=parallel.context_group)
+    return rows.cpu()
 
 
 def _step_of(folder: Path) -> int:

@@ -29,6 +29,8 @@ class Parallel:
     pipeline_size: int
     virtual_size: int
     """Model chunks per pipeline rank, 1 without interleaving."""
+    context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
     device: torch.device
@@ -50,8 +52,14 @@ class Parallel:
 
     @property
     def counts_batch(self) -> bool:
-        """True on the one rank of each data-parallel replica whose sums enter the global sums."""
+        """True on the ranks whose sums over their own tokens enter the global sums: of each data-parallel replica one
+        per context-parallel part of the rows."""
         return self.is_last_stage and self.tensor_rank == 0
+
+    @property
+    def context_group(self) -> dist.ProcessGroup:
+        """The ranks that share this rank's rows."""
+        return parallel_state.get_context_parallel_group()
 
 
 def initialize_parallel(
@@ -62,6 +70,7 @@ def initialize_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_size,
+        context_parallel_size=config.context_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Parallel(
@@ -72,6 +81,8 @@ def initialize_parallel(
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         virtual_size=virtual_size or 1,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         device=device,

@@ -39,7 +39,7 @@ class Inputs:
         shared = f"""
             --load-hf {self.model} --tokenizer {self.tokenizer} --data {self.data} --save {save} --seq-length 256
             --train-iters 8 --global-batch-size 4 --lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 2
-            --old-policy-interval 4 --sft-warmup-iters 1
+            --old-policy-interval 4 --sft-warmup-iters 1 --no-packing
         """
         return [*shared.split(), *flags]
 

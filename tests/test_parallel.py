@@ -22,16 +22,24 @@ def _place(config: ParallelConfig, world_size: int, virtual_size: int | None = N
 
 
 @pytest.mark.parametrize(
-    ("tensor_size", "data_size", "pipeline_size"), [(1, 1, 1), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+    ("tensor_size", "context_size", "data_size", "pipeline_size"),
+    [(1, 1, 1, 1), (1, 1, 2, 1), (2, 1, 1, 2), (1, 2, 2, 1), (2, 2, 1, 2), (2, 1, 2, 2)],
 )
-def test_ranks_count_through_tensor_then_data_then_pipeline(pool, tensor_size, data_size, pipeline_size):
-    world_size = tensor_size * data_size * pipeline_size
-    config = ParallelConfig(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
+def test_ranks_count_through_tensor_then_context_then_data_then_pipeline(
+    pool, tensor_size, context_size, data_size, pipeline_size
+):
+    world_size = tensor_size * context_size * data_size * pipeline_size
+    config = ParallelConfig(
+        tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=pipeline_size,
+        context_parallel_size=context_size,
+    )
     results = pool.run(_place, world_size, config, world_size)
     counting = []
     for rank, (place, roles) in enumerate(results):
-        pipeline_rank, rest = divmod(rank, tensor_size * data_size)
-        data_rank, tensor_rank = divmod(rest, tensor_size)
+        pipeline_rank, rest = divmod(rank, tensor_size * context_size * data_size)
+        data_rank, rest = divmod(rest, tensor_size * context_size)
+        context_rank, tensor_rank = divmod(rest, tensor_size)
         assert place == {
             "rank": rank,
             "world_size": world_size,
@@ -40,14 +48,17 @@ def test_ranks_count_through_tensor_then_data_then_pipeline(pool, tensor_size, d
             "pipeline_rank": pipeline_rank,
             "pipeline_size": pipeline_size,
             "virtual_size": 1,
+            "context_rank": context_rank,
+            "context_size": context_size,
             "data_rank": data_rank,
             "data_size": data_size,
             "device": torch.device("cpu"),
         }
         is_first, is_last = pipeline_rank == 0, pipeline_rank == pipeline_size - 1
         assert roles == (rank == 0, is_first, is_last, is_last and tensor_rank == 0)
-        counting += [data_rank] if roles[-1] else []
-    assert counting == list(range(data_size)), "each replica counts once"
+        counting += [(data_rank, context_rank)] if roles[-1] else []
+    expected = [(data_rank, context_rank) for data_rank in range(data_size) for context_rank in range(context_size)]
+    assert counting == expected, "each part of each replica's rows counts once"
 
 
 def test_interleaving_says_how_many_chunks_a_rank_has(pool):
