@@ -125,9 +125,11 @@ def every_data(folder) -> dict[str, Data]:
     return {name: make_data(model, records, seed) for seed, (name, records) in enumerate(RECORDS.items())}
 
 
-def make_loader(data: Data, place, config: ParallelConfig, plan: PackPlan, micro_batch_size: int) -> BatchLoader:
+def make_loader(
+    dataset: TokenizedDataset, place, config: ParallelConfig, plan: PackPlan, micro_batch_size: int
+) -> BatchLoader:
     return BatchLoader(
-        data.dataset,
+        dataset,
         plan,
         global_batch_size=len(plan),
         micro_batch_size=micro_batch_size,
@@ -167,7 +169,7 @@ def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str,
             if config.context_parallel_size > 1:
                 plans["one per pack"] = one_per_pack(lengths, CAPACITY)
             for kind, plan in plans.items():
-                loader = make_loader(data, run.place, config, plan, micro_batch_size)
+                loader = make_loader(data.dataset, run.place, config, plan, micro_batch_size)
                 old = old_of(data, loader, plan, run.place) if run.place.is_last_stage else None
                 run.schedule.zero_grad()
                 sums = run.schedule.train(loader.micro_batches(0), old, objective="psft")
@@ -203,3 +205,69 @@ def test_every_gradient_is_that_of_the_records_one_at_a_time(pool, folder, every
         assert totals([sums[key] for sums in results]) == expected, key
     uneven = every_data["uneven"].sums
     assert 0.1 < uneven["clipped"] / uneven["loss_tokens"] < 0.6
+
+
+def _score_copies(folder: Path, config: ParallelConfig, data: TokenizedDataset, leak: str | None) -> Tensor:
+    """Log-probabilities of the tokens of two equal records in one row; `leak` plants a mistake."""
+    import torch.distributed as dist
+
+    from megatron_psft import schedule
+    from megatron_psft.model.layers import packed_row_params
+
+    def one_segment(segments: tuple[int, ...], device: torch.device):
+        return packed_row_params((sum(segments),), device)
+
+    def one_run_of_positions(segments: tuple[int, ...], device: torch.device):
+        row, merged = packed_row_params(segments, device), one_segment(segments, device)
+        row.cu_seqlens_q_padded, row.cu_seqlens_kv_padded = merged.cu_seqlens_q, merged.cu_seqlens_kv
+        row.max_seqlen_q = row.max_seqlen_kv = sum(segments)
+        return row
+
+    leaks = {None: packed_row_params, "attention": one_segment, "positions": one_run_of_positions}
+    plan = best_fit(data.lengths - 1, 2 * int(data.lengths[0] - 1))
+    assert len(plan) == 1
+    schedule.packed_row_params = leaks[leak]
+    try:
+        with ready(folder, config) as run:
+            loader = make_loader(data, run.place, config, plan, micro_batch_size=1)
+            scores = run.schedule.score(loader.micro_batches(0))
+            row = loader.to_packs(0, [stats.log_probs for stats in scores])
+            dist.all_reduce(row, group=run.place.context_group)
+            return row[0]
+    finally:
+        schedule.packed_row_params = packed_row_params
+
+
+@pytest.fixture(scope="module")
+def copies() -> TokenizedDataset:
+    tokens = torch.randint(1, tiny.VOCAB_SIZE, (28,), generator=torch.Generator().manual_seed(9)).numpy()
+    label_mask = np.arange(28) > 0
+    return make_dataset([tokens, tokens], [label_mask, label_mask])
+
+
+@pytest.mark.parametrize("layout", ["one", "TP2 SP", "CP2"])
+def test_a_copy_behind_a_record_knows_nothing_of_it(pool, folder, copies, layout):
+    """A model that saw the first record would copy it; positions that ran on would be others."""
+    world_size, config = LAYOUTS[layout]
+    with torch.no_grad():
+        alone, _ = reference.label_statistics(
+            reference.load_model(folder), copies[0].tokens.tolist(), copies[0].label_mask.tolist()
+        )
+    for scores in pool.run(_score_copies, world_size, folder, config, copies, None):
+        for found in scores.view(2, -1):
+            torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "leak"),
+    [("one", "attention"), ("CP2", "attention"), ("CP2", "positions")],
+)
+def test_a_planted_leak_is_seen(pool, folder, copies, layout, leak):
+    """What the test above compares differs by a hundred times its tolerance as soon as a border is crossed.
+
+    Positions that run on through a whole row change nothing: rotary embeddings know differences only. Under context
+    parallelism they do, as a rank has two chunks of each record.
+    """
+    world_size, config = LAYOUTS[layout]
+    clean, leaking = (pool.run(_score_copies, world_size, folder, config, copies, plant)[0] for plant in (None, leak))
+    assert (clean - leaking)[len(clean) // 2 :].abs().max() > 1e-3
