@@ -1,6 +1,7 @@
 """Turns a configuration into a run that is ready to train, and a trained run into a Hugging Face folder."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from megatron_psft.hf import export, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, fill_parameters
 from megatron_psft.model.gpt import build_model, check_layout, padded_vocab_size, virtual_size
 from megatron_psft.model.shape import ModelShape, read_shape
-from megatron_psft.old_policy import OldPolicyWindow
+from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
 from megatron_psft.parallel import Parallel, initialize_parallel, together
 from megatron_psft.platform import Platform
@@ -127,7 +128,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, inputs.train_iters),
-        window=_window(config, inputs.train_iters, schedule, loader, show_progress=parallel.is_main),
+        window=_window(config, inputs.train_iters, schedule, loader, parallel),
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
@@ -151,17 +152,26 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
 
 
 def _window(
-    config: Config, train_iters: int, schedule: Schedule, loader: BatchLoader, *, show_progress: bool
+    config: Config, train_iters: int, schedule: Schedule, loader: BatchLoader, parallel: Parallel
 ) -> OldPolicyWindow:
     def score(step: int) -> list[Tensor]:
         return [stats.log_probs for stats in schedule.score(loader.micro_batches(step))]
+
+    def prepare(steps: Sequence[int]) -> None:
+        kept = sum(loader.positions_per_rank(step) for step in steps) * torch.float32.itemsize
+        check_host_memory(kept, len(steps), parallel)
 
     objective = config.objective
     interval = train_iters if objective.old_policy_interval == "fixed" else objective.old_policy_interval
     # SFT is warm-up all the way.
     warmup_iters = train_iters if objective.objective == "sft" else objective.sft_warmup_iters
     return OldPolicyWindow(
-        interval=interval, warmup_iters=warmup_iters, train_iters=train_iters, score=score, show_progress=show_progress
+        interval=interval,
+        warmup_iters=warmup_iters,
+        train_iters=train_iters,
+        score=score,
+        prepare=prepare,
+        show_progress=parallel.is_main,
     )
 
 

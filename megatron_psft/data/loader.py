@@ -178,6 +178,11 @@ class BatchLoader:
         longest = max(sum(sizes[first : first + rows]) for first in range(0, len(sizes), rows))
         return -(-longest // self._row_multiple) * self._row_multiple
 
+    def positions_per_rank(self, step: int) -> int:
+        """Positions of global batch `step` that each rank computes, padding counted."""
+        rows = self.packs_per_rank // (self.micro_batch_size if self._one_row else 1)
+        return rows * self.seq_length(step) // self._shard.context_size
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's part of global batch `step`, counted from 0; on the CPU."""
         seq_length = self.seq_length(step)
