@@ -21,9 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_psft import build, parallel, platform, trainer
-from megatron_psft.checkpoint import Saver, find_checkpoint, load_checkpoint
+from megatron_psft.checkpoint import Saver, load_checkpoint
 from megatron_psft.config import parse_config
 from megatron_psft.interrupt import StopSignals
+from megatron_psft.resume import find_checkpoint
 from megatron_psft.step_folders import step_folders
 
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
@@ -38,11 +39,11 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable()
     here = platform.detect(0)
-    with tempfile.TemporaryDirectory() as name, parallel.process_group(here, 1, 30):
+    with tempfile.TemporaryDirectory() as name, parallel.process_group(here, 1):
         folder = Path(name)
         write_inputs(folder, options.hidden_size)
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
-            --train-iters 1000 --global-batch-size 1 --old-policy-interval {9 * options.steps + 1}"""
+            --train-iters 1000 --global-batch-size 1 --no-packing --old-policy-interval {9 * options.steps + 1}"""
         config = parse_config(flags.split())
         run = build.build_run(config, build.read_inputs(config, show_progress=False), here)
         measure(run, options.steps)

@@ -1,6 +1,7 @@
 """Turns a configuration into a run that is ready to train, and a trained run into a Hugging Face folder."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,20 +11,22 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_psft import __version__
-from megatron_psft.checkpoint import Identity, TrainState, find_checkpoint, load_checkpoint
+from megatron_psft.checkpoint import TrainState, load_checkpoint
 from megatron_psft.config import Config, config_to_yaml, validate_train_iters
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
-from megatron_psft.data.loader import BatchLoader
+from megatron_psft.data.loader import BatchLoader, Shard
+from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from megatron_psft.errors import UserError
 from megatron_psft.hf import export, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, fill_parameters
 from megatron_psft.model.gpt import build_model, check_layout, padded_vocab_size, virtual_size
 from megatron_psft.model.shape import ModelShape, read_shape
-from megatron_psft.old_policy import OldPolicyWindow
+from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
 from megatron_psft.parallel import Parallel, initialize_parallel, together
 from megatron_psft.platform import Platform
+from megatron_psft.resume import Identity, find_checkpoint
 from megatron_psft.schedule import Schedule
 from megatron_psft.trainer import Run, train
 
@@ -41,6 +44,7 @@ class Inputs:
     shape: ModelShape
     weights: SafetensorsFolder | RandomWeights
     dataset: TokenizedDataset
+    plan: PackPlan
     valid_dataset: TokenizedDataset | None
     tokenizer: PreTrainedTokenizerBase
     train_iters: int
@@ -57,7 +61,7 @@ def run(config: Config, platform: Platform, rank: int) -> int:
         RankError: on this rank, whatever the others do.
     """
     inputs = together(lambda: read_inputs(config, show_progress=rank == 0))
-    _describe(inputs, platform)
+    _describe(inputs, platform, packing=config.data.packing)
     ready = build_run(config, inputs, platform)
     _write_config(config, ready.parallel)
     signum = train(ready)
@@ -94,10 +98,11 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
     dataset = _read_dataset(config, config.data.data, tokenizer, show_progress)
     valid = _read_dataset(config, config.data.valid_data, tokenizer, show_progress) if config.data.valid_data else None
+    plan = _plan(config, dataset)
     train_iters = config.batch.train_iters
     if train_iters is None:
         assert config.batch.epochs is not None
-        train_iters = -(-config.batch.epochs * len(dataset) // config.batch.global_batch_size)
+        train_iters = -(-config.batch.epochs * len(plan) // config.batch.global_batch_size)
         validate_train_iters(config, train_iters)
     return Inputs(
         model_folder=model_folder,
@@ -105,6 +110,7 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
         shape=shape,
         weights=weights,
         dataset=dataset,
+        plan=plan,
         valid_dataset=valid,
         tokenizer=tokenizer,
         train_iters=train_iters,
@@ -125,16 +131,17 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         fill_parameters(chunks, inputs.weights, shape, parallel)
     optimizer = build_optimizer(config, chunks)
     schedule = Schedule(chunks=chunks, device=platform.device, clip_ratio_high=config.objective.clip_ratio_high)
-    loader = _loader(config, inputs, inputs.dataset, parallel, is_training=True)
+    loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
     state = TrainState(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, inputs.train_iters),
-        window=_window(config, inputs.train_iters, schedule, loader, show_progress=parallel.is_main),
+        window=_window(config, inputs.train_iters, schedule, loader, parallel),
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
-        valid_loader = _loader(config, inputs, inputs.valid_dataset, parallel, is_training=False)
+        plan = _plan(config, inputs.valid_dataset)
+        valid_loader = _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, loader, parallel)
         log.info("resumed from %s, step %d of %d", checkpoint, first_step, inputs.train_iters)
@@ -153,17 +160,26 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
 
 
 def _window(
-    config: Config, train_iters: int, schedule: Schedule, loader: BatchLoader, *, show_progress: bool
+    config: Config, train_iters: int, schedule: Schedule, loader: BatchLoader, parallel: Parallel
 ) -> OldPolicyWindow:
     def score(step: int) -> list[Tensor]:
         return [stats.log_probs for stats in schedule.score(loader.micro_batches(step))]
+
+    def prepare(steps: Sequence[int]) -> None:
+        kept = sum(loader.positions_per_rank(step) for step in steps) * torch.float32.itemsize
+        check_host_memory(kept, len(steps), parallel)
 
     objective = config.objective
     interval = train_iters if objective.old_policy_interval == "fixed" else objective.old_policy_interval
     # SFT is warm-up all the way.
     warmup_iters = train_iters if objective.objective == "sft" else objective.sft_warmup_iters
     return OldPolicyWindow(
-        interval=interval, warmup_iters=warmup_iters, train_iters=train_iters, score=score, show_progress=show_progress
+        interval=interval,
+        warmup_iters=warmup_iters,
+        train_iters=train_iters,
+        score=score,
+        prepare=prepare,
+        show_progress=parallel.is_main,
     )
 
 
@@ -191,23 +207,43 @@ def _identity(config: Config, inputs: Inputs, parallel: Parallel) -> Identity:
         "bf16": config.precision.bf16,
         "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
     }
+    identity["packing"] = config.data.packing
+    if config.data.packing:
+        identity["seq_length"] = config.data.seq_length
     if config.objective.old_policy_interval == "fixed":
         # Its log-probabilities were computed for these steps, by weights that are gone.
         identity["train_iters"] = inputs.train_iters
     return identity
 
 
+def _plan(config: Config, dataset: TokenizedDataset) -> PackPlan:
+    """Which records share a row."""
+    make_plan = best_fit if config.data.packing else one_per_pack
+    return make_plan(dataset.lengths - 1, config.data.seq_length)  # a record's last token is a label only
+
+
 def _loader(
-    config: Config, inputs: Inputs, dataset: TokenizedDataset, parallel: Parallel, *, is_training: bool
+    config: Config,
+    inputs: Inputs,
+    dataset: TokenizedDataset,
+    plan: PackPlan,
+    parallel: Parallel,
+    *,
+    is_training: bool,
 ) -> BatchLoader:
     return BatchLoader(
         dataset,
+        plan,
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
-        data_parallel_rank=parallel.data_rank,
-        data_parallel_size=parallel.data_size,
-        shuffle=config.data.shuffle and is_training,
-        seed=config.batch.seed,
+        shard=Shard(
+            data_rank=parallel.data_rank,
+            data_size=parallel.data_size,
+            context_rank=parallel.context_rank,
+            context_size=parallel.context_size,
+        ),
+        shuffle_seed=config.batch.seed if config.data.shuffle and is_training else None,
+        one_row=config.data.packing or parallel.context_size > 1,
         wrap=is_training,
         # Sequence parallelism cuts the sequence into equal parts.
         pad_to_multiple_of=parallel.tensor_size if config.parallel.sequence_parallel else 1,
@@ -215,10 +251,12 @@ def _loader(
     )
 
 
-def _describe(inputs: Inputs, platform: Platform) -> None:
+def _describe(inputs: Inputs, platform: Platform, *, packing: bool) -> None:
     """Says what the run computes on and what it trains on, with one record as the model gets it."""
     log.info("%s", platform.describe())
     log.info("training data: %s", inputs.dataset.statistics())
+    if packing:
+        log.info("packing: %s", inputs.plan)
     if inputs.valid_dataset is not None:
         log.info("validation data: %s", inputs.valid_dataset.statistics())
     first = inputs.dataset[0]

@@ -30,12 +30,10 @@ from megatron_psft.errors import RankError, UserError
 from megatron_psft.interrupt import helpers_outlive_signals
 from megatron_psft.old_policy import OldPolicyWindow
 from megatron_psft.optimizer import load_optimizer_state
-from megatron_psft.parallel import Parallel, naming_lost_peers, on_main, together
-from megatron_psft.step_folders import DamageError
+from megatron_psft.parallel import Parallel, naming_lost_peers, on_main
+from megatron_psft.resume import VERSION, Identity
 
 log = logging.getLogger(__name__)
-
-VERSION = 2
 
 # The distributed optimizer's one format that any tensor, pipeline and data-parallel size can read.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -43,9 +41,6 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 _HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
 _STRATEGY = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
 _ADAM_BYTES, _MASTER_BYTES = 8, 4  # per parameter: two fp32 moments, and the fp32 copy of a bf16 weight
-
-Identity = Mapping[str, Any]
-"""What a run must share with the checkpoint it resumes from, field by field; JSON values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +137,9 @@ class Saver:
         state, parallel = self._state, self._parallel
         content = _sharded_state(state, is_loading=False)
         content["old_log_probs"] = {
-            str(later): _sharded_old_log_probs(later, torch.cat(old) if old else None, self._loader, parallel)
+            str(later): _sharded_old_log_probs(
+                later, _whole_packs(self._loader.to_packs(later, old), parallel), self._loader, parallel
+            )
             for later, old in state.window.stored.items()
             if old
         }
@@ -188,36 +185,6 @@ class Saver:
             ) from error
 
 
-def find_checkpoint(save: Path, load: Path | None, identity: Identity) -> tuple[Path, int] | None:
-    """The checkpoint to resume from and its completed steps; collective.
-
-    That is the newest intact one of the run folder `save`, where it holds any, else the newest of the run folder
-    `load`, or `load` itself. Damaged ones of `save` lose their name, so that they neither count nor are taken again.
-
-    Raises:
-        UserError: `save` holds only damaged checkpoints; `load` is needed and holds none, or a damaged one; the
-            checkpoint was written by another version or by a run that differs in a field of `identity`.
-    """
-    saved = _see(save)
-    for checkpoint in reversed(saved):
-        damage = _find_damage(checkpoint, identity)
-        if damage is None:
-            return checkpoint, _step_of(checkpoint)
-        kept = on_main(partial(step_folders.set_aside, checkpoint))
-        log.warning("WARNING: %s: this checkpoint is damaged; it is now called %s and not used", damage, kept.name)
-    if saved:
-        raise UserError(f"save ({save}) holds no intact checkpoint any more; name another save folder to start anew")
-    if load is None:
-        return None
-    checkpoint, others = _choose(load)
-    damage = _find_damage(checkpoint, identity)
-    if damage is not None:
-        intact = next((other for other in reversed(others) if _find_damage(other, identity) is None), None)
-        remedy = "none beside it is intact" if intact is None else f"the newest intact one is --load {intact}"
-        raise UserError(f"load ({load}) must be an intact checkpoint: {damage}; {remedy}")
-    return checkpoint, _step_of(checkpoint)
-
-
 def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, parallel: Parallel) -> None:
     """Fills `state` from a step folder; collective."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
@@ -235,7 +202,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     state.scheduler.load_state_dict(common["scheduler"])
     for step in steps:
         saved = loaded["old_log_probs"][str(step)] if parallel.is_last_stage else None
-        state.window.stored[step] = [] if saved is None else _micro_batches(saved, loader.seq_length(step), loader)
+        state.window.stored[step] = [] if saved is None else loader.from_packs(step, saved)
     if is_same_layout:  # the generators of other ranks would mean nothing; nothing that trains draws from them today
         _set_rng(loaded["rng"])
 
@@ -259,72 +226,6 @@ def _write(write: Callable[..., None], aside: Path, rank: int, *args: Any, **kwa
     step_folders.leave_sums(aside, rank)
 
 
-def _see(folder: Path) -> list[Path]:
-    """Checkpoints of a run folder, oldest first, which every rank must see as rank 0 does; collective."""
-    found = on_main(lambda: step_folders.step_folders(folder))
-
-    def look() -> None:
-        for checkpoint in found:
-            if not checkpoint.is_dir():
-                raise UserError(
-                    f"{folder} must be a folder that all nodes share: rank {dist.get_rank()} lacks {checkpoint}"
-                )
-
-    together(look)
-    return found
-
-
-def _choose(load: Path) -> tuple[Path, list[Path]]:
-    """The checkpoint that `load` names, and all of its run; collective."""
-    if on_main(lambda: step_folders.is_step_folder(load)):
-        return load, [other for other in _see(load.parent) if other != load]
-    found = _see(load)
-    if not found:
-        raise UserError(f"load ({load}) must be a complete step folder or a run folder that holds one; check the path")
-    return found[-1], found[:-1]
-
-
-def _find_damage(checkpoint: Path, identity: Identity) -> str | None:
-    """What is wrong with a checkpoint, if anything is; every rank reads its share of the files. Collective.
-
-    Raises:
-        UserError: it belongs to another version or another run.
-    """
-
-    def read() -> str | None:
-        try:
-            content = step_folders.read_content(checkpoint)
-        except DamageError as error:
-            return str(error)
-        _check_identity(checkpoint, content, identity)
-        return None
-
-    damage = on_main(read)
-    if damage is not None:
-        return damage
-    world_size = dist.get_world_size()
-    found: list[str | None] = [None] * world_size
-    dist.all_gather_object(found, step_folders.find_damage(checkpoint, part=dist.get_rank(), parts=world_size))
-    return next((text for text in found if text is not None), None)
-
-
-def _check_identity(checkpoint: Path, content: Mapping[str, Any], identity: Identity) -> None:
-    if content["version"] != VERSION:
-        version = content["version"]
-        raise UserError(f"{checkpoint}: version ({version}) must be {VERSION}; use the release that wrote it")
-    for field, wanted in identity.items():
-        found = content["identity"].get(field)
-        if found != wanted:
-            raise UserError(
-                f"{checkpoint}: the run that wrote it had {field} ({found}), this one has ({wanted}); "
-                "use its settings, or another save folder to start anew"
-            )
-
-
-def _step_of(checkpoint: Path) -> int:
-    return on_main(lambda: int(step_folders.read_content(checkpoint)["step"]))
-
-
 def _named_chunks(chunks: Sequence[DistributedDataParallel]) -> dict[str, GPTModel]:
     """Model chunks under the names that Megatron-Core's optimizers expect."""
     models = unwrap_model(list(chunks))
@@ -341,29 +242,32 @@ def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
 
 
 def _sharded_old_log_probs(step: int, rows: Tensor | None, loader: BatchLoader, parallel: Parallel) -> ShardedTensor:
-    """The old log-probabilities of one global batch as a checkpoint tensor `[global batch, s]`, this replica's rows of
-    it.
+    """The old log-probabilities of one global batch as a checkpoint tensor `[global batch, longest pack]`, this
+    replica's packs of it.
 
-    Its width is the batch's longest row without the padding that a layout may add, so that any layout can read it.
+    It holds no padding that a layout may add, and each pack whole, so that any layout can read it.
     """
-    width = loader.unpadded_length(step)
-    data = torch.zeros(loader.rows_per_rank, width) if rows is None else rows[:, :width].contiguous()
+    data = torch.zeros(loader.packs_per_rank, loader.unpadded_length(step)) if rows is None else rows
     return ShardedTensor.from_rank_offsets(
         f"old_log_probs.{step}",
         data,
         (0, parallel.data_rank, parallel.data_size),
-        replica_id=parallel.tensor_rank,
+        replica_id=parallel.context_rank * parallel.tensor_size + parallel.tensor_rank,
     )
 
 
-def _micro_batches(rows: Tensor, seq_length: int, loader: BatchLoader) -> list[Tensor]:
-    padded = torch.nn.functional.pad(rows, (0, seq_length - rows.shape[1]))
-    return list(padded.split(loader.micro_batch_size))
+def _whole_packs(rows: Tensor, parallel: Parallel) -> Tensor:
+    """Adds up what each context-parallel rank has of the packs; collective over these ranks."""
+    if parallel.context_size == 1:
+        return rows
+    rows = rows.to(parallel.device)
+    dist.all_reduce(rows, group=parallel.context_group)
+    return rows.cpu()
 
 
 def _layout(parallel: Parallel) -> dict[str, int]:
     """Which rank does what."""
-    names = ("tensor_size", "pipeline_size", "virtual_size", "data_size")
+    names = ("tensor_size", "pipeline_size", "virtual_size", "context_size", "data_size")
     return {name: getattr(parallel, name) for name in names}
 
 

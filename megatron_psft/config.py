@@ -75,10 +75,12 @@ class DataConfig:
     """Global batches per evaluation; all of `valid_data` where absent. Needs `valid_data`."""
     seq_length: int = 4096
     """Length of the longest record that is trained on whole, in tokens; `overlong` says what happens to longer ones."""
-    packing: bool = False
-    """Put several records into one sequence. Not supported in this version."""
+    packing: bool = True
+    """Put as many records as fit into each sequence of `seq_length` tokens; they do not see each other. Otherwise each
+    has a sequence of its own."""
     shuffle: bool = True
-    """Draw a new order of the records from `seed` for each epoch; otherwise they are trained on in file order."""
+    """Draw a new order from `seed` for each epoch. Otherwise records are trained on in file order, and with packing
+    packs in the order of their first records; which records share a pack is told by their lengths."""
     overlong: Literal["drop", "truncate", "error"] = "error"
     """What to do with records longer than `seq_length`: leave them out, cut their end off, or stop."""
     prompt_key: str = "prompt"
@@ -96,8 +98,6 @@ class DataConfig:
         _require_at_least(2, self, "seq_length")  # the shortest sequence with a token to predict
         if not self.data:
             raise UserError("data () must name at least one file or folder")
-        if self.packing:
-            raise UserError("packing is not supported in this version; use --no-packing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,10 @@ class BatchConfig:
     epochs: int | None = None
     """Passes over the training records. Give either this or `train_iters`."""
     global_batch_size: int = 64
-    """Sequences per optimizer step, over all ranks; a multiple of `micro_batch_size` times the data-parallel size."""
+    """Sequences per optimizer step, over all ranks; a multiple of `micro_batch_size` times the data-parallel size. With
+    packing a sequence is a pack of records."""
     micro_batch_size: int = 1
-    """Sequences per forward pass of one model replica."""
+    """Sequences per forward pass of one model replica. With packing they are one after the other in a row."""
     seed: int = 1234
     """Seed of the order of records and of randomly drawn weights."""
 
@@ -187,6 +188,8 @@ class ParallelConfig:
     """Ranks over which the layers are spread in stages."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per chunk of the interleaved pipeline schedule; plain schedule where absent. Needs several stages."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence. Every record is padded to a multiple of twice this number."""
     use_distributed_optimizer: bool = False
     """Spread the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -200,12 +203,13 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "distributed_timeout_minutes")
         _require_at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        _require_at_least(1, self, "context_parallel_size")
         _require_at_least(1, self, "num_layers_per_virtual_pipeline_stage")
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one replica of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that compute one micro-batch together."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.model_parallel_size
@@ -320,7 +324,7 @@ def _validate_batch(config: Config, world_size: int) -> None:
     if world_size % parallel.model_parallel_size:
         raise UserError(
             f"world_size ({world_size}) must be a multiple of tensor_model_parallel_size * "
-            f"pipeline_model_parallel_size ({parallel.model_parallel_size}); change one of them"
+            f"pipeline_model_parallel_size * context_parallel_size ({parallel.model_parallel_size}); change one of them"
         )
     sequences_per_pass = batch.micro_batch_size * parallel.data_parallel_size(world_size)
     if batch.global_batch_size % sequences_per_pass:

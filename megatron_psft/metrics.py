@@ -71,8 +71,10 @@ def reduce_metrics(
         # One host copy per step. fp64: a sum of 10^7 fp32 losses would otherwise lose its last digits.
         columns = torch.stack([torch.stack([getattr(entry, name) for name in _SUMMED]) for entry in sums]).double()
         totals.update(zip(_SUMMED, columns.sum(dim=0).tolist(), strict=True))
-        totals["tokens"] = float(sum(batch.num_tokens for batch in micro_batches))
-        totals["sequences"] = float(sum(batch.num_sequences for batch in micro_batches))
+        if parallel.context_rank == 0:
+            # These are told of whole rows; losses are of each rank's own part.
+            totals["tokens"] = float(sum(batch.num_tokens for batch in micro_batches))
+            totals["sequences"] = float(sum(batch.num_sequences for batch in micro_batches))
         ratio_max = float(torch.stack([entry.ratio_max for entry in sums]).max())
         bad_rank = 0.0 if math.isfinite(totals["loss"]) else parallel.rank + 1.0
     added = torch.tensor(list(totals.values()), dtype=torch.float64, device=parallel.device)

@@ -1,9 +1,19 @@
 """The old policy: the weights of every k-th optimizer step, kept as log-probabilities of the labels to come."""
 
-from collections.abc import Callable
+import logging
+import socket
+from collections.abc import Callable, Sequence
 
+import psutil
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+from megatron_psft.errors import UserError
+from megatron_psft.parallel import Parallel, together
+
+log = logging.getLogger(__name__)
 
 SHORT_SECONDS = 5
 """A pass that is over sooner gets no progress bar."""
@@ -24,7 +34,14 @@ class OldPolicyWindow:
     """
 
     def __init__(
-        self, *, interval: int, warmup_iters: int, train_iters: int, score: ScoreStep, show_progress: bool = False
+        self,
+        *,
+        interval: int,
+        warmup_iters: int,
+        train_iters: int,
+        score: ScoreStep,
+        prepare: Callable[[Sequence[int]], None] | None = None,
+        show_progress: bool = False,
     ) -> None:
         """Describes the windows.
 
@@ -33,6 +50,7 @@ class OldPolicyWindow:
             warmup_iters: leading steps without an old policy.
             train_iters: steps of the run; the last window ends there.
             score: scores a step's global batch.
+            prepare: told the steps that are about to be scored, before the first pass of this process. Collective.
             show_progress: whether a long pass shows a progress bar.
         """
         self._show_progress = show_progress
@@ -40,6 +58,7 @@ class OldPolicyWindow:
         self._warmup_iters = warmup_iters
         self._train_iters = train_iters
         self._score = score
+        self._prepare = prepare
         self.stored: dict[int, list[Tensor]] = {}
         """Step to its old log-probabilities, on the CPU, for the steps of the window that are still to come."""
 
@@ -60,13 +79,16 @@ class OldPolicyWindow:
         if not self.begins_at(step):
             return self.stored.pop(step, None)
         rest = range(step + 1, self._window_end(step))
+        if rest and self._prepare is not None:
+            self._prepare(rest)
+            self._prepare = None
         bar = tqdm(
             rest, desc="old policy", unit="step", disable=not self._show_progress, delay=SHORT_SECONDS, leave=False
         )
         scored: dict[int, list[Tensor]] = {}
         for later in bar:
             # Host memory: k global batches of log-probabilities are needed one at a time, far apart.
-            scored[later] = [log_probs.cpu() for log_probs in self._score(later)]
+            scored[later] = [_to_host(log_probs) for log_probs in self._score(later)]
             between_batches()
         self.stored.update(scored)
         return None
@@ -74,3 +96,41 @@ class OldPolicyWindow:
     def _window_end(self, step: int) -> int:
         past = step - self._warmup_iters
         return min(step + self._interval - past % self._interval, self._train_iters)
+
+
+def _to_host(log_probs: Tensor) -> Tensor:
+    """A copy in host memory; pinned where it comes from a GPU, so that its way back does not hold up training."""
+    host = torch.empty(log_probs.shape, dtype=log_probs.dtype, pin_memory=log_probs.is_cuda)
+    return host.copy_(log_probs)
+
+
+def check_host_memory(bytes_per_rank: int, num_steps: int, parallel: Parallel) -> None:
+    """Says what a window keeps in host memory; collective.
+
+    Args:
+        bytes_per_rank: of one rank of the last pipeline stage, where the log-probabilities are.
+        num_steps: of the window that are scored ahead.
+        parallel: this rank's place.
+
+    Raises:
+        UserError: on every rank, where a machine has less memory left.
+    """
+    keepers: list[str | None] = [None] * parallel.world_size
+    dist.all_gather_object(keepers, socket.gethostname() if parallel.is_last_stage else None)
+    needed = bytes_per_rank * keepers.count(socket.gethostname()) / 2**30
+    log.info(
+        "old policy: log-probabilities of %d steps take %.3g GiB of host memory per rank of the last pipeline stage",
+        num_steps,
+        bytes_per_rank / 2**30,
+    )
+
+    def check() -> None:
+        available = psutil.virtual_memory().available / 2**30
+        if needed > available:
+            raise UserError(
+                f"old_policy_interval: the log-probabilities of {num_steps} steps need {needed:.3g} GiB of host memory "
+                f"on {socket.gethostname()}, which has {available:.3g} GiB left; lower it or global_batch_size, or use "
+                "more nodes"
+            )
+
+    together(check)

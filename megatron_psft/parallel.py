@@ -30,6 +30,8 @@ class Parallel:
     pipeline_size: int
     virtual_size: int
     """Model chunks per pipeline rank, 1 without interleaving."""
+    context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
     device: torch.device
@@ -51,8 +53,14 @@ class Parallel:
 
     @property
     def counts_batch(self) -> bool:
-        """True on the one rank of each data-parallel replica whose sums enter the global sums."""
+        """True on the ranks whose sums over their own tokens enter the global sums: of each data-parallel replica one
+        per context-parallel part of the rows."""
         return self.is_last_stage and self.tensor_rank == 0
+
+    @property
+    def context_group(self) -> dist.ProcessGroup:
+        """The ranks that share this rank's rows."""
+        return parallel_state.get_context_parallel_group()
 
 
 def initialize_parallel(
@@ -64,6 +72,7 @@ def initialize_parallel(
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,  # type: ignore[arg-type]
+        context_parallel_size=config.context_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Parallel(
@@ -74,6 +83,8 @@ def initialize_parallel(
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         virtual_size=virtual_size or 1,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         device=device,
@@ -147,7 +158,7 @@ def _collective_in(trace: TracebackType | None) -> str | None:
 
 
 @contextmanager
-def process_group(platform: Platform, world_size: int, timeout_minutes: float) -> Iterator[None]:
+def process_group(platform: Platform, world_size: int, timeout_minutes: float = 30.0) -> Iterator[None]:
     """The processes that torchrun started, joined for the length of a run; a lone process is a world of one.
 
     A collective that some rank has not joined after `timeout_minutes` fails on the others.

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_psft.data.loader import MicroBatch
+from megatron_psft.model.layers import packed_row_params
 from megatron_psft.objectives import BatchSums, ObjectiveName, batch_sums
 from megatron_psft.vocab_parallel import LabelStats
 
@@ -77,17 +78,24 @@ class Schedule:
         def forward_step(iterator: Iterator[_Item], chunk: torch.nn.Module) -> tuple[Any, Any]:
             micro_batch, old = next(iterator)
             micro_batch = micro_batch.to(self.device)
-            output = chunk(micro_batch.tokens, micro_batch.position_ids, None, labels=micro_batch.labels)
+            packed = None if micro_batch.segments is None else packed_row_params(micro_batch.segments, self.device)
+            output = chunk(
+                micro_batch.tokens,
+                micro_batch.position_ids,
+                None,
+                labels=micro_batch.labels,
+                packed_seq_params=packed,
+            )
             return output, partial(on_output, (micro_batch, old))
 
-        rows, seq_length = items[0][0].tokens.shape
+        first = items[0][0]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(items) for _ in self.chunks],
             model=list(self.chunks),
             num_microbatches=len(items),
-            seq_length=seq_length,
-            micro_batch_size=rows,
+            seq_length=first.seq_length,
+            micro_batch_size=len(first.tokens),
             **options,
         )
 

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_psft import throughput
-from megatron_psft.checkpoint import Identity, Saver, TrainState
+from megatron_psft.checkpoint import Saver, TrainState
 from megatron_psft.config import Config
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.interrupt import StopRequested, StopSignals
@@ -19,6 +19,7 @@ from megatron_psft.model.shape import ModelShape
 from megatron_psft.old_policy import SHORT_SECONDS
 from megatron_psft.optimizer import update
 from megatron_psft.parallel import Parallel, naming_lost_peers
+from megatron_psft.resume import Identity
 from megatron_psft.schedule import Schedule
 
 

@@ -22,6 +22,8 @@ VPP = (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")
 DIST_OPT = ("--use-distributed-optimizer",)
 OVERLAP = (*DIST_OPT, "--overlap-grad-reduce", "--overlap-param-gather")
 BF16 = ("--bf16",)
+CP2 = ("--context-parallel-size", "2")
+PACKING = ("--packing",)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Inputs:
         shared = f"""
             --load-hf {self.model} --tokenizer {self.tokenizer} --data {self.data} --save {save} --seq-length 256
             --train-iters 8 --global-batch-size 4 --lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 2
-            --old-policy-interval 4 --sft-warmup-iters 1
+            --old-policy-interval 4 --sft-warmup-iters 1 --no-packing
         """
         return [*shared.split(), *flags]
 
@@ -86,8 +88,8 @@ def forget_steps_from(save: Path, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(1, ONE), (2, TP2_SP), (2, DIST_OPT), (2, VPP), (1, BF16), (2, (*BF16, *OVERLAP))],
-    ids=["one", "TP2-SP", "DP2-distopt", "PP2-VPP", "bf16", "DP2-distopt-overlap-bf16"],
+    [(1, ONE), (2, TP2_SP), (2, DIST_OPT), (2, VPP), (1, BF16), (2, (*BF16, *OVERLAP)), (2, (*CP2, *PACKING))],
+    ids=["one", "TP2-SP", "DP2-distopt", "PP2-VPP", "bf16", "DP2-distopt-overlap-bf16", "CP2-packing"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, inputs, world_size, layout):
     """Killed within a window, whose old log-probabilities come from weights that are gone."""
@@ -136,17 +138,19 @@ def test_the_last_update_of_every_rank_leaves_with_the_export(pool, tmp_path, in
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "pipeline"), [(ONE, PP2), (DIST_OPT, VPP)], ids=["optimizer-PP2", "distopt-PP2-VPP"]
+    ("optimizer", "packing", "second"),
+    [(ONE, ONE, PP2), (DIST_OPT, ONE, VPP), (ONE, PACKING, CP2)],
+    ids=["optimizer-PP2", "distopt-PP2-VPP", "packing-CP2"],
 )
-def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, pipeline):
-    """Two steps each on TP2, PP2, DP2 and one rank, and every change is within a window."""
+def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, packing, second):
+    """Two steps each on TP2, PP2 or CP2, DP2 and one rank, and every change is within a window."""
     stations = [
         ("tp2", 2, TP2_SP, 2),
-        ("pp2", 2, pipeline, 4),
+        ("second", 2, second, 4),
         ("dp2", 2, ("--micro-batch-size", "2"), 6),
         ("one", 1, ONE, 8),
     ]
-    flags = (*optimizer, "--save-interval", "2")
+    flags = (*optimizer, *packing, "--save-interval", "2")
     export = tmp_path / "export"
     found: list[dict[str, float]] = []
     load: tuple[str, ...] = ()
@@ -157,7 +161,7 @@ def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, pipeline
         assert [line["step"] for line in lines] == list(range(stop - 1, 9) if load else range(1, 9))
         found += [line for line in lines if stop - 2 < line["step"] <= stop]
         load = ("--load", str(step_folder(tmp_path / name, stop)))
-    train(pool, 1, inputs.argv(tmp_path / "whole", "--export-hf", str(tmp_path / "whole-hf")))
+    train(pool, 1, inputs.argv(tmp_path / "whole", *packing, "--export-hf", str(tmp_path / "whole-hf")))
     expected = [
         {name: pytest.approx(value, rel=1e-5, abs=1e-7) for name, value in line.items()}
         for line in metrics_of(tmp_path / "whole")
@@ -252,6 +256,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(pool, 
         "shuffle (True), this one has (False)": ["--no-shuffle"],
         "bf16 (False), this one has (True)": ["--bf16"],
         "use_distributed_optimizer (False), this one has (True)": ["--use-distributed-optimizer"],
+        "packing (False), this one has (True)": ["--packing"],
     }
     before = sorted(finished.rglob("*"))
     for difference, flags in runs.items():
@@ -259,6 +264,13 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(pool, 
         assert f"error: {finished / 'step_0000008'}: the run that wrote it had {difference}" in line
         assert "use its settings, or another save folder to start anew" in line
     assert sorted(finished.rglob("*")) == before
+
+
+def test_a_packed_run_keeps_its_packs(pool, tmp_path, inputs):
+    train(pool, 1, inputs.argv(tmp_path, *PACKING, "--train-iters", "3"))
+    line = refuse(pool, inputs.argv(tmp_path, *PACKING, "--seq-length", "300"))
+    assert "had seq_length (256), this one has (300)" in line
+    assert "had packing (True), this one has (False)" in refuse(pool, inputs.argv(tmp_path))
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(pool, inputs, finished):

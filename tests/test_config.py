@@ -18,7 +18,7 @@ from megatron_psft.errors import UserError
 REQUIRED = {"load_hf": "hf", "save": "run", "data": "train.jsonl"}
 FIELDS = [(section, field) for section, cls in get_type_hints(Config).items() for field in fields(cls)]
 BOOLEANS = [field.name for _, field in FIELDS if field.type is bool]
-SETTABLE = [field for _, field in FIELDS if field.name != "packing"]  # --packing is refused
+SETTABLE = [field for _, field in FIELDS]
 
 
 def flag(name: str) -> str:
@@ -253,7 +253,6 @@ def test_all_missing_fields_are_named_at_once() -> None:
         ("--eval-interval 0", "eval_interval (0) must be at least 1"),
         ("--eval-iters 0", "eval_iters (0) must be at least 1"),
         ("--seq-length 1", "seq_length (1) must be at least 2"),
-        ("--packing", "packing is not supported in this version; use --no-packing"),
         ("--train-iters 0", "train_iters (0) must be at least 1"),
         ("--epochs 0", "epochs (0) must be at least 1"),
         ("--global-batch-size 0", "global_batch_size (0) must be at least 1"),
@@ -273,6 +272,7 @@ def test_all_missing_fields_are_named_at_once() -> None:
         ("--clip-grad 0", "clip_grad (0.0) must be greater than 0"),
         ("--tensor-model-parallel-size 0", "tensor_model_parallel_size (0) must be at least 1"),
         ("--pipeline-model-parallel-size 0", "pipeline_model_parallel_size (0) must be at least 1"),
+        ("--context-parallel-size 0", "context_parallel_size (0) must be at least 1"),
         ("--num-layers-per-virtual-pipeline-stage 0", "num_layers_per_virtual_pipeline_stage (0) must be at least 1"),
         ("--recompute-num-layers 0", "recompute_num_layers (0) must be at least 1"),
         ("--log-interval 0", "log_interval (0) must be at least 1"),
@@ -316,8 +316,19 @@ def test_a_sound_configuration_is_valid(world_size: int, flags: str) -> None:
         (
             6,
             "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
-            "world_size (6) must be a multiple of tensor_model_parallel_size * pipeline_model_parallel_size (4); "
-            "change one of them",
+            "world_size (6) must be a multiple of tensor_model_parallel_size * pipeline_model_parallel_size * "
+            "context_parallel_size (4); change one of them",
+        ),
+        (
+            6,
+            "--context-parallel-size 4",
+            "world_size (6) must be a multiple of tensor_model_parallel_size * pipeline_model_parallel_size * "
+            "context_parallel_size (4); change one of them",
+        ),
+        (
+            8,
+            "--context-parallel-size 2 --global-batch-size 6",
+            "global_batch_size (6) must be a multiple of micro_batch_size * data_parallel_size (4); change one of them",
         ),
         (
             32,

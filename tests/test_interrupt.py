@@ -17,7 +17,7 @@ def _check_after_signal(to_rank: int, signum: int) -> list[int]:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     found = []
-    with parallel.process_group(platform.detect(rank), world_size, 1), StopSignals() as stop:
+    with parallel.process_group(platform.detect(rank), world_size), StopSignals() as stop:
         for moment in range(3):
             if moment == 1 and rank == to_rank:
                 os.kill(os.getpid(), signum)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_psft.old_policy import OldPolicyWindow
+from megatron_psft.errors import UserError
+from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 
 
 class Run:
@@ -144,3 +145,50 @@ def test_a_window_is_scored_before_its_first_step_is_trained_on():
     run.train(1, 3)
     assert sorted(run.window.stored) == [3]
     assert all(log_probs.device.type == "cpu" for log_probs in run.window.stored[3])
+
+
+def test_what_is_to_be_kept_is_told_once_and_before_the_first_pass():
+    told: list[list[int]] = []
+
+    def score(step: int) -> list[torch.Tensor]:
+        assert told
+        return []
+
+    window = OldPolicyWindow(
+        interval=3, warmup_iters=1, train_iters=9, score=score, prepare=lambda steps: told.append(list(steps))
+    )
+    for step in range(9):
+        window.old_log_probs(step)
+    assert told == [[2, 3]]
+
+
+def test_a_window_of_one_step_has_nothing_to_tell():
+    def refuse(*_: object) -> list[torch.Tensor]:
+        raise AssertionError
+
+    window = OldPolicyWindow(interval=1, warmup_iters=0, train_iters=3, score=refuse, prepare=refuse)
+    assert [window.old_log_probs(step) for step in range(3)] == [None] * 3
+
+
+def _check_memory(bytes_per_rank: int) -> str | None:
+    from megatron_psft import parallel, platform
+    from megatron_psft.config import ParallelConfig
+
+    here = platform.detect(0)
+    with parallel.process_group(here, 2):
+        place = parallel.initialize_parallel(
+            ParallelConfig(pipeline_model_parallel_size=2), virtual_size=None, seed=1, device=here.device
+        )
+        try:
+            check_host_memory(bytes_per_rank, 7, place)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def test_a_window_beyond_the_hosts_memory_is_refused_on_all_ranks(pool):
+    assert pool.run(_check_memory, 2, 2**20) == [None, None]
+    first, second = pool.run(_check_memory, 2, 2**60)
+    assert first == second
+    # One of the two ranks is of the last stage.
+    assert "old_policy_interval: the log-probabilities of 7 steps need 1.07e+09 GiB of host memory" in first

@@ -15,23 +15,31 @@ from megatron_psft.errors import UserError
 
 def _place(config: ParallelConfig, world_size: int, virtual_size: int | None = None):
     here = platform.detect(0)
-    with parallel.process_group(here, world_size, 5):
+    with parallel.process_group(here, world_size):
         place = parallel.initialize_parallel(config, virtual_size=virtual_size, seed=1, device=here.device)
         roles = (place.is_main, place.is_first_stage, place.is_last_stage, place.counts_batch)
         return asdict(place), roles
 
 
 @pytest.mark.parametrize(
-    ("tensor_size", "data_size", "pipeline_size"), [(1, 1, 1), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+    ("tensor_size", "context_size", "data_size", "pipeline_size"),
+    [(1, 1, 1, 1), (1, 1, 2, 1), (2, 1, 1, 2), (1, 2, 2, 1), (2, 2, 1, 2), (2, 1, 2, 2)],
 )
-def test_ranks_count_through_tensor_then_data_then_pipeline(pool, tensor_size, data_size, pipeline_size):
-    world_size = tensor_size * data_size * pipeline_size
-    config = ParallelConfig(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
+def test_ranks_count_through_tensor_then_context_then_data_then_pipeline(
+    pool, tensor_size, context_size, data_size, pipeline_size
+):
+    world_size = tensor_size * context_size * data_size * pipeline_size
+    config = ParallelConfig(
+        tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=pipeline_size,
+        context_parallel_size=context_size,
+    )
     results = pool.run(_place, world_size, config, world_size)
     counting = []
     for rank, (place, roles) in enumerate(results):
-        pipeline_rank, rest = divmod(rank, tensor_size * data_size)
-        data_rank, tensor_rank = divmod(rest, tensor_size)
+        pipeline_rank, rest = divmod(rank, tensor_size * context_size * data_size)
+        data_rank, rest = divmod(rest, tensor_size * context_size)
+        context_rank, tensor_rank = divmod(rest, tensor_size)
         assert place == {
             "rank": rank,
             "world_size": world_size,
@@ -40,14 +48,17 @@ def test_ranks_count_through_tensor_then_data_then_pipeline(pool, tensor_size, d
             "pipeline_rank": pipeline_rank,
             "pipeline_size": pipeline_size,
             "virtual_size": 1,
+            "context_rank": context_rank,
+            "context_size": context_size,
             "data_rank": data_rank,
             "data_size": data_size,
             "device": torch.device("cpu"),
         }
         is_first, is_last = pipeline_rank == 0, pipeline_rank == pipeline_size - 1
         assert roles == (rank == 0, is_first, is_last, is_last and tensor_rank == 0)
-        counting += [data_rank] if roles[-1] else []
-    assert counting == list(range(data_size)), "each replica counts once"
+        counting += [(data_rank, context_rank)] if roles[-1] else []
+    expected = [(data_rank, context_rank) for data_rank in range(data_size) for context_rank in range(context_size)]
+    assert counting == expected, "each part of each replica's rows counts once"
 
 
 def test_interleaving_says_how_many_chunks_a_rank_has(pool):
@@ -57,7 +68,7 @@ def test_interleaving_says_how_many_chunks_a_rank_has(pool):
 
 def _act_together(failing_ranks: Sequence[int]):
     """What `together` returned or raised on this rank, and whether collectives still work after it."""
-    with parallel.process_group(platform.detect(0), int(os.environ["WORLD_SIZE"]), 5):
+    with parallel.process_group(platform.detect(0), int(os.environ["WORLD_SIZE"])):
         rank = dist.get_rank()
 
         def action() -> list[int]:
@@ -85,7 +96,7 @@ def test_one_ranks_error_is_everybodys(pool, failing_ranks):
 
 
 def _return_nothing():
-    with parallel.process_group(platform.detect(0), 1, 5):
+    with parallel.process_group(platform.detect(0), 1):
         return parallel.together(lambda: None)
 
 
@@ -94,7 +105,7 @@ def test_nothing_is_a_result_too(pool):
 
 
 def _fail_with_a_bug():
-    with parallel.process_group(platform.detect(0), 1, 5):
+    with parallel.process_group(platform.detect(0), 1):
         try:
             parallel.together(lambda: {}["missing"])
         except KeyError as error:
@@ -110,7 +121,7 @@ def _without_launcher():
         del os.environ[name]
     here, seen = platform.detect(0), []
     for _ in range(2):
-        with parallel.process_group(here, 1, 5):
+        with parallel.process_group(here, 1):
             total = torch.ones(1)
             dist.all_reduce(total)
             seen.append((dist.get_rank(), dist.get_world_size(), total.item()))
@@ -127,7 +138,7 @@ def _leave_by_an_error():
 
     here = platform.detect(0)
     try:
-        with parallel.process_group(here, 2, 5):
+        with parallel.process_group(here, 2):
             parallel.initialize_parallel(
                 ParallelConfig(tensor_model_parallel_size=2), virtual_size=None, seed=1, device=here.device
             )

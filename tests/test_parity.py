@@ -4,11 +4,13 @@ import functools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_psft.data.packing import best_fit
 from tests.support import reference, tiny
 from tests.support.cli import run_cli
 
@@ -16,17 +18,29 @@ STEPS, GLOBAL_BATCH_SIZE = 12, 8
 COMPARED = ("loss", "nll", "entropy", "grad_norm", "clip_fraction")
 
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
 LAYOUTS = {
     "1": (1, []),
     "tp2": (2, TP2),
     "tp2-sp": (2, [*TP2, "--sequence-parallel"]),
     "pp2": (2, PP2),
     "pp2-interleaved": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
+    "cp2": (2, CP2),
     "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer"]),
     "dp2-overlapped": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
     "tp2-pp2": (4, [*TP2, *PP2]),
     "tp2-pp2-dp2": (8, [*TP2, "--sequence-parallel", *PP2, "--use-distributed-optimizer"]),
 }
+PACKED_LAYOUTS = {
+    **{
+        name: LAYOUTS[name]
+        for name in ("1", "tp2", "tp2-sp", "pp2", "dp2-distributed-optimizer", "dp2-overlapped", "cp2")
+    },
+    "cp4": (4, ["--context-parallel-size", "4"]),
+    "cp2-tp2": (4, [*CP2, *TP2, "--sequence-parallel"]),
+    "cp2-pp2-dp2": (8, [*CP2, *PP2, "--use-distributed-optimizer"]),
+}
+PACK_LENGTH = 256
 PSFT = {"old_policy_interval": 4}
 
 
@@ -49,9 +63,23 @@ def expected(inputs: Path, family: str, **objective) -> tuple[list[dict[str, flo
     return reference.run_reference(inputs / family, batches, lr=reference.PARITY_LR, **objective)
 
 
+@functools.cache
+def expected_of_packs(inputs: Path) -> tuple[list[dict[str, float]], torch.nn.Module]:
+    """The same for batches of two packs each; which records share a pack is all that the package is asked for."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
+    (records,) = reference.chatml_batches(inputs / "records.jsonl", tokenizer, 40, 1)
+    packs = best_fit(np.array([len(ids) - 1 for ids, _ in records]), PACK_LENGTH).file_order()
+    batches = [
+        [records[record] for pack in (2 * step, 2 * step + 1) for record in packs[pack % len(packs)]]
+        for step in range(STEPS)
+    ]
+    assert len({len(batch) for batch in batches}) > 1, "batches differ in their number of records"
+    return reference.run_reference(inputs / "qwen3", batches, lr=reference.PARITY_LR, **PSFT)
+
+
 def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str = "1") -> list[dict[str, float]]:
     """Runs the command line and returns the lines of metrics.jsonl."""
-    world_size, layout_flags = LAYOUTS[layout]
+    world_size, layout_flags = (LAYOUTS | PACKED_LAYOUTS)[layout]
     argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
     argv += [
         "--save",
@@ -70,11 +98,11 @@ def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str 
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]], rel: float = 1e-4) -> None:
     assert [line["step"] for line in found] == [line["step"] for line in wanted]
     for line, reference_line in zip(found, wanted, strict=True):
         for name in COMPARED:
-            assert line[name] == pytest.approx(reference_line[name], rel=1e-4), (line["step"], name)
+            assert line[name] == pytest.approx(reference_line[name], rel=rel), (line["step"], name)
         for name in ("tokens", "loss_tokens", "sequences"):
             assert line[name] == reference_line[name]
 
@@ -94,6 +122,17 @@ def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
     found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout)
     assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+
+
+@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+def test_packs_follow_the_reference_on_their_records(pool, inputs, tmp_path, layout):
+    wanted, model = expected_of_packs(inputs)
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
+    flags = ["--old-policy-interval", "4", "--packing", "--seq-length", str(PACK_LENGTH)]
+    flags += ["--global-batch-size", "2", "--micro-batch-size", "1"]
+    found = train(pool, inputs, "qwen3", tmp_path, *flags, layout=layout)
+    assert_same_run(found, wanted, rel=1e-5)
     assert_same_logits(tmp_path / "hf", model)
 
 

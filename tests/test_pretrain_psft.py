@@ -77,7 +77,7 @@ MISTAKES = {
         ["--objective", "sft", "--clip-ratio-high", "0.3"],
         ("clip_ratio_high (0.3)", "no effect", "sft"),
     ),
-    "packing": ({}, ["--packing"], ("packing", "--no-packing")),
+    "context": ({}, ["--context-parallel-size", "4"], ("world_size (2)", "context_parallel_size (4)")),
 }
 
 

@@ -33,7 +33,8 @@ def shrink(config: Path, target: Path, **changes: int) -> Path:
 def train_on_gsm8k(pool, data: Path, model: Path, tokenizer: str, save: Path, *flags: str) -> list[dict[str, float]]:
     argv = ["--load-hf", model, "--random-init", "--tokenizer", data / "tokenizers" / tokenizer]
     argv += ["--data", data / "gsm8k" / "train.jsonl", "--prompt-key", "question", "--completion-key", "answer"]
-    argv += ["--save", save, "--export-hf", save / "hf", "--seq-length", "1024", "--global-batch-size", "4", *flags]
+    argv += ["--save", save, "--export-hf", save / "hf", "--seq-length", "1024", "--global-batch-size", "4"]
+    argv += ["--no-packing", *flags]
     exits = pool.run(run_cli, 2, [str(value) for value in argv], timeout=1800)
     assert [exit.code for exit in exits] == [0, 0], exits[0].err
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]

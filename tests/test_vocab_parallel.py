@@ -35,7 +35,7 @@ class Result(NamedTuple):
 def _on_rank(cases: list[Case], world_size: int) -> list[Result]:
     from megatron_psft import parallel, platform
 
-    with parallel.process_group(platform.detect(0), world_size, 5):
+    with parallel.process_group(platform.detect(0), world_size):
         return [_shard_of(case, dist.get_rank(), world_size) for case in cases]
 
 

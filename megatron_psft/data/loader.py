@@ -1,9 +1,10 @@
-"""Tokenized records -> the micro-batches of one data-parallel rank.
+"""Tokenized records -> the micro-batches of one rank.
 
 Which records make a global batch depends on the step, the seed and the batch size alone, not on the layout. So a
 resumed run needs nothing of the loader but the step, with the same or another number of ranks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,22 +14,33 @@ from numpy.typing import NDArray
 
 from megatron_psft.data.chat import Example
 from megatron_psft.data.dataset import TokenizedDataset
+from megatron_psft.data.packing import EpochOrder, PackPlan
+from megatron_psft.data.rows import RowLayout, aligned_length, packed_row, separate_rows
 from megatron_psft.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows of one forward pass, each [batch, seq] and padded on the right. `labels[b, s]` is the token after
-    `tokens[b, s]`; it counts where `loss_mask` is true."""
+    """Rows of one forward pass, each [batch, seq]. `labels[b, s]` is the token after `tokens[b, s]` in its record; it
+    counts where `loss_mask` is true. Under context parallelism a rank has a part of each row, and `seq` is its length.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     num_sequences: int
-    """Rows that are records; the others fill up the last batch of an evaluation and have no labels."""
+    """Records, over all context-parallel ranks."""
     num_tokens: int
-    """Tokens that are no padding."""
+    """Tokens that are no padding, over all context-parallel ranks."""
+    segments: tuple[int, ...] | None = None
+    """Where the one row holds all records: the lengths of its parts that must not see each other, before the split.
+    None where each row is a record, or padding alone."""
+
+    @property
+    def seq_length(self) -> int:
+        """Length of a row over all context-parallel ranks."""
+        return self.tokens.shape[1] if self.segments is None else sum(self.segments)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on `device`."""
@@ -42,119 +54,215 @@ class MicroBatch:
 
 
 def collate(examples: Sequence[Example], *, batch_size: int, seq_length: int, pad_token_id: int) -> MicroBatch:
-    """Examples of at most `seq_length + 1` tokens as int64 [batch_size, seq_length] (`loss_mask`: bool).
+    """Examples of at most `seq_length + 1` tokens, a row each, as int64 [batch_size, seq_length] (`loss_mask`: bool).
 
-    Rows beyond the examples are padding. Padding is told by its place and never by its value: `pad_token_id` is the eos
-    token of many models, and so a label elsewhere.
+    Rows beyond the examples are padding.
     """
-    tokens = torch.full((batch_size, seq_length), pad_token_id, dtype=torch.int64)
-    labels = torch.full((batch_size, seq_length), pad_token_id, dtype=torch.int64)
-    loss_mask = torch.zeros((batch_size, seq_length), dtype=torch.bool)
-    for row, example in enumerate(examples):
-        length = len(example.tokens) - 1
-        tokens[row, :length] = torch.from_numpy(example.tokens[:-1])
-        labels[row, :length] = torch.from_numpy(example.tokens[1:])
-        loss_mask[row, :length] = torch.from_numpy(example.label_mask[1:])
+    return fill_rows(examples, separate_rows(len(examples), rows=batch_size, seq_length=seq_length), pad_token_id)
+
+
+def fill_rows(examples: Sequence[Example], layout: RowLayout, pad_token_id: int) -> MicroBatch:
+    """Lays the inputs and labels of `examples` out as `layout` says. Labels are shifted within each record, before any
+    split.
+
+    Padding is told by its place and never by its value: `pad_token_id` is the eos token of many models, and so a label
+    elsewhere.
+    """
+    tokens = layout.place([example.tokens[:-1] for example in examples], padding=pad_token_id)
+    labels = layout.place([example.tokens[1:] for example in examples], padding=pad_token_id)
+    loss_mask = layout.place([example.label_mask[1:] for example in examples], padding=False)
     return MicroBatch(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=loss_mask,
-        position_ids=torch.arange(seq_length).repeat(batch_size, 1),
+        tokens=torch.from_numpy(tokens.astype(np.int64)),
+        labels=torch.from_numpy(labels.astype(np.int64)),
+        loss_mask=torch.from_numpy(loss_mask),
+        position_ids=torch.from_numpy(layout.positions()),
         num_sequences=len(examples),
         num_tokens=sum(len(example.tokens) - 1 for example in examples),
+        segments=layout.segments,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The part of every global batch that a rank has: the packs of its data-parallel replica, and of their row the
+    positions of its context-parallel rank."""
+
+    data_rank: int = 0
+    data_size: int = 1
+    context_rank: int = 0
+    context_size: int = 1
 
 
 class BatchLoader:
     """Global batches as a pure function of the step: nothing to save but the step, nothing to lose on resume.
 
-    The stream of records is one permutation of the set per epoch, one after the other; global batch i is its positions
-    [i * global_batch_size, (i + 1) * global_batch_size) and may lie across an epoch's end. Data-parallel rank d has the
-    d-th equal part of it, in micro-batches of consecutive rows. With `wrap` false the stream is a single epoch, and
-    empty rows fill its last global batch: for evaluation, where each record counts once.
+    The stream of packs is one order of the plan per epoch, one after the other; global batch i is its positions [i *
+    global_batch_size, (i + 1) * global_batch_size) and may lie across an epoch's end. Data-parallel rank d has the d-th
+    equal part of it, in micro-batches of consecutive packs; the context-parallel ranks of a replica share each row.
+    With `wrap` false the stream is a single epoch, and empty packs fill its last global batch: for evaluation, where
+    each record counts once.
+
+    A micro-batch is either one row that holds all its packs, or, where every pack is one record, a row for each.
     """
 
     def __init__(
         self,
         dataset: TokenizedDataset,
+        plan: PackPlan,
         *,
         global_batch_size: int,
         micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        shuffle: bool,
-        seed: int,
+        shard: Shard,
+        shuffle_seed: int | None,
+        one_row: bool,
         pad_to_multiple_of: int,
         pad_token_id: int,
         wrap: bool = True,
     ) -> None:
-        if global_batch_size % (micro_batch_size * data_parallel_size):
+        """Describes the batches of one rank.
+
+        Args:
+            dataset: the records.
+            plan: which of them share a pack.
+            global_batch_size: packs per step.
+            micro_batch_size: packs per forward pass.
+            shard: of this rank.
+            shuffle_seed: of the epochs' orders; None is the order of the file in each.
+            one_row: whether all packs of a micro-batch are in one row; needed for packs of several records and for
+                context parallelism.
+            pad_to_multiple_of: each context-parallel rank's part of a row is a multiple of it.
+            pad_token_id: any valid id.
+            wrap: whether epoch follows upon epoch.
+        """
+        if global_batch_size % (micro_batch_size * shard.data_size):
             raise UserError(
                 f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size * data_parallel_size "
-                f"({micro_batch_size} * {data_parallel_size}); change one of them"
+                f"({micro_batch_size} * {shard.data_size}); change one of them"
             )
-        assert 0 <= data_parallel_rank < data_parallel_size
+        assert 0 <= shard.data_rank < shard.data_size
+        assert 0 <= shard.context_rank < shard.context_size
+        assert one_row or (shard.context_size == 1 and len(plan) == len(dataset))
         self._dataset = dataset
-        self._lengths = dataset.lengths
+        self._plan = plan
         self._global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
-        self.rows_per_rank = global_batch_size // data_parallel_size
-        self._first_row = data_parallel_rank * self.rows_per_rank
-        self._shuffle = shuffle
-        self._seed = seed
-        self._pad_to_multiple_of = pad_to_multiple_of
+        self.packs_per_rank = global_batch_size // shard.data_size
+        """Packs of a global batch that a data-parallel rank has."""
+        self._shard = shard
+        self._shuffle_seed = shuffle_seed
         self._pad_token_id = pad_token_id
         self._wrap = wrap
-        self._cached_epoch: tuple[int, NDArray[np.int64]] | None = None
+        self._one_row = one_row
+        # What every record is a multiple of, and what the row is cut into.
+        self._row_multiple = math.lcm(aligned_length(1, shard.context_size), shard.context_size * pad_to_multiple_of)
+        self._orders: dict[int, EpochOrder] = {}
 
     @property
     def num_batches(self) -> int:
         """Global batches that cover the set once."""
-        return -(-len(self._dataset) // self._global_batch_size)
+        return -(-len(self._plan) // self._global_batch_size)
 
     def lengths(self, step: int) -> NDArray[np.int64]:
         """Tokens the model reads of each record of global batch `step`: all but the last, which is a label only."""
-        return self._lengths[self._record_indices(step)] - 1
+        return self._plan.lengths[np.concatenate(self._packs(step))]
 
     def unpadded_length(self, step: int) -> int:
-        """The longest of `lengths`: the same for every layout."""
-        return int(self.lengths(step).max())
+        """Tokens of the longest pack: the same for every layout."""
+        return max(int(self._plan.lengths[pack].sum()) for pack in self._packs(step))
 
     def seq_length(self, step: int) -> int:
-        """Padded length of global batch `step`: the same on every rank and micro-batch, as a pipeline needs."""
-        return -(-self.unpadded_length(step) // self._pad_to_multiple_of) * self._pad_to_multiple_of
+        """Padded length of the rows of global batch `step`, over all context-parallel ranks: the same on every rank and
+        micro-batch, as a pipeline needs."""
+        sizes = [self._aligned(pack) for pack in self._packs(step)]
+        rows = 1 if not self._one_row else self.micro_batch_size
+        longest = max(sum(sizes[first : first + rows]) for first in range(0, len(sizes), rows))
+        return -(-longest // self._row_multiple) * self._row_multiple
+
+    def positions_per_rank(self, step: int) -> int:
+        """Positions of global batch `step` that each rank computes, padding counted."""
+        rows = self.packs_per_rank // (self.micro_batch_size if self._one_row else 1)
+        return rows * self.seq_length(step) // self._shard.context_size
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's part of global batch `step`, counted from 0; on the CPU."""
         seq_length = self.seq_length(step)
-        indices = self._record_indices(step)[self._first_row : self._first_row + self.rows_per_rank]
         return [
-            collate(
-                [self._dataset[int(index)] for index in indices[row : row + self.micro_batch_size]],
-                batch_size=self.micro_batch_size,
-                seq_length=seq_length,
-                pad_token_id=self._pad_token_id,
+            fill_rows(
+                [self._dataset[int(record)] for pack in packs for record in pack],
+                self._layout(packs, seq_length),
+                self._pad_token_id,
             )
-            for row in range(0, self.rows_per_rank, self.micro_batch_size)
+            for packs in self._micro_batch_packs(step)
         ]
 
-    def _record_indices(self, step: int) -> NDArray[np.int64]:
-        """Records of global batch `step`, int64 [global_batch_size]; fewer in the last one without `wrap`."""
-        size = len(self._dataset)
+    def to_packs(self, step: int, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Brings values of this rank's positions into an order that no layout has a part in.
+
+        Args:
+            step: of the global batch.
+            values: per micro-batch, shaped as its tokens.
+
+        Returns:
+            `[packs_per_rank, unpadded_length(step)]`, a pack's tokens without padding in each row. Zero stands for what
+            other context-parallel ranks have, so that their sum is complete.
+        """
+        flat = torch.zeros(self.packs_per_rank * self.unpadded_length(step), dtype=values[0].dtype)
+        for places, part in zip(self._places(step), values, strict=True):
+            flat[places[places >= 0]] = part.cpu()[places >= 0]
+        return flat.view(self.packs_per_rank, -1)
+
+    def from_packs(self, step: int, rows: torch.Tensor) -> list[torch.Tensor]:
+        """The reverse of `to_packs`, on any rank of any layout: this rank's part, zero where there is padding."""
+        flat = rows.flatten()
+        return [torch.where(places >= 0, flat[places.clamp(min=0)], 0) for places in self._places(step)]
+
+    def _places(self, step: int) -> list[torch.Tensor]:
+        """The place in `to_packs` of each of this rank's positions, -1 for padding; int64, a tensor per micro-batch."""
+        seq_length, width = self.seq_length(step), self.unpadded_length(step)
+        places, row = [], 0
+        for packs in self._micro_batch_packs(step):
+            arrays = []
+            for pack in packs:
+                ends = row * width + np.cumsum(self._plan.lengths[pack])
+                arrays += [np.arange(end - n, end) for end, n in zip(ends, self._plan.lengths[pack], strict=True)]
+                row += 1
+            places.append(torch.from_numpy(self._layout(packs, seq_length).place(arrays, padding=-1)))
+        return places
+
+    def _layout(self, packs: Sequence[NDArray[np.int64]], seq_length: int) -> RowLayout:
+        if not self._one_row:
+            return separate_rows(sum(map(len, packs)), rows=self.micro_batch_size, seq_length=seq_length)
+        lengths = [int(length) for pack in packs for length in self._plan.lengths[pack]]
+        shard = self._shard
+        return packed_row(
+            lengths, seq_length=seq_length, context_rank=shard.context_rank, context_size=shard.context_size
+        )
+
+    def _aligned(self, pack: NDArray[np.int64]) -> int:
+        return sum(aligned_length(int(length), self._shard.context_size) for length in self._plan.lengths[pack])
+
+    def _micro_batch_packs(self, step: int) -> list[list[NDArray[np.int64]]]:
+        """The packs of each micro-batch of this rank; fewer, or none, at the end of the last batch without `wrap`."""
+        own = self._packs(step)[self._shard.data_rank * self.packs_per_rank :][: self.packs_per_rank]
+        size = self.micro_batch_size
+        return [own[first : first + size] for first in range(0, self.packs_per_rank, size)]
+
+    def _packs(self, step: int) -> list[NDArray[np.int64]]:
+        """The records of each pack of global batch `step`, over all ranks; fewer packs in the last one without
+        `wrap`."""
+        size = len(self._plan)
         start, stop = step * self._global_batch_size, (step + 1) * self._global_batch_size
         if not self._wrap:
             stop = min(stop, size)
         if not 0 <= start < stop:
             raise IndexError(f"global batch {step} of {self.num_batches}")
-        epochs = range(start // size, -(-stop // size))
-        return np.concatenate(
-            [self._order(epoch)[max(start - epoch * size, 0) : stop - epoch * size] for epoch in epochs]
-        )
+        return [self._order(position // size)[position % size] for position in range(start, stop)]
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        """The records of one epoch in order, int64 [records]."""
-        if not self._shuffle:
-            return np.arange(len(self._dataset))
-        if self._cached_epoch is None or self._cached_epoch[0] != epoch:
-            self._cached_epoch = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._dataset)))
-        return self._cached_epoch[1]
+    def _order(self, epoch: int) -> EpochOrder:
+        epoch = 0 if self._shuffle_seed is None else epoch
+        if epoch not in self._orders:
+            # Two at a time: a batch, or the old policy's window, may lie across an epoch's end.
+            self._orders = dict(list(self._orders.items())[-1:])
+            seed = self._shuffle_seed
+            self._orders[epoch] = self._plan.file_order() if seed is None else self._plan.shuffled(seed, epoch)
+        return self._orders[epoch]

@@ -103,7 +103,7 @@ def _gathered_tensors(
     chunks: Sequence[torch.nn.Module], shape: ModelShape, parallel: Parallel
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields every Hugging Face tensor whole on rank 0, layer by layer; nothing on the other ranks."""
-    local = dict(named_parameters(chunks)) if parallel.data_rank == 0 else {}
+    local = dict(named_parameters(chunks)) if parallel.data_rank == parallel.context_rank == 0 else {}
     if shape.tied_embeddings:
         local.pop("output_layer.weight", None)
     owners = _owners(local, parallel)

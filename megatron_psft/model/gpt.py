@@ -100,6 +100,7 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         virtual_pipeline_model_parallel_size=chunks,
         batch_p2p_comm=platform.is_gpu and chunks is None,
         params_dtype=dtype,

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_psft.data.chat import Example
 from megatron_psft.data.dataset import TokenizedDataset
-from megatron_psft.data.loader import BatchLoader, MicroBatch, collate
+from megatron_psft.data.loader import BatchLoader, MicroBatch, Shard, collate
+from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from megatron_psft.errors import UserError
 
 PAD = 0
@@ -24,18 +25,17 @@ def make_dataset(lengths: list[int]) -> TokenizedDataset:
     )
 
 
-def make_loader(dataset: TokenizedDataset, **changes: object) -> BatchLoader:
+def make_loader(dataset: TokenizedDataset, plan: PackPlan | None = None, **changes: object) -> BatchLoader:
     settings = {
         "global_batch_size": 4,
         "micro_batch_size": 1,
-        "data_parallel_rank": 0,
-        "data_parallel_size": 1,
-        "shuffle": True,
-        "seed": 7,
+        "shard": Shard(),
+        "shuffle_seed": 7,
+        "one_row": False,
         "pad_to_multiple_of": 1,
         "pad_token_id": PAD,
     }
-    return BatchLoader(dataset, **(settings | changes))
+    return BatchLoader(dataset, plan or one_per_pack(dataset.lengths - 1, 100), **(settings | changes))
 
 
 def record_ids(batch: MicroBatch) -> list[int]:
@@ -53,10 +53,23 @@ def rows(batches: list[MicroBatch]) -> torch.Tensor:
     return torch.cat(parts)
 
 
+CAPACITY = 16
+
+
+def shards(data_size: int, context_size: int) -> list[Shard]:
+    """Of all ranks that have different tokens."""
+    return [
+        Shard(data_rank=data_rank, data_size=data_size, context_rank=context_rank, context_size=context_size)
+        for data_rank in range(data_size)
+        for context_rank in range(context_size)
+    ]
+
+
 datasets = st.lists(st.integers(2, 12), min_size=1, max_size=30).map(make_dataset)
 layouts = st.tuples(
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
 )  # ranks, rows of a micro-batch, micro-batches
+context_sizes = st.sampled_from([1, 2, 3, 4])
 
 
 def test_labels_are_the_tokens_shifted_by_one_and_the_mask_is_theirs():
@@ -85,7 +98,7 @@ def test_to_moves_every_tensor():
 
 
 def test_without_shuffling_batches_are_in_file_order_and_wrap_around():
-    loader = make_loader(make_dataset([5] * 6), shuffle=False)
+    loader = make_loader(make_dataset([5] * 6), shuffle_seed=None)
     batches = [ids_of_steps(loader, range(step, step + 1)) for step in range(4)]
     assert batches == [[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5], [0, 1, 2, 3]]
 
@@ -97,18 +110,17 @@ def test_a_rank_has_consecutive_rows_of_the_global_batch():
             dataset,
             global_batch_size=8,
             micro_batch_size=2,
-            data_parallel_size=2,
-            data_parallel_rank=rank,
-            shuffle=False,
+            shard=Shard(data_rank=rank, data_size=2),
+            shuffle_seed=None,
         )
         assert [record_ids(batch) for batch in loader.micro_batches(0)] == expected
-        assert (loader.rows_per_rank, loader.micro_batch_size) == (4, 2)
+        assert (loader.packs_per_rank, loader.micro_batch_size) == (4, 2)
 
 
 @given(dataset=datasets, batch_size=st.integers(1, 12), shuffle=st.booleans(), seed=st.integers(0, 99))
 def test_every_record_comes_once_per_epoch(dataset, batch_size, shuffle, seed):
     size, epochs = len(dataset), 3
-    loader = make_loader(dataset, global_batch_size=batch_size, shuffle=shuffle, seed=seed)
+    loader = make_loader(dataset, global_batch_size=batch_size, shuffle_seed=seed if shuffle else None)
     ids = ids_of_steps(loader, range(-(-epochs * size // batch_size)))
     for epoch in range(epochs):
         assert sorted(ids[epoch * size : (epoch + 1) * size]) == list(range(size))
@@ -125,7 +137,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_layout(dataset, layout, step, w
         batch
         for rank in range(ranks)
         for batch in make_loader(
-            dataset, micro_batch_size=micro_batch_size, data_parallel_rank=rank, data_parallel_size=ranks, **settings
+            dataset, micro_batch_size=micro_batch_size, shard=Shard(data_rank=rank, data_size=ranks), **settings
         ).micro_batches(step)
     ]
     (expected,) = whole.micro_batches(step)
@@ -137,15 +149,17 @@ def test_the_rows_of_a_step_do_not_depend_on_the_layout(dataset, layout, step, w
 
 @given(dataset=datasets, seed=st.integers(0, 99), steps=st.permutations(range(6)))
 def test_a_step_does_not_depend_on_the_steps_before_it(dataset, seed, steps):
-    loader = make_loader(dataset, seed=seed)
+    loader = make_loader(dataset, shuffle_seed=seed)
     for step in steps:
-        assert torch.equal(rows(loader.micro_batches(step)), rows(make_loader(dataset, seed=seed).micro_batches(step)))
+        assert torch.equal(
+            rows(loader.micro_batches(step)), rows(make_loader(dataset, shuffle_seed=seed).micro_batches(step))
+        )
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
     dataset = make_dataset([3] * 40)
     orders = [
-        tuple(ids_of_steps(make_loader(dataset, seed=seed), range(10 * epoch, 10 * epoch + 10)))
+        tuple(ids_of_steps(make_loader(dataset, shuffle_seed=seed), range(10 * epoch, 10 * epoch + 10)))
         for seed in (0, 1)
         for epoch in (0, 1)
     ]
@@ -154,7 +168,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 @given(dataset=datasets, batch_size=st.integers(1, 12), shuffle=st.booleans())
 def test_without_wrapping_every_record_comes_once_and_empty_rows_fill_up(dataset, batch_size, shuffle):
-    loader = make_loader(dataset, global_batch_size=batch_size, shuffle=shuffle, wrap=False)
+    loader = make_loader(dataset, global_batch_size=batch_size, shuffle_seed=1 if shuffle else None, wrap=False)
     batches = [batch for step in range(loader.num_batches) for batch in loader.micro_batches(step)]
     assert sorted(index for batch in batches for index in record_ids(batch)) == list(range(len(dataset)))
     assert sum(batch.num_sequences for batch in batches) == len(dataset)
@@ -163,7 +177,9 @@ def test_without_wrapping_every_record_comes_once_and_empty_rows_fill_up(dataset
 
 
 def test_empty_rows_have_no_label_and_keep_the_shape():
-    loader = make_loader(make_dataset([5, 6, 4]), global_batch_size=4, micro_batch_size=2, shuffle=False, wrap=False)
+    loader = make_loader(
+        make_dataset([5, 6, 4]), global_batch_size=4, micro_batch_size=2, shuffle_seed=None, wrap=False
+    )
     full, part = loader.micro_batches(0)
     assert full.tokens.shape == part.tokens.shape == (2, 5)
     assert (full.num_sequences, part.num_sequences) == (2, 1)
@@ -189,4 +205,106 @@ def test_the_sequence_length_is_the_longest_row_rounded_up(dataset, multiple, st
 
 def test_batch_sizes_that_do_not_divide_are_a_user_error():
     with pytest.raises(UserError, match=r"global_batch_size \(6\) must be a multiple of .* \(2 \* 2\)"):
-        make_loader(make_dataset([3]), global_batch_size=6, micro_batch_size=2, data_parallel_size=2)
+        make_loader(make_dataset([3]), global_batch_size=6, micro_batch_size=2, shard=Shard(data_size=2))
+
+
+def assert_right_where_real(batch: MicroBatch, dataset: TokenizedDataset) -> list[int]:
+    """Checks label, mask and position of each token that is no padding; returns these tokens."""
+    is_real = batch.tokens != PAD
+    tokens, labels = batch.tokens[is_real], batch.labels[is_real]
+    assert torch.equal(labels, tokens + 1), "the label is not the record's next token"
+    assert torch.equal(batch.position_ids[is_real], tokens % 1000), "positions do not restart with the record"
+    masks = {int(token): bool(mask) for token, mask in zip(dataset.tokens, dataset.label_mask, strict=True)}
+    assert batch.loss_mask[is_real].tolist() == [masks[int(label)] for label in labels]
+    assert not batch.loss_mask[~is_real].any()
+    return tokens.tolist()
+
+
+@settings(max_examples=40)
+@given(
+    dataset=datasets,
+    layout=layouts,
+    context_size=context_sizes,
+    multiple=st.integers(1, 3),
+    packing=st.booleans(),
+    shuffle_seed=st.sampled_from([None, 3]),
+)
+def test_every_token_comes_once_per_epoch_over_all_ranks(
+    dataset, layout, context_size, multiple, packing, shuffle_seed
+):
+    data_size, micro_batch_size, count = layout
+    plan = (best_fit if packing else one_per_pack)(dataset.lengths - 1, CAPACITY)
+    loaders = [
+        make_loader(
+            dataset,
+            plan,
+            global_batch_size=data_size * micro_batch_size * count,
+            micro_batch_size=micro_batch_size,
+            shard=shard,
+            shuffle_seed=shuffle_seed,
+            one_row=True,
+            pad_to_multiple_of=multiple,
+            wrap=False,
+        )
+        for shard in shards(data_size, context_size)
+    ]
+    seen: list[int] = []
+    for step in range(loaders[0].num_batches):
+        batches = [batch for loader in loaders for batch in loader.micro_batches(step)]
+        assert len(batches) == len(loaders) * count
+        for batch in batches:
+            seen += assert_right_where_real(batch, dataset)
+            assert batch.tokens.shape == (1, loaders[0].seq_length(step) // context_size)
+            assert batch.tokens.shape[1] % multiple == 0
+            assert batch.seq_length == sum(batch.segments) == loaders[0].seq_length(step)
+        firsts = [batch for loader in loaders[::context_size] for batch in loader.micro_batches(step)]
+        assert sum(batch.num_tokens for batch in firsts) == loaders[0].lengths(step).sum()
+        assert sum(batch.num_sequences for batch in firsts) == len(loaders[0].lengths(step))
+    inputs = [token for i in range(len(dataset)) for token in dataset[i].tokens[:-1].tolist()]
+    assert sorted(seen) == inputs
+
+
+@settings(max_examples=40)
+@given(dataset=datasets, layout=layouts, context_size=context_sizes, step=st.integers(0, 9), seed=st.integers(0, 9))
+def test_the_records_of_a_packed_step_do_not_depend_on_the_layout(dataset, layout, context_size, step, seed):
+    """On any ranks the values of the tokens of a step go into the same table, and come back from it."""
+    data_size, micro_batch_size, count = layout
+    plan = best_fit(dataset.lengths - 1, CAPACITY)
+    settings = {"global_batch_size": data_size * micro_batch_size * count, "one_row": True, "shuffle_seed": seed}
+    whole = make_loader(dataset, plan, micro_batch_size=1, **settings)
+    expected = whole.to_packs(step, [batch.tokens for batch in whole.micro_batches(step)])
+    assert expected.shape == (settings["global_batch_size"], whole.unpadded_length(step))
+    parts = []
+    for shard in shards(data_size, context_size):
+        loader = make_loader(dataset, plan, micro_batch_size=micro_batch_size, shard=shard, **settings)
+        tokens = [batch.tokens for batch in loader.micro_batches(step)]
+        parts.append(loader.to_packs(step, tokens))
+        own = expected[shard.data_rank * loader.packs_per_rank :][: loader.packs_per_rank]
+        assert all(map(torch.equal, loader.from_packs(step, own), tokens))
+        assert loader.lengths(step).tolist() == whole.lengths(step).tolist()
+    packs = torch.stack(parts).view(data_size, context_size, -1, expected.shape[1]).sum(dim=1)
+    assert torch.equal(packs.view(expected.shape), expected)
+
+
+def test_rows_of_a_record_each_have_the_same_table():
+    dataset = make_dataset([5, 3, 8, 2])
+    separate, packed = (make_loader(dataset, micro_batch_size=2, one_row=one_row) for one_row in (False, True))
+    tables = [loader.to_packs(0, [batch.tokens for batch in loader.micro_batches(0)]) for loader in (separate, packed)]
+    assert torch.equal(*tables)
+    assert [row[row > 0].numel() for row in tables[0]] == separate.lengths(0).tolist()
+    for batch, values in zip(separate.micro_batches(0), separate.from_packs(0, tables[0]), strict=True):
+        assert torch.equal(values, batch.tokens)
+
+
+def test_a_step_across_an_epochs_end_takes_packs_of_both():
+    dataset = make_dataset([9, 9, 9, 5, 5, 3])
+    plan = best_fit(dataset.lengths - 1, CAPACITY)
+    assert len(plan) == 3
+    loader = make_loader(dataset, plan, global_batch_size=2, one_row=True)
+    steps = [
+        sorted(t for batch in loader.micro_batches(step) for t in batch.tokens[0].tolist() if t) for step in range(3)
+    ]
+    inputs = [token for i in range(len(dataset)) for token in dataset[i].tokens[:-1].tolist()]
+    assert sorted(steps[0] + steps[1] + steps[2]) == sorted(2 * inputs)
+    again = make_loader(dataset, plan, global_batch_size=2, one_row=True)
+    assert sorted(t for batch in again.micro_batches(1) for t in batch.tokens[0].tolist() if t) == steps[1]

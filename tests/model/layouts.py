@@ -79,7 +79,7 @@ def rank_of(layout: Layout, *, num_layers: int = 4) -> Iterator[Rank]:
     from megatron_psft import parallel, platform
 
     here = platform.detect(0)
-    with parallel.process_group(here, int(os.environ["WORLD_SIZE"]), 5):
+    with parallel.process_group(here, int(os.environ["WORLD_SIZE"])):
         per_chunk = layout.per_chunk
         place = parallel.initialize_parallel(
             make_config(layout).parallel,

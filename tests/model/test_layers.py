@@ -1,6 +1,7 @@
 """Norm and attention against transformers' layers and against formulas written out."""
 
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from megatron_psft.model.layers import Attention, RMSNorm
+from megatron_psft.data.rows import context_positions
+from megatron_psft.model.layers import Attention, RMSNorm, packed_row_params
 
 
 def make_norm(hidden_size: int, *, eps: float, sequence_parallel: bool = False) -> RMSNorm:
@@ -46,9 +48,11 @@ def test_norm_says_whether_its_gradient_is_of_a_part_of_the_sequence(sequence_pa
     assert make_norm(8, eps=1e-6, sequence_parallel=sequence_parallel).weight.sequence_parallel is sequence_parallel
 
 
-def make_attention(softmax_scale: float | None = None) -> Attention:
-    config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0)
-    return Attention(config, 1, AttnMaskType.causal, "self", softmax_scale=softmax_scale)
+def make_attention(softmax_scale: float | None = None, context_group=None) -> Attention:
+    context_size = 1 if context_group is None else context_group.size()
+    config = SimpleNamespace(context_parallel_size=context_size, attention_dropout=0.0)
+    groups = SimpleNamespace(cp=context_group)
+    return Attention(config, 1, AttnMaskType.causal, "self", softmax_scale=softmax_scale, pg_collection=groups)
 
 
 def attend_by_formula(query, key, value, scale):
@@ -113,3 +117,75 @@ def test_rows_do_not_see_each_other():
     for row in range(3):
         own = slice(row, row + 1)
         torch.testing.assert_close(together[:, own], make_attention()(query[:, own], key[:, own], value[:, own]))
+
+
+def packed_inputs(segments: tuple[int, ...], groups: int) -> list[torch.Tensor]:
+    """Query, key, value and the gradient of the output, of a packed row."""
+    generator = torch.Generator().manual_seed(sum(segments) + groups)
+    shapes = [(6, 8), (groups, 8), (groups, 8), (48,)]
+    return [torch.randn(sum(segments), *shape, generator=generator) for shape in shapes]
+
+
+def attend_packed_by_formula(segments: tuple[int, ...], groups: int) -> list[torch.Tensor]:
+    """Output, and gradients of query, key and value, with every segment on its own."""
+    *inputs, upstream = packed_inputs(segments, groups)
+    own = [tensor.requires_grad_() for tensor in inputs]
+    parts = zip(*(tensor.unsqueeze(1).split(segments) for tensor in own), strict=True)
+    output = torch.cat([attend_by_formula(*part, 1 / math.sqrt(8)).squeeze(1) for part in parts])
+    output.backward(upstream)
+    return [output.detach(), *(tensor.grad for tensor in own)]
+
+
+def attend_packed(segments: tuple[int, ...], groups: int, attention: Attention, held) -> list[torch.Tensor]:
+    """The same by the layer, on the positions `held`."""
+    *inputs, upstream = (tensor[held] for tensor in packed_inputs(segments, groups))
+    own = [tensor.requires_grad_() for tensor in inputs]
+    output = attention(*own, packed_seq_params=packed_row_params(segments, torch.device("cpu")))
+    output.backward(upstream)
+    return [output.detach(), *(tensor.grad for tensor in own)]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("segments", [(7,), (1, 1, 5), (4, 1, 2, 3)], ids=str)
+def test_segments_of_a_packed_row_do_not_see_each_other(segments, groups):
+    found = attend_packed(segments, groups, make_attention(), slice(None))
+    for one, expected in zip(found, attend_packed_by_formula(segments, groups), strict=True):
+        torch.testing.assert_close(one, expected)
+
+
+def test_bounds_of_a_packed_row_end_with_the_row_and_its_longest_segment_is_known():
+    row = packed_row_params((4, 1, 3), torch.device("cpu"))
+    assert row.qkv_format == "thd"
+    for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
+        assert getattr(row, name).tolist() == [0, 4, 5, 8]
+        assert getattr(row, name).dtype == torch.int32
+    assert (row.max_seqlen_q, row.max_seqlen_kv) == (4, 4)
+
+
+def _attend_on_context_ranks(segments: tuple[int, ...], groups: int):
+    import torch.distributed as dist
+
+    from megatron_psft import parallel, platform
+
+    size = int(os.environ["WORLD_SIZE"])
+    with parallel.process_group(platform.detect(0), size):
+        held = torch.from_numpy(context_positions(segments, dist.get_rank(), size))
+        return held, attend_packed(segments, groups, make_attention(context_group=dist.group.WORLD), held)
+
+
+@pytest.mark.parametrize(
+    ("size", "segments", "groups"), [(2, (4, 12, 8), 2), (3, (6, 18), 1), (4, (8, 24, 8), 6)], ids=str
+)
+def test_context_parallel_ranks_together_are_one(pool, size, segments, groups):
+    """Values and gradients: what a rank's keys get from the queries of all others included."""
+    results = pool.run(_attend_on_context_ranks, size, segments, groups)
+    everywhere = torch.cat([held for held, _ in results])
+    for index, expected in enumerate(attend_packed_by_formula(segments, groups)):
+        found = torch.cat([outputs[index] for _, outputs in results])
+        torch.testing.assert_close(found, expected[everywhere])
+
+
+def test_rows_of_a_record_each_are_not_split_over_context_parallel_ranks():
+    attention = make_attention(context_group=SimpleNamespace(size=lambda: 2))
+    with pytest.raises(AssertionError, match="only packed rows"):
+        attention(*(torch.zeros(4, 1, 2, 8) for _ in range(3)))

@@ -1,0 +1,273 @@
+"""Packed rows, split over every kind of rank, have the loss, entropy and gradients of their records one at a time.
+
+What is due comes from transformers and autograd, a record per forward pass: no rows, padding, packs or shards.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_psft.config import ParallelConfig
+from megatron_psft.data.dataset import TokenizedDataset
+from megatron_psft.data.loader import BatchLoader, Shard
+from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
+from tests.support import reference, tiny
+from tests.test_schedule import GradientSource, _by_autograd, gradients_of, ready, totals
+
+CAPACITY = 64
+TP2 = ParallelConfig(tensor_model_parallel_size=2)
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "TP2": (2, TP2),
+    "TP2 SP": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "PP2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "PP2 interleaved": (
+        2,
+        ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
+    ),
+    "DP2": (2, ParallelConfig()),
+    "CP2": (2, ParallelConfig(context_parallel_size=2)),
+    "CP4": (4, ParallelConfig(context_parallel_size=4)),
+    "CP2 PP2": (4, ParallelConfig(context_parallel_size=2, pipeline_model_parallel_size=2)),
+    "CP2 TP2 SP": (
+        4,
+        ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),
+    ),
+    "CP2 DP2 overlapped": (
+        4,
+        ParallelConfig(context_parallel_size=2, overlap_grad_reduce=True),
+    ),
+}
+# Lengths and label tokens. In packs of 64: 60 + 3 | 33 + 22 + 9 | 31 + 25 + 7 + 1 | 20 + 15 + ... ; the shortest record
+# is one token and its label.
+RECORDS = {
+    "uneven": (
+        (61, 40),
+        (34, 1),
+        (32, 30),
+        (26, 3),
+        (23, 9),
+        (21, 20),
+        (16, 1),
+        (10, 0),
+        (8, 7),
+        (4, 2),
+        (2, 1),
+        (2, 1),
+    ),
+    "one label": (
+        (61, 0),
+        (34, 0),
+        (32, 0),
+        (26, 1),
+        (23, 0),
+        (21, 0),
+        (16, 0),
+        (10, 0),
+        (8, 0),
+        (4, 0),
+        (2, 0),
+        (2, 0),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Records, and what is due for a global batch of all of them."""
+
+    dataset: TokenizedDataset
+    old_log_probs: list[Tensor]
+    """Of each record, for each of its tokens but the first; NaN where there is no label."""
+    gradients: dict[str, Tensor]
+    sums: dict[str, float]
+
+
+def make_dataset(tokens: list[np.ndarray], label_masks: list[np.ndarray]) -> TokenizedDataset:
+    return TokenizedDataset(
+        tokens=np.concatenate(tokens).astype(np.int32),
+        label_mask=np.concatenate(label_masks),
+        offsets=np.cumsum([0, *map(len, tokens)]),
+    )
+
+
+def make_data(model: torch.nn.Module, records: tuple[tuple[int, int], ...], seed: int) -> Data:
+    generator = torch.Generator().manual_seed(seed)
+    tokens, label_masks, old_log_probs, wanted = [], [], [], []
+    for length, num_labels in records:
+        # Without the padding token, for which transformers' embedding has no gradient wherever it stands.
+        tokens.append(torch.randint(1, tiny.VOCAB_SIZE, (length,), generator=generator).numpy())
+        label_masks.append(np.zeros(length, dtype=bool))
+        label_masks[-1][1 + torch.randperm(length - 1, generator=generator)[:num_labels].numpy()] = True
+        ids, label_mask = tokens[-1].tolist(), label_masks[-1].tolist()
+        with torch.no_grad():
+            now, _ = reference.label_statistics(model, ids, label_mask)
+        before = now + 0.4 * torch.randn(now.shape, generator=generator)
+        old_log_probs.append(torch.full((length - 1,), torch.nan))
+        old_log_probs[-1][torch.tensor(label_mask[1:])] = before
+        wanted.append((ids, label_mask, before))
+    gradients, sums = _by_autograd(model, wanted, "psft")
+    return Data(make_dataset(tokens, label_masks), old_log_probs, gradients, sums)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.build_model(tmp_path_factory.mktemp("packed"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def every_data(folder) -> dict[str, Data]:
+    model = reference.load_model(folder)
+    return {name: make_data(model, records, seed) for seed, (name, records) in enumerate(RECORDS.items())}
+
+
+def make_loader(
+    dataset: TokenizedDataset, place, config: ParallelConfig, plan: PackPlan, micro_batch_size: int
+) -> BatchLoader:
+    return BatchLoader(
+        dataset,
+        plan,
+        global_batch_size=len(plan),
+        micro_batch_size=micro_batch_size,
+        shard=Shard(
+            data_rank=place.data_rank,
+            data_size=place.data_size,
+            context_rank=place.context_rank,
+            context_size=place.context_size,
+        ),
+        shuffle_seed=3,
+        one_row=True,
+        pad_to_multiple_of=place.tensor_size if config.sequence_parallel else 1,
+        pad_token_id=7,
+    )
+
+
+def old_of(data: Data, loader: BatchLoader, plan: PackPlan, place) -> list[Tensor]:
+    """The old log-probabilities of this rank's positions, from those of the records."""
+    order = plan.shuffled(3, 0)
+    rows = torch.full((len(plan), loader.unpadded_length(0)), torch.nan)
+    for row in range(len(plan)):
+        values = torch.cat([data.old_log_probs[record] for record in order[row]])
+        rows[row, : len(values)] = values
+    return loader.from_packs(0, rows[place.data_rank * loader.packs_per_rank :][: loader.packs_per_rank])
+
+
+def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str, Data], micro_batch_size: int):
+    """Compares the gradients of this rank's parameters; returns its sums where they count."""
+    from megatron_psft.hf.weights import fill_parameters, named_parameters
+
+    with ready(folder, config) as run:
+        found = {}
+        for name, data in every_data.items():
+            lengths = data.dataset.lengths - 1
+            plans = {"packed": best_fit(lengths, CAPACITY)}
+            assert len(plans["packed"]) == 4
+            if config.context_parallel_size > 1:
+                plans["one per pack"] = one_per_pack(lengths, CAPACITY)
+            for kind, plan in plans.items():
+                loader = make_loader(data.dataset, run.place, config, plan, micro_batch_size)
+                old = old_of(data, loader, plan, run.place) if run.place.is_last_stage else None
+                run.schedule.zero_grad()
+                sums = run.schedule.train(loader.micro_batches(0), old, objective="psft")
+                found[name, kind] = sums, gradients_of(run)
+        for key, (_, gradients) in found.items():
+            wanted = GradientSource(every_data[key[0]].gradients)
+            fill_parameters(run.chunks, wanted, run.shape, run.place)
+            for parameter_name, parameter in named_parameters(run.chunks):
+                expected = parameter.detach()
+                torch.testing.assert_close(
+                    gradients[parameter_name],
+                    expected,
+                    rtol=1e-5,
+                    atol=1e-5 * float(expected.abs().max()),
+                    msg=lambda text, at=(*key, parameter_name): f"{at}: {text}",
+                )
+        return {key: sums if run.place.counts_batch else [] for key, (sums, _) in found.items()}
+
+
+CASES = [(layout, 1) for layout in LAYOUTS] + [(layout, 2) for layout in ("one", "PP2", "CP2 TP2 SP")]
+
+
+@pytest.mark.parametrize(("layout", "micro_batch_size"), CASES)
+def test_every_gradient_is_that_of_the_records_one_at_a_time(pool, folder, every_data, layout, micro_batch_size):
+    world_size, config = LAYOUTS[layout]
+    results = pool.run(_check_gradients, world_size, folder, config, every_data, micro_batch_size)
+    for key in results[0]:
+        # The divergence of one token is what two almost equal fp32 numbers differ by.
+        expected = {
+            name: pytest.approx(value, rel=1e-4 if name == "approx_kl" else 1e-5)
+            for name, value in every_data[key[0]].sums.items()
+        }
+        assert totals([sums[key] for sums in results]) == expected, key
+    uneven = every_data["uneven"].sums
+    assert 0.1 < uneven["clipped"] / uneven["loss_tokens"] < 0.6
+
+
+def _score_copies(folder: Path, config: ParallelConfig, data: TokenizedDataset, leak: str | None) -> Tensor:
+    """Log-probabilities of the tokens of two equal records in one row; `leak` plants a mistake."""
+    import torch.distributed as dist
+
+    from megatron_psft import schedule
+    from megatron_psft.model.layers import packed_row_params
+
+    def one_segment(segments: tuple[int, ...], device: torch.device):
+        return packed_row_params((sum(segments),), device)
+
+    def one_run_of_positions(segments: tuple[int, ...], device: torch.device):
+        row, merged = packed_row_params(segments, device), one_segment(segments, device)
+        row.cu_seqlens_q_padded, row.cu_seqlens_kv_padded = merged.cu_seqlens_q, merged.cu_seqlens_kv
+        row.max_seqlen_q = row.max_seqlen_kv = sum(segments)
+        return row
+
+    leaks = {None: packed_row_params, "attention": one_segment, "positions": one_run_of_positions}
+    plan = best_fit(data.lengths - 1, 2 * int(data.lengths[0] - 1))
+    assert len(plan) == 1
+    schedule.packed_row_params = leaks[leak]
+    try:
+        with ready(folder, config) as run:
+            loader = make_loader(data, run.place, config, plan, micro_batch_size=1)
+            scores = run.schedule.score(loader.micro_batches(0))
+            row = loader.to_packs(0, [stats.log_probs for stats in scores])
+            dist.all_reduce(row, group=run.place.context_group)
+            return row[0]
+    finally:
+        schedule.packed_row_params = packed_row_params
+
+
+@pytest.fixture(scope="module")
+def copies() -> TokenizedDataset:
+    tokens = torch.randint(1, tiny.VOCAB_SIZE, (28,), generator=torch.Generator().manual_seed(9)).numpy()
+    label_mask = np.arange(28) > 0
+    return make_dataset([tokens, tokens], [label_mask, label_mask])
+
+
+@pytest.mark.parametrize("layout", ["one", "TP2 SP", "CP2"])
+def test_a_copy_behind_a_record_knows_nothing_of_it(pool, folder, copies, layout):
+    """A model that saw the first record would copy it; positions that ran on would be others."""
+    world_size, config = LAYOUTS[layout]
+    with torch.no_grad():
+        alone, _ = reference.label_statistics(
+            reference.load_model(folder), copies[0].tokens.tolist(), copies[0].label_mask.tolist()
+        )
+    for scores in pool.run(_score_copies, world_size, folder, config, copies, None):
+        for found in scores.view(2, -1):
+            torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "leak"),
+    [("one", "attention"), ("CP2", "attention"), ("CP2", "positions")],
+)
+def test_a_planted_leak_is_seen(pool, folder, copies, layout, leak):
+    """What the test above compares differs by a hundred times its tolerance as soon as a border is crossed.
+
+    Positions that run on through a whole row change nothing: rotary embeddings know differences only. Under context
+    parallelism they do, as a rank has two chunks of each record.
+    """
+    world_size, config = LAYOUTS[layout]
+    clean, leaking = (pool.run(_score_copies, world_size, folder, config, copies, plant)[0] for plant in (None, leak))
+    assert (clean - leaking)[len(clean) // 2 :].abs().max() > 1e-3
