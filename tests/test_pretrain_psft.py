@@ -63,7 +63,7 @@ MISTAKES = {
     "world size": (
         {},
         [*TP2, *PP2],
-        ("world_size (2)", "tensor_model_parallel_size", "pipeline_model_parallel_size (4)"),
+        ("world_size (2)", "tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size (4)"),
     ),
     "batch size": ({"global_batch_size": 3}, [], ("global_batch_size (3)", "micro_batch_size", "data_parallel_size")),
     "unknown flag": ({}, ["--clip-ratio-hig", "0.3"], ("--clip-ratio-hig", "did you mean --clip-ratio-high?")),
