@@ -74,7 +74,8 @@ class DataConfig:
     eval_iters: int | None = None
     """Global batches per evaluation; all of `valid_data` where absent. Needs `valid_data`."""
     seq_length: int = 4096
-    """Length of the longest record that is trained on whole, in tokens; `overlong` says what happens to longer ones."""
+    """Length of the longest record that is trained on whole, in tokens; `overlong` says what happens to longer ones.
+    With packing also the room of a pack."""
     packing: bool = True
     """Put as many records as fit into each sequence of `seq_length` tokens; they do not see each other. Otherwise each
     has a sequence of its own."""
@@ -189,7 +190,8 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per chunk of the interleaved pipeline schedule; plain schedule where absent. Needs several stages."""
     context_parallel_size: int = 1
-    """Ranks that share each sequence. Every record is padded to a multiple of twice this number."""
+    """Ranks that share each sequence. Every record is padded to a multiple of twice this number, which may make a row
+    longer than `seq_length`: packs do not depend on the layout."""
     use_distributed_optimizer: bool = False
     """Spread the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False

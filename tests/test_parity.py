@@ -136,6 +136,25 @@ def test_packs_follow_the_reference_on_their_records(pool, inputs, tmp_path, lay
     assert_same_logits(tmp_path / "hf", model)
 
 
+def test_evaluation_of_packs_is_that_of_their_records(pool, inputs, tmp_path):
+    """Each counts once, with empty packs at the end of the last batch, and a step that changes nothing before it."""
+    flags = [
+        "--valid-data",
+        str(inputs / "records.jsonl"),
+        "--eval-interval",
+        "1",
+        "--train-iters",
+        "1",
+        "--lr",
+        "1e-12",
+    ]
+    pack = ["--packing", "--seq-length", str(PACK_LENGTH), "--micro-batch-size", "4"]
+    (records,) = train(pool, inputs, "qwen2", tmp_path / "records", *flags)
+    (packs,) = train(pool, inputs, "qwen2", tmp_path / "packs", *flags, *pack, layout="cp2")
+    for name in ("valid_nll", "valid_entropy"):
+        assert packs[name] == pytest.approx(records[name], rel=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["1", "tp2-pp2"])
 def test_fixed_old_policy_follows_the_reference(pool, inputs, tmp_path, layout):
     wanted, model = expected(inputs, "qwen2", old_policy_interval="fixed")

@@ -63,7 +63,7 @@ MISTAKES = {
     "world size": (
         {},
         [*TP2, *PP2],
-        ("world_size (2)", "tensor_model_parallel_size", "pipeline_model_parallel_size (4)"),
+        ("world_size (2)", "tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size (4)"),
     ),
     "batch size": ({"global_batch_size": 3}, [], ("global_batch_size (3)", "micro_batch_size", "data_parallel_size")),
     "unknown flag": ({}, ["--clip-ratio-hig", "0.3"], ("--clip-ratio-hig", "did you mean --clip-ratio-high?")),
@@ -195,6 +195,24 @@ def test_run_folder_tells_how_it_was_made(pool, inputs, tmp_path):
     assert pool.run(run_cli, 1, again)[0].code == 0
     repeated = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in repeated] == [line["loss"] for line in lines]
+
+
+def test_epochs_count_packs_and_metrics_count_records_and_real_tokens(pool, inputs, tmp_path):
+    flags = {"train_iters": None, "epochs": 2, "global_batch_size": 1, "seq_length": 256}
+    (packed,) = pool.run(run_cli, 1, command_line(inputs, tmp_path / "packed", **flags))
+    (plain,) = pool.run(run_cli, 1, [*command_line(inputs, tmp_path / "plain", **flags), "--no-packing"])
+    assert (packed.code, plain.code) == (0, 0)
+    found, wanted = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("packed", "plain")
+    )
+    (said,) = [line for line in packed.err.splitlines() if line.startswith("packing: ")]
+    packs = int(said.split()[1])
+    assert f"packing: {packs} packs of at most 256 tokens, " in said
+    assert len(found) == 2 * packs < len(wanted) == 24
+    for name in ("tokens", "loss_tokens", "sequences"):
+        assert sum(line[name] for line in found) == sum(line[name] for line in wanted)
+    assert "old policy: log-probabilities of " in packed.err
 
 
 def test_evaluation_does_not_change_the_training(pool, inputs, tmp_path):
