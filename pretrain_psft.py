@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     here = platform.detect(local_rank)
     with parallel.process_group(here, world_size):
         try:
-            build.run(config, here, rank)
+            build.run(config, here, rank, local_rank)
         except UserError as error:
             return _refuse(error, rank, world_size)
         except KeyboardInterrupt:

@@ -2,10 +2,12 @@
 
 import logging
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -30,6 +32,7 @@ from megatron_psft.trainer import Run, train
 log = logging.getLogger(__name__)
 
 _SHOWN_TOKENS = 200
+_TOKENIZING_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +49,13 @@ class Inputs:
     train_iters: int
 
 
-def run(config: Config, platform: Platform, rank: int) -> None:
-    """Trains as `config` says, on all ranks of the default process group.
+def run(config: Config, platform: Platform, rank: int, local_rank: int) -> None:
+    """Trains as `config` says, on all ranks of the default process group; `local_rank` counts those of a node.
 
     Raises:
         UserError: on every rank alike.
     """
-    inputs = together(lambda: read_inputs(config, show_progress=rank == 0))
+    inputs = _read_in_turn(config, rank, local_rank)
     _describe(inputs, platform)
     ready = build_run(config, inputs, platform)
     _write_config(config, ready.parallel)
@@ -69,6 +72,53 @@ def run(config: Config, platform: Platform, rank: int) -> None:
             parallel=ready.parallel,
         )
         log.info("exported %s", config.weights.export_hf)
+
+
+def _read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
+    """`read_inputs` in the first process of each node, which tokenizes what the cache has not, then in the others,
+    which find it there; collective."""
+    inputs, error = None, None
+    if local_rank == 0:
+        try:
+            inputs = read_inputs(config, show_progress=rank == 0)
+        except UserError as mistake:
+            error = mistake
+    has_failed = _wait_for_all(error is not None)
+
+    def finish() -> Inputs | None:
+        if error is not None:
+            raise error
+        # Where one failed, the others would do its work again, and fail.
+        return read_inputs(config, show_progress=False) if inputs is None and not has_failed else inputs
+
+    inputs = together(finish)
+    assert inputs is not None
+    _check_same_data(inputs)
+    return inputs
+
+
+def _wait_for_all(has_failed: bool) -> bool:
+    """True where any rank has failed. Collective, and not bound to the default group's timeout: to tokenize may take
+    hours."""
+    group = dist.new_group(backend="gloo", timeout=_TOKENIZING_TIMEOUT)
+    flag = torch.tensor([has_failed], dtype=torch.int32, device="cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    dist.destroy_process_group(group)
+    return bool(flag.item())
+
+
+def _check_same_data(inputs: Inputs) -> None:
+    """Nodes may have copies of their own of the data; raises UserError on all ranks where these differ."""
+    mine = (len(inputs.dataset), inputs.dataset.fingerprint())
+    found: list[tuple[int, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        counts = [theirs and theirs[0] for theirs in (found[0], found[other])]
+        raise UserError(
+            f"data must be the same on all nodes, but rank 0 has {counts[0]} records and rank {other} has {counts[1]}, "
+            "or the same number of others; copy the same files to all, or give the tokenizer that all have"
+        )
 
 
 def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
@@ -211,9 +261,9 @@ def _loader(
 def _describe(inputs: Inputs, platform: Platform) -> None:
     """Says what the run computes on and what it trains on, with one record as the model gets it."""
     log.info("%s", platform.describe())
-    log.info("training data: %s", inputs.dataset.statistics())
+    log.info("training data, one epoch, in tokens:\n%s", inputs.dataset.statistics())
     if inputs.valid_dataset is not None:
-        log.info("validation data: %s", inputs.valid_dataset.statistics())
+        log.info("validation data:\n%s", inputs.valid_dataset.statistics())
     first = inputs.dataset[0]
     shown = Example(tokens=first.tokens[:_SHOWN_TOKENS], label_mask=first.label_mask[:_SHOWN_TOKENS])
     runs = label_runs(shown, inputs.tokenizer)
@@ -250,18 +300,7 @@ def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
 def _read_dataset(
     config: Config, paths: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, show_progress: bool
 ) -> TokenizedDataset:
-    data = config.data
-    return build_dataset(
-        paths,
-        tokenizer,
-        seq_length=data.seq_length,
-        overlong=data.overlong,
-        prompt_key=data.prompt_key,
-        completion_key=data.completion_key,
-        loss_on=data.loss_on,
-        skip_bad_records=data.skip_bad_records,
-        show_progress=show_progress,
-    )
+    return build_dataset(paths, tokenizer, config.data, seed=config.batch.seed, show_progress=show_progress)
 
 
 def _write_config(config: Config, parallel: Parallel) -> None:

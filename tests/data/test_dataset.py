@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_psft.config import DataConfig
 from megatron_psft.data.chat import render_record
 from megatron_psft.data.dataset import DatasetStatistics, TokenizedDataset, build_dataset
 from megatron_psft.data.records import read_records
@@ -30,16 +31,9 @@ def pair(prompt_length: int, completion_length: int) -> dict[str, str]:
 
 
 def build(path: str, **changes: object) -> TokenizedDataset:
-    settings = {
-        "seq_length": 20,
-        "overlong": "error",
-        "prompt_key": "prompt",
-        "completion_key": "completion",
-        "loss_on": "assistant",
-        "skip_bad_records": False,
-        "show_progress": False,
-    }
-    return build_dataset([path], TOKENIZER, **(settings | changes))
+    show_progress = bool(changes.pop("show_progress", False))
+    config = DataConfig(data=(path,), **({"seq_length": 20} | changes))
+    return build_dataset([path], TOKENIZER, config, seed=7, show_progress=show_progress)
 
 
 def test_the_dataset_is_the_rendered_records_in_order(tmp_path):
@@ -52,7 +46,12 @@ def test_the_dataset_is_the_rendered_records_in_order(tmp_path):
         assert dataset[index].tokens.tolist() == example.tokens.tolist()
         assert dataset[index].label_mask.tolist() == example.label_mask.tolist()
         assert dataset.lengths[index] == len(example.tokens)
-    assert (dataset.tokens.dtype, dataset.label_mask.dtype, dataset.offsets.dtype) == (np.int32, np.bool_, np.int64)
+        assert dataset.place(index) == record.source
+    assert (dataset[0].tokens.dtype, dataset[0].label_mask.dtype, dataset.lengths.dtype) == (
+        np.int32,
+        np.bool_,
+        np.int64,
+    )
 
 
 def test_an_index_beyond_the_records_is_an_error_and_ends_iteration(tmp_path):
@@ -95,8 +94,8 @@ def test_over_long_records_are_cut_on_the_right_and_dropped_without_a_label(tmp_
 
 def test_loss_on_reaches_the_labels(tmp_path):
     path = write_rows(tmp_path, pair(2, 1))
-    assert build(path).label_mask.sum() == 2
-    assert build(path, loss_on="all").label_mask.sum() == 7
+    assert build(path)[0].label_mask.sum() == 2
+    assert build(path, loss_on="all")[0].label_mask.sum() == 7
 
 
 def test_statistics_are_counted_by_hand(tmp_path):
@@ -104,19 +103,22 @@ def test_statistics_are_counted_by_hand(tmp_path):
     path = write_rows(tmp_path, *rows, pair(5, 11), {}, {"a": 1}, 7)
     statistics = build(path, overlong="drop", skip_bad_records=True).statistics()
     assert statistics == DatasetStatistics(
+        name=path,
+        weight=1.0,
         records=10,
         tokens=115,
         label_tokens=65,
         length_p50=11,
         length_p90=15,
+        length_p99=16,
         length_max=16,
         truncated=0,
         dropped={"bad: no known keys": 2, "bad: not an object": 1, "over-long": 1},
     )
-    assert str(statistics) == (
-        "10 records, 115 tokens, 65 of them labels; lengths: median 11, 90th percentile 15, longest 16; truncated: 0; "
-        "dropped: 2 bad: no known keys, 1 bad: not an object, 1 over-long"
-    )
+    header, row, dropped = str(statistics).splitlines()
+    assert header.split() == ["passes", "records", "tokens", "labels", "median", "p90", "p99", "longest"]
+    assert row.split() == [path, "1", "10", "115", "65", "11", "15", "16", "16"]
+    assert dropped == f"{path}: truncated: 0; dropped: 2 bad: no known keys, 1 bad: not an object, 1 over-long"
 
 
 def test_bad_records_stop_the_run_with_all_of_their_places(tmp_path):
@@ -163,18 +165,20 @@ def test_progress_is_shown_only_when_asked_for(tmp_path, capsys):
     path = write_rows(tmp_path, pair(1, 1))
     build(path)
     assert capsys.readouterr() == ("", "")
-    build(path, show_progress=True)
-    assert "tokenizing: 1 records" in capsys.readouterr().err
+    build(path, show_progress=True, data_cache_dir=str(tmp_path / "other"))
+    shown = capsys.readouterr().err
+    assert "tokenizing: 100%" in shown
+    assert "1 records" in shown
 
 
 def test_the_fingerprint_tells_tokens_labels_and_borders_apart():
     tokens, mask, offsets = np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], bool), np.array([0, 3, 6])
-    base = TokenizedDataset(tokens=tokens, label_mask=mask, offsets=offsets)
-    same = TokenizedDataset(tokens=tokens.copy(), label_mask=mask.copy(), offsets=offsets.copy(), truncated=1)
+    base = TokenizedDataset.from_arrays(tokens=tokens, label_mask=mask, offsets=offsets)
+    same = TokenizedDataset.from_arrays(tokens=tokens.copy(), label_mask=mask.copy(), offsets=offsets.copy())
     others = [
-        TokenizedDataset(tokens=tokens[::-1], label_mask=mask, offsets=offsets),
-        TokenizedDataset(tokens=tokens, label_mask=np.roll(mask, 1), offsets=offsets),
-        TokenizedDataset(tokens=tokens, label_mask=mask, offsets=np.array([0, 2, 6])),
+        TokenizedDataset.from_arrays(tokens=tokens[::-1], label_mask=mask, offsets=offsets),
+        TokenizedDataset.from_arrays(tokens=tokens, label_mask=np.roll(mask, 1), offsets=offsets),
+        TokenizedDataset.from_arrays(tokens=tokens, label_mask=mask, offsets=np.array([0, 2, 6])),
     ]
     assert base.fingerprint() == same.fingerprint()
     assert len({dataset.fingerprint() for dataset in [base, *others]}) == 4

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_psft.data.records import BadRecord, Record, iter_records, raise_or_report, read_records
+from megatron_psft.data.records import BadRecord, Record, RecordKeys, iter_records, raise_or_report, read_records
 from megatron_psft.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
@@ -21,7 +21,7 @@ def write_rows(folder: Path, *rows: object) -> str:
 
 
 def read_one(folder: Path, row: object, **keys: str) -> Record | BadRecord:
-    records, bad = read_records([write_rows(folder, row)], **keys)
+    records, bad = read_records([write_rows(folder, row)], RecordKeys(**keys))
     (item,) = [*records, *bad]
     return item
 
@@ -48,13 +48,13 @@ def test_every_form_gives_the_same_messages(tmp_path, row):
 
 def test_named_keys_win_over_messages_and_over_the_default_keys(tmp_path):
     row = {"question": "Hi?", "answer": "Yes.", "messages": [ASSISTANT], "prompt": "no", "demonstration": "no"}
-    record = read_one(tmp_path, row, prompt_key="question", completion_key="answer")
+    record = read_one(tmp_path, row, prompt="question", completion="answer")
     assert isinstance(record, Record)
     assert record.messages == CHAT
 
 
 def test_rows_without_the_named_keys_may_still_be_messages(tmp_path):
-    record = read_one(tmp_path, {"messages": [USER, ASSISTANT]}, prompt_key="question", completion_key="answer")
+    record = read_one(tmp_path, {"messages": [USER, ASSISTANT]}, prompt="question", completion="answer")
     assert isinstance(record, Record)
     assert record.messages == CHAT
 
@@ -91,9 +91,7 @@ def chat_with(**changes: object) -> dict[str, object]:
         (chat_with(content="a\0b"), "NUL character", "messages[1]"),
         (chat_with(content="a\ud800b"), "lone surrogate", "messages[1]"),
         ({"messages": [USER, ASSISTANT], "advantage": 0.0}, "advantage is not supported yet", ""),
-        ({"messages": [USER, ASSISTANT], "tools": [{}]}, "tools is not supported yet", ""),
-        (chat_with(tool_calls=[{}]), "tool_calls is not supported yet", ""),
-        (chat_with(reasoning_content="Hm."), "reasoning_content is not supported yet", ""),
+        (chat_with(function_call={"name": "f"}), "function_call is not supported yet", ""),
         ({}, "no known keys", "keys found: none; wanted: messages, or prompt and completion"),
         (
             {"prompt": "Hi?", "completions": "Yes."},
@@ -124,7 +122,7 @@ def test_good_and_bad_rows_stay_in_order_over_several_files(tmp_path):
     (tmp_path / "b").mkdir()
     good = {"messages": [USER, ASSISTANT]}
     paths = [write_rows(tmp_path, good, {}, good), write_rows(tmp_path / "b", 1, good)]
-    items = list(iter_records(paths))
+    items = list(iter_records(paths, RecordKeys()))
     assert [(type(item), item.source) for item in items] == [
         (Record, f"{paths[0]}:1"),
         (BadRecord, f"{paths[0]}:2"),
@@ -137,7 +135,9 @@ def test_good_and_bad_rows_stay_in_order_over_several_files(tmp_path):
 
 
 def test_a_missing_file_stops_before_the_first_record(tmp_path):
-    items = iter_records([write_rows(tmp_path, {"messages": [USER, ASSISTANT]}), str(tmp_path / "gone.jsonl")])
+    items = iter_records(
+        [write_rows(tmp_path, {"messages": [USER, ASSISTANT]}), str(tmp_path / "gone.jsonl")], RecordKeys()
+    )
     with pytest.raises(UserError, match=r"gone\.jsonl\) does not exist"):
         next(items)
 
@@ -156,34 +156,35 @@ REPORT = "\n".join(
 
 def test_the_report_lists_twenty_records_and_counts_reasons():
     bad = [*BAD, BadRecord(source="b:1", reason="no assistant turn")]
-    assert raise_or_report(bad, 40, skip_bad_records=True) == REPORT
+    counts = {"no assistant turn": 1, "not JSON": 22}
+    assert raise_or_report(bad, counts, 40, skip_bad_records=True) == REPORT
     with pytest.raises(UserError, match="pass --skip-bad-records") as error:
-        raise_or_report(bad, 40, skip_bad_records=False)
+        raise_or_report(bad, counts, 40, skip_bad_records=False)
     assert str(error.value).endswith(REPORT)
 
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_no_usable_record_is_an_error_even_when_bad_ones_are_skipped(skip):
     with pytest.raises(UserError, match=r"holds no usable record.*22 of 22"):
-        raise_or_report(BAD, 22, skip)
+        raise_or_report(BAD, {"not JSON": 22}, 22, skip)
     with pytest.raises(UserError, match=r"holds no usable record.*0 of 0"):
-        raise_or_report([], 0, skip)
+        raise_or_report([], {}, 0, skip)
 
 
 def test_good_records_alone_give_an_empty_report():
-    assert raise_or_report([], 3, skip_bad_records=False) == ""
+    assert raise_or_report([], {}, 3, skip_bad_records=False) == ""
 
 
 @pytest.mark.parametrize(
     ("name", "keys", "count"),
     [
-        ("gsm8k/test.jsonl", {"prompt_key": "question", "completion_key": "answer"}, 1319),
+        ("gsm8k/test.jsonl", {"prompt": "question", "completion": "answer"}, 1319),
         ("longcot/limo_official_solution.jsonl", {}, 492),
-        ("general/instruction_data.json", {"prompt_key": "instruction", "completion_key": "output"}, 1100),
+        ("general/instruction_data.json", {}, 1100),
     ],
 )
 def test_real_files_are_records_throughout(real_data, name, keys, count):
-    records, bad = read_records([str(real_data / name)], **keys)
+    records, bad = read_records([str(real_data / name)], RecordKeys(**keys))
     assert (len(records), bad) == (count, [])
 
 
