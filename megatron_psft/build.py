@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_psft import __version__
 from megatron_psft.checkpoint import Identity, TrainState, find_checkpoint, load_checkpoint, read_step
@@ -284,11 +284,7 @@ def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path)
 
 
 def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tokenizer ({folder}) must be a folder with a Hugging Face tokenizer: {reason}") from None
+    tokenizer = hub.load_tokenizer(folder)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(
             f"tokenizer ({folder}) has {len(tokenizer)} tokens, more than the model's vocabulary ({shape.vocab_size}); "
