@@ -12,6 +12,10 @@ from megatron_psft.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
 CHAT = (USER, ASSISTANT)
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+CALLING = ({"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"})
+SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 
 def write_rows(folder: Path, *rows: object) -> str:
@@ -40,10 +44,77 @@ def read_one(folder: Path, row: object, **keys: str) -> Record | BadRecord:
         {"prompt": [USER], "demostration": "Yes."},
         {"prompt": "Hi?", "completion": "Yes.", "demonstration": "No."},
         {"prompt": "Hi?", "completion": None, "demonstration": "Yes."},
+        {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes.", "weight": None}]},
+        {"conversations": [USER, ASSISTANT], "id": 7, "prompt": "other", "completion": "other"},
+        {"instruction": "Hi?", "input": "", "output": "Yes."},
+        {"instruction": "Hi?", "output": "Yes.", "history": [], "system": ""},
     ],
 )
 def test_every_form_gives_the_same_messages(tmp_path, row):
     assert read_one(tmp_path, row) == Record(messages=CHAT, source=f"{tmp_path}/a.jsonl:1")
+
+
+def test_the_input_of_an_alpaca_record_follows_its_instruction(tmp_path):
+    record = read_one(tmp_path, {"instruction": "Add.", "input": "1, 2", "output": "3"})
+    assert isinstance(record, Record)
+    assert [message["content"] for message in record.messages] == ["Add.\n1, 2", "3"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi?", "completion": "Yes."},
+        {"messages": [{"role": "system", "content": "Be long."}, USER, ASSISTANT]},
+        {"instruction": "Hi?", "output": "Yes.", "system": "Be long."},
+    ],
+)
+def test_the_system_prompt_takes_the_place_of_each_record_s_own(tmp_path, row):
+    record = read_one(tmp_path, row, system_prompt="Be brief.")
+    assert isinstance(record, Record)
+    assert record.messages == (SYSTEM, *CHAT)
+    own = read_one(tmp_path, {**row, "system": "Be brief."} if "messages" not in row else {"messages": [SYSTEM, *CHAT]})
+    assert isinstance(own, Record)
+    assert own.messages == record.messages
+
+
+@pytest.mark.parametrize(
+    ("calls", "tools"),
+    [
+        ([CALL], [SCHEMA]),
+        ([{"type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}], json.dumps([SCHEMA])),
+        ([{"name": "add", "arguments": {"x": 1}}], json.dumps([SCHEMA["function"]])),
+        (json.dumps([{"name": "add", "arguments": {"x": 1}}]), [SCHEMA["function"]]),
+    ],
+)
+def test_calls_and_tools_have_one_form_however_they_are_spelled(tmp_path, calls, tools):
+    calling = {"role": "assistant", "content": None, "tool_calls": calls}
+    record = read_one(tmp_path, {"messages": [USER, calling, CALLING[1], ASSISTANT], "tools": tools})
+    assert record == Record(messages=(USER, *CALLING, ASSISTANT), tools=(SCHEMA,), source=f"{tmp_path}/a.jsonl:1")
+
+
+def test_turns_of_sharegpt_may_call_tools(tmp_path):
+    turns = [("human", "Hi?"), ("function_call", '{"name": "add", "arguments": {"x": 1}}'), ("observation", "2")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in [*turns, ("gpt", "Yes.")]]}
+    record = read_one(tmp_path, row)
+    assert isinstance(record, Record)
+    assert record.messages == (USER, *CALLING, ASSISTANT)
+
+
+def test_columns_of_parquet_keep_the_arguments_of_each_call_apart(tmp_path):
+    """Arrow gives every row the fields of all; what a row has not is null there, and is no argument."""
+    calls = [{"function": {"name": "f", "arguments": {name: 1}}} for name in ("x", "y")]
+    rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]} for call in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    records, bad = read_records([str(tmp_path / "a.parquet")])
+    assert not bad
+    found = [record.messages[1]["tool_calls"][0]["function"]["arguments"] for record in records]
+    assert found == [{"x": 1}, {"y": 1}]
+
+
+def test_reasoning_is_kept_beside_the_content(tmp_path):
+    record = read_one(tmp_path, chat_with(reasoning_content="Hm."))
+    assert isinstance(record, Record)
+    assert record.messages == (USER, {**ASSISTANT, "reasoning_content": "Hm."})
 
 
 def test_named_keys_win_over_messages_and_over_the_default_keys(tmp_path):
@@ -92,6 +163,37 @@ def chat_with(**changes: object) -> dict[str, object]:
         (chat_with(content="a\ud800b"), "lone surrogate", "messages[1]"),
         ({"messages": [USER, ASSISTANT], "advantage": 0.0}, "advantage is not supported yet", ""),
         (chat_with(function_call={"name": "f"}), "function_call is not supported yet", ""),
+        ({"messages": [USER, ASSISTANT], "system": 7}, "wrong type", "system is int"),
+        ({"messages": [SYSTEM, USER, ASSISTANT], "system": "x"}, "two system messages", ""),
+        ({"messages": [USER, ASSISTANT], "tools": 7}, "wrong type", "tools is no list of objects"),
+        ({"messages": [USER, ASSISTANT], "tools": "[{"}, "not JSON", "tools: "),
+        ({"messages": [USER, ASSISTANT], "tools": [{"name": "\ud800"}]}, "lone surrogate", "tools"),
+        ({"messages": [USER, ASSISTANT], "tools": [{"x": float("nan")}]}, "not JSON", "tools: "),
+        (chat_with(tool_calls=7), "wrong type", "messages[1] has tool_calls of type int"),
+        (chat_with(tool_calls=[{}]), "wrong type", "messages[1].tool_calls[0] is no object with the name"),
+        (chat_with(tool_calls=[{"name": "f", "arguments": [1]}]), "wrong type", "has arguments of type list"),
+        (chat_with(tool_calls=[{"name": "f", "arguments": "{"}]), "not JSON", "tool_calls[0], arguments: "),
+        (chat_with(tool_calls=[{"name": "f", "arguments": {"x": "\ud800"}}]), "lone surrogate", "tool_calls[0]"),
+        ({"messages": [{**USER, "tool_calls": [CALL]}, ASSISTANT]}, "tool_calls of another role", "messages[0], user"),
+        (chat_with(reasoning_content=7), "wrong type", "reasoning_content of type int"),
+        (chat_with(reasoning_content="\ud800"), "lone surrogate", "messages[1], reasoning_content"),
+        (
+            {"messages": [{**USER, "reasoning_content": "Hm."}, ASSISTANT]},
+            "reasoning_content of another role",
+            "messages[0], user",
+        ),
+        (
+            {"conversations": [{"from": "robot", "value": "Hi?"}]},
+            "unknown role",
+            "conversations[0] has from 'robot'; known: human, gpt, function_call, observation, system",
+        ),
+        ({"conversations": [{"from": "human", "value": 7}]}, "wrong type", "has value of type int"),
+        ({"conversations": [{"from": "human", "value": "Hi?"}]}, "no assistant turn", ""),
+        ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "not JSON", "conversations[0], calls: "),
+        ({"instruction": 7, "output": "Yes."}, "wrong type", "instruction is int"),
+        ({"instruction": "Hi?", "output": ""}, "empty content", "output, assistant"),
+        ({"instruction": "Hi?", "output": "Yes.", "history": [["a", "b"]]}, "history is not supported yet", ""),
+        ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, "images is not supported yet", ""),
         ({}, "no known keys", "keys found: none; wanted: messages, or prompt and completion"),
         (
             {"prompt": "Hi?", "completions": "Yes."},
