@@ -36,6 +36,7 @@ _UNSUPPORTED_MESSAGE_KEYS = ("function_call",)
 
 _REPORTED_RECORDS = 20
 _REPORTED_KEYS = 10
+_REPORTED_CHARACTERS = 40
 
 
 class _Call(TypedDict):
@@ -333,7 +334,7 @@ def _check_unicode(text: str, place: str) -> None:
 
 
 def _describe_keys(row: Mapping[str, object], keys: RecordKeys) -> str:
-    names = [str(key) for key in row]
+    names = [str(key)[:_REPORTED_CHARACTERS] for key in row]
     found = ", ".join(names[:_REPORTED_KEYS]) + (", ..." if len(names) > _REPORTED_KEYS else "") if names else "none"
     wanted = f"wanted: messages, or {keys.prompt} and {keys.completion}"
     missing = next(key for key in (keys.prompt, keys.completion) if key not in row)

@@ -171,6 +171,69 @@ def test_progress_is_shown_only_when_asked_for(tmp_path, capsys):
     assert "1 records" in shown
 
 
+def build_many(*paths: str, seed: int = 7, **changes: object) -> TokenizedDataset:
+    config = DataConfig(data=paths, **({"seq_length": 99} | changes))
+    return build_dataset(config.data, TOKENIZER, config, seed=seed, show_progress=False)
+
+
+def test_weights_are_passes_over_a_source(tmp_path):
+    """Records are told by their lengths: 7, 8, ... in the one file, 50, 51, ... in the other."""
+    (tmp_path / "b").mkdir()
+    first = write_rows(tmp_path, *(pair(1, length) for length in range(1, 11)))
+    second = write_rows(tmp_path / "b", *(pair(44, length) for length in range(1, 5)))
+    dataset = build_many(f"{first}=2.5", f"{second}=0.5")
+    lengths = dataset.lengths.tolist()
+    assert lengths[:20] == list(range(7, 17)) * 2
+    assert len(lengths) == 20 + 5 + 2
+    half, part = lengths[20:25], lengths[25:]
+    assert half == sorted(set(half))
+    assert set(half) < set(range(7, 17))
+    assert part == sorted(set(part))
+    assert set(part) < set(range(50, 54))
+    assert [len(example.tokens) for example in dataset] == lengths
+    statistics = dataset.statistics()
+    assert [(s.name, s.weight, s.records) for s in statistics.sources] == [(first, 2.5, 25), (second, 0.5, 2)]
+    assert (statistics.records, statistics.tokens, statistics.weight) == (27, sum(lengths), None)
+    assert statistics.label_tokens == sum(int(example.label_mask.sum()) for example in dataset)
+    assert [line.split()[0] for line in str(statistics).splitlines()[1:4]] == [first, second, "all"]
+    assert build_many(f"{first}=2.5", f"{second}=0.5").fingerprint() == dataset.fingerprint()
+    others = {build_many(f"{first}=2.5", f"{second}=0.5", seed=seed).fingerprint() for seed in range(8, 14)}
+    assert others - {dataset.fingerprint()}
+    assert build_many(first, second).lengths.tolist() == [*range(7, 17), *range(50, 54)]
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path):
+    for name, count in (("a=2.jsonl", 1), ("a=0.5", 2), ("x=y", 3)):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name, *[pair(1, 1)] * count)
+    assert len(build_many(f"{tmp_path}/a=0.5")) == 2  # a folder of that very name
+    assert len(build_many(f"{tmp_path}/a=0.5=0.5")) == 1
+    assert len(build_many(f"{tmp_path}/x=y")) == 3
+    assert len(build_many(f"{tmp_path}/a=2.jsonl/a.jsonl=3")) == 3
+    with pytest.raises(UserError, match=r"z=y\) is no local"):
+        build_many("z=y")
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+def test_a_weight_that_is_none_is_refused(tmp_path, weight):
+    path = write_rows(tmp_path, pair(1, 1))
+    with pytest.raises(UserError, match=rf"a\.jsonl={weight}\) must have a weight above 0"):
+        build_many(f"{path}={weight}")
+
+
+def test_a_weight_that_takes_nothing_is_refused(tmp_path):
+    path = write_rows(tmp_path, pair(1, 1))
+    with pytest.raises(UserError, match=r"takes none of 1 records with weight 0\.1; raise it"):
+        build_many(f"{path}=0.1")
+
+
+def test_a_source_without_a_usable_record_is_refused_beside_others(tmp_path):
+    (tmp_path / "b").mkdir()
+    good, bad = write_rows(tmp_path, pair(1, 1)), write_rows(tmp_path / "b", {}, {})
+    with pytest.raises(UserError, match=rf"{bad}.* holds no usable record: 2 bad: no known keys"):
+        build_many(good, bad, skip_bad_records=True)
+
+
 def test_the_fingerprint_tells_tokens_labels_and_borders_apart():
     tokens, mask, offsets = np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], bool), np.array([0, 3, 6])
     base = TokenizedDataset.from_arrays(tokens=tokens, label_mask=mask, offsets=offsets)
