@@ -117,7 +117,7 @@ class DataCache:
 
         Raises UserError: a file that is broken as a whole or changes while it is read, a cache that cannot be written.
         """
-        key = {**self._options, "files": _identity(source)}
+        key = {**self._options, "files": _identity(source), "version": source.version}
         folder = self._root / _digest(json.dumps(key, sort_keys=True).encode())[:32]
         if (found := _open_folder(folder, source.name)) is not None:
             return found
@@ -220,7 +220,7 @@ def _write_chunks(folder: Path, chunks: Iterator[TokenizedChunk], bar: "tqdm[Any
         "bad_counts": bad_counts,
         "content": _digest(b"".join(digest.digest() for digest in content)),
         "sizes": {name: (folder / name).stat().st_size for name in _SIZED_FILES},
-        "hashes": {name: _digest((folder / name).read_bytes()) for name in _HASHED_FILES},
+        "hashes": {name: _digest_file(folder / name) for name in _HASHED_FILES},
     }
 
 
@@ -238,7 +238,7 @@ def _open_folder(folder: Path, name: str) -> TokenizedSource | None:
             if (found := (folder / file).stat().st_size) != size:
                 raise ValueError(f"{file} has {found} bytes instead of {size}")
         for file, expected in manifest["hashes"].items():
-            if _digest((folder / file).read_bytes()) != expected:
+            if _digest_file(folder / file) != expected:
                 raise ValueError(f"{file} is not what was written")
         return TokenizedSource(
             name=name,
@@ -291,3 +291,11 @@ def _hash_of_code() -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            digest.update(data)
+    return digest.hexdigest()

@@ -69,6 +69,8 @@ class Source:
     name: str
     files: tuple[Path, ...]
     chunks: Callable[[], Iterator[Chunk]]
+    version: str = ""
+    """What tells the contents of a hub dataset apart, whose files may be in memory only."""
 
     @property
     def size(self) -> int:
@@ -101,7 +103,8 @@ def open_source(path: str) -> Source:
     if _looks_like_path(path):
         raise UserError(f"data ({path}) does not exist; give a file, a folder or the ID of a dataset on the hub")
     loaded = _load_from_hub(path)
-    return _dataset_source(loaded, path, tuple(Path(file["filename"]) for file in getattr(loaded, "cache_files", ())))
+    files = tuple(Path(file["filename"]) for file in getattr(loaded, "cache_files", ()))
+    return _dataset_source(loaded, path, files, version=f"{path} {getattr(loaded, '_fingerprint', '')}")
 
 
 def open_rows(path: str) -> Iterator[Row | BadRecord]:
@@ -279,10 +282,13 @@ def _read_parquet(path: Path) -> Iterator[Chunk]:
         raise UserError(f"data ({path}) cannot be read as Parquet: {_first_line(error)}; write it again") from error
 
 
-def _dataset_source(rows: Sequence[object], name: str, files: tuple[Path, ...]) -> Source:
+def _dataset_source(rows: Sequence[object], name: str, files: tuple[Path, ...], version: str = "") -> Source:
     size_of_row = sum(file.stat().st_size for file in files) // max(len(rows), 1)
     return Source(
-        name=name, files=files, chunks=lambda: _chunks_of_values(map(_without_nulls, rows), name, size_of_row)
+        name=name,
+        files=files,
+        version=version,
+        chunks=lambda: _chunks_of_values(map(_without_nulls, rows), name, size_of_row),
     )
 
 
