@@ -95,7 +95,7 @@ class DataConfig:
     """Folder that keeps tokenized records for later runs and for the other processes of a node. A folder in it may be
     deleted whenever no run uses it."""
     data_workers: int | None = None
-    """Processes on each node that tokenize, the first time; one per usable core where absent."""
+    """Processes on each node that tokenize, the first time; one per usable core, at most 32, where absent."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "eval_interval", "eval_iters", "data_workers")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _NAMED_RECORDS = 5
 _LISTED_BAD_RECORDS = 20
+_MAX_WORKERS = 32  # each holds some 350 MiB, nearly all of it libraries
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +179,9 @@ def build_dataset(
 
 
 def _usable_cores() -> int:
-    """Cores that this process may run on, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on, where the system tells, up to the limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MAX_WORKERS)
 
 
 def _check_bad_records(sources: Sequence[TokenizedSource], paths: Sequence[str], skip_bad_records: bool) -> None:

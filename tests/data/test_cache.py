@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_psft.config import DataConfig
@@ -17,6 +19,7 @@ from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.errors import UserError
 from tests.data import toys
 from tests.data.toys import byte_tokenizer
+from tests.support.pool import WorkerError
 
 TOKENIZER = byte_tokenizer(toys.CHATML)
 
@@ -157,34 +160,49 @@ def _build_and_die(data: Path) -> None:
     build(data)
 
 
-def _build(data: Path, results) -> None:
-    results.put(everything(build(data)))
+def _build(data: Path) -> list[tuple[list[int], list[bool], str]]:
+    return everything(build(data))
 
 
-def test_a_killed_writer_leaves_nothing_that_counts(data):
-    process = multiprocessing.get_context("fork").Process(target=_build_and_die, args=(data,))
-    process.start()
-    process.join()
-    assert process.exitcode == 9
+def test_a_killed_writer_leaves_nothing_that_counts(pool, data):
+    with pytest.raises(WorkerError, match="9"):
+        pool.run(_build_and_die, 1, data)
     (leaving,) = folders(data)
     assert leaving.name.startswith(".")
     assert len(build(data)) == 20
     assert leaving not in folders(data)
 
 
-def test_runs_at_once_tokenize_once_and_agree(tmp_path):
+def test_runs_at_once_tokenize_once_and_agree(pool, tmp_path):
     data = write_data(tmp_path / "a.jsonl", 600)
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=_build, args=(data, results)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join()
+    found = pool.run(_build, 3, data)
     assert found[0] == found[1] == found[2]
     assert len(folders(data)) == 1
     assert len(found[0]) == 600
+
+
+def _build_with_workers(data: Path) -> None:
+    tokenizing._CHUNKS_BEFORE_PROCESSES = 1
+    build(data, data_workers=2)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    data = write_data(tmp_path / "a.jsonl", 200_000)
+    parent = multiprocessing.get_context("spawn").Process(target=_build_with_workers, args=(data,))
+    parent.start()
+    assert parent.pid is not None
+    family = psutil.Process(parent.pid)
+    while not any(path.stat().st_size for path in (tmp_path / "cache").glob(".*/tokens.bin")):
+        assert parent.is_alive()
+        time.sleep(0.1)
+    workers = family.children(recursive=True)
+    assert len(workers) >= 2
+    parent.kill()
+    parent.join()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    assert len(build(write_data(tmp_path / "a.jsonl", 20))) == 20
 
 
 def test_without_locks_the_first_to_finish_wins(data, monkeypatch):

@@ -283,6 +283,7 @@ def test_good_records_alone_give_an_empty_report():
         ("gsm8k/test.jsonl", {"prompt": "question", "completion": "answer"}, 1319),
         ("longcot/limo_official_solution.jsonl", {}, 492),
         ("general/instruction_data.json", {}, 1100),
+        ("general/glaive_function_calling_demo.json", {}, 300),
     ],
 )
 def test_real_files_are_records_throughout(real_data, name, keys, count):
