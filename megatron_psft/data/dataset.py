@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _NAMED_RECORDS = 5
 _LISTED_BAD_RECORDS = 20
-_MAX_WORKERS = 32  # each holds some 350 MiB, nearly all of it libraries
+_MAX_WORKERS = 32  # each holds some 260 MiB, nearly all of it libraries
 
 logger = logging.getLogger(__name__)
 

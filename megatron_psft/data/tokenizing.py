@@ -1,8 +1,8 @@
 """Chunks of rows -> tokens, in this process and, for sets that are worth it, in several.
 
-Rendering a chat template is Python, so threads do not help: on two cores two processes took 1.9 times the records of
-one that has the tokenizer's own threads. Processes are spawned and not forked: by the time data is read, the process
-has threads of its own (collectives, perhaps CUDA) that a fork would break.
+About half of a record's time goes into its chat template, which is Python, and more of the tokenizer's threads do not
+help there. Processes are spawned and not forked: by the time data is read, this process has threads of its own
+(collectives, perhaps CUDA) that a fork would break.
 """
 
 import multiprocessing
