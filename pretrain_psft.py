@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     here = platform.detect(local_rank)
     with parallel.process_group(here, world_size, config.parallel.distributed_timeout_minutes):
         try:
-            signum = build.run(config, here, rank)
+            signum = build.run(config, here, rank, local_rank)
         except UserError as error:
             return _refuse(error, rank, world_size)
         except RankError as error:

@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_psft import __version__
 from megatron_psft.checkpoint import TrainState, load_checkpoint
@@ -16,7 +18,7 @@ from megatron_psft.config import Config, config_to_yaml, validate_train_iters
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.loader import BatchLoader, Shard
-from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
+from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.errors import UserError
 from megatron_psft.hf import export, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, fill_parameters
@@ -33,6 +35,7 @@ from megatron_psft.trainer import Run, train
 log = logging.getLogger(__name__)
 
 _SHOWN_TOKENS = 200
+_TOKENIZING_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,8 @@ class Inputs:
     train_iters: int
 
 
-def run(config: Config, platform: Platform, rank: int) -> int:
-    """Trains as `config` says, on all ranks of the default process group.
+def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
+    """Trains as `config` says, on all ranks of the default process group; `local_rank` counts those of a node.
 
     Returns:
         0, or the number of the signal that ended the run early; then the same command goes on from there.
@@ -60,7 +63,7 @@ def run(config: Config, platform: Platform, rank: int) -> int:
         UserError: on every rank alike.
         RankError: on this rank, whatever the others do.
     """
-    inputs = together(lambda: read_inputs(config, show_progress=rank == 0))
+    inputs = _read_in_turn(config, rank, local_rank)
     _describe(inputs, platform, packing=config.data.packing)
     ready = build_run(config, inputs, platform)
     _write_config(config, ready.parallel)
@@ -82,6 +85,53 @@ def run(config: Config, platform: Platform, rank: int) -> int:
     return 0
 
 
+def _read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
+    """`read_inputs` in the first process of each node, which tokenizes what the cache has not, then in the others,
+    which find it there; collective."""
+    inputs, error = None, None
+    if local_rank == 0:
+        try:
+            inputs = read_inputs(config, show_progress=rank == 0)
+        except UserError as mistake:
+            error = mistake
+    has_failed = _wait_for_all(error is not None)
+
+    def finish() -> Inputs | None:
+        if error is not None:
+            raise error
+        # Where one failed, the others would do its work again, and fail.
+        return read_inputs(config, show_progress=False) if inputs is None and not has_failed else inputs
+
+    inputs = together(finish)
+    assert inputs is not None
+    _check_same_data(inputs)
+    return inputs
+
+
+def _wait_for_all(has_failed: bool) -> bool:
+    """True where any rank has failed. Collective, and not bound to the default group's timeout: to tokenize may take
+    hours."""
+    group = dist.new_group(backend="gloo", timeout=_TOKENIZING_TIMEOUT)
+    flag = torch.tensor([has_failed], dtype=torch.int32, device="cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    dist.destroy_process_group(group)
+    return bool(flag.item())
+
+
+def _check_same_data(inputs: Inputs) -> None:
+    """Nodes may have copies of their own of the data; raises UserError on all ranks where these differ."""
+    mine = (len(inputs.dataset), inputs.dataset.fingerprint())
+    found: list[tuple[int, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        counts = [theirs and theirs[0] for theirs in (found[0], found[other])]
+        raise UserError(
+            f"data must be the same on all nodes, but rank 0 has {counts[0]} records and rank {other} has {counts[1]}, "
+            "or the same number of others; copy the same files to all, or give the tokenizer that all have"
+        )
+
+
 def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
     """Reads model description, tokenizer and data.
 
@@ -98,7 +148,7 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
     dataset = _read_dataset(config, config.data.data, tokenizer, show_progress)
     valid = _read_dataset(config, config.data.valid_data, tokenizer, show_progress) if config.data.valid_data else None
-    plan = _plan(config, dataset)
+    plan = plan_of(dataset.lengths, config.data)
     train_iters = config.batch.train_iters
     if train_iters is None:
         assert config.batch.epochs is not None
@@ -140,7 +190,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
-        plan = _plan(config, inputs.valid_dataset)
+        plan = plan_of(inputs.valid_dataset.lengths, config.data)
         valid_loader = _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, loader, parallel)
@@ -216,12 +266,6 @@ def _identity(config: Config, inputs: Inputs, parallel: Parallel) -> Identity:
     return identity
 
 
-def _plan(config: Config, dataset: TokenizedDataset) -> PackPlan:
-    """Which records share a row."""
-    make_plan = best_fit if config.data.packing else one_per_pack
-    return make_plan(dataset.lengths - 1, config.data.seq_length)  # a record's last token is a label only
-
-
 def _loader(
     config: Config,
     inputs: Inputs,
@@ -254,11 +298,11 @@ def _loader(
 def _describe(inputs: Inputs, platform: Platform, *, packing: bool) -> None:
     """Says what the run computes on and what it trains on, with one record as the model gets it."""
     log.info("%s", platform.describe())
-    log.info("training data: %s", inputs.dataset.statistics())
+    log.info("training data, one epoch, in tokens:\n%s", inputs.dataset.statistics())
     if packing:
         log.info("packing: %s", inputs.plan)
     if inputs.valid_dataset is not None:
-        log.info("validation data: %s", inputs.valid_dataset.statistics())
+        log.info("validation data:\n%s", inputs.valid_dataset.statistics())
     first = inputs.dataset[0]
     shown = Example(tokens=first.tokens[:_SHOWN_TOKENS], label_mask=first.label_mask[:_SHOWN_TOKENS])
     runs = label_runs(shown, inputs.tokenizer)
@@ -279,11 +323,7 @@ def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path)
 
 
 def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tokenizer ({folder}) must be a folder with a Hugging Face tokenizer: {reason}") from None
+    tokenizer = hub.load_tokenizer(folder)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(
             f"tokenizer ({folder}) has {len(tokenizer)} tokens, more than the model's vocabulary ({shape.vocab_size}); "
@@ -295,18 +335,7 @@ def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
 def _read_dataset(
     config: Config, paths: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, show_progress: bool
 ) -> TokenizedDataset:
-    data = config.data
-    return build_dataset(
-        paths,
-        tokenizer,
-        seq_length=data.seq_length,
-        overlong=data.overlong,
-        prompt_key=data.prompt_key,
-        completion_key=data.completion_key,
-        loss_on=data.loss_on,
-        skip_bad_records=data.skip_bad_records,
-        show_progress=show_progress,
-    )
+    return build_dataset(paths, tokenizer, config.data, seed=config.batch.seed, show_progress=show_progress)
 
 
 def _write_config(config: Config, parallel: Parallel) -> None:

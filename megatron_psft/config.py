@@ -66,7 +66,8 @@ class DataConfig:
     """Records, and how they become tokens and label tokens."""
 
     data: tuple[str, ...]
-    """Training records: JSON Lines, JSON or Parquet files, folders of them or written by `datasets`, or hub IDs."""
+    """Training records: JSON Lines, JSON or Parquet files, folders of them or written by `datasets`, or hub IDs. PATH=F
+    takes F passes over a source per epoch, as 2 or 0.3; a fraction is a random part, drawn once from `seed`."""
     valid_data: tuple[str, ...] = ()
     """Validation records, as for `data`. Needs `eval_interval`."""
     eval_interval: int | None = None
@@ -85,17 +86,24 @@ class DataConfig:
     overlong: Literal["drop", "truncate", "error"] = "error"
     """What to do with records longer than `seq_length`: leave them out, cut their end off, or stop."""
     prompt_key: str = "prompt"
-    """Name of the prompt in records of prompt and completion. No effect on records with messages alone."""
+    """Name of the prompt in records of prompt and completion. No effect on records of another form."""
     completion_key: str = "completion"
     """Name of the completion in records of prompt and completion; its default also finds `demonstration`. No effect on
-    records with messages alone."""
+    records of another form."""
+    system_prompt: str | None = None
+    """System message of all records, in place of their own; each record's where absent."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     """Tokens that count as labels: those of all assistant turns, of the last assistant turn, or of the whole text."""
     skip_bad_records: bool = False
     """Train without the records that cannot be used, after listing them, instead of stopping."""
+    data_cache_dir: str = "~/.cache/megatron_psft"
+    """Folder that keeps tokenized records for later runs and for the other processes of a node. A folder in it may be
+    deleted whenever no run uses it."""
+    data_workers: int | None = None
+    """Processes on each node that tokenize, the first time; one per usable core, at most 32, where absent."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "eval_interval", "eval_iters")
+        _require_at_least(1, self, "eval_interval", "eval_iters", "data_workers")
         _require_at_least(2, self, "seq_length")  # the shortest sequence with a token to predict
         if not self.data:
             raise UserError("data () must name at least one file or folder")

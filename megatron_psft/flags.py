@@ -34,13 +34,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_flags(root: type[_Root], argv: Sequence[str]) -> _Root:
-    """Builds `root` from `argv` and, below it in rank, the YAML file it names with --config.
+def parse_flags(root: type[_Root], argv: Sequence[str], *, epilog: str | None = None) -> _Root:
+    """Builds `root` from `argv` and, below it in rank, the YAML file it names with --config. `epilog` ends the help.
 
     Raises UserError for unknown names, wrong types, missing fields, and whatever a section's `__post_init__` refuses.
     """
     known = _flag_fields(root)
-    parser = _build_parser(root)
+    parser = _build_parser(root, epilog)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -68,8 +68,13 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _build_parser(root: type) -> _Parser:
-    parser = _Parser(usage="%(prog)s [--config FILE.yaml] FLAGS", allow_abbrev=False)
+def _build_parser(root: type, epilog: str | None) -> _Parser:
+    parser = _Parser(
+        usage="%(prog)s [--config FILE.yaml] FLAGS",
+        allow_abbrev=False,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # an epilog's examples keep their lines
+    )
     text = "YAML file that holds any of the flags below, with underscores in their names; the command line wins"
     parser.add_argument("--config", metavar="FILE.yaml", help=text)
     docs = _field_docs(root)
@@ -94,15 +99,16 @@ def _argument_options(field: Field[Any], docs: dict[str, str]) -> dict[str, Any]
 
 
 def _field_docs(root: type) -> dict[str, str]:
-    """Returns the string below each field, by field name, read from the source of the module that defines `root`."""
-    module = inspect.getmodule(root)
-    assert module is not None
+    """Returns the string below each field, by field name, read from the source of the sections' classes."""
     docs = {}
-    for node in ast.parse(inspect.getsource(module)).body:
-        for statement, below in pairwise(node.body if isinstance(node, ast.ClassDef) else ()):
-            match statement, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = " ".join(text.split())
+    for section in get_type_hints(root).values():
+        for owner in reversed(section.__mro__[:-1]):  # a class's own string counts before that of a class it extends
+            (node,) = ast.parse(inspect.getsource(owner)).body
+            assert isinstance(node, ast.ClassDef)
+            for statement, below in pairwise(node.body):
+                match statement, below:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        docs[name] = " ".join(text.split())
     return docs
 
 

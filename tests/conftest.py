@@ -1,6 +1,9 @@
 """Settings of the whole suite, and the pool of ranks."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +15,13 @@ from tests.support.pool import Pool
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tokenized records are kept below the user's home: no test reads what another run has left, nor leaves any.
+os.environ["HOME"] = tempfile.mkdtemp(prefix="megatron_psft_home_")
+atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("suite", deadline=None)

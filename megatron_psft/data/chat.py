@@ -7,13 +7,15 @@ the template rewrites earlier turns (Qwen3 takes thoughts out of them) or trims 
 rendered prefix, as is often done, is wrong for such templates.
 
 The labels of a turn start where the generation prompt ends, since from there on the model is on its own: an empty
-`<think>` block that a template writes into the turn is a label. They end with the end-of-turn token.
+`<think>` block that a template writes into the turn is a label. They end with the end-of-turn token. A call of a tool
+and a reasoning that the template writes are part of the turn's content. A template that has no place for them would
+leave out what is to be learned, and that is an error.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from jinja2 import TemplateError
@@ -30,6 +32,34 @@ LossOn = Literal["assistant", "last", "all"]
 _SENTINEL = "k7Qplaceholder0Xv"  # letters and digits only: no template trims, escapes or parses them
 
 _NO_MATCH = "(?!)"
+
+_PROBES: dict[str, tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]] = {
+    "tools": (
+        ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}),
+        ({"type": "function", "function": {"name": _SENTINEL, "description": "", "parameters": {}}},),
+    ),
+    "tool_calls": (
+        (
+            {"role": "user", "content": "?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"type": "function", "function": {"name": _SENTINEL, "arguments": {}}, "id": "000000000"}
+                ],
+            },
+        ),
+        (),
+    ),
+    "reasoning_content": (
+        ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "reasoning_content": _SENTINEL}),
+        (),
+    ),
+}
+"""Conversations, and tools, that show whether a template writes what stands under a key at all."""
+
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template raises: `raise_exception()`, or anything from within a filter that a value does not suit."""
 
 _FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%m', '07') | replace('%Y', '2024') | "
@@ -88,6 +118,7 @@ class ChatRenderer:
             ) from error
         self._tokenizer = tokenizer
         self._loss_on = loss_on
+        self._is_written: dict[str, bool] = {}
         self._eos = tokenizer.eos_token or ""
         self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = "|".join(map(re.escape, self._special)) or _NO_MATCH
@@ -97,11 +128,12 @@ class ChatRenderer:
 
     def render(self, record: Record) -> Rendering:
         """The conversation as one text, and its label spans. Raises RecordError where they cannot be found."""
-        text = self._template(record.messages)
+        self._check_written(record)
+        text = self._template(record.messages, record.tools)
         closed = self._close(text, record.messages[-1])
         if self._loss_on == "all":
             return Rendering(text=closed, label_spans=((0, len(closed)),))
-        return Rendering(text=closed, label_spans=self._label_spans(record.messages, text, closed))
+        return Rendering(text=closed, label_spans=self._label_spans(record, text, closed))
 
     def tokenize(self, renderings: Sequence[Rendering]) -> list[Example]:
         """One Example per rendering; many at once use the tokenizer's threads."""
@@ -124,15 +156,30 @@ class ChatRenderer:
             )
         ]
 
-    def _template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def _check_written(self, record: Record) -> None:
+        used = {key for message in record.messages for key in ("tool_calls", "reasoning_content") if key in message}
+        for key in sorted(used | ({"tools"} if record.tools else set())):
+            if key not in self._is_written:
+                messages, tools = _PROBES[key]
+                try:
+                    self._is_written[key] = _SENTINEL in self._template(messages, tools)
+                except RecordError:
+                    self._is_written[key] = False
+            if not self._is_written[key]:
+                raise RecordError(f"{key} that the chat template leaves out")
+
+    def _template(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+    ) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
                 cast("list[dict[str, str]]", list(messages)),
+                tools=cast("list[dict[str, Any] | Callable[..., Any]]", list(tools)) or None,
                 chat_template=self._chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (TemplateError, TypeError, ValueError) as error:  # raise_exception(), or a filter that chokes
+        except _TEMPLATE_ERRORS as error:
             raise RecordError("refused by the chat template", str(error)) from error
         return cast(str, text)
 
@@ -142,22 +189,22 @@ class ChatRenderer:
         is_closed = last["role"] != "assistant" or text.rstrip().endswith(self._special)
         return text if is_closed else text + self._eos
 
-    def _label_spans(self, messages: Sequence[Message], text: str, closed: str) -> tuple[tuple[int, int], ...]:
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    def _label_spans(self, record: Record, text: str, closed: str) -> tuple[tuple[int, int], ...]:
+        turns = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
         labels: list[tuple[int, int]] = []
         previous_end = 0
         for index in turns:
-            span = self._find_content(messages, index, text)
+            span = self._find_content(record, index, text)
             if self._loss_on == "assistant" or index == turns[-1]:
-                start = self._find_label_start(messages[:index], text, previous_end, span)
+                start = self._find_label_start(record, index, text, previous_end, span)
                 labels.append((start, self._find_label_end(closed, span.end, index)))
             previous_end = span.end
         return tuple(labels)
 
-    def _find_content(self, messages: Sequence[Message], index: int, text: str) -> _ContentSpan:
+    def _find_content(self, record: Record, index: int, text: str) -> _ContentSpan:
         """The content of turn `index` in `text`, by comparison with the rendering that has a sentinel in its place."""
         sentinel: Message = {"role": "assistant", "content": _SENTINEL}
-        other = self._template([*messages[:index], sentinel, *messages[index + 1 :]])
+        other = self._template([*record.messages[:index], sentinel, *record.messages[index + 1 :]], record.tools)
         if (times := other.count(_SENTINEL)) != 1:
             raise RecordError("no label span", f"the chat template writes messages[{index}] {times} times")
         before, after = other.split(_SENTINEL)
@@ -166,14 +213,15 @@ class ChatRenderer:
             raise RecordError("no label span", f"messages[{index}] changes what the chat template writes elsewhere")
         return _ContentSpan(start=start, end=end, is_exact=start == len(before))
 
-    def _find_label_start(self, before: Sequence[Message], text: str, previous_end: int, span: _ContentSpan) -> int:
-        """Where in `text` the generation prompt of the turn after the messages `before` ends and the model takes over.
+    def _find_label_start(self, record: Record, index: int, text: str, previous_end: int, span: _ContentSpan) -> int:
+        """Where in `text` the generation prompt of turn `index` ends and the model takes over.
 
         The turn's content is `span`; the assistant turn before it ends at `previous_end`.
         """
         # Many templates cannot render nothing; before an assistant's opening turn any user message shows the prompt.
-        shown = before or [Message(role="user", content=_SENTINEL)]
-        context, prompted = self._template(shown), self._template(shown, add_generation_prompt=True)
+        shown = record.messages[:index] or [Message(role="user", content=_SENTINEL)]
+        context = self._template(shown, record.tools)
+        prompted = self._template(shown, record.tools, add_generation_prompt=True)
         prompt = prompted[_common_prefix_length(context, prompted) :]
         if not prompt and span.is_exact:
             return span.start  # whoever asks the model writes the turn's header
@@ -187,7 +235,7 @@ class ChatRenderer:
                 return len(context) + shared
         elif prompt and (found := text.rfind(prompt, previous_end, span.start)) >= 0:
             return found + len(prompt)
-        detail = f"messages[{len(before)}] does not follow the generation prompt {prompt!r:.60}"
+        detail = f"messages[{index}] does not follow the generation prompt {prompt!r:.60}"
         raise RecordError("no label span", detail)
 
     def _find_label_end(self, text: str, content_end: int, index: int) -> int:

@@ -1,200 +1,272 @@
-"""Files -> one flat array of token ids with label masks, in memory."""
+"""Tokenized sources -> the records of one epoch: what fits into `seq_length`, as often as each source's weight says."""
 
 import hashlib
 import logging
+import math
+import os
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from megatron_psft.data.chat import ChatRenderer, Example, LossOn, Rendering
-from megatron_psft.data.records import BadRecord, Record, RecordError, iter_records, raise_or_report
+from megatron_psft.config import DataConfig
+from megatron_psft.data.cache import DataCache, TokenizedSource
+from megatron_psft.data.chat import Example
+from megatron_psft.data.files import open_source
+from megatron_psft.data.records import RecordKeys, raise_or_report
+from megatron_psft.data.statistics import DatasetStatistics, add_up, count_records
+from megatron_psft.data.tokenizing import make_index
 from megatron_psft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Overlong = Literal["drop", "truncate", "error"]
-
-_RECORDS_AT_ONCE = 256  # enough to keep the tokenizer's threads busy, little enough to hold
 _NAMED_RECORDS = 5
+_LISTED_BAD_RECORDS = 20
+_MAX_WORKERS = 32  # each holds some 260 MiB, nearly all of it libraries
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetStatistics:
-    """What a run trains on; lengths and counts in tokens. `str()` is the line to log."""
+class WeightedPath:
+    """One `--data` value: `PATH` or `PATH=WEIGHT`. `weight` is in passes over the source per epoch."""
 
-    records: int
-    tokens: int
-    label_tokens: int
-    length_p50: int
-    length_p90: int
-    length_max: int
-    truncated: int
-    dropped: Mapping[str, int]
-    """Records left out, by reason."""
-
-    def __str__(self) -> str:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
-        return (
-            f"{self.records} records, {self.tokens} tokens, {self.label_tokens} of them labels; lengths: "
-            f"median {self.length_p50}, 90th percentile {self.length_p90}, longest {self.length_max}; "
-            f"truncated: {self.truncated}; dropped: {dropped}"
-        )
+    path: str
+    weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizedDataset:
-    """Records as token ids. Record i is [offsets[i], offsets[i + 1]) of `tokens` (int32 [total]) and `label_mask`
-    (bool [total], true where a token is to be predicted; never at a record's first). `offsets`: int64 [records + 1]."""
+class Part:
+    """The records of one source that an epoch has, with repeats. `records`, places in the source, and `lengths`, in
+    tokens after truncation: int64 [records]."""
 
-    tokens: NDArray[np.int32]
-    label_mask: NDArray[np.bool_]
-    offsets: NDArray[np.int64]
-    truncated: int = 0
-    dropped: Mapping[str, int] = field(default_factory=dict)
+    source: TokenizedSource
+    records: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    statistics: DatasetStatistics
+
+
+class TokenizedDataset:
+    """The records of an epoch, source after source. Holds 16 bytes per record; tokens stay on disk."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        self._borders = np.cumsum([0, *(len(part.records) for part in parts)]).tolist()
+
+    @classmethod
+    def from_arrays(
+        cls, *, tokens: NDArray[np.int32], label_mask: NDArray[np.bool_], offsets: NDArray[np.int64]
+    ) -> "TokenizedDataset":
+        """Records in memory: record i is [offsets[i], offsets[i + 1]) of `tokens` (int32 [total]) and `label_mask`
+        (bool [total], true where a token is to be predicted; never at a record's first). `offsets`: int64
+        [records + 1]."""
+        pieces = [slice(start, stop) for start, stop in pairwise(offsets)]
+        examples = [Example(tokens=tokens[piece], label_mask=label_mask[piece]) for piece in pieces]
+        digest = hashlib.sha256()
+        for array in (offsets, tokens, label_mask):
+            digest.update(np.ascontiguousarray(array).data)
+        source = TokenizedSource(
+            name="memory",
+            folder=None,
+            tokens=tokens,
+            label_mask=label_mask,
+            index=make_index(range(1, len(examples) + 1), examples),
+            file_names=("memory",),
+            content=digest.hexdigest(),
+            bad_counts={},
+        )
+        return cls([_take(source, _fit(source, seq_length=None, overlong="error"), weight=1.0, seed=[])])
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return self._borders[-1]
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        record = slice(self.offsets[index], self.offsets[index + 1])
-        return Example(tokens=self.tokens[record], label_mask=self.label_mask[record])
+        number = bisect_right(self._borders, index) - 1
+        part, place = self._parts[number], index - self._borders[number]
+        return part.source.example(int(part.records[place]), int(part.lengths[place]))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each record, int64 [records]."""
-        return np.diff(self.offsets)
+        return np.concatenate([part.lengths for part in self._parts])
+
+    def place(self, index: int) -> str:
+        """`path:N`, where a record comes from."""
+        number = bisect_right(self._borders, index) - 1
+        part = self._parts[number]
+        return part.source.place(int(part.records[index - self._borders[number]]))
 
     def statistics(self) -> DatasetStatistics:
         """Counts for the log."""
-        # An actual record's length each, no interpolation.
-        p50, p90, longest = np.quantile(self.lengths, [0.5, 0.9, 1.0], method="inverted_cdf")
-        return DatasetStatistics(
-            records=len(self),
-            tokens=len(self.tokens),
-            label_tokens=int(self.label_mask.sum()),
-            length_p50=int(p50),
-            length_p90=int(p90),
-            length_max=int(longest),
-            truncated=self.truncated,
-            dropped=self.dropped,
-        )
+        return add_up([part.statistics for part in self._parts], self.lengths)
 
     def fingerprint(self) -> str:
         """A hash over every token and label: a run resumes only on the data that it was started with."""
         digest = hashlib.sha256()
-        for array in (self.offsets, self.tokens, self.label_mask):
-            digest.update(np.ascontiguousarray(array).data)
+        for part in self._parts:
+            digest.update(part.source.content.encode())
+            digest.update(part.records.data)
+            digest.update(part.lengths.data)
         return digest.hexdigest()
+
+
+def parse_weighted_path(text: str) -> WeightedPath:
+    """`PATH=WEIGHT`, or `PATH` with weight 1. A file or folder whose whole name is `text` is meant by it.
+
+    Raises UserError where the weight is not positive and finite.
+    """
+    path, equals, number = text.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        return WeightedPath(path=text, weight=1.0)
+    if not equals or os.path.exists(os.path.expanduser(text)):
+        return WeightedPath(path=text, weight=1.0)
+    if not (weight > 0 and math.isfinite(weight)):
+        raise UserError(f"data ({text}) must have a weight above 0, in passes per epoch; change or leave out ={number}")
+    return WeightedPath(path=path, weight=weight)
 
 
 def build_dataset(
     paths: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
     *,
-    seq_length: int,
-    overlong: Overlong,
-    prompt_key: str,
-    completion_key: str,
-    loss_on: LossOn,
-    skip_bad_records: bool,
+    seed: int,
     show_progress: bool,
 ) -> TokenizedDataset:
-    """Reads, renders and tokenizes the records of `paths`, in order. Bad records that are skipped are logged.
+    """The records of `paths` (see `parse_weighted_path`), source after source, tokenized or taken from the cache. Bad
+    records that are skipped are logged.
 
-    A record of more than `seq_length` tokens is over-long: "drop" leaves it out, "truncate" cuts it on the right and
-    leaves it out where no label remains, "error" refuses the data.
+    A record of more than `config.seq_length` tokens is over-long: "drop" leaves it out, "truncate" cuts it on the right
+    and leaves it out where no label remains, "error" refuses the data. A weight's fraction is a random part of the
+    source, drawn from `seed` once, so that all epochs have the same records.
 
-    Raises UserError: unreadable data, unfit tokenizer, bad records unless skipped, over-long records with "error", no
-    usable record.
+    Raises UserError: unreadable data, unfit tokenizer, bad records unless skipped, over-long records with "error", a
+    source without a usable record, a cache that cannot be written.
     """
-    renderer = ChatRenderer(tokenizer, loss_on)
-    items = iter_records(paths, prompt_key=prompt_key, completion_key=completion_key)
-    progress = tqdm(items, desc="tokenizing", unit=" records", disable=not show_progress)
-    sources: list[str] = []
-    examples: list[Example] = []
-    bad: list[BadRecord] = []
-    for record, result in _tokenize(progress, renderer):
-        if isinstance(result, BadRecord):
-            bad.append(result)
-        else:
-            sources.append(record.source)
-            examples.append(result)
-    if not bad and not examples:
-        raise UserError(f"data ({', '.join(paths)}) holds no record; name files that hold at least one")
-    if report := raise_or_report(bad, len(bad) + len(examples), skip_bad_records):
-        logger.warning(report)
-    dropped = Counter(f"bad: {record.reason}" for record in bad)
-    return _fit(sources, examples, dropped, seq_length=seq_length, overlong=overlong)
-
-
-def _tokenize(
-    items: Iterable[Record | BadRecord], renderer: ChatRenderer
-) -> Iterator[tuple[Record | BadRecord, Example | BadRecord]]:
-    """Each item with its example, or with why there is none; in order, many at once for the tokenizer's threads."""
-    items = iter(items)
-    while chunk := list(islice(items, _RECORDS_AT_ONCE)):
-        results = [_render(item, renderer) for item in chunk]
-        examples = iter(renderer.tokenize([result for result in results if isinstance(result, Rendering)]))
-        for item, result in zip(chunk, results, strict=True):
-            yield item, result if isinstance(result, BadRecord) else next(examples)
-
-
-def _render(item: Record | BadRecord, renderer: ChatRenderer) -> Rendering | BadRecord:
-    if isinstance(item, BadRecord):
-        return item
-    try:
-        return renderer.render(item)
-    except RecordError as error:
-        return BadRecord(source=item.source, reason=error.reason, detail=error.detail)
-
-
-def _fit(
-    sources: Sequence[str], examples: Sequence[Example], dropped: Counter[str], *, seq_length: int, overlong: Overlong
-) -> TokenizedDataset:
-    """The examples that fit, one after the other; the others are truncated, added to `dropped`, or refused."""
-    if overlong == "error":
-        _refuse_overlong(sources, examples, seq_length)
-    kept: list[Example] = []
-    truncated = 0
-    for example in examples:
-        is_long = len(example.tokens) > seq_length
-        cut = Example(tokens=example.tokens[:seq_length], label_mask=example.label_mask[:seq_length])
-        if is_long and overlong == "drop":
-            dropped["over-long"] += 1
-        elif not cut.label_mask.any():
-            dropped["without a label in seq_length"] += 1
-        else:
-            kept.append(cut)
-            truncated += is_long
-    if not kept:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise UserError(f"data holds no usable record: {reasons}; seq_length ({seq_length}) may be too small")
+    weighted = [parse_weighted_path(path) for path in paths]
+    opened = [open_source(item.path) for item in weighted]  # all of them before the first is tokenized
+    keys = RecordKeys(prompt=config.prompt_key, completion=config.completion_key, system_prompt=config.system_prompt)
+    cache = DataCache(
+        config.data_cache_dir,
+        tokenizer,
+        keys=keys,
+        loss_on=config.loss_on,
+        num_workers=config.data_workers or _usable_cores(),
+    )
+    sources = [cache.open(source, show_progress=show_progress) for source in opened]
+    _check_bad_records(sources, paths, config.skip_bad_records)
     return TokenizedDataset(
-        tokens=np.concatenate([example.tokens for example in kept]),
-        label_mask=np.concatenate([example.label_mask for example in kept]),
-        offsets=np.cumsum([0, *(len(example.tokens) for example in kept)], dtype=np.int64),
-        truncated=truncated,
+        [
+            _take(
+                source,
+                _fit(source, seq_length=config.seq_length, overlong=config.overlong),
+                weight=item.weight,
+                seed=[seed, number],
+            )
+            for number, (source, item) in enumerate(zip(sources, weighted, strict=True))
+        ]
+    )
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on, where the system tells, up to the limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MAX_WORKERS)
+
+
+def _check_bad_records(sources: Sequence[TokenizedSource], paths: Sequence[str], skip_bad_records: bool) -> None:
+    counts = sum((Counter(source.bad_counts) for source in sources), Counter[str]())
+    total = counts.total() + sum(map(len, sources))
+    if not total:
+        raise UserError(f"data ({', '.join(paths)}) holds no record; name files that hold at least one")
+    bad = list(islice((record for source in sources for record in source.bad_records()), _LISTED_BAD_RECORDS))
+    lists = [f"{source.folder}/bad.jsonl" for source in sources if source.bad_counts]
+    if report := raise_or_report(bad, counts, total, skip_bad_records, lists):
+        logger.warning(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fitting:
+    """The records of a source that are trained on: int64 [records] each. `labels` counts label tokens."""
+
+    records: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    is_truncated: NDArray[np.bool_]
+    dropped: Mapping[str, int]
+
+
+def _fit(source: TokenizedSource, *, seq_length: int | None, overlong: str) -> _Fitting:
+    """The records that fit into `seq_length`; the others are cut, counted in `dropped`, or refused."""
+    lengths = source.index["length"].astype(np.int64)
+    limit = lengths.max(initial=0) if seq_length is None else seq_length
+    is_long = lengths > limit
+    if overlong == "error" and is_long.any():
+        _refuse_overlong(source, lengths, is_long, limit)
+    is_dropped = is_long & (overlong == "drop")
+    has_no_label = ~is_dropped & (source.index["first_label"] >= np.minimum(lengths, limit))
+    dropped = Counter({f"bad: {reason}": count for reason, count in source.bad_counts.items()})
+    dropped["over-long"] = int(is_dropped.sum())
+    dropped["without a label in seq_length"] = int(has_no_label.sum())
+    dropped = Counter({reason: count for reason, count in dropped.items() if count})
+    records = np.flatnonzero(~is_dropped & ~has_no_label)
+    if not len(records):
+        reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+        raise UserError(
+            f"data ({source.name}) holds no usable record: {reasons}; seq_length ({seq_length}) may be too small"
+        )
+    labels = source.index["labels"].astype(np.int64)[records]
+    for place in np.flatnonzero(is_long[records]):  # few: only those that are cut
+        labels[place] = np.count_nonzero(source.example(int(records[place]), int(limit)).label_mask)
+    return _Fitting(
+        records=records,
+        lengths=np.minimum(lengths, limit)[records],
+        labels=labels,
+        is_truncated=is_long[records],
         dropped=dropped,
     )
 
 
-def _refuse_overlong(sources: Sequence[str], examples: Sequence[Example], seq_length: int) -> None:
-    lengths = [len(example.tokens) for example in examples]
-    named = [f"{source} ({n} tokens)" for source, n in zip(sources, lengths, strict=True) if n > seq_length]
-    if named:
-        raise UserError(
-            f"data must hold no record of more than seq_length ({seq_length}) tokens with --overlong error, found "
-            f"{len(named)} in {len(examples)}: {', '.join(named[:_NAMED_RECORDS])}; raise --seq-length, or choose "
-            "--overlong drop or truncate"
-        )
+def _refuse_overlong(
+    source: TokenizedSource, lengths: NDArray[np.int64], is_long: NDArray[np.bool_], seq_length: int
+) -> None:
+    first = np.flatnonzero(is_long)[:_NAMED_RECORDS]
+    named = ", ".join(f"{source.place(int(record))} ({lengths[record]} tokens)" for record in first)
+    raise UserError(
+        f"data must hold no record of more than seq_length ({seq_length}) tokens with --overlong error, found "
+        f"{is_long.sum()} in {len(lengths)}: {named}; raise --seq-length, or choose --overlong drop or truncate"
+    )
+
+
+def _take(source: TokenizedSource, fitting: _Fitting, *, weight: float, seed: Sequence[int]) -> Part:
+    """As many passes over the records as `weight` says, in order, and a random part of them for its fraction."""
+    count = len(fitting.records)
+    passes, share = int(weight), weight - int(weight)
+    drawn = np.sort(np.random.default_rng(seed).permutation(count)[: round(share * count)])
+    taken = np.concatenate([np.tile(np.arange(count), passes), drawn])
+    if not len(taken):
+        raise UserError(f"data ({source.name}) takes none of {count} records with weight {weight:g}; raise it")
+    lengths = fitting.lengths[taken]
+    return Part(
+        source=source,
+        records=fitting.records[taken],
+        lengths=lengths,
+        statistics=count_records(
+            source.name,
+            weight=weight,
+            lengths=lengths,
+            label_tokens=int(fitting.labels[taken].sum()),
+            truncated=int(fitting.is_truncated[taken].sum()),
+            dropped=fitting.dropped,
+        ),
+    )

@@ -1,15 +1,17 @@
 """Local files, folders and hub datasets -> raw rows, each with the place it came from.
 
-Nothing here knows what a record looks like (`records.py` does) and no single bad row stops the reading.
+Rows come in chunks that are cheap to read and to hand to another process; what costs time, such as parsing JSON,
+happens when a chunk's rows are taken. Nothing here knows what a record looks like (`records.py` does) and no single
+bad row stops the reading.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +21,10 @@ from megatron_psft.errors import UserError
 MAX_LINE_BYTES = 64 * 2**20
 """A longer JSON line is a bad record: it would be some 16 million tokens, and a file without line ends fills memory."""
 
-_PARQUET_BATCH_ROWS = 256  # the reader's default of 65,536 would hold gigabytes of long reasoning traces at once
+_CHUNK_ROWS = (
+    256  # enough to keep a tokenizer busy, little enough to hold: a batch of Parquet's 65,536 may be gigabytes
+)
+_CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,38 +47,82 @@ class BadRecord:
         return f"{self.source}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-def open_rows(path: str) -> Iterator[Row | BadRecord]:
-    """Rows of a `.jsonl`, `.json` (array) or `.parquet` file, of a folder of such files or of one written by
-    `datasets.save_to_disk`, or of the `train` split of a dataset on the hub.
+class Chunk(Protocol):
+    """Consecutive rows of one file, not parsed yet."""
 
-    Whether `path` can be read is checked now; rows are read when the iterator is advanced.
+    @property
+    def name(self) -> str:
+        """The file; the hub dataset's ID."""
 
-    Raises UserError: no such file, unknown file type, empty folder, hub dataset that cannot be loaded; while iterating:
-    a JSON or Parquet file that is broken as a whole.
+    @property
+    def size(self) -> int:
+        """Bytes of the source's files that these rows are, for a progress bar; to rounding."""
+
+    def rows(self) -> Iterator[Row | BadRecord]:
+        """The rows in order. Raises nothing: what cannot be parsed is a `BadRecord`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What one `--data` path stands for. `files` hold its content: if they have not changed, neither has it."""
+
+    name: str
+    files: tuple[Path, ...]
+    chunks: Callable[[], Iterator[Chunk]]
+    version: str = ""
+    """What tells the contents of a hub dataset apart, whose files may be in memory only."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def open_source(path: str) -> Source:
+    """A `.jsonl`, `.json` (array) or `.parquet` file, a folder of such files or one written by
+    `datasets.save_to_disk`, or the `train` split of a dataset on the hub.
+
+    Whether `path` can be read is checked now; rows are read when the iterator of chunks is advanced.
+
+    Raises UserError: no such file, unknown file type, empty folder, hub dataset that cannot be loaded; while iterating
+    over chunks: a JSON or Parquet file that is broken as a whole.
     """
     # os.path and not pathlib: its answers stay False, and its text unchanged, for what cannot be a path at all.
     local = Path(os.path.expanduser(path))
     if os.path.isdir(local):
         _check_readable(local)
         if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
-            return _iter_dataset(_load_from_disk(local), str(local))
-        files = sorted(file for file in local.iterdir() if _is_data_file(file))
+            files = tuple(sorted(file for file in local.rglob("*") if file.is_file()))
+            return _dataset_source(_load_from_disk(local), str(local), files)
+        files = tuple(sorted(file for file in local.iterdir() if _is_data_file(file)))
         if not files:
             raise UserError(f"data ({path}) is a folder without any {_known_suffixes()} file; name one that has some")
-        return itertools.chain.from_iterable(_open_file(file) for file in files)
+        return _file_source(str(local), files)
     if os.path.exists(local):
-        return _open_file(local)
+        return _file_source(str(local), (local,))
     if _looks_like_path(path):
         raise UserError(f"data ({path}) does not exist; give a file, a folder or the ID of a dataset on the hub")
-    return _iter_dataset(_load_from_hub(path), path)
+    loaded = _load_from_hub(path)
+    files = tuple(Path(file["filename"]) for file in getattr(loaded, "cache_files", ()))
+    return _dataset_source(loaded, path, files, version=f"{path} {getattr(loaded, '_fingerprint', '')}")
 
 
-def _open_file(path: Path) -> Iterator[Row | BadRecord]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"data ({path}) must be a {_known_suffixes()} file; convert or rename it")
-    _check_readable(path)
-    return reader(path)
+def open_rows(path: str) -> Iterator[Row | BadRecord]:
+    """The rows of `open_source(path)`, one after the other."""
+    source = open_source(path)
+    return (row for chunk in source.chunks() for row in chunk.rows())
+
+
+def _file_source(name: str, files: tuple[Path, ...]) -> Source:
+    for file in files:
+        if file.suffix.lower() not in _READERS:
+            raise UserError(f"data ({file}) must be a {_known_suffixes()} file; convert or rename it")
+        _check_readable(file)
+    return Source(name=name, files=files, chunks=lambda: itertools.chain.from_iterable(map(_read_file, files)))
+
+
+def _read_file(path: Path) -> Iterator[Chunk]:
+    return _READERS[path.suffix.lower()](path)
 
 
 def _check_readable(path: Path) -> None:
@@ -89,24 +138,55 @@ def _looks_like_path(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or Path(path).suffix.lower() in _READERS
 
 
-def _iter_json_lines(path: Path) -> Iterator[Row | BadRecord]:
-    with path.open("rb") as file:
-        for number in itertools.count(1):
-            # Bytes, cut at b"\n" only: text would also be cut at "\r", and end at the first byte that is no UTF-8.
-            line = file.readline(MAX_LINE_BYTES + 1)
-            if not line:
-                return
-            source = f"{path}:{number}"
-            if len(line) > MAX_LINE_BYTES:
-                _skip_rest_of_line(file, line)
+@dataclass(frozen=True, kw_only=True)
+class _Lines:
+    """JSON lines, from number `first`, as bytes; None stands for one that is too long."""
+
+    name: str
+    size: int
+    first: int
+    lines: Sequence[bytes | None]
+
+    def rows(self) -> Iterator[Row | BadRecord]:
+        for number, line in enumerate(self.lines, self.first):
+            source = f"{self.name}:{number}"
+            if line is None:
                 yield BadRecord(source=source, reason="line too long", detail=f"more than {MAX_LINE_BYTES} bytes")
             elif line.strip():
                 yield _parse_line(line, source, encoding="utf-8-sig" if number == 1 else "utf-8")
 
 
-def _skip_rest_of_line(file: BinaryIO, read: bytes) -> None:
-    while read and not read.endswith(b"\n"):
-        read = file.readline(MAX_LINE_BYTES)
+def _read_json_lines(path: Path) -> Iterator[Chunk]:
+    with path.open("rb") as file:
+        lines = _iter_lines(file)
+        first = 1
+        while chunk := _take_chunk(lines):
+            texts, sizes = zip(*chunk, strict=True)
+            yield _Lines(name=str(path), size=sum(sizes), first=first, lines=texts)
+            first += len(chunk)
+
+
+def _iter_lines(file: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
+    """(line or None, bytes) of each line."""
+    # Bytes, cut at b"\n" only: text would also be cut at "\r", and end at the first byte that is no UTF-8.
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) <= MAX_LINE_BYTES:
+            yield line, len(line)
+        else:
+            start = file.tell() - len(line)
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+            yield None, file.tell() - start
+
+
+def _take_chunk(lines: Iterator[tuple[bytes | None, int]]) -> list[tuple[bytes | None, int]]:
+    chunk, size = [], 0
+    for line in lines:
+        chunk.append(line)
+        size += line[1]
+        if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_BYTES:
+            break
+    return chunk
 
 
 def _parse_line(line: bytes, source: str, encoding: str) -> Row | BadRecord:
@@ -122,7 +202,20 @@ def _parse_line(line: bytes, source: str, encoding: str) -> Row | BadRecord:
         return BadRecord(source=source, reason="nested too deeply")
 
 
-def _iter_json_array(path: Path) -> Iterator[Row | BadRecord]:
+@dataclass(frozen=True, kw_only=True)
+class _Values:
+    """Rows that are Python values already, from number `first`."""
+
+    name: str
+    size: int
+    first: int
+    values: Sequence[object]
+
+    def rows(self) -> Iterator[Row]:
+        return (Row(source=f"{self.name}:{number}", value=row) for number, row in enumerate(self.values, self.first))
+
+
+def _read_json_array(path: Path) -> Iterator[Chunk]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -136,29 +229,70 @@ def _iter_json_array(path: Path) -> Iterator[Row | BadRecord]:
         raise UserError(f"data ({path}) must be one JSON array: {_first_line(error)}; use .jsonl") from error
     if not isinstance(rows, list):
         raise UserError(f"data ({path}) must be a JSON array of objects, found {type(rows).__name__}; put it in [ ]")
-    yield from (Row(source=f"{path}:{number}", value=row) for number, row in enumerate(rows, 1))
+    return _chunks_of_values(rows, str(path), path.stat().st_size // max(len(rows), 1))
 
 
-def _iter_parquet(path: Path) -> Iterator[Row | BadRecord]:
-    number = 0
+def _chunks_of_values(rows: Iterable[object], name: str, size_of_row: int) -> Iterator[Chunk]:
+    rows = iter(rows)
+    first = 1
+    while values := list(itertools.islice(rows, _CHUNK_ROWS)):
+        yield _Values(name=name, size=size_of_row * len(values), first=first, values=values)
+        first += len(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """Rows of an Arrow table, from number `first`."""
+
+    name: str
+    size: int
+    first: int
+    batch: pa.RecordBatch
+
+    def rows(self) -> Iterator[Row | BadRecord]:
+        for index in range(self.batch.num_rows):
+            source = f"{self.name}:{self.first + index}"
+            try:
+                (value,) = self.batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:  # Arrow does not check strings when it reads them
+                yield BadRecord(source=source, reason="not UTF-8")
+            except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date before the year 1
+                yield BadRecord(source=source, reason="not readable", detail=_first_line(error))
+            else:
+                yield Row(source=source, value=_without_nulls(value))
+
+
+def _without_nulls(value: object) -> object:
+    """Without the fields that are null: columns spell so what a row has not, and all rows share the fields of a nested
+    column, such as the arguments of all tools."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_parquet(path: Path) -> Iterator[Chunk]:
+    first = 1
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                for index in range(batch.num_rows):
-                    number += 1
-                    yield _parse_arrow_row(batch, index, f"{path}:{number}")
+            size_of_row = path.stat().st_size // max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(batch_size=_CHUNK_ROWS):
+                yield _Table(name=str(path), size=size_of_row * batch.num_rows, first=first, batch=batch)
+                first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data ({path}) cannot be read as Parquet: {_first_line(error)}; write it again") from error
 
 
-def _parse_arrow_row(batch: pa.RecordBatch, index: int, source: str) -> Row | BadRecord:
-    try:
-        return Row(source=source, value=batch.slice(index, 1).to_pylist()[0])
-    except UnicodeDecodeError:  # Arrow does not check strings when it reads them
-        return BadRecord(source=source, reason="not UTF-8")
+def _dataset_source(rows: Sequence[object], name: str, files: tuple[Path, ...], version: str = "") -> Source:
+    size_of_row = sum(file.stat().st_size for file in files) // max(len(rows), 1)
+    return Source(
+        name=name,
+        files=files,
+        version=version,
+        chunks=lambda: _chunks_of_values(map(_without_nulls, rows), name, size_of_row),
+    )
 
 
-def _load_from_disk(folder: Path) -> Iterable[object]:
+def _load_from_disk(folder: Path) -> Sequence[object]:
     import datasets  # a second's import, which plain files do not need
 
     try:
@@ -173,7 +307,7 @@ def _load_from_disk(folder: Path) -> Iterable[object]:
     return loaded.with_format(None)  # a saved numpy or torch format would come back as arrays
 
 
-def _load_from_hub(dataset_id: str) -> Iterable[object]:
+def _load_from_hub(dataset_id: str) -> Sequence[object]:
     import datasets
 
     try:
@@ -185,10 +319,6 @@ def _load_from_hub(dataset_id: str) -> Iterable[object]:
         ) from error
 
 
-def _iter_dataset(rows: Iterable[object], name: str) -> Iterator[Row | BadRecord]:
-    return (Row(source=f"{name}:{number}", value=row) for number, row in enumerate(rows, 1))
-
-
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
@@ -197,8 +327,8 @@ def _known_suffixes() -> str:
     return " or ".join(_READERS)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row | BadRecord]]] = {
-    ".jsonl": _iter_json_lines,
-    ".json": _iter_json_array,
-    ".parquet": _iter_parquet,
+_READERS: dict[str, Callable[[Path], Iterator[Chunk]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_array,
+    ".parquet": _read_parquet,
 }

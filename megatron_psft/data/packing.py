@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_psft.config import DataConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpochOrder:
@@ -74,6 +76,12 @@ class PackPlan:
             f"{len(self)} packs of at most {self.capacity} tokens, {100 * self.fill:.2f} % full, "
             f"{len(self.lengths) / len(self):.1f} records each"
         )
+
+
+def plan_of(lengths: NDArray[np.int64], config: DataConfig) -> PackPlan:
+    """Which records share a row of a run; `lengths` counts all tokens of each, int64 [records]."""
+    make_plan = best_fit if config.packing else one_per_pack
+    return make_plan(lengths - 1, config.seq_length)  # a record's last token is a label only
 
 
 def one_per_pack(lengths: NDArray[np.int64], capacity: int) -> PackPlan:

@@ -1,9 +1,22 @@
-"""Raw rows -> chat records; a row that is none is kept with its place and reason, never dropped in silence."""
+"""Raw rows -> chat records; a row that is none is kept with its place and reason, never dropped in silence.
 
+A row has one of these forms; where it has several, the first of this list counts, and a pair of keys that the user has
+named counts before all of them:
+
+* `{"messages": [{"role", "content"}, ...]}`
+* `{"conversations": [{"from", "value"}, ...]}`, ShareGPT's
+* `{"prompt", "completion"}` or the paper's `{"prompt", "demonstration"}`, strings or lists of messages
+* `{"instruction", "input", "output"}`, Alpaca's
+
+`system` beside them is the system message. `tools` holds the schemas of functions, as a list or as its JSON
+text; calls are `tool_calls` of a message as OpenAI's API has them, or ShareGPT's `function_call` turns.
+"""
+
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, cast, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.errors import UserError, nearest_name_hint
@@ -15,19 +28,38 @@ DEFAULT_COMPLETION_KEY = "completion"
 _REFERENCE_COMPLETION_KEYS = ("demonstration", "demostration")
 """Columns of the paper's Parquet files; its script writes the first spelling and its trainer reads the second."""
 
-_UNSUPPORTED_RECORD_KEYS = ("advantage", "tools")
-_UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+
+_UNSUPPORTED_RECORD_KEYS = ("advantage", "functions", "history", "images", "videos", "audios")
+_UNSUPPORTED_MESSAGE_KEYS = ("function_call",)
 """Keys that change what has to be learned: training as if they were absent would be silently wrong."""
 
 _REPORTED_RECORDS = 20
 _REPORTED_KEYS = 10
+_REPORTED_CHARACTERS = 40
 
 
-class Message(TypedDict):
-    """One turn, in the form that chat templates take."""
+class _Call(TypedDict):
+    type: Literal["function"]
+    function: dict[str, Any]
 
+
+class ToolCall(_Call, total=False):
+    """A call as chat templates take it: `function` has a `name`, and `arguments` as an object."""
+
+    id: str
+
+
+class _Turn(TypedDict):
     role: Role
     content: str
+
+
+class Message(_Turn, total=False):
+    """One turn, in the form that chat templates take. A key that says nothing is absent, since templates ask for it."""
+
+    tool_calls: list[ToolCall]
+    reasoning_content: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +68,22 @@ class Record:
 
     messages: tuple[Message, ...]
     source: str
+    tools: tuple[dict[str, Any], ...] = ()
+    """Schemas of the functions that the assistant may call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordKeys:
+    """How rows are read. `system_prompt` takes the place of every record's own system message."""
+
+    prompt: str = DEFAULT_PROMPT_KEY
+    completion: str = DEFAULT_COMPLETION_KEY
+    system_prompt: str | None = None
+
+    @property
+    def are_named(self) -> bool:
+        """True where the user has named keys."""
+        return (self.prompt, self.completion) != (DEFAULT_PROMPT_KEY, DEFAULT_COMPLETION_KEY)
 
 
 class RecordError(ValueError):
@@ -47,29 +95,32 @@ class RecordError(ValueError):
         self.detail = detail
 
 
-def iter_records(
-    paths: Sequence[str], *, prompt_key: str = DEFAULT_PROMPT_KEY, completion_key: str = DEFAULT_COMPLETION_KEY
-) -> Iterator[Record | BadRecord]:
-    """Streams the records of `paths` (see `files.open_rows`) in order. All paths are checked before the first record.
+def parse_row(row: Row | BadRecord, keys: RecordKeys) -> Record | BadRecord:
+    """The record that a row is, or why it is none."""
+    if isinstance(row, BadRecord):
+        return row
+    try:
+        messages, tools = _parse_value(row.value, keys)
+    except RecordError as error:
+        return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
+    return Record(messages=messages, tools=tools, source=row.source)
 
-    A row is `{"messages": [{"role", "content"}, ...]}`, or `{prompt_key, completion_key}` with strings or message
-    lists, or the paper's `prompt` and `demonstration`. Where a row has both forms, `messages` is taken, unless
-    other keys than the defaults were asked for.
+
+def iter_records(paths: Sequence[str], keys: RecordKeys) -> Iterator[Record | BadRecord]:
+    """Streams the records of `paths` (see `files.open_source`) in order. All paths are checked before the first record.
 
     Raises UserError where a path, or a whole JSON or Parquet file, cannot be read.
     """
     for rows in [open_rows(path) for path in paths]:
         for row in rows:
-            yield row if isinstance(row, BadRecord) else _parse_row(row, prompt_key, completion_key)
+            yield parse_row(row, keys)
 
 
-def read_records(
-    paths: Sequence[str], *, prompt_key: str = DEFAULT_PROMPT_KEY, completion_key: str = DEFAULT_COMPLETION_KEY
-) -> tuple[list[Record], list[BadRecord]]:
+def read_records(paths: Sequence[str], keys: RecordKeys | None = None) -> tuple[list[Record], list[BadRecord]]:
     """All of `iter_records` in memory: (records, bad records), each in file order."""
     records: list[Record] = []
     bad: list[BadRecord] = []
-    for item in iter_records(paths, prompt_key=prompt_key, completion_key=completion_key):
+    for item in iter_records(paths, keys or RecordKeys()):
         if isinstance(item, Record):
             records.append(item)
         else:
@@ -77,53 +128,84 @@ def read_records(
     return records, bad
 
 
-def raise_or_report(bad: Sequence[BadRecord], total: int, skip_bad_records: bool) -> str:
+def raise_or_report(
+    bad: Sequence[BadRecord], counts: Mapping[str, int], total: int, skip_bad_records: bool, lists: Sequence[str] = ()
+) -> str:
     """The first 20 bad records by place, then counts by reason; an empty text without bad records.
 
-    `total` counts good and bad records. Raises UserError with that text unless `skip_bad_records`, and in any case
-    where no good one is left.
+    `bad` are the first ones at least, `counts` all of them by reason, `lists` the files that name each; `total` counts
+    good and bad records. Raises UserError with that text unless `skip_bad_records`, and in any case where no good one
+    is left.
     """
-    lines = [f"{len(bad)} of {total} records are bad", *(f"  {record}" for record in bad[:_REPORTED_RECORDS])]
-    if len(bad) > _REPORTED_RECORDS:
-        lines.append(f"  ... and {len(bad) - _REPORTED_RECORDS} more")
-    lines += [f"  {count} x {reason}" for reason, count in Counter(record.reason for record in bad).most_common()]
+    number = sum(counts.values())
+    lines = [f"{number} of {total} records are bad", *(f"  {record}" for record in bad[:_REPORTED_RECORDS])]
+    if number > _REPORTED_RECORDS:
+        lines.append(f"  ... and {number - _REPORTED_RECORDS} more{', all in ' if lists else ''}{', '.join(lists)}")
+    lines += [f"  {count} x {reason}" for reason, count in Counter(counts).most_common()]
     report = "\n".join(lines)
-    if len(bad) == total:
+    if number == total:
         raise UserError(f"data holds no usable record; check the files and the keys of their records: {report}")
-    if bad and not skip_bad_records:
+    if number and not skip_bad_records:
         raise UserError(f"data must hold no bad record; mend them or pass --skip-bad-records: {report}")
-    return report if bad else ""
+    return report if number else ""
 
 
-def _parse_row(row: Row, prompt_key: str, completion_key: str) -> Record | BadRecord:
-    try:
-        messages = _parse_messages(row.value, prompt_key, completion_key)
-    except RecordError as error:
-        return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
-    return Record(messages=messages, source=row.source)
-
-
-def _parse_messages(row: object, prompt_key: str, completion_key: str) -> tuple[Message, ...]:
+def _parse_value(row: object, keys: RecordKeys) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
     if not isinstance(row, dict):
         raise RecordError("not an object", f"found {type(row).__name__}")
-    row = {key: value for key, value in row.items() if value is not None}  # columnar files spell absent as null
+    row = {key: value for key, value in row.items() if value is not None}
     _refuse_unsupported(row, _UNSUPPORTED_RECORD_KEYS)
-    named_by_user = (prompt_key, completion_key) != (DEFAULT_PROMPT_KEY, DEFAULT_COMPLETION_KEY)
-    if completion_key == DEFAULT_COMPLETION_KEY and completion_key not in row:
-        completion_key = next((key for key in _REFERENCE_COMPLETION_KEYS if key in row), completion_key)
-    has_pair = prompt_key in row and completion_key in row
-    if has_pair and (named_by_user or "messages" not in row):
-        messages = (
-            *_message_list(row[prompt_key], prompt_key, "user"),
-            *_message_list(row[completion_key], completion_key, "assistant"),
-        )
-    elif "messages" in row:
-        messages = _message_list(row["messages"], "messages", None)
+    messages = _parse_messages(row, keys)
+    if keys.system_prompt is None:
+        messages = _with_system(row, messages)
     else:
-        raise RecordError("no known keys", _describe_keys(row, prompt_key, completion_key))
+        others = (message for message in messages if message["role"] != "system")
+        messages = ({"role": "system", "content": keys.system_prompt}, *others)
     if all(message["role"] != "assistant" for message in messages):
         raise RecordError("no assistant turn")
-    return messages
+    return messages, _parse_tools(row.get("tools"))
+
+
+def _parse_messages(row: Mapping[str, object], keys: RecordKeys) -> tuple[Message, ...]:
+    completion_key = keys.completion
+    if completion_key == DEFAULT_COMPLETION_KEY and completion_key not in row:
+        completion_key = next((key for key in _REFERENCE_COMPLETION_KEYS if key in row), completion_key)
+    has_pair = keys.prompt in row and completion_key in row
+    if not (has_pair and keys.are_named):
+        if "messages" in row:
+            return _message_list(row["messages"], "messages", None)
+        if "conversations" in row:
+            return _message_list(row["conversations"], "conversations", None)
+    if has_pair:
+        prompt = _message_list(row[keys.prompt], keys.prompt, "user")
+        return (*prompt, *_message_list(row[completion_key], completion_key, "assistant"))
+    if "instruction" in row and "output" in row:
+        return _alpaca_messages(row)
+    raise RecordError("no known keys", _describe_keys(row, keys))
+
+
+def _with_system(row: Mapping[str, object], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Puts the row's `system` first. Raises RecordError where the messages have another one."""
+    system = row.get("system", "")
+    if not isinstance(system, str):
+        raise RecordError("wrong type", f"system is {type(system).__name__}")
+    if not system:
+        return messages
+    if any(message["role"] == "system" for message in messages):
+        raise RecordError("two system messages", "one under system and one among the messages")
+    return (_message({"role": "system", "content": system}, "system"), *messages)
+
+
+def _alpaca_messages(row: Mapping[str, object]) -> tuple[Message, ...]:
+    instruction, given, output = row["instruction"], row.get("input", ""), row["output"]
+    for name, value in (("instruction", instruction), ("input", given), ("output", output)):
+        if not isinstance(value, str):
+            raise RecordError("wrong type", f"{name} is {type(value).__name__}")
+    prompt = f"{instruction}\n{given}" if given else instruction
+    return (
+        _message({"role": "user", "content": prompt}, "instruction"),
+        _message({"role": "assistant", "content": output}, "output"),
+    )
 
 
 def _message_list(value: object, key: str, role_of_string: Role | None) -> tuple[Message, ...]:
@@ -138,21 +220,96 @@ def _message_list(value: object, key: str, role_of_string: Role | None) -> tuple
 def _message(value: object, place: str) -> Message:
     if not isinstance(value, dict):
         raise RecordError("wrong type", f"{place} is {type(value).__name__}, not an object")
-    role, content = value.get("role"), value.get("content")
+    is_sharegpt = "from" in value and "role" not in value
+    role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
+    role, content = value.get(role_key), value.get(content_key)
     if not isinstance(role, str):
-        raise RecordError("wrong type", f"{place} has role of type {type(role).__name__}, not a string")
+        raise RecordError("wrong type", f"{place} has {role_key} of type {type(role).__name__}, not a string")
+    is_call = is_sharegpt and role == "function_call"
+    role = _SHAREGPT_ROLES.get(role, role) if is_sharegpt else role
     if role not in get_args(Role):
-        raise RecordError("unknown role", f"{place} has role {role!r:.40}; known: {', '.join(get_args(Role))}")
+        known = ", ".join([*_SHAREGPT_ROLES, *get_args(Role)] if is_sharegpt else get_args(Role))
+        raise RecordError("unknown role", f"{place} has {role_key} {role!r:.40}; known: {known}")
     _refuse_unsupported(value, _UNSUPPORTED_MESSAGE_KEYS)
+    calls = _parse_calls(content if is_call else value.get("tool_calls"), place)
+    if calls and role != "assistant":
+        raise RecordError("tool_calls of another role", f"{place}, {role}")
+    # A turn that only calls has no content, or an empty one.
+    content = "" if is_call or (calls and content is None) else content
     if not isinstance(content, str):
-        raise RecordError("wrong type", f"{place} has content of type {type(content).__name__}, not a string")
-    if not content.strip() and role != "system":
+        raise RecordError("wrong type", f"{place} has {content_key} of type {type(content).__name__}, not a string")
+    if not content.strip() and role not in ("system", "tool") and not calls:
         raise RecordError("empty content", f"{place}, {role}")
-    if "\0" in content:
-        raise RecordError("NUL character", place)
-    if not _is_unicode(content):
-        raise RecordError("lone surrogate", place)
-    return {"role": cast(Role, role), "content": content}
+    _check_text(content, place)
+    message: Message = {"role": cast(Role, role), "content": content}
+    if calls:
+        message["tool_calls"] = calls
+    if reasoning := value.get("reasoning_content"):
+        message["reasoning_content"] = _parse_reasoning(reasoning, role, place)
+    return message
+
+
+def _parse_reasoning(value: object, role: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError("wrong type", f"{place} has reasoning_content of type {type(value).__name__}, not a string")
+    if role != "assistant":
+        raise RecordError("reasoning_content of another role", f"{place}, {role}")
+    _check_text(value, f"{place}, reasoning_content")
+    return value
+
+
+def _parse_calls(value: object, place: str) -> list[ToolCall]:
+    calls = _parse_json_text(value, f"{place}, calls")
+    if calls in (None, [], {}, ""):
+        return []
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list):
+        raise RecordError("wrong type", f"{place} has tool_calls of type {type(calls).__name__}, not a list")
+    return [_parse_call(call, f"{place}.tool_calls[{index}]") for index, call in enumerate(calls)]
+
+
+def _parse_call(value: object, place: str) -> ToolCall:
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RecordError("wrong type", f"{place} is no object with the name and the arguments of a function")
+    # Templates write arguments as JSON, and would write the text of an object as a string within it.
+    arguments = _parse_json_text(function.get("arguments"), f"{place}, arguments")
+    arguments = {} if arguments in (None, "") else arguments
+    if not isinstance(arguments, dict):
+        raise RecordError("wrong type", f"{place} has arguments of type {type(arguments).__name__}, not an object")
+    _check_unicode(_to_json([function["name"], arguments], place), place)
+    call: ToolCall = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if isinstance(value.get("id"), str):
+        call["id"] = value["id"]
+    return call
+
+
+def _parse_tools(value: object) -> tuple[dict[str, Any], ...]:
+    """Schemas of functions; a bare one is wrapped as OpenAI's API, and so whoever serves the model, writes it."""
+    tools = _parse_json_text(value, "tools")
+    if tools in (None, [], {}, ""):
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RecordError("wrong type", "tools is no list of objects")
+    _check_unicode(_to_json(tools, "tools"), "tools")
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+
+
+def _parse_json_text(value: object, place: str) -> Any:
+    """The value that a JSON text stands for; other values are themselves."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RecordError("not JSON", f"{place}: {str(error) or 'nested too deeply'}") from error
+
+
+def _to_json(value: object, place: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:  # NaN, or what only a columnar file can hold
+        raise RecordError("not JSON", f"{place}: {error}") from error
 
 
 def _refuse_unsupported(keyed: Mapping[str, object], keys: Sequence[str]) -> None:
@@ -162,18 +319,23 @@ def _refuse_unsupported(keyed: Mapping[str, object], keys: Sequence[str]) -> Non
             raise RecordError(f"{key} is not supported yet")
 
 
-def _is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair, which JSON can spell and no tokenizer can encode."""
+def _check_text(text: str, place: str) -> None:
+    if "\0" in text:
+        raise RecordError("NUL character", place)
+    _check_unicode(text, place)
+
+
+def _check_unicode(text: str, place: str) -> None:
+    """Refuses half of a surrogate pair, which JSON can spell and no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise RecordError("lone surrogate", place) from None
 
 
-def _describe_keys(row: Mapping[str, object], prompt_key: str, completion_key: str) -> str:
-    names = [str(key) for key in row]
+def _describe_keys(row: Mapping[str, object], keys: RecordKeys) -> str:
+    names = [str(key)[:_REPORTED_CHARACTERS] for key in row]
     found = ", ".join(names[:_REPORTED_KEYS]) + (", ..." if len(names) > _REPORTED_KEYS else "") if names else "none"
-    wanted = f"wanted: messages, or {prompt_key} and {completion_key}"
-    missing = next(key for key in (prompt_key, completion_key) if key not in row)
+    wanted = f"wanted: messages, or {keys.prompt} and {keys.completion}"
+    missing = next(key for key in (keys.prompt, keys.completion) if key not in row)
     return f"keys found: {found}; {wanted}{nearest_name_hint(missing, names) or nearest_name_hint('messages', names)}"

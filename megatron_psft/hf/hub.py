@@ -2,11 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from megatron_psft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]  # pickled weights are not even downloaded
@@ -34,3 +38,14 @@ def model_folder(field: str, name: str, *, with_weights: bool) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{field} ({name}) is no local folder and the hub has no answer for it: {reason}") from None
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer of a folder. Raises UserError where there is none."""
+    from transformers import AutoTokenizer  # seconds, which a mistaken name does not cost
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"tokenizer ({folder}) must be a folder with a Hugging Face tokenizer: {reason}") from None

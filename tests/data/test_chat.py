@@ -18,6 +18,24 @@ from tests.data.toys import byte_tokenizer, conversation, label_texts
 TWO_TURNS = conversation("Hi?", "Yes.", "Why?", "So.")
 THOUGHTS = conversation("Hi?", "<think>\nA\n</think>\n\nYes.", "Why?", "<think>\nB\n</think>\n\nSo.")
 
+ADD: dict = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+SCHEMA: dict = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
+
+
+def calling(content: str = "", **last: str) -> Record:
+    """A user asks, the assistant calls a tool, the tool answers, the assistant concludes."""
+    return Record(
+        messages=(
+            {"role": "user", "content": "Hi?"},
+            {"role": "assistant", "content": content, "tool_calls": [ADD]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "So 2.", **last},
+        ),
+        tools=(SCHEMA,),
+        source="toy:1",
+    )
+
+
 # Blanks that a template trims, blanks that a prompt ends in, and characters of several bytes.
 contents = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0<"), min_size=1).filter(str.strip)
 
@@ -99,6 +117,44 @@ def test_a_turn_is_labelled_by_the_generation_prompt_of_its_own_place():
     messages = [("user", "Hi?"), ("assistant", "Call."), ("tool", "7"), ("assistant", "So 7.")]
     record = Record(messages=tuple({"role": role, "content": content} for role, content in messages), source="toy:1")
     assert label_texts(record, byte_tokenizer(template)) == ["Call.</s>", "So 7.</s>"]
+
+
+def test_a_call_is_the_label_of_its_turn_and_the_result_is_none():
+    tokenizer = byte_tokenizer(toys.TOOLS)
+    assert label_texts(calling(), tokenizer) == ['<call>add{"x": 1}</call><|im_end|>', "So 2.<|im_end|>"]
+    assert label_texts(calling("Well."), tokenizer)[0] == 'Well.<call>add{"x": 1}</call><|im_end|>'
+    text = tokenizer.decode(render_record(calling(), tokenizer, "all").tokens.tolist())
+    assert text.startswith("<|im_start|>system\nadd <|im_end|>\n<|im_start|>user\nHi?<|im_end|>")
+    assert "<|im_start|>user\n2<|im_end|>" in text
+
+
+def test_reasoning_is_a_label_where_the_template_writes_it():
+    tokenizer = byte_tokenizer(toys.TOOLS)
+    assert label_texts(calling(reasoning_content="Hm."), tokenizer)[1] == "<think>Hm.</think>So 2.<|im_end|>"
+    earlier = Record(
+        messages=(
+            {"role": "user", "content": "Hi?"},
+            {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."},
+            *conversation("Why?", "So.").messages,
+        ),
+        source="toy:1",
+    )
+    assert label_texts(earlier, tokenizer) == ["Yes.<|im_end|>", "So.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "key"),
+    [
+        (toys.TOOLS.replace("{% if tools %}", "{% if false %}"), "tools"),
+        (toys.TOOLS.replace("m.tool_calls", "[]"), "tool_calls"),
+        (toys.TOOLS.replace("m.reasoning_content and", "false and"), "reasoning_content"),
+        (toys.CHATML, "reasoning_content"),
+        ("{% if tools %}{{ raise_exception('no') }}{% endif %}" + toys.TOOLS, "tools"),
+    ],
+)
+def test_what_a_template_leaves_out_is_an_error_and_not_lost(template, key):
+    with pytest.raises(RecordError, match=f"{key} that the chat template leaves out"):
+        render_record(calling(reasoning_content="Hm."), byte_tokenizer(template), "assistant")
 
 
 def test_a_conversation_that_the_assistant_opens_has_labels_from_its_first_turn():
@@ -236,6 +292,42 @@ ANSWER = "Ça fait 48/2 = 24 \u20ac \U0001f469\u200d\U0001f469\u200d\U0001f467 \
 )
 def test_real_tokenizers(real_tokenizer, name, record, expected):
     assert label_texts(record, real_tokenizer(name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen2.5", ['<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call><|im_end|>', "So 2.<|im_end|>"]),
+        (
+            "qwen3",
+            [
+                '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call><|im_end|>',
+                "<think>\n\n</think>\n\nSo 2.<|im_end|>",
+            ],
+        ),
+        ("llama3", ['{"name": "add", "parameters": {"x": 1}}<|eot_id|>', "So 2.<|eot_id|>"]),
+    ],
+)
+def test_real_tokenizers_label_calls(real_tokenizer, name, expected):
+    assert label_texts(calling(), real_tokenizer(name)) == expected
+
+
+def test_qwen3_has_the_reasoning_of_the_last_turns_only(real_tokenizer):
+    record = calling(reasoning_content="Hm.")
+    assert label_texts(record, real_tokenizer("qwen3"))[1] == "<think>\nHm.\n</think>\n\nSo 2.<|im_end|>"
+    record.messages[1]["reasoning_content"] = "Add."
+    longer = Record(
+        messages=(*record.messages, *conversation("Why?", "So.").messages), tools=record.tools, source="toy:1"
+    )
+    assert label_texts(longer, real_tokenizer("qwen3")) == [
+        '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call><|im_end|>',
+        "So 2.<|im_end|>",
+        "<think>\n\n</think>\n\nSo.<|im_end|>",
+    ]
+    first = label_texts(record, real_tokenizer("qwen3"))[0]
+    assert first.startswith("<think>\nAdd.\n</think>\n\n<tool_call>")
+    with pytest.raises(RecordError, match="reasoning_content that the chat template leaves out"):
+        label_texts(record, real_tokenizer("qwen2.5"))
 
 
 def test_llama3_text_has_one_start_token_and_a_fixed_date(real_tokenizer):

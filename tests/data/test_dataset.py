@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_psft.config import DataConfig
 from megatron_psft.data.chat import render_record
 from megatron_psft.data.dataset import DatasetStatistics, TokenizedDataset, build_dataset
 from megatron_psft.data.records import read_records
@@ -30,16 +31,9 @@ def pair(prompt_length: int, completion_length: int) -> dict[str, str]:
 
 
 def build(path: str, **changes: object) -> TokenizedDataset:
-    settings = {
-        "seq_length": 20,
-        "overlong": "error",
-        "prompt_key": "prompt",
-        "completion_key": "completion",
-        "loss_on": "assistant",
-        "skip_bad_records": False,
-        "show_progress": False,
-    }
-    return build_dataset([path], TOKENIZER, **(settings | changes))
+    show_progress = bool(changes.pop("show_progress", False))
+    config = DataConfig(data=(path,), **({"seq_length": 20} | changes))
+    return build_dataset([path], TOKENIZER, config, seed=7, show_progress=show_progress)
 
 
 def test_the_dataset_is_the_rendered_records_in_order(tmp_path):
@@ -52,7 +46,12 @@ def test_the_dataset_is_the_rendered_records_in_order(tmp_path):
         assert dataset[index].tokens.tolist() == example.tokens.tolist()
         assert dataset[index].label_mask.tolist() == example.label_mask.tolist()
         assert dataset.lengths[index] == len(example.tokens)
-    assert (dataset.tokens.dtype, dataset.label_mask.dtype, dataset.offsets.dtype) == (np.int32, np.bool_, np.int64)
+        assert dataset.place(index) == record.source
+    assert (dataset[0].tokens.dtype, dataset[0].label_mask.dtype, dataset.lengths.dtype) == (
+        np.int32,
+        np.bool_,
+        np.int64,
+    )
 
 
 def test_an_index_beyond_the_records_is_an_error_and_ends_iteration(tmp_path):
@@ -95,8 +94,8 @@ def test_over_long_records_are_cut_on_the_right_and_dropped_without_a_label(tmp_
 
 def test_loss_on_reaches_the_labels(tmp_path):
     path = write_rows(tmp_path, pair(2, 1))
-    assert build(path).label_mask.sum() == 2
-    assert build(path, loss_on="all").label_mask.sum() == 7
+    assert build(path)[0].label_mask.sum() == 2
+    assert build(path, loss_on="all")[0].label_mask.sum() == 7
 
 
 def test_statistics_are_counted_by_hand(tmp_path):
@@ -104,19 +103,22 @@ def test_statistics_are_counted_by_hand(tmp_path):
     path = write_rows(tmp_path, *rows, pair(5, 11), {}, {"a": 1}, 7)
     statistics = build(path, overlong="drop", skip_bad_records=True).statistics()
     assert statistics == DatasetStatistics(
+        name=path,
+        weight=1.0,
         records=10,
         tokens=115,
         label_tokens=65,
         length_p50=11,
         length_p90=15,
+        length_p99=16,
         length_max=16,
         truncated=0,
         dropped={"bad: no known keys": 2, "bad: not an object": 1, "over-long": 1},
     )
-    assert str(statistics) == (
-        "10 records, 115 tokens, 65 of them labels; lengths: median 11, 90th percentile 15, longest 16; truncated: 0; "
-        "dropped: 2 bad: no known keys, 1 bad: not an object, 1 over-long"
-    )
+    header, row, dropped = str(statistics).splitlines()
+    assert header.split() == ["passes", "records", "tokens", "labels", "median", "p90", "p99", "longest"]
+    assert row.split() == [path, "1", "10", "115", "65", "11", "15", "16", "16"]
+    assert dropped == f"{path}: truncated: 0; dropped: 2 bad: no known keys, 1 bad: not an object, 1 over-long"
 
 
 def test_bad_records_stop_the_run_with_all_of_their_places(tmp_path):
@@ -163,18 +165,83 @@ def test_progress_is_shown_only_when_asked_for(tmp_path, capsys):
     path = write_rows(tmp_path, pair(1, 1))
     build(path)
     assert capsys.readouterr() == ("", "")
-    build(path, show_progress=True)
-    assert "tokenizing: 1 records" in capsys.readouterr().err
+    build(path, show_progress=True, data_cache_dir=str(tmp_path / "other"))
+    shown = capsys.readouterr().err
+    assert "tokenizing: 100%" in shown
+    assert "1 records" in shown
+
+
+def build_many(*paths: str, seed: int = 7, **changes: object) -> TokenizedDataset:
+    config = DataConfig(data=paths, **({"seq_length": 99} | changes))
+    return build_dataset(config.data, TOKENIZER, config, seed=seed, show_progress=False)
+
+
+def test_weights_are_passes_over_a_source(tmp_path):
+    """Records are told by their lengths: 7, 8, ... in the one file, 50, 51, ... in the other."""
+    (tmp_path / "b").mkdir()
+    first = write_rows(tmp_path, *(pair(1, length) for length in range(1, 11)))
+    second = write_rows(tmp_path / "b", *(pair(44, length) for length in range(1, 5)))
+    dataset = build_many(f"{first}=2.5", f"{second}=0.5")
+    lengths = dataset.lengths.tolist()
+    assert lengths[:20] == list(range(7, 17)) * 2
+    assert len(lengths) == 20 + 5 + 2
+    half, part = lengths[20:25], lengths[25:]
+    assert half == sorted(set(half))
+    assert set(half) < set(range(7, 17))
+    assert part == sorted(set(part))
+    assert set(part) < set(range(50, 54))
+    assert [len(example.tokens) for example in dataset] == lengths
+    statistics = dataset.statistics()
+    assert [(s.name, s.weight, s.records) for s in statistics.sources] == [(first, 2.5, 25), (second, 0.5, 2)]
+    assert (statistics.records, statistics.tokens, statistics.weight) == (27, sum(lengths), None)
+    assert statistics.label_tokens == sum(int(example.label_mask.sum()) for example in dataset)
+    assert [line.split()[0] for line in str(statistics).splitlines()[1:4]] == [first, second, "all"]
+    assert build_many(f"{first}=2.5", f"{second}=0.5").fingerprint() == dataset.fingerprint()
+    others = {build_many(f"{first}=2.5", f"{second}=0.5", seed=seed).fingerprint() for seed in range(8, 14)}
+    assert others - {dataset.fingerprint()}
+    assert build_many(first, second).lengths.tolist() == [*range(7, 17), *range(50, 54)]
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path):
+    for name, count in (("a=2.jsonl", 1), ("a=0.5", 2), ("x=y", 3)):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name, *[pair(1, 1)] * count)
+    assert len(build_many(f"{tmp_path}/a=0.5")) == 2  # a folder of that very name
+    assert len(build_many(f"{tmp_path}/a=0.5=0.5")) == 1
+    assert len(build_many(f"{tmp_path}/x=y")) == 3
+    assert len(build_many(f"{tmp_path}/a=2.jsonl/a.jsonl=3")) == 3
+    with pytest.raises(UserError, match=r"z=y\) is no local"):
+        build_many("z=y")
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+def test_a_weight_that_is_none_is_refused(tmp_path, weight):
+    path = write_rows(tmp_path, pair(1, 1))
+    with pytest.raises(UserError, match=rf"a\.jsonl={weight}\) must have a weight above 0"):
+        build_many(f"{path}={weight}")
+
+
+def test_a_weight_that_takes_nothing_is_refused(tmp_path):
+    path = write_rows(tmp_path, pair(1, 1))
+    with pytest.raises(UserError, match=r"takes none of 1 records with weight 0\.1; raise it"):
+        build_many(f"{path}=0.1")
+
+
+def test_a_source_without_a_usable_record_is_refused_beside_others(tmp_path):
+    (tmp_path / "b").mkdir()
+    good, bad = write_rows(tmp_path, pair(1, 1)), write_rows(tmp_path / "b", {}, {})
+    with pytest.raises(UserError, match=rf"{bad}.* holds no usable record: 2 bad: no known keys"):
+        build_many(good, bad, skip_bad_records=True)
 
 
 def test_the_fingerprint_tells_tokens_labels_and_borders_apart():
     tokens, mask, offsets = np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], bool), np.array([0, 3, 6])
-    base = TokenizedDataset(tokens=tokens, label_mask=mask, offsets=offsets)
-    same = TokenizedDataset(tokens=tokens.copy(), label_mask=mask.copy(), offsets=offsets.copy(), truncated=1)
+    base = TokenizedDataset.from_arrays(tokens=tokens, label_mask=mask, offsets=offsets)
+    same = TokenizedDataset.from_arrays(tokens=tokens.copy(), label_mask=mask.copy(), offsets=offsets.copy())
     others = [
-        TokenizedDataset(tokens=tokens[::-1], label_mask=mask, offsets=offsets),
-        TokenizedDataset(tokens=tokens, label_mask=np.roll(mask, 1), offsets=offsets),
-        TokenizedDataset(tokens=tokens, label_mask=mask, offsets=np.array([0, 2, 6])),
+        TokenizedDataset.from_arrays(tokens=tokens[::-1], label_mask=mask, offsets=offsets),
+        TokenizedDataset.from_arrays(tokens=tokens, label_mask=np.roll(mask, 1), offsets=offsets),
+        TokenizedDataset.from_arrays(tokens=tokens, label_mask=mask, offsets=np.array([0, 2, 6])),
     ]
     assert base.fingerprint() == same.fingerprint()
     assert len({dataset.fingerprint() for dataset in [base, *others]}) == 4

@@ -199,6 +199,19 @@ def test_an_id_that_is_not_local_is_the_train_split_on_the_hub(monkeypatch):
     assert list(open_rows("org/set")) == [Row(source="org/set:1", value={"name": "org/set", "split": "train"})]
 
 
+def test_a_hub_dataset_has_a_version_of_its_content(monkeypatch):
+    loaded = [datasets.Dataset.from_list(ROWS[:count]) for count in (1, 1, 2)]
+    found = []
+    for dataset in loaded:
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, dataset=dataset, **__: dataset)
+        source = files.open_source("org/set")
+        found.append(source.version)
+        assert [row for chunk in source.chunks() for row in chunk.rows()] == [
+            Row(source=f"org/set:{i}", value=row) for i, row in enumerate(dataset, 1)
+        ]
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize(
     "error",
     [ConnectionError("no network\nat all"), ValueError("no network"), datasets.exceptions.DatasetsError("no network")],

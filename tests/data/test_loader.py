@@ -18,7 +18,7 @@ PAD = 0
 def make_dataset(lengths: list[int]) -> TokenizedDataset:
     """Record i has the tokens 1000 * (i + 1), 1000 * (i + 1) + 1, ...; about the second half of them are labels."""
     masks = [[position >= min(length // 2 + 1, length - 1) for position in range(length)] for length in lengths]
-    return TokenizedDataset(
+    return TokenizedDataset.from_arrays(
         tokens=np.concatenate([1000 * (i + 1) + np.arange(n, dtype=np.int32) for i, n in enumerate(lengths)]),
         label_mask=np.concatenate([np.array(mask) for mask in masks]),
         offsets=np.cumsum([0, *lengths]),
@@ -172,7 +172,7 @@ def test_without_wrapping_every_record_comes_once_and_empty_rows_fill_up(dataset
     batches = [batch for step in range(loader.num_batches) for batch in loader.micro_batches(step)]
     assert sorted(index for batch in batches for index in record_ids(batch)) == list(range(len(dataset)))
     assert sum(batch.num_sequences for batch in batches) == len(dataset)
-    assert sum(int(batch.loss_mask.sum()) for batch in batches) == dataset.label_mask.sum()
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == dataset.statistics().label_tokens
     assert len(batches) == loader.num_batches * batch_size
 
 

@@ -7,11 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_psft.data.records import BadRecord, Record, iter_records, raise_or_report, read_records
+from megatron_psft.data.records import BadRecord, Record, RecordKeys, iter_records, raise_or_report, read_records
 from megatron_psft.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
 CHAT = (USER, ASSISTANT)
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+CALLING = ({"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"})
+SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 
 def write_rows(folder: Path, *rows: object) -> str:
@@ -21,7 +25,7 @@ def write_rows(folder: Path, *rows: object) -> str:
 
 
 def read_one(folder: Path, row: object, **keys: str) -> Record | BadRecord:
-    records, bad = read_records([write_rows(folder, row)], **keys)
+    records, bad = read_records([write_rows(folder, row)], RecordKeys(**keys))
     (item,) = [*records, *bad]
     return item
 
@@ -40,21 +44,88 @@ def read_one(folder: Path, row: object, **keys: str) -> Record | BadRecord:
         {"prompt": [USER], "demostration": "Yes."},
         {"prompt": "Hi?", "completion": "Yes.", "demonstration": "No."},
         {"prompt": "Hi?", "completion": None, "demonstration": "Yes."},
+        {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes.", "weight": None}]},
+        {"conversations": [USER, ASSISTANT], "id": 7, "prompt": "other", "completion": "other"},
+        {"instruction": "Hi?", "input": "", "output": "Yes."},
+        {"instruction": "Hi?", "output": "Yes.", "history": [], "system": ""},
     ],
 )
 def test_every_form_gives_the_same_messages(tmp_path, row):
     assert read_one(tmp_path, row) == Record(messages=CHAT, source=f"{tmp_path}/a.jsonl:1")
 
 
+def test_the_input_of_an_alpaca_record_follows_its_instruction(tmp_path):
+    record = read_one(tmp_path, {"instruction": "Add.", "input": "1, 2", "output": "3"})
+    assert isinstance(record, Record)
+    assert [message["content"] for message in record.messages] == ["Add.\n1, 2", "3"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi?", "completion": "Yes."},
+        {"messages": [{"role": "system", "content": "Be long."}, USER, ASSISTANT]},
+        {"instruction": "Hi?", "output": "Yes.", "system": "Be long."},
+    ],
+)
+def test_the_system_prompt_takes_the_place_of_each_record_s_own(tmp_path, row):
+    record = read_one(tmp_path, row, system_prompt="Be brief.")
+    assert isinstance(record, Record)
+    assert record.messages == (SYSTEM, *CHAT)
+    own = read_one(tmp_path, {**row, "system": "Be brief."} if "messages" not in row else {"messages": [SYSTEM, *CHAT]})
+    assert isinstance(own, Record)
+    assert own.messages == record.messages
+
+
+@pytest.mark.parametrize(
+    ("calls", "tools"),
+    [
+        ([CALL], [SCHEMA]),
+        ([{"type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}], json.dumps([SCHEMA])),
+        ([{"name": "add", "arguments": {"x": 1}}], json.dumps([SCHEMA["function"]])),
+        (json.dumps([{"name": "add", "arguments": {"x": 1}}]), [SCHEMA["function"]]),
+    ],
+)
+def test_calls_and_tools_have_one_form_however_they_are_spelled(tmp_path, calls, tools):
+    calling = {"role": "assistant", "content": None, "tool_calls": calls}
+    record = read_one(tmp_path, {"messages": [USER, calling, CALLING[1], ASSISTANT], "tools": tools})
+    assert record == Record(messages=(USER, *CALLING, ASSISTANT), tools=(SCHEMA,), source=f"{tmp_path}/a.jsonl:1")
+
+
+def test_turns_of_sharegpt_may_call_tools(tmp_path):
+    turns = [("human", "Hi?"), ("function_call", '{"name": "add", "arguments": {"x": 1}}'), ("observation", "2")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in [*turns, ("gpt", "Yes.")]]}
+    record = read_one(tmp_path, row)
+    assert isinstance(record, Record)
+    assert record.messages == (USER, *CALLING, ASSISTANT)
+
+
+def test_columns_of_parquet_keep_the_arguments_of_each_call_apart(tmp_path):
+    """Arrow gives every row the fields of all; what a row has not is null there, and is no argument."""
+    calls = [{"function": {"name": "f", "arguments": {name: 1}}} for name in ("x", "y")]
+    rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]} for call in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    records, bad = read_records([str(tmp_path / "a.parquet")])
+    assert not bad
+    found = [record.messages[1]["tool_calls"][0]["function"]["arguments"] for record in records]
+    assert found == [{"x": 1}, {"y": 1}]
+
+
+def test_reasoning_is_kept_beside_the_content(tmp_path):
+    record = read_one(tmp_path, chat_with(reasoning_content="Hm."))
+    assert isinstance(record, Record)
+    assert record.messages == (USER, {**ASSISTANT, "reasoning_content": "Hm."})
+
+
 def test_named_keys_win_over_messages_and_over_the_default_keys(tmp_path):
     row = {"question": "Hi?", "answer": "Yes.", "messages": [ASSISTANT], "prompt": "no", "demonstration": "no"}
-    record = read_one(tmp_path, row, prompt_key="question", completion_key="answer")
+    record = read_one(tmp_path, row, prompt="question", completion="answer")
     assert isinstance(record, Record)
     assert record.messages == CHAT
 
 
 def test_rows_without_the_named_keys_may_still_be_messages(tmp_path):
-    record = read_one(tmp_path, {"messages": [USER, ASSISTANT]}, prompt_key="question", completion_key="answer")
+    record = read_one(tmp_path, {"messages": [USER, ASSISTANT]}, prompt="question", completion="answer")
     assert isinstance(record, Record)
     assert record.messages == CHAT
 
@@ -91,9 +162,38 @@ def chat_with(**changes: object) -> dict[str, object]:
         (chat_with(content="a\0b"), "NUL character", "messages[1]"),
         (chat_with(content="a\ud800b"), "lone surrogate", "messages[1]"),
         ({"messages": [USER, ASSISTANT], "advantage": 0.0}, "advantage is not supported yet", ""),
-        ({"messages": [USER, ASSISTANT], "tools": [{}]}, "tools is not supported yet", ""),
-        (chat_with(tool_calls=[{}]), "tool_calls is not supported yet", ""),
-        (chat_with(reasoning_content="Hm."), "reasoning_content is not supported yet", ""),
+        (chat_with(function_call={"name": "f"}), "function_call is not supported yet", ""),
+        ({"messages": [USER, ASSISTANT], "system": 7}, "wrong type", "system is int"),
+        ({"messages": [SYSTEM, USER, ASSISTANT], "system": "x"}, "two system messages", ""),
+        ({"messages": [USER, ASSISTANT], "tools": 7}, "wrong type", "tools is no list of objects"),
+        ({"messages": [USER, ASSISTANT], "tools": "[{"}, "not JSON", "tools: "),
+        ({"messages": [USER, ASSISTANT], "tools": [{"name": "\ud800"}]}, "lone surrogate", "tools"),
+        ({"messages": [USER, ASSISTANT], "tools": [{"x": float("nan")}]}, "not JSON", "tools: "),
+        (chat_with(tool_calls=7), "wrong type", "messages[1] has tool_calls of type int"),
+        (chat_with(tool_calls=[{}]), "wrong type", "messages[1].tool_calls[0] is no object with the name"),
+        (chat_with(tool_calls=[{"name": "f", "arguments": [1]}]), "wrong type", "has arguments of type list"),
+        (chat_with(tool_calls=[{"name": "f", "arguments": "{"}]), "not JSON", "tool_calls[0], arguments: "),
+        (chat_with(tool_calls=[{"name": "f", "arguments": {"x": "\ud800"}}]), "lone surrogate", "tool_calls[0]"),
+        ({"messages": [{**USER, "tool_calls": [CALL]}, ASSISTANT]}, "tool_calls of another role", "messages[0], user"),
+        (chat_with(reasoning_content=7), "wrong type", "reasoning_content of type int"),
+        (chat_with(reasoning_content="\ud800"), "lone surrogate", "messages[1], reasoning_content"),
+        (
+            {"messages": [{**USER, "reasoning_content": "Hm."}, ASSISTANT]},
+            "reasoning_content of another role",
+            "messages[0], user",
+        ),
+        (
+            {"conversations": [{"from": "robot", "value": "Hi?"}]},
+            "unknown role",
+            "conversations[0] has from 'robot'; known: human, gpt, function_call, observation, system",
+        ),
+        ({"conversations": [{"from": "human", "value": 7}]}, "wrong type", "has value of type int"),
+        ({"conversations": [{"from": "human", "value": "Hi?"}]}, "no assistant turn", ""),
+        ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "not JSON", "conversations[0], calls: "),
+        ({"instruction": 7, "output": "Yes."}, "wrong type", "instruction is int"),
+        ({"instruction": "Hi?", "output": ""}, "empty content", "output, assistant"),
+        ({"instruction": "Hi?", "output": "Yes.", "history": [["a", "b"]]}, "history is not supported yet", ""),
+        ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, "images is not supported yet", ""),
         ({}, "no known keys", "keys found: none; wanted: messages, or prompt and completion"),
         (
             {"prompt": "Hi?", "completions": "Yes."},
@@ -124,7 +224,7 @@ def test_good_and_bad_rows_stay_in_order_over_several_files(tmp_path):
     (tmp_path / "b").mkdir()
     good = {"messages": [USER, ASSISTANT]}
     paths = [write_rows(tmp_path, good, {}, good), write_rows(tmp_path / "b", 1, good)]
-    items = list(iter_records(paths))
+    items = list(iter_records(paths, RecordKeys()))
     assert [(type(item), item.source) for item in items] == [
         (Record, f"{paths[0]}:1"),
         (BadRecord, f"{paths[0]}:2"),
@@ -137,7 +237,9 @@ def test_good_and_bad_rows_stay_in_order_over_several_files(tmp_path):
 
 
 def test_a_missing_file_stops_before_the_first_record(tmp_path):
-    items = iter_records([write_rows(tmp_path, {"messages": [USER, ASSISTANT]}), str(tmp_path / "gone.jsonl")])
+    items = iter_records(
+        [write_rows(tmp_path, {"messages": [USER, ASSISTANT]}), str(tmp_path / "gone.jsonl")], RecordKeys()
+    )
     with pytest.raises(UserError, match=r"gone\.jsonl\) does not exist"):
         next(items)
 
@@ -156,34 +258,36 @@ REPORT = "\n".join(
 
 def test_the_report_lists_twenty_records_and_counts_reasons():
     bad = [*BAD, BadRecord(source="b:1", reason="no assistant turn")]
-    assert raise_or_report(bad, 40, skip_bad_records=True) == REPORT
+    counts = {"no assistant turn": 1, "not JSON": 22}
+    assert raise_or_report(bad, counts, 40, skip_bad_records=True) == REPORT
     with pytest.raises(UserError, match="pass --skip-bad-records") as error:
-        raise_or_report(bad, 40, skip_bad_records=False)
+        raise_or_report(bad, counts, 40, skip_bad_records=False)
     assert str(error.value).endswith(REPORT)
 
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_no_usable_record_is_an_error_even_when_bad_ones_are_skipped(skip):
     with pytest.raises(UserError, match=r"holds no usable record.*22 of 22"):
-        raise_or_report(BAD, 22, skip)
+        raise_or_report(BAD, {"not JSON": 22}, 22, skip)
     with pytest.raises(UserError, match=r"holds no usable record.*0 of 0"):
-        raise_or_report([], 0, skip)
+        raise_or_report([], {}, 0, skip)
 
 
 def test_good_records_alone_give_an_empty_report():
-    assert raise_or_report([], 3, skip_bad_records=False) == ""
+    assert raise_or_report([], {}, 3, skip_bad_records=False) == ""
 
 
 @pytest.mark.parametrize(
     ("name", "keys", "count"),
     [
-        ("gsm8k/test.jsonl", {"prompt_key": "question", "completion_key": "answer"}, 1319),
+        ("gsm8k/test.jsonl", {"prompt": "question", "completion": "answer"}, 1319),
         ("longcot/limo_official_solution.jsonl", {}, 492),
-        ("general/instruction_data.json", {"prompt_key": "instruction", "completion_key": "output"}, 1100),
+        ("general/instruction_data.json", {}, 1100),
+        ("general/glaive_function_calling_demo.json", {}, 300),
     ],
 )
 def test_real_files_are_records_throughout(real_data, name, keys, count):
-    records, bad = read_records([str(real_data / name)], **keys)
+    records, bad = read_records([str(real_data / name)], RecordKeys(**keys))
     assert (len(records), bad) == (count, [])
 
 

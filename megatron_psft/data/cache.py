@@ -1,0 +1,301 @@
+"""Tokenized sources on disk: written once, by one process, and mapped into memory by all.
+
+A source's folder holds flat arrays, so that opening it reads nothing but the index, and a record is one slice:
+
+* `tokens.bin` int32 and `label_mask.bin` bool: all records one after the other;
+* `index.bin`: one entry of `tokenizing.INDEX` per record;
+* `bad.jsonl`: the rows that are no record, with their places;
+* `manifest.json`: sizes and hashes of these, and the key, whose hash is the folder's name.
+
+The folder is written aside and renamed in one move: it is whole or not there. A lock keeps a second run from doing the
+same work; where a file system has no locks both work, and the first to finish wins.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from megatron_psft.data.chat import ChatRenderer, Example, LossOn
+from megatron_psft.data.files import BadRecord, Source
+from megatron_psft.data.records import RecordKeys
+from megatron_psft.data.tokenizing import (
+    INDEX,
+    ChunkTokenizer,
+    TokenizedChunk,
+    checksum,
+    refuse_main_module_of_worker,
+    tokenize_chunks,
+)
+from megatron_psft.errors import RankError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MANIFEST = "manifest.json"
+_SIZED_FILES = ("tokens.bin", "label_mask.bin", "index.bin", "bad.jsonl")
+_HASHED_FILES = ("index.bin", "bad.jsonl")  # small; the records have a checksum each, compared when one is read
+_CODE = ("files.py", "records.py", "chat.py", "tokenizing.py", "cache.py")
+"""A change of these may change tokens. Their text is part of the key, so that nobody has to think of a version."""
+
+log = logging.getLogger(__name__)
+
+
+class DamagedCacheError(RankError):
+    """A record is not what was written; it is found while other ranks train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedSource:
+    """All good records of a source, mapped into memory or held in it. `tokens`: int32 [total]; `label_mask`: bool
+    [total]; `index` (of `tokenizing.INDEX`): [records]."""
+
+    name: str
+    folder: Path | None
+    tokens: NDArray[np.int32]
+    label_mask: NDArray[np.bool_]
+    index: NDArray[np.void]
+    file_names: tuple[str, ...]
+    content: str
+    """Hash over every token, label and border."""
+    bad_counts: Mapping[str, int]
+    """Rows that are no record, by reason."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def example(self, record: int, length: int) -> Example:
+        """The first `length` tokens of a record, copied. Raises DamagedCacheError where it is not as written."""
+        entry = self.index[record]
+        whole = slice(int(entry["offset"]), int(entry["offset"]) + int(entry["length"]))
+        tokens, label_mask = np.array(self.tokens[whole]), np.array(self.label_mask[whole])
+        if checksum(tokens, label_mask) != entry["crc32"]:
+            raise DamagedCacheError(f"{self.folder} is damaged at {self.place(record)}; delete it and start again")
+        return Example(tokens=tokens[:length], label_mask=label_mask[:length])
+
+    def place(self, record: int) -> str:
+        """`path:N` of a record."""
+        return f"{self.file_names[self.index[record]['file']]}:{self.index[record]['row']}"
+
+    def bad_records(self) -> Iterator[BadRecord]:
+        """The rows that are no record, in order."""
+        if self.folder is not None:
+            with (self.folder / "bad.jsonl").open() as file:
+                yield from (BadRecord(**json.loads(line)) for line in file)
+
+
+class DataCache:
+    """The tokenized form of sources, for one tokenizer and one way to read rows.
+
+    Raises UserError for a tokenizer that cannot render chats.
+    """
+
+    def __init__(
+        self, root: str, tokenizer: "PreTrainedTokenizerBase", *, keys: RecordKeys, loss_on: LossOn, num_workers: int
+    ) -> None:
+        self._root = Path(os.path.expanduser(root))
+        self._tokenize = ChunkTokenizer(keys=keys, renderer=ChatRenderer(tokenizer, loss_on))
+        self._options = {**asdict(keys), "loss_on": loss_on, "tokenizer": _hash_of(tokenizer), "code": _hash_of_code()}
+        self._num_workers = num_workers
+
+    def open(self, source: Source, *, show_progress: bool) -> TokenizedSource:
+        """The tokenized source, from its folder or, the first time, into it.
+
+        Raises UserError: a file that is broken as a whole or changes while it is read, a cache that cannot be written.
+        """
+        key = {**self._options, "files": _identity(source), "version": source.version}
+        folder = self._root / _digest(json.dumps(key, sort_keys=True).encode())[:32]
+        if (found := _open_folder(folder, source.name)) is not None:
+            return found
+        refuse_main_module_of_worker()
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.with_suffix(".lock")) as is_locked:
+                if (found := _open_folder(folder, source.name)) is None:
+                    self._make_folder(folder, source, key, is_locked=is_locked, show_progress=show_progress)
+                    found = _open_folder(folder, source.name)
+        except OSError as error:
+            raise UserError(
+                f"data_cache_dir ({self._root}) cannot be written, or data ({source.name}) not read: "
+                f"{error.strerror or error}; make room or name another folder with --data-cache-dir"
+            ) from error
+        if found is None:
+            raise UserError(f"data_cache_dir ({self._root}) does not keep what is written to it; name another folder")
+        return found
+
+    def _make_folder(
+        self, folder: Path, source: Source, key: Mapping[str, Any], *, is_locked: bool, show_progress: bool
+    ) -> None:
+        # Host and process in the name: of what lies around only this host's leavings are surely nobody's, and only
+        # where the lock is held.
+        mine = f".{folder.name}.{socket.gethostname()}"
+        if is_locked:
+            for leaving in self._root.glob(f"{mine}.*"):
+                shutil.rmtree(leaving, ignore_errors=True)
+        aside = self._root / f"{mine}.{os.getpid()}.{time.time_ns()}"
+        aside.mkdir()
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, aside, ignore_errors=True)
+            bar = stack.enter_context(
+                tqdm(total=source.size, desc="tokenizing", unit="B", unit_scale=True, disable=not show_progress)
+            )
+            chunks = tokenize_chunks(source.chunks(), self._tokenize, self._num_workers)
+            manifest = _write_chunks(aside, stack.enter_context(closing(chunks)), bar)
+            if _identity(source) != key["files"]:
+                raise UserError(f"data ({source.name}) changed while it was read; start again when it is complete")
+            # Last, so that a folder without it is nothing, whatever a file system made of the order of writes.
+            (aside / _MANIFEST).write_text(json.dumps({**manifest, "key": key}, indent=1))
+            if folder.exists():
+                shutil.rmtree(folder)  # damaged, or `_open_folder` had taken it
+            _move(aside, folder)
+
+
+def _move(aside: Path, folder: Path) -> None:
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another run was quicker, where there is no lock
+            raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Holds the lock of that name, and says so; false where the file system has no locks. A dead holder's is free."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except BlockingIOError:
+            log.info("another run tokenizes the same data; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            is_locked = True
+        except OSError:
+            is_locked = False
+        yield is_locked
+
+
+def _write_chunks(folder: Path, chunks: Iterator[TokenizedChunk], bar: "tqdm[Any]") -> dict[str, Any]:
+    """Writes the chunks and returns the manifest."""
+    file_names: dict[str, int] = {}
+    bad_counts: Counter[str] = Counter()
+    content = [hashlib.sha256() for _ in range(3)]
+    num_tokens = num_records = 0
+    with ExitStack() as stack:
+        tokens, label_mask, index, bad = (
+            stack.enter_context((folder / name).open("wb", buffering=2**20)) for name in _SIZED_FILES
+        )
+        for chunk in chunks:
+            chunk.index["offset"] += num_tokens
+            chunk.index["file"] = file_names.setdefault(chunk.name, len(file_names))
+            parts = (np.ascontiguousarray(chunk.index["length"]), chunk.tokens, chunk.label_mask)
+            for digest, part in zip(content, parts, strict=True):
+                digest.update(part.data)
+            _append(tokens, chunk.tokens)
+            _append(label_mask, chunk.label_mask)
+            _append(index, chunk.index)
+            bad.writelines(json.dumps(asdict(record)).encode() + b"\n" for record in chunk.bad)
+            bad_counts.update(record.reason for record in chunk.bad)
+            num_tokens += len(chunk.tokens)
+            num_records += len(chunk.index)
+            bar.set_postfix_str(f"{num_records + bad_counts.total():,} records", refresh=False)
+            bar.update(chunk.size)
+    return {
+        "records": num_records,
+        "tokens": num_tokens,
+        "file_names": list(file_names),
+        "bad_counts": bad_counts,
+        "content": _digest(b"".join(digest.digest() for digest in content)),
+        "sizes": {name: (folder / name).stat().st_size for name in _SIZED_FILES},
+        "hashes": {name: _digest_file(folder / name) for name in _HASHED_FILES},
+    }
+
+
+def _append(file: BinaryIO, array: NDArray[Any]) -> None:
+    file.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def _open_folder(folder: Path, name: str) -> TokenizedSource | None:
+    """What a folder holds; None where it is not there, or damaged, which is logged."""
+    if not folder.is_dir():
+        return None
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        for file, size in manifest["sizes"].items():
+            if (found := (folder / file).stat().st_size) != size:
+                raise ValueError(f"{file} has {found} bytes instead of {size}")
+        for file, expected in manifest["hashes"].items():
+            if _digest_file(folder / file) != expected:
+                raise ValueError(f"{file} is not what was written")
+        return TokenizedSource(
+            name=name,
+            folder=folder,
+            tokens=_map(folder / "tokens.bin", np.dtype("<i4")),
+            label_mask=_map(folder / "label_mask.bin", np.dtype(np.bool_)),
+            index=_map(folder / "index.bin", INDEX),
+            file_names=tuple(manifest["file_names"]),
+            content=manifest["content"],
+            bad_counts=manifest["bad_counts"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the tokenized data in %s is damaged and made again: %s", folder, error)
+        return None
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if path.stat().st_size == 0:  # where every row is bad; nothing cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)  # whose slices are quicker
+
+
+def _identity(source: Source) -> list[tuple[str, int, int]]:
+    """What changes when data does: path, bytes and time of the last change in nanoseconds of every file.
+
+    A hash of the content would cost minutes per start for sets of hundreds of gigabytes. Copied or touched data is
+    tokenized again; what is trained on does not depend on it.
+    """
+    paths = [Path(os.path.realpath(file)) for file in source.files]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
+def _hash_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Everything that makes tokens of a chat, as it is in memory: libraries change what they read from a folder."""
+    import tokenizers
+    import transformers
+
+    parts = [
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.get_chat_template(),
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+        (transformers.__version__, tokenizers.__version__),
+    ]
+    return _digest(json.dumps(parts).encode())
+
+
+def _hash_of_code() -> str:
+    return _digest(b"".join((Path(__file__).parent / name).read_bytes() for name in _CODE))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            digest.update(data)
+    return digest.hexdigest()

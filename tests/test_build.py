@@ -1,0 +1,89 @@
+"""How a run's processes share the work of reading, and that they agree on what they have read."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny
+from tests.support.cli import Exit, run_cli
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.build_model(folder / "model", "qwen2", num_hidden_layers=1)
+    tiny.build_tokenizer(folder / "tokenizer")
+    tiny.write_records(folder / "records.jsonl", 8)
+    return folder
+
+
+def command_line(inputs: Path, run: Path, data: Path) -> list[str]:
+    flags = {"load-hf": inputs / "model", "tokenizer": inputs / "tokenizer", "data": data, "save": run / "save"}
+    flags |= {"data-cache-dir": run / "cache", "train-iters": 1, "global-batch-size": 2}
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
+def _count_tokenized(argv: list[str]) -> tuple[Exit, int]:
+    """Runs the command line, and counts the sources that this rank has tokenized."""
+    from megatron_psft.data import cache
+
+    tokenize, calls = cache.tokenize_chunks, []
+
+    def counted(*args):
+        calls.append(None)
+        return tokenize(*args)
+
+    cache.tokenize_chunks = counted
+    try:
+        return run_cli(argv), len(calls)
+    finally:
+        cache.tokenize_chunks = tokenize
+
+
+def _run_as_node(argv_by_rank: list[list[str]]) -> Exit:
+    """Runs this rank's command line as the first process of a node of its own."""
+    rank = int(os.environ["RANK"])
+    os.environ["LOCAL_RANK"] = "0"
+    return run_cli(argv_by_rank[rank])
+
+
+def test_one_process_of_a_node_tokenizes_for_all(pool, inputs, tmp_path):
+    argv = command_line(inputs, tmp_path, inputs / "records.jsonl")
+    results = pool.run(_count_tokenized, 2, argv)
+    assert [exit.code for exit, _ in results] == [0, 0], results[0][0].err
+    assert [count for _, count in results] == [1, 0]
+    assert "passes  records" in results[0][0].err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "1 of 1 records are bad"), (b"", "holds no record")],
+)
+def test_a_mistake_that_the_first_process_finds_ends_all(pool, inputs, tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    results = pool.run(_count_tokenized, 2, command_line(inputs, tmp_path, tmp_path / "bad.jsonl"))
+    assert [exit.code for exit, _ in results] == [2, 2]
+    assert [count for _, count in results] == [1, 0]
+    (error,) = [line for line in results[0][0].err.splitlines() if line.startswith("error: ")]
+    assert message in error + results[0][0].err
+
+
+def test_nodes_with_other_data_are_refused(pool, inputs, tmp_path):
+    other = tiny.write_records(tmp_path / "other.jsonl", 8, seed=1)
+    argvs = [
+        command_line(inputs, tmp_path / str(rank), data) for rank, data in enumerate([inputs / "records.jsonl", other])
+    ]
+    exits = pool.run(_run_as_node, 2, argvs)
+    assert [exit.code for exit in exits] == [2, 2]
+    assert "data must be the same on all nodes, but rank 0 has 8 records and rank 1 has 8" in exits[0].err
+
+
+def test_a_node_without_the_data_ends_all(pool, inputs, tmp_path):
+    argvs = [
+        command_line(inputs, tmp_path / str(rank), data)
+        for rank, data in enumerate([inputs / "records.jsonl", tmp_path / "gone.jsonl"])
+    ]
+    exits = pool.run(_run_as_node, 2, argvs)
+    assert [exit.code for exit in exits] == [2, 2]
+    assert "gone.jsonl) does not exist" in exits[0].err

@@ -1,0 +1,133 @@
+"""The command that shows data, through its command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_psft.data.loader import MicroBatch
+from tests.support import tiny
+from tests.support.cli import REPOSITORY, Exit
+from tools import show_data
+
+RECORD = '{"prompt": "add one", "completion": "two"}\n'
+SHOWN = "<|im_start|>user\nadd one<|im_end|>\n<|im_start|>assistant\n⟦two<|im_end|>⟧\n"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.build_tokenizer(folder / "tokenizer")
+    (folder / "a.jsonl").write_text(RECORD * 3)
+    return folder
+
+
+@pytest.fixture
+def show(inputs, capsys):
+    def run(*flags: str) -> Exit:
+        code = show_data.main(["--tokenizer", str(inputs / "tokenizer"), "--data", str(inputs / "a.jsonl"), *flags])
+        return Exit(code, *capsys.readouterr())
+
+    return run
+
+
+def test_the_command_prints_statistics_and_marked_records(inputs):
+    command = [sys.executable, "tools/show_data.py", "--tokenizer", str(inputs / "tokenizer")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, "--data", str(inputs / "a.jsonl"), "--no-packing", "--rows", "2", "--global-batch-size", "3"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count(SHOWN) == 2
+    assert done.stdout.splitlines()[1].split()[:3] == [str(inputs / "a.jsonl"), "1", "3"]
+    assert "── step 1, row 2: 1 records, " in done.stdout
+    assert "\x1b[" not in done.stdout  # a pipe is no terminal
+
+
+def test_colour_comes_when_asked_for(show):
+    exit = show("--color", "always")
+    assert "assistant\n\x1b[32mtwo<|im_end|>\x1b[0m\n" in exit.out
+    assert "⟦" not in exit.out
+    assert SHOWN in show("--color", "never").out
+
+
+def test_tokens_are_listed_with_position_id_and_label(show, inputs):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
+    lines = show("--tokens", "--rows", "1", "--no-packing").out.splitlines()
+    header = lines.index("position       id  label  text")
+    listed = [line.split(maxsplit=3) for line in lines[header + 1 :]]
+    text = SHOWN.replace("⟦", "").replace("⟧", "")
+    assert [int(token) for _, token, _, _ in listed] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [int(position) for position, *_ in listed] == list(range(len(listed)))
+    labels = [token for _, token, is_label, _ in listed if is_label == "1"]
+    assert tokenizer.decode([int(token) for token in labels]) == "two<|im_end|>"
+
+
+def test_records_of_a_pack_are_told_by_their_positions():
+    """Two records of 3 and 2 tokens, whose last tokens are labels only, and padding."""
+    row = MicroBatch(
+        tokens=torch.tensor([[1, 2, 4, 0]]),
+        labels=torch.tensor([[2, 3, 5, 0]]),
+        loss_mask=torch.tensor([[False, True, True, False]]),
+        position_ids=torch.tensor([[0, 1, 0, 0]]),
+        num_sequences=1,
+        num_tokens=3,
+    )
+    first, second = show_data.records_of(row)
+    assert (first.tokens.tolist(), first.label_mask.tolist()) == ([1, 2, 3], [False, False, True])
+    assert (second.tokens.tolist(), second.label_mask.tolist()) == ([4, 5], [False, True])
+    assert first.tokens.dtype == np.int32
+
+
+def test_a_pack_is_shown_record_by_record(show):
+    exit = show("--rows", "1")
+    assert "── step 1, row 1: 3 records, " in exit.out
+    assert exit.out.count(SHOWN) == 3
+
+
+def test_a_training_command_and_its_config_are_taken(show, tmp_path):
+    (tmp_path / "config.yaml").write_text("lr: 1e-5\nsave: runs/first\nload_hf: model\nshuffle: false\n")
+    exit = show("--config", str(tmp_path / "config.yaml"), "--bf16", "--step", "2")
+    assert exit.code == 0, exit.err
+    assert "── step 2, row 4" in exit.out
+
+
+def test_help_has_examples_and_needs_no_torch():
+    command = [sys.executable, "-X", "importtime", "tools/show_data.py", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert "    python tools/show_data.py --config runs/first/config.yaml\n" in done.stdout
+    assert "--prompt-key" in done.stdout
+    assert " torch\n" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rows", "0"], "rows (0) must be at least 1"),
+        (["--colour", "never"], "unknown argument --colour; did you mean --color?"),
+        (["--tokenizer", "./none"], "tokenizer (./none) must be an existing folder"),
+        (["--data", "none.jsonl"], "data (none.jsonl) does not exist"),
+        (["--seq-length", "3"], "data must hold no record of more than seq_length (3)"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(show, flags, message):
+    exit = show(*flags)
+    assert exit.code == 2
+    (line,) = [line for line in exit.err.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+def test_a_tokenizer_has_to_be_named(inputs, capsys):
+    assert show_data.main(["--data", str(inputs / "a.jsonl")]) == 2
+    assert "missing --tokenizer or --load-hf" in capsys.readouterr().err

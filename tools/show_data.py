@@ -1,0 +1,172 @@
+"""Prints what a training step gets: records decoded, label tokens marked, and the statistics of the data.
+
+Takes the flags, or the config.yaml, of the training run; `--help` has examples.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from megatron_psft.config import Config, WeightsConfig
+from megatron_psft.errors import UserError
+from megatron_psft.flags import parse_flags
+
+if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
+    from transformers import PreTrainedTokenizerBase
+
+    from megatron_psft.data.chat import Example
+    from megatron_psft.data.dataset import TokenizedDataset
+    from megatron_psft.data.loader import BatchLoader, MicroBatch
+
+EXAMPLES = """examples:
+  the first rows of a run, before or after it:
+    python tools/show_data.py --config runs/first/config.yaml
+    python tools/show_data.py --tokenizer Qwen/Qwen2.5-7B-Instruct --data train.jsonl more.parquet=0.3
+  row by row, without shuffling, the ids, positions and labels of each token:
+    python tools/show_data.py --tokenizer DIR --data train.jsonl --no-shuffle --rows 1 --tokens
+  into a pager, in colour:
+    python tools/show_data.py --tokenizer DIR --data train.jsonl --color always | less -R
+
+Flags that say how to train, and not on what, are taken so that a training command can be repeated; they change nothing
+here. In place of colour, ⟦ ⟧ enclose label tokens."""
+
+GREEN, RESET = "\x1b[32m", "\x1b[0m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownWeights(WeightsConfig):
+    """Where the tokenizer comes from. No weights are read."""
+
+    load_hf: str = ""
+    """Hugging Face folder or hub ID; its tokenizer is used where `tokenizer` is absent."""
+    save: str = ""
+    """Run folder of the training command; nothing is written here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """What to print."""
+
+    rows: int = 4
+    """Rows of the global batch to print."""
+    step: int = 1
+    """Optimizer step, from 1, whose global batch is shown."""
+    tokens: bool = False
+    """Print a line per token with its position, id and label instead of the text."""
+    color: Literal["auto", "always", "never"] = "auto"
+    """Green label tokens: on a terminal only, always, or never."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "step"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowDataConfig(Config):
+    """The run's configuration, and what to show of its data."""
+
+    weights: ShownWeights
+    show: ShowConfig = ShowConfig()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints to stdout and returns the exit code: 0, or 2 after a user's mistake."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        show_data(parse_flags(ShowDataConfig, argv, epilog=EXAMPLES))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the pager was left
+        sys.stderr.close()
+    return 0
+
+
+def show_data(config: ShowDataConfig) -> None:
+    """Prints statistics and rows. Raises UserError for data or a tokenizer that training would refuse."""
+    from megatron_psft.data.dataset import build_dataset
+    from megatron_psft.hf import hub
+
+    if not config.weights.tokenizer_source:
+        raise UserError("missing --tokenizer or --load-hf; name the folder or hub ID of the tokenizer")
+    tokenizer = hub.load_tokenizer(hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False))
+    dataset = build_dataset(config.data.data, tokenizer, config.data, seed=config.batch.seed, show_progress=True)
+    print(dataset.statistics())
+    loader = build_loader(config, dataset, tokenizer)
+    in_color = config.show.color == "always" or (config.show.color == "auto" and sys.stdout.isatty())
+    for number, row in enumerate(loader.micro_batches(config.show.step - 1)[: config.show.rows], 1):
+        examples = list(records_of(row))
+        print(f"\n── step {config.show.step}, row {number}: {len(examples)} records, {row.num_tokens} tokens")
+        for example in examples:
+            show = show_tokens if config.show.tokens else show_text
+            show(example, tokenizer, in_color)
+
+
+def build_loader(
+    config: ShowDataConfig, dataset: "TokenizedDataset", tokenizer: "PreTrainedTokenizerBase"
+) -> "BatchLoader":
+    """The run's own loader on one rank, a row at a time: its rows do not depend on the layout."""
+    from megatron_psft.data.loader import BatchLoader, Shard
+    from megatron_psft.data.packing import plan_of
+
+    return BatchLoader(
+        dataset,
+        plan_of(dataset.lengths, config.data),
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=1,
+        shard=Shard(),
+        shuffle_seed=config.batch.seed if config.data.shuffle else None,
+        one_row=config.data.packing,
+        pad_to_multiple_of=1,
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+
+
+def records_of(row: "MicroBatch") -> "Iterator[Example]":
+    """The records of a micro-batch of one row: each starts where positions do. The model never reads a record's last
+    token, which is a label only."""
+    import numpy as np
+
+    from megatron_psft.data.chat import Example
+
+    tokens, labels, mask, positions = (
+        array[0].numpy() for array in (row.tokens, row.labels, row.loss_mask, row.position_ids)
+    )
+    starts = np.flatnonzero(positions[: row.num_tokens] == 0).tolist()
+    for start, stop in zip(starts, [*starts[1:], row.num_tokens], strict=True):
+        yield Example(
+            tokens=np.append(tokens[start:stop], labels[stop - 1]).astype(np.int32),
+            label_mask=np.concatenate([[False], mask[start:stop]]),
+        )
+
+
+def show_text(example: "Example", tokenizer: "PreTrainedTokenizerBase", in_color: bool) -> None:
+    """The decoded record with its labels marked."""
+    from megatron_psft.data.chat import label_runs
+
+    print(f"── record of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels")
+    print("".join(mark(text, in_color) if is_label else text for is_label, text in label_runs(example, tokenizer)))
+
+
+def show_tokens(example: "Example", tokenizer: "PreTrainedTokenizerBase", in_color: bool) -> None:
+    """A line per token: position, id, 1 where it is a label, text."""
+    print(f"── record of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels")
+    print(f"{'position':>8}  {'id':>7}  label  text")
+    for position, (token, is_label) in enumerate(zip(example.tokens.tolist(), example.label_mask, strict=True)):
+        text = repr(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        print(f"{position:>8}  {token:>7}  {int(is_label):>5}  {mark(text, in_color) if is_label else text}")
+
+
+def mark(text: str, in_color: bool) -> str:
+    """The text of label tokens, to be told from others."""
+    if not in_color:
+        return f"⟦{text}⟧"
+    # A pager forgets the colour at the end of a line.
+    return "\n".join(f"{GREEN}{line}{RESET}" for line in text.split("\n"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
