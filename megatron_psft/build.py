@@ -148,10 +148,13 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
 def _window(
     config: Config, train_iters: int, schedule: Schedule, loader: BatchLoader, *, show_progress: bool
 ) -> OldPolicyWindow:
-    def score(step: int) -> list[Tensor]:
-        return [stats.log_probs for stats in schedule.score(loader.micro_batches(step))]
-
     objective = config.objective
+
+    def score(step: int) -> list[Tensor]:
+        scored = schedule.score(loader.micro_batches(step, objective.old_policy_micro_batch_size))
+        # In training's micro-batches, whatever they were scored in.
+        return list(torch.cat([stats.log_probs for stats in scored]).split(loader.micro_batch_size)) if scored else []
+
     interval = train_iters if objective.old_policy_interval == "fixed" else objective.old_policy_interval
     # SFT is warm-up all the way.
     warmup_iters = train_iters if objective.objective == "sft" else objective.sft_warmup_iters

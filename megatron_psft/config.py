@@ -131,10 +131,17 @@ class ObjectiveConfig:
     is at the end of `sft_warmup_iters` for the whole run."""
     sft_warmup_iters: int = 0
     """PSFT: first optimizer steps, trained with plain SFT; windows of the old policy are counted after them."""
+    old_policy_micro_batch_size: int | None = None
+    """PSFT: sequences per forward pass of one model replica when the old policy scores a window; `micro_batch_size`
+    where absent. Any other leaves the ratio after a sync equal to 1 only up to rounding, of bf16 with `bf16`."""
+    fused_head: bool = True
+    """Compute loss and gradient from the last hidden states in chunks of label tokens, and never all of the logits;
+    otherwise from all logits."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "clip_ratio_high")
         _require_at_least(0, self, "sft_warmup_iters")
+        _require_at_least(1, self, "old_policy_micro_batch_size")
         if self.old_policy_interval != "fixed":
             _require_at_least(1, self, "old_policy_interval")
 
@@ -258,11 +265,6 @@ class Config:
     recompute: RecomputeConfig = RecomputeConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    def num_microbatches(self, world_size: int) -> int:
-        """Forward passes of each model replica per optimizer step."""
-        sequences_per_pass = self.batch.micro_batch_size * self.parallel.data_parallel_size(world_size)
-        return self.batch.global_batch_size // sequences_per_pass
-
 
 def parse_config(argv: Sequence[str]) -> Config:
     """Builds the configuration from command-line flags and, below them in rank, the YAML file they name with --config.
@@ -317,17 +319,26 @@ def _validate_batch(config: Config, world_size: int) -> None:
             f"world_size ({world_size}) must be a multiple of tensor_model_parallel_size * "
             f"pipeline_model_parallel_size ({parallel.model_parallel_size}); change one of them"
         )
-    sequences_per_pass = batch.micro_batch_size * parallel.data_parallel_size(world_size)
-    if batch.global_batch_size % sequences_per_pass:
+    _validate_micro_batches(config, world_size, "micro_batch_size", batch.micro_batch_size)
+    if config.objective.old_policy_micro_batch_size is not None:
+        name = "old_policy_micro_batch_size"
+        _validate_micro_batches(config, world_size, name, config.objective.old_policy_micro_batch_size)
+
+
+def _validate_micro_batches(config: Config, world_size: int, name: str, micro_batch_size: int) -> None:
+    """Whether a global batch can be cut into passes of `micro_batch_size`, which is field `name`."""
+    parallel, global_batch_size = config.parallel, config.batch.global_batch_size
+    sequences_per_pass = micro_batch_size * parallel.data_parallel_size(world_size)
+    if global_batch_size % sequences_per_pass:
         raise UserError(
-            f"global_batch_size ({batch.global_batch_size}) must be a multiple of micro_batch_size * "
+            f"global_batch_size ({global_batch_size}) must be a multiple of {name} * "
             f"data_parallel_size ({sequences_per_pass}); change one of them"
         )
-    stages, num_microbatches = parallel.pipeline_model_parallel_size, config.num_microbatches(world_size)
-    if parallel.num_layers_per_virtual_pipeline_stage is not None and num_microbatches % stages:
+    stages, passes = parallel.pipeline_model_parallel_size, global_batch_size // sequences_per_pass
+    if parallel.num_layers_per_virtual_pipeline_stage is not None and passes % stages:
         raise UserError(
-            f"num_microbatches ({num_microbatches}) must be a multiple of pipeline_model_parallel_size ({stages}) "
-            "where num_layers_per_virtual_pipeline_stage is set; change global_batch_size or micro_batch_size"
+            f"num_microbatches ({passes}) must be a multiple of pipeline_model_parallel_size ({stages}) "
+            f"where num_layers_per_virtual_pipeline_stage is set; change global_batch_size or {name}"
         )
 
 
@@ -355,8 +366,10 @@ def _validate_effects(config: Config) -> None:
     if not data.valid_data:
         _refuse_if_set(data, "without valid_data", "eval_interval", "eval_iters")
     if objective.objective == "sft":
-        names = ("clip_ratio_high", "old_policy_interval", "sft_warmup_iters")
+        names = ("clip_ratio_high", "old_policy_interval", "sft_warmup_iters", "old_policy_micro_batch_size")
         _refuse_if_set(objective, "with objective sft", *names)
+    if objective.old_policy_interval == 1:
+        _refuse_if_set(objective, "with old_policy_interval 1", "old_policy_micro_batch_size")
     if optimizer.lr_decay_style == "constant":
         _refuse_if_set(optimizer, "with lr_decay_style constant", "min_lr")
     if optimizer.lr_decay_style != "WSD":

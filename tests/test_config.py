@@ -122,7 +122,6 @@ def test_derived_sizes() -> None:
     config = parse(*layout, "--global-batch-size", "48", "--micro-batch-size", "2")
     assert config.parallel.model_parallel_size == 4
     assert config.parallel.data_parallel_size(world_size=16) == 4
-    assert config.num_microbatches(world_size=16) == 6  # 48 / (2 * 4)
 
 
 def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
@@ -330,6 +329,19 @@ def test_a_sound_configuration_is_valid(world_size: int, flags: str) -> None:
             "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 3",
             "num_microbatches (3) must be a multiple of pipeline_model_parallel_size (2) where "
             "num_layers_per_virtual_pipeline_stage is set; change global_batch_size or micro_batch_size",
+        ),
+        (
+            2,
+            "--global-batch-size 12 --old-policy-micro-batch-size 4",
+            "global_batch_size (12) must be a multiple of old_policy_micro_batch_size * data_parallel_size (8); "
+            "change one of them",
+        ),
+        (
+            2,
+            "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 12 "
+            "--old-policy-micro-batch-size 4",
+            "num_microbatches (3) must be a multiple of pipeline_model_parallel_size (2) where "
+            "num_layers_per_virtual_pipeline_stage is set; change global_batch_size or old_policy_micro_batch_size",
         ),
     ],
 )

@@ -124,18 +124,20 @@ class BatchLoader:
         """Padded length of global batch `step`: the same on every rank and micro-batch, as a pipeline needs."""
         return -(-self.unpadded_length(step) // self._pad_to_multiple_of) * self._pad_to_multiple_of
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's part of global batch `step`, counted from 0; on the CPU."""
+    def micro_batches(self, step: int, micro_batch_size: int | None = None) -> list[MicroBatch]:
+        """This rank's part of global batch `step`, counted from 0, in micro-batches of the loader's size or of another;
+        on the CPU."""
+        micro_batch_size = micro_batch_size or self.micro_batch_size
         seq_length = self.seq_length(step)
         indices = self._record_indices(step)[self._first_row : self._first_row + self.rows_per_rank]
         return [
             collate(
-                [self._dataset[int(index)] for index in indices[row : row + self.micro_batch_size]],
-                batch_size=self.micro_batch_size,
+                [self._dataset[int(index)] for index in indices[row : row + micro_batch_size]],
+                batch_size=micro_batch_size,
                 seq_length=seq_length,
                 pad_token_id=self._pad_token_id,
             )
-            for row in range(0, self.rows_per_rank, self.micro_batch_size)
+            for row in range(0, self.rows_per_rank, micro_batch_size)
         ]
 
     def _record_indices(self, step: int) -> NDArray[np.int64]:
