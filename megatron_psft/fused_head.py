@@ -26,7 +26,7 @@ tokens: the gradient of one log-probability is taken from its own loss."""
 # Bytes of fp32 logits that exist at a time. CPU: where the products and sweeps of a chunk run fastest
 # (docs/performance.md), and little beside the weight. CUDA (not measured): a chunk has to have some thousand rows for
 # the products to be worth more than the pass over the weight's gradient that each chunk makes.
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 
 # Columns of the weight's gradient that are summed at a time where products come in bf16 and sums are kept in fp32, and
 # rows of logits that are moved at a time: what lies between is small beside a chunk.
