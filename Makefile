@@ -8,7 +8,7 @@ PINS = $(shell $(BIN)/python -c 'import sys; print("py310-py311" if sys.version_
 CONSTRAINTS = constraints/$(PINS).txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow lint format bench bench-gpu clean
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -42,6 +42,18 @@ lint: install ## Check format, style, types, spelling and file sizes
 format: install ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+BENCHMARKS = head psft_overhead scaling vs_trl
+
+$(VENV)/.installed-bench: $(STAMP)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[bench]'
+	touch $@
+
+bench: $(VENV)/.installed-bench ## Measure on this machine's CPU, one JSON line per figure, against the peers that run there
+	@for name in $(BENCHMARKS); do $(BIN)/python -W ignore benchmarks/$$name.py --size cpu || exit 1; done
+
+bench-gpu: $(VENV)/.installed-bench ## The same in sizes for a GPU
+	@for name in $(BENCHMARKS); do $(BIN)/python -W ignore benchmarks/$$name.py --size gpu || exit 1; done
 
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -45,6 +45,7 @@ setup(
         "rl": ["trl", "math-verify"],
         "eval": ["lm-eval", "math-verify"],
         "demo": ["matplotlib"],
+        "bench": ["cut-cross-entropy", "liger-kernel", "trl"],  # the peers that benchmarks/ measures
         "dev": [
             "codespell",
             "hypothesis",
@@ -53,6 +54,8 @@ setup(
             "pre-commit-hooks",
             "pytest",
             "ruff",
+            # A torch for CPUs comes without it; its interpreter runs the kernels in tests.
+            "triton; platform_system == 'Linux'",
             "types-PyYAML",
         ],
     },

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_psft import __version__
 from megatron_psft.checkpoint import TrainState, load_checkpoint
-from megatron_psft.config import Config, config_to_yaml, validate_train_iters
+from megatron_psft.config import Config, config_to_yaml
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.loader import BatchLoader, Shard
@@ -31,6 +31,7 @@ from megatron_psft.platform import Platform
 from megatron_psft.resume import Identity, find_checkpoint
 from megatron_psft.schedule import Schedule
 from megatron_psft.trainer import Run, train
+from megatron_psft.validation import validate_train_iters
 
 log = logging.getLogger(__name__)
 
@@ -212,14 +213,19 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
 def _window(
     config: Config, train_iters: int, schedule: Schedule, loader: BatchLoader, parallel: Parallel
 ) -> OldPolicyWindow:
-    def score(step: int) -> list[Tensor]:
-        return [stats.log_probs for stats in schedule.score(loader.micro_batches(step))]
-
     def prepare(steps: Sequence[int]) -> None:
         kept = sum(loader.positions_per_rank(step) for step in steps) * torch.float32.itemsize
         check_host_memory(kept, len(steps), parallel)
 
     objective = config.objective
+
+    def score(step: int) -> list[Tensor]:
+        size = objective.old_policy_micro_batch_size
+        scored = [stats.log_probs for stats in schedule.score(loader.micro_batches(step, size))]
+        if not scored or size in (None, loader.micro_batch_size):
+            return scored
+        return loader.from_packs(step, loader.to_packs(step, scored, size))
+
     interval = train_iters if objective.old_policy_interval == "fixed" else objective.old_policy_interval
     # SFT is warm-up all the way.
     warmup_iters = train_iters if objective.objective == "sft" else objective.sft_warmup_iters

@@ -1,4 +1,4 @@
-"""The run's configuration: one frozen dataclass per section, and the rules that fields keep.
+"""The run's configuration: one frozen dataclass per section. Rules across sections are in validation.py.
 
 Every field is a flag (`global_batch_size` is `--global-batch-size`) and a YAML key. The string below a field is its
 documentation here and its `--help` text. Nothing is rewritten after parsing; derived values are methods and properties.
@@ -143,10 +143,17 @@ class ObjectiveConfig:
     is at the end of `sft_warmup_iters` for the whole run."""
     sft_warmup_iters: int = 0
     """PSFT: first optimizer steps, trained with plain SFT; windows of the old policy are counted after them."""
+    old_policy_micro_batch_size: int | None = None
+    """PSFT: sequences per forward pass of one model replica when the old policy scores a window; `micro_batch_size`
+    where absent. Any other leaves the ratio after a sync equal to 1 only up to rounding, of bf16 with `bf16`."""
+    fused_head: bool = True
+    """Compute loss and gradient from the last hidden states in chunks of label tokens, and never all of the logits;
+    otherwise from all logits."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "clip_ratio_high")
         _require_at_least(0, self, "sft_warmup_iters")
+        _require_at_least(1, self, "old_policy_micro_batch_size")
         if self.old_policy_interval != "fixed":
             _require_at_least(1, self, "old_policy_interval")
 
@@ -277,16 +284,11 @@ class Config:
     recompute: RecomputeConfig = RecomputeConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    def num_microbatches(self, world_size: int) -> int:
-        """Forward passes of each model replica per optimizer step."""
-        sequences_per_pass = self.batch.micro_batch_size * self.parallel.data_parallel_size(world_size)
-        return self.batch.global_batch_size // sequences_per_pass
-
 
 def parse_config(argv: Sequence[str]) -> Config:
     """Builds the configuration from command-line flags and, below them in rank, the YAML file they name with --config.
 
-    Raises UserError for unknown names, wrong types and values out of range. Rules across fields are `validate`'s.
+    Raises UserError for unknown names, wrong types and values out of range. Rules across fields are in validation.py.
     """
     return parse_flags(Config, argv)
 
@@ -296,104 +298,3 @@ def config_to_yaml(config: Config) -> str:
     return "\n".join(
         f"# {section}\n{yaml.safe_dump(values, sort_keys=False)}" for section, values in asdict(config).items()
     )
-
-
-def validate(config: Config, world_size: int) -> None:
-    """Raises UserError for the first rule across fields that `config` breaks on `world_size` ranks."""
-    _validate_batch(config, world_size)
-    _validate_needs(config)
-    _validate_effects(config)
-    if config.batch.train_iters is not None:
-        validate_train_iters(config, config.batch.train_iters)
-
-
-def validate_train_iters(config: Config, train_iters: int) -> None:
-    """Raises UserError where a phase of the run does not fit into its steps.
-
-    `validate` calls it where `train_iters` is set; with `epochs` the caller does, once the data has told the steps.
-    """
-    phases = {
-        "lr_warmup_iters": config.optimizer.lr_warmup_iters,
-        "sft_warmup_iters": config.objective.sft_warmup_iters,
-    }
-    for name, steps in phases.items():
-        if steps >= train_iters:
-            raise UserError(f"{name} ({steps}) must be below the number of training steps ({train_iters}); change one")
-    warmup, decay = config.optimizer.lr_warmup_iters, config.optimizer.lr_wsd_decay_iters
-    if decay is not None and warmup + decay > train_iters:
-        raise UserError(
-            f"lr_wsd_decay_iters ({decay}) plus lr_warmup_iters ({warmup}) must be at most the number of training "
-            f"steps ({train_iters}); change one of them"
-        )
-
-
-def _validate_batch(config: Config, world_size: int) -> None:
-    parallel, batch = config.parallel, config.batch
-    if (batch.train_iters is None) == (batch.epochs is None):
-        raise UserError(f"train_iters ({batch.train_iters}) or epochs ({batch.epochs}) must be set, and not both")
-    if world_size % parallel.model_parallel_size:
-        raise UserError(
-            f"world_size ({world_size}) must be a multiple of tensor_model_parallel_size * "
-            f"pipeline_model_parallel_size * context_parallel_size ({parallel.model_parallel_size}); change one of them"
-        )
-    sequences_per_pass = batch.micro_batch_size * parallel.data_parallel_size(world_size)
-    if batch.global_batch_size % sequences_per_pass:
-        raise UserError(
-            f"global_batch_size ({batch.global_batch_size}) must be a multiple of micro_batch_size * "
-            f"data_parallel_size ({sequences_per_pass}); change one of them"
-        )
-    stages, num_microbatches = parallel.pipeline_model_parallel_size, config.num_microbatches(world_size)
-    if parallel.num_layers_per_virtual_pipeline_stage is not None and num_microbatches % stages:
-        raise UserError(
-            f"num_microbatches ({num_microbatches}) must be a multiple of pipeline_model_parallel_size ({stages}) "
-            "where num_layers_per_virtual_pipeline_stage is set; change global_batch_size or micro_batch_size"
-        )
-
-
-def _validate_needs(config: Config) -> None:
-    """Refuses fields that lack another one, or contradict it."""
-    data, optimizer, recompute = config.data, config.optimizer, config.recompute
-    if data.valid_data and data.eval_interval is None:
-        raise UserError(f"valid_data ({' '.join(data.valid_data)}) needs eval_interval; set both or neither")
-    if data.prompt_key == data.completion_key:
-        raise UserError(f"prompt_key ({data.prompt_key}) must differ from completion_key; change one of them")
-    if optimizer.min_lr > optimizer.lr:
-        raise UserError(f"min_lr ({optimizer.min_lr}) must be at most lr ({optimizer.lr}); change one of them")
-    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
-        raise UserError("lr_decay_style (WSD) needs lr_wsd_decay_iters; set it or choose another style")
-    if recompute.recompute_granularity == "full":
-        for name in ("recompute_method", "recompute_num_layers"):
-            if getattr(recompute, name) is None:
-                raise UserError(f"recompute_granularity (full) needs {name}; set it or choose selective")
-
-
-def _validate_effects(config: Config) -> None:
-    """Refuses fields that were set although another one leaves them without effect."""
-    data, objective, optimizer = config.data, config.objective, config.optimizer
-    parallel, recompute = config.parallel, config.recompute
-    if not data.valid_data:
-        _refuse_if_set(data, "without valid_data", "eval_interval", "eval_iters")
-    if objective.objective == "sft":
-        names = ("clip_ratio_high", "old_policy_interval", "sft_warmup_iters")
-        _refuse_if_set(objective, "with objective sft", *names)
-    if optimizer.lr_decay_style == "constant":
-        _refuse_if_set(optimizer, "with lr_decay_style constant", "min_lr")
-    if optimizer.lr_decay_style != "WSD":
-        _refuse_if_set(optimizer, f"with lr_decay_style {optimizer.lr_decay_style}", "lr_wsd_decay_iters")
-    if parallel.tensor_model_parallel_size == 1:
-        _refuse_if_set(parallel, "with tensor_model_parallel_size 1", "sequence_parallel")
-    if parallel.pipeline_model_parallel_size == 1:
-        _refuse_if_set(parallel, "with pipeline_model_parallel_size 1", "num_layers_per_virtual_pipeline_stage")
-    if not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
-        reason = "without use_distributed_optimizer and overlap_grad_reduce"
-        _refuse_if_set(parallel, reason, "overlap_param_gather")
-    if recompute.recompute_granularity != "full":
-        reason = "without recompute_granularity full"
-        _refuse_if_set(recompute, reason, "recompute_method", "recompute_num_layers")
-
-
-def _refuse_if_set(section: object, reason: str, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value != getattr(type(section), name):  # a dataclass keeps its defaults as class attributes
-            raise UserError(f"{name} ({value}) has no effect {reason}; change one of them")

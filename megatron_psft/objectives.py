@@ -3,7 +3,7 @@
 Every function works on any shape, elementwise over label tokens; `log_probs` are natural-log probabilities in fp32.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -37,8 +37,24 @@ def policy_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A token loss with its settings."""
+
+    name: ObjectiveName
+    clip_ratio_high: float
+    """Upper half-width of the clip, which SFT only reports."""
+
+    def token_loss(self, log_probs: Tensor, old_log_probs: Tensor | None) -> Tensor:
+        """Loss of each label token. Without `old_log_probs` the old policy is the current one, so that r = 1."""
+        if self.name == "sft":
+            return sft_loss(log_probs)
+        old_log_probs = log_probs.detach() if old_log_probs is None else old_log_probs
+        return psft_loss(log_probs, old_log_probs, clip_ratio_high=self.clip_ratio_high)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchSums:
-    """Sums over the label tokens of one micro-batch: scalars, fp32, on the device. Only `loss` carries a gradient.
+    """Sums over the label tokens of one micro-batch: scalars, fp32, on the device, without a gradient.
 
     Sums, and not means, because micro-batches and data-parallel ranks hold different numbers of label tokens: the one
     division is by the tokens of the global batch.
@@ -55,56 +71,31 @@ class BatchSums:
     ratio_max: Tensor
     """A maximum, not a sum."""
 
-    def detached(self) -> "BatchSums":
-        """The same numbers without the graph."""
-        return BatchSums(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
-
 
 def batch_sums(
-    objective: ObjectiveName,
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    entropy: Tensor,
-    loss_mask: Tensor,
-    *,
-    clip_ratio_high: float,
+    loss: Tensor, log_probs: Tensor, old_log_probs: Tensor | None, entropy: Tensor, *, clip_ratio_high: float
 ) -> BatchSums:
-    """Loss and metrics of a micro-batch.
+    """Metrics of the label tokens of a micro-batch, which may have none.
 
     Args:
-        objective: which token loss.
-        log_probs: of the labels, any shape, fp32.
+        loss: the sum of their losses.
+        log_probs: of the labels, `[n]`, fp32, without a gradient.
         old_log_probs: the same under the old policy; None where the old policy is the current one, so that r = 1.
-        entropy: of the next-token distribution, nats, same shape.
-        loss_mask: bool, true where a label counts. What the other inputs hold elsewhere, infinities and NaN included,
-            reaches
-            neither loss nor gradient: it is replaced before any exponential.
+        entropy: of the next-token distributions, nats, `[n]`.
         clip_ratio_high: upper half-width of the clip.
     """
-    zero = torch.zeros((), dtype=log_probs.dtype, device=log_probs.device)
-    log_probs = torch.where(loss_mask, log_probs, zero)
-    current = log_probs.detach()
-    old_log_probs = current if old_log_probs is None else torch.where(loss_mask, old_log_probs, zero)
-    if objective == "sft":
-        token_loss = sft_loss(log_probs)
-    else:
-        token_loss = psft_loss(log_probs, old_log_probs, clip_ratio_high=clip_ratio_high)
-
-    ratio = policy_ratio(current, old_log_probs)
+    old_log_probs = log_probs if old_log_probs is None else old_log_probs
+    ratio = policy_ratio(log_probs, old_log_probs)
     # fp64: near r = 1, where training mostly is, the divergence is the small difference of larger numbers.
-    log_ratio = (current - old_log_probs).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = (log_probs - old_log_probs).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     approx_kl = torch.expm1(log_ratio) - log_ratio
-
-    def masked_sum(values: Tensor) -> Tensor:
-        return torch.where(loss_mask, values, zero).sum()
-
     return BatchSums(
-        loss=masked_sum(token_loss),
-        nll=-current.sum(),
-        entropy=masked_sum(entropy.detach()),
-        ratio=masked_sum(ratio),
-        clipped=(loss_mask & (ratio > 1.0 + clip_ratio_high)).sum().to(log_probs.dtype),
+        loss=loss,
+        nll=-log_probs.sum(),
+        entropy=entropy.sum(),
+        ratio=ratio.sum(),
+        clipped=(ratio > 1.0 + clip_ratio_high).sum().to(log_probs.dtype),
         approx_kl=approx_kl.sum().to(log_probs.dtype),
-        loss_tokens=loss_mask.sum().to(log_probs.dtype),
-        ratio_max=torch.where(loss_mask, ratio, zero).max(),
+        loss_tokens=log_probs.new_full((), len(log_probs)),
+        ratio_max=ratio.max() if len(ratio) else ratio.new_zeros(()),
     )

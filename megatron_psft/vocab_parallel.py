@@ -1,6 +1,7 @@
 """Log-probability of the labels, and entropy, from logits whose vocabulary is split over the tensor-parallel group.
 
-Dimension letters: s sequence, b batch, v columns of the vocabulary on this rank, V columns of the true vocabulary.
+Dimension letters: s sequence, b batch, n label tokens, v columns of the vocabulary on this rank, V columns of the true
+vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -9,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_psft.kernels.portable import ShardSums, shard_gradient_, shard_sums_
+
 
 class LabelStats(NamedTuple):
-    """What an objective needs to know of each label; fp32 `[b, s]`, the same on every tensor-parallel rank."""
+    """What an objective needs to know of each label; fp32, the same on every tensor-parallel rank."""
 
     log_probs: Tensor
     """log pi(label | context), natural logarithm, normalized over the true vocabulary; differentiable."""
@@ -19,8 +22,56 @@ class LabelStats(NamedTuple):
     """Entropy of the full next-token distribution, nats; a metric, carries no gradient."""
 
 
+class ShardSoftmax(NamedTuple):
+    """What turns a rank's exponentials into the gradient of its logits; fp32 `[n]`."""
+
+    maximum: Tensor
+    """This rank's largest logit."""
+    share: Tensor
+    """exp(logit - maximum) times this is the probability of a column of this rank."""
+    other_probs: Tensor
+    """1 - p of the label, summed from the other tokens' probabilities: by subtraction it has half of its digits at p =
+    0.9999, and SFT is full of such tokens."""
+
+    def gradient_factors(self, grad_log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the logits in the form that `shard_gradient_` takes: `scale` and `label_gradient`."""
+        return -grad_log_probs * self.share, grad_log_probs * self.other_probs
+
+
+def shard_width(num_columns: int, vocab_size: int, rank: int) -> int:
+    """True columns among the `num_columns` of a rank. Padding stands at the end; a rank may hold nothing else."""
+    return min(max(vocab_size - rank * num_columns, 0), num_columns)
+
+
+def join_shards(sums: ShardSums, group: dist.ProcessGroup) -> tuple[LabelStats, ShardSoftmax]:
+    """Makes the statistics over all columns out of each rank's sums; collective over the group that splits them.
+
+    The one communication is a small all-gather, after which every rank adds the same numbers in the same order.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    own = gathered = torch.stack(sums)
+    if size > 1:
+        gathered = own.new_empty(size * own.shape[0], own.shape[1])
+        dist.all_gather_into_tensor(gathered, own, group=group)
+    maximum, others, label_weight, weighted, label_logit = gathered.view(size, *own.shape).unbind(dim=1)
+    top = maximum.amax(dim=0)
+    shift = maximum - top
+    rebase = shift.exp()
+    # A rank of padding alone has the lowest number there is for a maximum, and nothing to add.
+    weighted = torch.where(rebase > 0, (weighted + shift * (others + label_weight)) * rebase, 0.0).sum(dim=0)
+    others, label_weight = (others * rebase).sum(dim=0), (label_weight * rebase).sum(dim=0)
+    normalizer = others + label_weight
+    log_probs = torch.where(
+        label_weight > others,
+        -torch.log1p(others / label_weight),
+        label_logit.sum(dim=0) - top - normalizer.log(),
+    )
+    stats = LabelStats(log_probs, normalizer.log() - weighted / normalizer)
+    return stats, ShardSoftmax(sums.maximum, rebase[rank] / normalizer, others / normalizer)
+
+
 def label_stats(logits: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup) -> LabelStats:
-    """Returns log-probabilities and entropy of `labels` without gathering the vocabulary.
+    """Returns log-probabilities and entropy of `labels`, `[b, s]`, without gathering the vocabulary.
 
     Args:
         logits: `[s, b, v]`, any float dtype; rank r of `group` holds columns `r * v` to `(r + 1) * v`.
@@ -28,9 +79,7 @@ def label_stats(logits: Tensor, labels: Tensor, *, vocab_size: int, group: dist.
         vocab_size: true vocabulary size V. Columns from V on are padding and get no probability and no gradient.
         group: tensor-parallel group over which the vocabulary is split.
 
-    The softmax is taken in fp32 whatever the dtype of the logits. For the label's own logit the gradient `1 - p` is
-    summed from the other tokens' probabilities: by subtraction it has half of its digits at p = 0.9999, and SFT is full
-    of such tokens.
+    The softmax is taken in fp32 whatever the dtype of the logits.
     """
     log_probs, entropy = _VocabParallelLabelStats.apply(logits, labels.transpose(0, 1), vocab_size, group)
     return LabelStats(log_probs.transpose(0, 1), entropy.transpose(0, 1))
@@ -41,46 +90,24 @@ class _VocabParallelLabelStats(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
-        columns = logits.shape[-1]
-        first_column = dist.get_rank(group) * columns
-        shifted = logits.to(torch.float32, copy=True)
-        # Padding stands at the end; a rank may hold nothing else. Not -inf, which times probability zero is NaN.
-        shifted[..., max(vocab_size - first_column, 0) :] = torch.finfo(torch.float32).min
-        maximum = shifted.amax(dim=-1, keepdim=True)
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        shifted -= maximum
-
-        local_labels = labels - first_column
-        owned = (local_labels >= 0) & (local_labels < columns)
-        label_index = local_labels.clamp(0, columns - 1).unsqueeze(-1)
-        label_logit = torch.where(owned, shifted.gather(-1, label_index).squeeze(-1), 0.0)
-        probs = shifted.exp()
-        weighted_logits = shifted.mul_(probs).sum(dim=-1)
-        # The label's weight stays out of the sum of the others: 1 - p and log p of a confident token are made of the
-        # rest.
-        label_weight = probs.gather(-1, label_index).squeeze(-1)
-        probs.scatter_(-1, label_index, torch.where(owned, 0.0, label_weight).unsqueeze(-1))
-        sums = torch.stack([probs.sum(dim=-1), torch.where(owned, label_weight, 0.0), weighted_logits, label_logit])
-        probs.scatter_(-1, label_index, label_weight.unsqueeze(-1))
-        dist.all_reduce(sums, group=group)
-        others, label_weight, weighted_logits, label_logit = sums
-        normalizer = others + label_weight
-        is_likely = label_weight > others
-        log_probs = torch.where(is_likely, -torch.log1p(others / label_weight), label_logit - normalizer.log())
-        entropy = normalizer.log() - weighted_logits / normalizer
-
-        probs /= normalizer.unsqueeze(-1)
-        ctx.save_for_backward(probs, others / normalizer, label_index, owned)
-        ctx.logits_dtype = logits.dtype
+        num_columns, rank = logits.shape[-1], dist.get_rank(group)
+        width = shard_width(num_columns, vocab_size, rank)
+        values = logits[..., :width].to(torch.float32, copy=True).flatten(0, 1)
+        label_index = labels.flatten() - rank * num_columns
+        stats, softmax = join_shards(shard_sums_(values, label_index), group)
+        ctx.save_for_backward(values, label_index, *softmax)
+        ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
+        log_probs, entropy = (column.view(labels.shape) for column in stats)
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:
-        probs, other_probs, label_index, owned = ctx.saved_tensors
-        grad = probs * -grad_log_probs.unsqueeze(-1)
-        label_grad = other_probs * grad_log_probs
-        other_grad = grad.gather(-1, label_index).squeeze(-1)
-        grad.scatter_(-1, label_index, torch.where(owned, label_grad, other_grad).unsqueeze(-1))
-        return grad.to(ctx.logits_dtype), None, None, None
+        values, label_index, *softmax = ctx.saved_tensors
+        factors = ShardSoftmax(*softmax).gradient_factors(grad_log_probs.flatten())
+        # In place, for a third of the memory; autograd refuses a second backward pass for it.
+        shard_gradient_(values, softmax[0], *factors, label_index)
+        gradient = values.new_zeros(ctx.logits_shape, dtype=ctx.logits_dtype)
+        gradient.flatten(0, 1)[:, : values.shape[1]] = values
+        return gradient, None, None, None

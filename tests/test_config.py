@@ -1,4 +1,4 @@
-"""Flags, the YAML file, and the rules of the configuration."""
+"""Flags, the YAML file, and the rules of single fields."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_psft.config import Config, WeightsConfig, config_to_yaml, parse_config, validate, validate_train_iters
+from megatron_psft.config import Config, WeightsConfig, config_to_yaml, parse_config
 from megatron_psft.errors import UserError
 
 REQUIRED = {"load_hf": "hf", "save": "run", "data": "train.jsonl"}
@@ -122,7 +122,6 @@ def test_derived_sizes() -> None:
     config = parse(*layout, "--global-batch-size", "48", "--micro-batch-size", "2")
     assert config.parallel.model_parallel_size == 4
     assert config.parallel.data_parallel_size(world_size=16) == 4
-    assert config.num_microbatches(world_size=16) == 6  # 48 / (2 * 4)
 
 
 def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
@@ -289,123 +288,7 @@ def test_ranges_hold_without_a_command_line_too() -> None:
         WeightsConfig(load_hf="hf", save="run", keep_last=0)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "flags"),
-    [
-        (1, "--train-iters 10"),
-        (1, "--epochs 3 --lr-warmup-iters 50 --sft-warmup-iters 50"),  # too long only if the data turns out short
-        (1, "--train-iters 10 --objective sft"),
-        (1, "--train-iters 10 --valid-data v.jsonl --eval-interval 5 --eval-iters 2"),
-        (1, "--train-iters 10 --lr-decay-style constant --lr-warmup-iters 9 --sft-warmup-iters 9"),
-        (1, "--train-iters 10 --lr 0"),
-        (1, "--train-iters 10 --lr-decay-style WSD --lr-warmup-iters 4 --lr-wsd-decay-iters 6"),
-        (1, "--train-iters 10 --recompute-granularity selective"),
-        (1, "--train-iters 10 --recompute-granularity full --recompute-method block --recompute-num-layers 1"),
-        (8, "--train-iters 10 --micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
-        (8, "--train-iters 10 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
-        (2, "--train-iters 10 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
-    ],
-)
-def test_a_sound_configuration_is_valid(world_size: int, flags: str) -> None:
-    validate(parse(*flags.split()), world_size)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "flags", "message"),
-    [
-        (
-            6,
-            "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
-            "world_size (6) must be a multiple of tensor_model_parallel_size * pipeline_model_parallel_size * "
-            "context_parallel_size (4); change one of them",
-        ),
-        (
-            6,
-            "--context-parallel-size 4",
-            "world_size (6) must be a multiple of tensor_model_parallel_size * pipeline_model_parallel_size * "
-            "context_parallel_size (4); change one of them",
-        ),
-        (
-            8,
-            "--context-parallel-size 2 --global-batch-size 6",
-            "global_batch_size (6) must be a multiple of micro_batch_size * data_parallel_size (4); change one of them",
-        ),
-        (
-            32,
-            "--global-batch-size 96 --micro-batch-size 2",
-            "global_batch_size (96) must be a multiple of micro_batch_size * data_parallel_size (64); "
-            "change one of them",
-        ),
-        (
-            2,
-            "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 3",
-            "num_microbatches (3) must be a multiple of pipeline_model_parallel_size (2) where "
-            "num_layers_per_virtual_pipeline_stage is set; change global_batch_size or micro_batch_size",
-        ),
-    ],
-)
-def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int, flags: str, message: str) -> None:
-    with pytest.raises(UserError) as error:
-        validate(parse("--train-iters", "10", *flags.split()), world_size)
-    assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--valid-data v.jsonl", "valid_data (v.jsonl) needs eval_interval"),
-        ("--eval-interval 5", "eval_interval (5) has no effect without valid_data"),
-        ("--eval-iters 5", "eval_iters (5) has no effect without valid_data"),
-        ("--prompt-key text --completion-key text", "prompt_key (text) must differ from completion_key"),
-        ("--objective sft --clip-ratio-high 0.2", "clip_ratio_high (0.2) has no effect with objective sft"),
-        ("--objective sft --old-policy-interval 4", "old_policy_interval (4) has no effect with objective sft"),
-        ("--objective sft --sft-warmup-iters 1", "sft_warmup_iters (1) has no effect with objective sft"),
-        ("--lr 1e-6 --min-lr 1e-5", "min_lr (1e-05) must be at most lr (1e-06)"),
-        ("--lr-decay-style constant --min-lr 1e-7", "min_lr (1e-07) has no effect with lr_decay_style constant"),
-        ("--lr-decay-style WSD", "lr_decay_style (WSD) needs lr_wsd_decay_iters"),
-        ("--lr-wsd-decay-iters 5", "lr_wsd_decay_iters (5) has no effect with lr_decay_style cosine"),
-        (
-            "--lr-decay-style WSD --lr-warmup-iters 5 --lr-wsd-decay-iters 6",
-            "lr_wsd_decay_iters (6) plus lr_warmup_iters (5) must be at most the number of training steps (10)",
-        ),
-        ("--lr-warmup-iters 10", "lr_warmup_iters (10) must be below the number of training steps (10)"),
-        ("--sft-warmup-iters 10", "sft_warmup_iters (10) must be below the number of training steps (10)"),
-        ("--sequence-parallel", "sequence_parallel (True) has no effect with tensor_model_parallel_size 1"),
-        (
-            "--num-layers-per-virtual-pipeline-stage 1",
-            "num_layers_per_virtual_pipeline_stage (1) has no effect with pipeline_model_parallel_size 1",
-        ),
-        ("--overlap-param-gather --overlap-grad-reduce", "overlap_param_gather (True) has no effect without use_dist"),
-        ("--overlap-param-gather --use-distributed-optimizer", "overlap_param_gather (True) has no effect without"),
-        ("--recompute-method block", "recompute_method (block) has no effect without recompute_granularity full"),
-        ("--recompute-granularity selective --recompute-num-layers 2", "recompute_num_layers (2) has no effect"),
-        (
-            "--recompute-granularity full --recompute-num-layers 2",
-            "recompute_granularity (full) needs recompute_method",
-        ),
-        ("--recompute-granularity full --recompute-method block", "recompute_granularity (full) needs recompute_num_"),
-    ],
-)
-def test_fields_that_contradict_each_other_are_refused(flags: str, message: str) -> None:
-    with pytest.raises(UserError) as error:
-        validate(parse("--train-iters", "10", *flags.split()), world_size=1)
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("flags", [[], ["--train-iters", "10", "--epochs", "2"]])
-def test_the_length_of_a_run_is_given_exactly_once(flags: list[str]) -> None:
-    with pytest.raises(UserError, match="must be set, and not both"):
-        validate(parse(*flags), world_size=1)
-
-
-def test_phases_are_checked_against_steps_that_the_data_told() -> None:
-    config = parse("--epochs", "2", "--lr-warmup-iters", "50")
-    validate_train_iters(config, train_iters=51)
-    with pytest.raises(UserError, match=r"lr_warmup_iters \(50\) must be below the number of training steps \(50\)"):
-        validate_train_iters(config, train_iters=50)
-
-
 def test_importing_the_configuration_loads_no_numeric_library() -> None:
     heavy = {"torch", "numpy", "transformers", "megatron", "megatron.core", "datasets"}
-    script = f"import sys, megatron_psft.config; print(*{heavy} & set(sys.modules))"
+    script = f"import sys, megatron_psft.validation; print(*{heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", script], text=True).split() == []

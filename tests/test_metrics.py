@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
 from megatron_psft.metrics import METRICS_FILE, EvalSums, Report, reduce_metrics
-from megatron_psft.objectives import BatchSums, batch_sums
+from megatron_psft.objectives import BatchSums, Objective, batch_sums
 from megatron_psft.vocab_parallel import LabelStats
 
 LAYOUTS = {"PP2 DP2": (1, 2), "TP2 DP2": (2, 1), "TP2 PP2": (2, 2), "DP4": (1, 1)}
@@ -62,10 +62,12 @@ def entered(tensor_size: int, pipeline_size: int):
 
 
 def _sums(entries) -> list[BatchSums]:
-    return [
-        batch_sums("psft", stats.log_probs, old, stats.entropy, batch.loss_mask, clip_ratio_high=CLIP)
-        for batch, stats, old in entries
-    ]
+    sums = []
+    for batch, stats, old in entries:
+        log_probs, entropy, old = (values[batch.loss_mask] for values in (*stats, old))
+        loss = Objective(name="psft", clip_ratio_high=CLIP).token_loss(log_probs, old).sum()
+        sums.append(batch_sums(loss, log_probs, old, entropy, clip_ratio_high=CLIP))
+    return sums
 
 
 def _reduce(tensor_size: int, pipeline_size: int):

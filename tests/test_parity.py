@@ -181,6 +181,24 @@ def test_sft_follows_the_reference(pool, inputs, tmp_path, layout):
     assert_same_logits(tmp_path / "hf", model)
 
 
+@pytest.mark.parametrize(("family", "layout"), [("qwen2", "1"), ("qwen3", "tp2-sp"), ("qwen3", "tp2-pp2-dp2")])
+def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, layout):
+    wanted, model = expected(inputs, family, **PSFT)
+    flags = ["--old-policy-interval", "4", "--no-fused-head"]
+    found = train(pool, inputs, family, tmp_path, *flags, layout=layout)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+
+
+@pytest.mark.parametrize("layout", ["1", "dp2-overlapped"])
+def test_the_old_policy_may_score_in_other_micro_batches(pool, inputs, tmp_path, layout):
+    wanted, _ = expected(inputs, "qwen2", **PSFT)
+    flags = ["--old-policy-interval", "4", "--old-policy-micro-batch-size", "4"]
+    found = train(pool, inputs, "qwen2", tmp_path, *flags, layout=layout)
+    assert_same_run(found, wanted)
+    assert [line["ratio_max"] for line in found[::4]] == [1.0, 1.0, 1.0]
+
+
 def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
     sft = train(pool, inputs, "qwen2", tmp_path / "sft", "--objective", "sft")
     psft = train(pool, inputs, "qwen2", tmp_path / "psft", "--old-policy-interval", "1")
@@ -231,6 +249,14 @@ def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_
         ratios = [(line["ratio_mean"], line["ratio_max"]) for line in lines[::2]]
         assert ratios == [(1.0, 1.0)] * (len(lines) // 2)
         assert all(line["old_policy_seconds"] > 0.001 for line in lines[::2])
+
+
+def test_passes_in_other_micro_batches_give_ratio_one_up_to_rounding(pool, inputs, tmp_path):
+    flags = ["--micro-batch-size", "1", "--old-policy-micro-batch-size", "4"]
+    (lines,) = pool.run(_train_with_forced_passes, 1, tmp_path, inputs, flags)
+    for line in lines[::2]:
+        assert (line["ratio_mean"], line["ratio_max"]) == pytest.approx((1.0, 1.0), abs=1e-5)
+        assert line["clip_fraction"] == 0.0
 
 
 def _train_with_forced_passes(save: Path, inputs: Path, layout: list[str]) -> list[dict[str, float]]:

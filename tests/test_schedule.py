@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_psft.config import BatchConfig, Config, DataConfig, OptimizerConfig, ParallelConfig, WeightsConfig
+from megatron_psft.config import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    WeightsConfig,
+)
 from megatron_psft.data.chat import Example
 from megatron_psft.data.loader import MicroBatch, collate
 from megatron_psft.objectives import BatchSums
@@ -121,7 +129,7 @@ def batches(folder) -> dict[str, Batch]:
 
 
 @contextmanager
-def ready(folder: Path, parallel_config: ParallelConfig):
+def ready(folder: Path, parallel_config: ParallelConfig, *, fused_head: bool = True):
     """Place, model chunks, schedule and optimizer of this rank of a pool, for the length of a block."""
     from megatron_psft import parallel, platform
     from megatron_psft.hf.weights import SafetensorsFolder, fill_parameters
@@ -136,6 +144,7 @@ def ready(folder: Path, parallel_config: ParallelConfig):
         batch=BatchConfig(train_iters=10),
         optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant"),
         parallel=parallel_config,
+        objective=ObjectiveConfig(fused_head=fused_head),
     )
     here, shape = platform.detect(0), read_shape(folder)
     with parallel.process_group(here, int(os.environ["WORLD_SIZE"])):
@@ -225,6 +234,43 @@ def test_the_gradient_is_that_of_the_mean_over_all_label_tokens(pool, folder, ba
             # Without an old policy of its own, SFT is told the same one: the metrics are of both.
             found = totals([sums[name, objective] for sums in results])
             assert found == pytest.approx(expected, rel=1e-4), (name, objective)
+
+
+def _fused_calls(folder: Path, batch: Batch, fused_head: bool):
+    """How often each function of the fused head was called in training and in scoring."""
+    from megatron_psft.model import head
+
+    calls = []
+
+    def watched(function):
+        def call(*args, **kwargs):
+            calls.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return call
+
+    originals = head.fused_loss, head.fused_label_stats
+    head.fused_loss, head.fused_label_stats = map(watched, originals)
+    try:
+        with ready(folder, ParallelConfig(), fused_head=fused_head) as run:
+            _, gradients = train(run, batch, "psft")
+            scores = run.schedule.score(batch.micro_batches)
+    finally:
+        head.fused_loss, head.fused_label_stats = originals
+    return calls, gradients, scores
+
+
+def test_the_fused_head_is_a_choice_that_changes_no_result(pool, folder, batches):
+    batch = batches["a masked micro-batch"]
+    ((calls, gradients, scores),) = pool.run(_fused_calls, 1, folder, batch, True)
+    ((no_calls, plain_gradients, plain_scores),) = pool.run(_fused_calls, 1, folder, batch, False)
+    assert calls == ["fused_loss"] * 4 + ["fused_label_stats"] * 4
+    assert no_calls == []
+    for name, gradient in gradients.items():
+        scale = float(plain_gradients[name].abs().max())
+        torch.testing.assert_close(gradient, plain_gradients[name], rtol=0, atol=2e-6 * scale)
+    for stats, plain_stats in zip(scores, plain_scores, strict=True):
+        torch.testing.assert_close(stats, plain_stats, rtol=1e-6, atol=2e-6)
 
 
 def _check_window_start(folder: Path, config: ParallelConfig, batch: Batch):

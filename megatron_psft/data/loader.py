@@ -170,11 +170,11 @@ class BatchLoader:
         """Tokens of the longest pack: the same for every layout."""
         return max(int(self._plan.lengths[pack].sum()) for pack in self._packs(step))
 
-    def seq_length(self, step: int) -> int:
+    def seq_length(self, step: int, micro_batch_size: int | None = None) -> int:
         """Padded length of the rows of global batch `step`, over all context-parallel ranks: the same on every rank and
         micro-batch, as a pipeline needs."""
         sizes = [self._aligned(pack) for pack in self._packs(step)]
-        rows = 1 if not self._one_row else self.micro_batch_size
+        rows = (micro_batch_size or self.micro_batch_size) if self._one_row else 1
         longest = max(sum(sizes[first : first + rows]) for first in range(0, len(sizes), rows))
         return -(-longest // self._row_multiple) * self._row_multiple
 
@@ -183,55 +183,62 @@ class BatchLoader:
         rows = self.packs_per_rank // (self.micro_batch_size if self._one_row else 1)
         return rows * self.seq_length(step) // self._shard.context_size
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's part of global batch `step`, counted from 0; on the CPU."""
-        seq_length = self.seq_length(step)
+    def micro_batches(self, step: int, micro_batch_size: int | None = None) -> list[MicroBatch]:
+        """This rank's part of global batch `step`, counted from 0, in micro-batches of the loader's size or of another;
+        on the CPU."""
+        micro_batch_size = micro_batch_size or self.micro_batch_size
+        seq_length = self.seq_length(step, micro_batch_size)
         return [
             fill_rows(
                 [self._dataset[int(record)] for pack in packs for record in pack],
-                self._layout(packs, seq_length),
+                self._layout(packs, seq_length, micro_batch_size),
                 self._pad_token_id,
             )
-            for packs in self._micro_batch_packs(step)
+            for packs in self._micro_batch_packs(step, micro_batch_size)
         ]
 
-    def to_packs(self, step: int, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    def to_packs(self, step: int, values: Sequence[torch.Tensor], micro_batch_size: int | None = None) -> torch.Tensor:
         """Brings values of this rank's positions into an order that no layout has a part in.
 
         Args:
             step: of the global batch.
             values: per micro-batch, shaped as its tokens.
+            micro_batch_size: of these micro-batches; the loader's where None.
 
         Returns:
             `[packs_per_rank, unpadded_length(step)]`, a pack's tokens without padding in each row. Zero stands for what
             other context-parallel ranks have, so that their sum is complete.
         """
         flat = torch.zeros(self.packs_per_rank * self.unpadded_length(step), dtype=values[0].dtype)
-        for places, part in zip(self._places(step), values, strict=True):
+        places_of = self._places(step, micro_batch_size or self.micro_batch_size)
+        for places, part in zip(places_of, values, strict=True):
             flat[places[places >= 0]] = part.cpu()[places >= 0]
         return flat.view(self.packs_per_rank, -1)
 
     def from_packs(self, step: int, rows: torch.Tensor) -> list[torch.Tensor]:
         """The reverse of `to_packs`, on any rank of any layout: this rank's part, zero where there is padding."""
         flat = rows.flatten()
-        return [torch.where(places >= 0, flat[places.clamp(min=0)], 0) for places in self._places(step)]
+        return [
+            torch.where(places >= 0, flat[places.clamp(min=0)], 0)
+            for places in self._places(step, self.micro_batch_size)
+        ]
 
-    def _places(self, step: int) -> list[torch.Tensor]:
+    def _places(self, step: int, micro_batch_size: int) -> list[torch.Tensor]:
         """The place in `to_packs` of each of this rank's positions, -1 for padding; int64, a tensor per micro-batch."""
-        seq_length, width = self.seq_length(step), self.unpadded_length(step)
+        seq_length, width = self.seq_length(step, micro_batch_size), self.unpadded_length(step)
         places, row = [], 0
-        for packs in self._micro_batch_packs(step):
+        for packs in self._micro_batch_packs(step, micro_batch_size):
             arrays = []
             for pack in packs:
                 ends = row * width + np.cumsum(self._plan.lengths[pack])
                 arrays += [np.arange(end - n, end) for end, n in zip(ends, self._plan.lengths[pack], strict=True)]
                 row += 1
-            places.append(torch.from_numpy(self._layout(packs, seq_length).place(arrays, padding=-1)))
+            places.append(torch.from_numpy(self._layout(packs, seq_length, micro_batch_size).place(arrays, padding=-1)))
         return places
 
-    def _layout(self, packs: Sequence[NDArray[np.int64]], seq_length: int) -> RowLayout:
+    def _layout(self, packs: Sequence[NDArray[np.int64]], seq_length: int, micro_batch_size: int) -> RowLayout:
         if not self._one_row:
-            return separate_rows(sum(map(len, packs)), rows=self.micro_batch_size, seq_length=seq_length)
+            return separate_rows(sum(map(len, packs)), rows=micro_batch_size, seq_length=seq_length)
         lengths = [int(length) for pack in packs for length in self._plan.lengths[pack]]
         shard = self._shard
         return packed_row(
@@ -241,10 +248,9 @@ class BatchLoader:
     def _aligned(self, pack: NDArray[np.int64]) -> int:
         return sum(aligned_length(int(length), self._shard.context_size) for length in self._plan.lengths[pack])
 
-    def _micro_batch_packs(self, step: int) -> list[list[NDArray[np.int64]]]:
+    def _micro_batch_packs(self, step: int, size: int) -> list[list[NDArray[np.int64]]]:
         """The packs of each micro-batch of this rank; fewer, or none, at the end of the last batch without `wrap`."""
         own = self._packs(step)[self._shard.data_rank * self.packs_per_rank :][: self.packs_per_rank]
-        size = self.micro_batch_size
         return [own[first : first + size] for first in range(0, self.packs_per_rank, size)]
 
     def _packs(self, step: int) -> list[NDArray[np.int64]]:

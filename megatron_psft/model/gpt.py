@@ -1,6 +1,7 @@
 """Builds Megatron-Core's `GPTModel` for a shape, wrapped for data parallelism."""
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -24,11 +25,11 @@ from torch.nn import functional as F
 
 from megatron_psft.config import Config
 from megatron_psft.errors import UserError
+from megatron_psft.model.head import HeadInputs, HeadOutput, OutputLayer, plain_head
 from megatron_psft.model.layers import Attention, RMSNorm
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.parallel import Parallel
 from megatron_psft.platform import Platform
-from megatron_psft.vocab_parallel import LabelStats, label_stats
 
 # Each rank's part of the vocabulary is a multiple of 128, which matrix units like. Padding for 8 ranks even on fewer
 # makes the padded size the same for every tensor-parallel size that divides 8, so that checkpoints move freely between
@@ -37,13 +38,26 @@ VOCAB_ALIGNMENT, VOCAB_RANKS = 128, 8
 
 
 class PolicyModel(GPTModel):
-    """A `GPTModel` whose forward with labels returns `LabelStats` in place of cross-entropy."""
+    """A `GPTModel` that takes `HeadInputs` for labels and returns `HeadOutput` in place of cross-entropy."""
 
-    true_vocab_size: int
+    def __init__(self, *, true_vocab_size: int, fused_head: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.true_vocab_size = true_vocab_size
+        self.fused_head = fused_head
+        if self.post_process:
+            assert type(self.output_layer) is ColumnParallelLinear
+            # `GPTModel` builds the layer and asks for no class. This one holds nothing more.
+            self.output_layer.__class__ = OutputLayer
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> LabelStats:
-        """`labels` `[b, s]`, `logits` `[s, b, v]` (this rank's columns) to log-probabilities and entropy `[b, s]`."""
-        return label_stats(logits, labels, vocab_size=self.true_vocab_size, group=self.pg_collection.tp)
+    def _postprocess(self, hidden_states: Tensor, *, labels: HeadInputs | None, **rest: Any) -> Any:
+        if not (self.fused_head and self.post_process and labels is not None):
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight, inputs=labels, vocab_size=self.true_vocab_size)
+
+    def compute_language_model_loss(self, labels: HeadInputs, logits: Tensor) -> HeadOutput:
+        """Without the fused head: from `logits` `[s, b, v]`, this rank's columns of all of them."""
+        return plain_head(logits, labels, vocab_size=self.true_vocab_size, group=self.pg_collection.tp)
 
 
 def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
@@ -186,8 +200,9 @@ def _build_chunk(
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         vp_stage=vp_stage,
+        true_vocab_size=shape.vocab_size,
+        fused_head=config.objective.fused_head,
     )
-    model.true_vocab_size = shape.vocab_size
     _mark_sharded_weights(model)
     _scale_rope(model, shape)
     return model

@@ -119,7 +119,16 @@ def measure_model(rank, folder: Path, bf16: bool) -> dict:
     place = rank.parallel
     chunks, shape = rank.build(folder, bf16=bf16)
     schedule = Schedule(chunks=chunks, device=place.device, clip_ratio_high=0.28)
-    scores = [schedule.score(make_batches(seed, place.data_rank, place.data_size)) for seed in (2, 3)]
+    # Of every position, padding too, as if all had labels.
+    scores = [
+        schedule.score(
+            [
+                replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
+                for batch in make_batches(seed, place.data_rank, place.data_size)
+            ]
+        )
+        for seed in (2, 3)
+    ]
     optimizer = build_optimizer(make_config(rank.layout, bf16=bf16), chunks)
     schedule.zero_grad()
     schedule.train(make_batches(2, place.data_rank, place.data_size), None, objective="sft")

@@ -1,0 +1,119 @@
+"""What all benchmarks share: fresh processes for every measurement, and one JSON line per figure."""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the tests' tiny models, and the package of this checkout
+
+
+def emit(name: str, value: float | None, unit: str, **details: Any) -> None:
+    """Prints one figure; `value` None where something does not run here, with the reason among the details."""
+    rounded = None if value is None else float(f"{value:.5g}")
+    print(json.dumps({"name": name, "value": rounded, "unit": unit, **details}), flush=True)
+
+
+def emit_machine() -> None:
+    """Prints what the figures were measured on, as a figure of its own."""
+    if torch.cuda.is_available():
+        emit("machine", torch.cuda.device_count(), "GPUs", device=torch.cuda.get_device_name(), torch=torch.__version__)
+    else:
+        threads = torch.get_num_threads()
+        emit("machine", threads, "threads", device=platform.processor() or platform.machine(), torch=torch.__version__)
+
+
+def parse_size(description: str | None) -> str:
+    """The one flag of every benchmark: `cpu` sizes take minutes on two cores, `gpu` sizes need a GPU."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size", choices=("cpu", "gpu"), default="cpu")
+    return parser.parse_args().size
+
+
+class FailedError(Exception):
+    """A measurement that could not be made; the text is the last line of its error."""
+
+
+def in_fresh_process(function: Callable[[dict[str, Any]], Any], spec: dict[str, Any], *, ranks: int = 1) -> Any:
+    """Calls `function(spec)`, of a script of this folder, in new processes joined as torchrun would; rank 0's result.
+
+    The threads of this machine are shared out among the ranks.
+    """
+    call = [sys.executable, "-W", "ignore", __file__, Path(sys.modules[function.__module__].__file__ or "").stem]
+    call += [function.__name__, json.dumps(spec)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = max(1, torch.get_num_threads() // ranks)
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(
+            call,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate() for process in processes]
+    for process, (_, error) in zip(processes, outputs, strict=True):
+        if process.returncode:
+            raise FailedError((error.strip().splitlines() or ["killed"])[-1][:300])
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+class Meter:
+    """Seconds of a block, and by how much it raised the peak of this process's memory.
+
+    On the CPU the growth of the peak resident set, kept by the kernel; on CUDA the growth of the allocator's peak.
+    """
+
+    seconds = peak_bytes = 0.0
+
+    def __enter__(self) -> "Meter":
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts over at what is resident now
+            self._before = _status_bytes("VmRSS")
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._started
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
+        self.peak_bytes = peak - self._before
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def _serve() -> None:
+    import importlib
+
+    module, function, spec = sys.argv[1:]
+    print(json.dumps(getattr(importlib.import_module(module), function)(json.loads(spec))))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,83 @@
+"""A random Qwen2, a tokenizer and word problems about as long as GSM8K's, for benchmarks of whole training steps."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_NAMES = ("Ada", "Emmy", "Carl", "Leonhard", "Sofia", "Bernhard")
+_THINGS = ("apples", "stamps", "marbles", "tickets", "pencils", "bricks")
+_STEPS = ("first", "then", "after that", "at last")
+
+
+def write_model(folder: Path, *, hidden_size: int, num_layers: int, vocab_size: int) -> Path:
+    """Writes a random Qwen2 of usual proportions."""
+    from tests.support import tiny
+
+    return tiny.build_model(
+        folder,
+        "qwen2",
+        hidden_size=hidden_size,
+        intermediate_size=8 * hidden_size // 3 // 64 * 64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=max(1, hidden_size // 256),
+        vocab_size=vocab_size,
+        max_position_embeddings=4096,
+    )
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Writes a byte-level tokenizer of 200 tokens; ids beyond are known to the model alone."""
+    from tests.support import tiny
+
+    return tiny.build_tokenizer(folder)
+
+
+def write_problems(path: Path, count: int, *, seed: int = 0) -> Path:
+    """Writes records of prompt and completion; the tokenizer above makes some 150 and 200 tokens of them."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            file.write(json.dumps(_problem(rng)) + "\n")
+    return path
+
+
+def _problem(rng: random.Random) -> dict[str, str]:
+    name, thing, total = rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(10, 99)
+    prompt, completion = [f"{name} has {total} {thing}."], []
+    for step in _STEPS[: rng.randint(1, len(_STEPS))]:
+        change = rng.randint(2, 99)
+        prompt.append(f"{step} {name} gets {change} more.")
+        completion.append(f"{step} we add {change} to {total} and so there are {total + change} {thing}.")
+        total += change
+    prompt.append(f"how many {thing} does {name} have?")
+    return {"prompt": " ".join(prompt), "completion": " ".join([*completion, f"the answer is {total}."])}
+
+
+def write_texts(path: Path, count: int, *, words: int) -> Path:
+    """Writes records of about `words` tokens, half of them labels."""
+    from tests.support import tiny
+
+    rng = random.Random(0)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            prompt, completion = (" ".join(rng.choices(tiny.WORDS, k=words // 4)) for _ in range(2))
+            file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    return path
+
+
+@contextmanager
+def training_run(argv: Sequence[Any]) -> Iterator[Any]:
+    """A run of the command line `argv`, ready to make steps, in this process alone."""
+    from megatron_psft import build, parallel, platform
+    from megatron_psft.config import parse_config
+    from megatron_psft.validation import validate
+
+    config = parse_config([str(value) for value in argv])
+    validate(config, 1)
+    place = platform.detect(0)
+    with parallel.process_group(place, 1):
+        yield build.build_run(config, build.read_inputs(config, show_progress=False), place)

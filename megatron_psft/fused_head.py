@@ -1,0 +1,283 @@
+"""Output layer, softmax and token loss in one: log-probs and gradients of labels without ever holding all the logits.
+
+The logits of a few hundred label tokens exist at a time. Where the loss of a token follows from its own
+log-probability, its gradient is formed right there, in the forward pass and in the place of the logits: three matrix
+products in all, as many as the plain path has, and no logits to keep or to compute again. A token without a gradient,
+as one that PSFT has clipped, takes no part in two of the three.
+
+Dimension letters: n label tokens, h hidden size, v columns of the vocabulary on this rank, with padding.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_psft.kernels import ShardPasses, shard_passes
+from megatron_psft.vocab_parallel import LabelStats, ShardSoftmax, join_shards, shard_width
+
+TokenLoss = Callable[[LabelStats, slice], Tensor]
+"""Loss of each of some label tokens, `[m]`, from their statistics and from which of the n they are. It must not mix
+tokens: the gradient of one log-probability is taken from its own loss."""
+
+# Bytes of fp32 logits that exist at a time. CPU: where the products and sweeps of a chunk run fastest
+# (docs/performance.md), and little beside the weight. CUDA (not measured): a chunk has to have some thousand rows for
+# the products to be worth more than the pass over the weight's gradient that each chunk makes.
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+
+# Columns of the weight's gradient that are summed at a time where products come in bf16 and sums are kept in fp32, and
+# rows of logits that are moved at a time: what lies between is small beside a chunk.
+_SUMMED_COLUMNS, _MOVED_ROWS = 16384, 32
+
+
+class FusedLoss(NamedTuple):
+    """Loss and statistics of n label tokens."""
+
+    loss: Tensor
+    """Sum of the token losses, fp32 scalar; carries the gradient."""
+    stats: LabelStats
+    """`[n]`, without a gradient."""
+
+
+def fused_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_loss: TokenLoss, *, vocab_size: int, group: dist.ProcessGroup
+) -> FusedLoss:
+    """The summed token loss of label tokens, its gradients formed on the way; collective over `group`.
+
+    Where `weight` has a `main_grad`, as Megatron-Core's data-parallel wrapper gives it, the gradient of the weight is
+    added to it in this very call. Then the loss must be propagated back once, with gradient 1; anything else raises
+    in the backward pass.
+
+    Args:
+        hidden: `[n, h]`, last hidden states at the label tokens; n may be 0.
+        weight: `[v, h]` of the same dtype; rank r of `group` holds rows `r * v` to `(r + 1) * v` of the matrix.
+        labels: `[n]` int64 ids below `vocab_size`.
+        token_loss: the objective.
+        vocab_size: true vocabulary size; rows from there on are padding: no probability, no gradient.
+        group: tensor-parallel group over which the vocabulary is split. The gradient of `hidden` is this rank's part of
+            a sum over it.
+    """
+    shard = _Shard.of(weight, vocab_size, group)
+    assert torch.is_grad_enabled(), "without gradients there is nothing to fuse: use fused_label_stats"
+    loss, *stats = _FusedLoss.apply(hidden, weight, labels, shard, token_loss)
+    return FusedLoss(loss, LabelStats(*stats))
+
+
+def fused_label_stats(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup
+) -> LabelStats:
+    """Statistics of label tokens, `[n]`: to score them, or for an objective that weighs a token by others; collective.
+
+    `log_probs` is differentiable: the backward pass computes the logits again, chunk by chunk, at the price of a fourth
+    matrix product. Arguments are those of `fused_loss`.
+    """
+    return LabelStats(*_FusedLabelStats.apply(hidden, weight, labels, _Shard.of(weight, vocab_size, group)))
+
+
+class _Chunk(NamedTuple):
+    """Some of the label tokens, `[m]`, with their logits."""
+
+    rows: slice
+    """Which of the n."""
+    values: Tensor
+    """`[m, columns]`, what the first pass has made of the logits."""
+    label_index: Tensor
+    stats: LabelStats
+    softmax: ShardSoftmax
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """This rank's columns of the vocabulary."""
+
+    weight: Tensor
+    """`[columns, h]`, those of the true vocabulary, without the graph."""
+    num_columns: int
+    """With padding, the same on all ranks."""
+    first_column: int
+    group: dist.ProcessGroup
+    passes: ShardPasses
+
+    @classmethod
+    def of(cls, weight: Tensor, vocab_size: int, group: dist.ProcessGroup) -> "_Shard":
+        num_columns, rank = len(weight), dist.get_rank(group)
+        return cls(
+            weight=weight.detach()[: shard_width(num_columns, vocab_size, rank)],
+            num_columns=num_columns,
+            first_column=rank * num_columns,
+            group=group,
+            passes=shard_passes(weight.device),
+        )
+
+    def chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[_Chunk]:
+        """Computes logits and softmax of some rows at a time, all in the same memory; collective: every rank of the
+        group has the same rows, and cuts them by a number of columns that is the same too."""
+        size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * self.num_columns))
+        # Rows as long as with padding: matrix units want them aligned, and a true vocabulary may be odd.
+        memory = hidden.new_empty(min(size, len(labels)), self.num_columns)[:, : len(self.weight)]
+        for start in range(0, len(labels), size):
+            rows = slice(start, min(start + size, len(labels)))
+            logits = torch.mm(hidden[rows], self.weight.t(), out=memory[: rows.stop - start])
+            label_index = labels[rows] - self.first_column
+            values, sums = self.passes.sums(logits, label_index)
+            stats, softmax = join_shards(sums, self.group)
+            yield _Chunk(rows, values, label_index, stats, softmax)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradients:
+    """Where the gradients of a call go."""
+
+    hidden: Tensor
+    """`[n, h]`, in the dtype of the hidden states."""
+    weight: Tensor
+    """`[v, h]`, added to: the weight's `main_grad`, or zeros in fp32 where it has none."""
+    is_main_grad: bool
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor) -> "_Gradients":
+        main_grad = getattr(weight, "main_grad", None)
+        zeros = torch.zeros(weight.shape, device=weight.device) if main_grad is None else main_grad
+        return cls(hidden=torch.empty_like(hidden), weight=zeros, is_main_grad=main_grad is not None)
+
+    def add_chunk(self, shard: _Shard, chunk: _Chunk, hidden: Tensor, grad_log_probs: Tensor) -> None:
+        """Forms the gradient of a chunk's logits in their place, and both products with it.
+
+        Args:
+            shard: whose columns the logits are of.
+            chunk: used up.
+            hidden: `[n, h]`, all rows.
+            grad_log_probs: `[m]`, of the loss by the log-probabilities of the chunk.
+        """
+        hidden, grad_hidden = hidden[chunk.rows], self.hidden[chunk.rows]
+        # The host has to know their number. A GPU waits for it, once a chunk, and saves two products for each row.
+        active = grad_log_probs.nonzero().squeeze(1)
+        if len(active) == len(grad_log_probs):
+            gradient = self._logit_gradient(shard, chunk, grad_log_probs)
+            torch.mm(gradient, shard.weight, out=grad_hidden)
+        else:
+            chunk, order = _without_inactive_rows(chunk, active)
+            gradient = self._logit_gradient(shard, chunk, grad_log_probs[order])
+            hidden = hidden[order]
+            grad_hidden.zero_()
+            grad_hidden[order] = torch.mm(gradient, shard.weight)
+        _add_product_(self.weight[: len(shard.weight)], gradient.t(), hidden)
+
+    def _logit_gradient(self, shard: _Shard, chunk: _Chunk, grad_log_probs: Tensor) -> Tensor:
+        scale, label_gradient = chunk.softmax.gradient_factors(grad_log_probs)
+        gradient = shard.passes.gradient(chunk.values, chunk.softmax.maximum, scale, label_gradient, chunk.label_index)
+        return gradient.to(self.hidden.dtype)
+
+    def returned(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What a backward function returns for hidden states and weight, all times `scale` (scalar) if given."""
+        if not self.is_main_grad:
+            factor = 1.0 if scale is None else scale
+            return self.hidden * factor, (self.weight * factor).to(weight.dtype)
+        if scale is not None:
+            torch._assert_async(scale == 1, "the fused head's loss must be propagated back with gradient 1")
+        return self.hidden, _added_to_main_grad(weight)
+
+
+def _without_inactive_rows(chunk: _Chunk, active: Tensor) -> tuple[_Chunk, Tensor]:
+    """Moves the last active rows into the places of inactive ones, within the chunk's memory.
+
+    Returns:
+        The chunk of active rows alone, and the row of `chunk` that each of them was.
+    """
+    order = torch.arange(len(active), device=active.device)
+    movers = active[active >= len(active)]
+    is_free = torch.ones_like(order, dtype=torch.bool)
+    is_free[active[: len(active) - len(movers)]] = False
+    free = is_free.nonzero().squeeze(1)
+    order[free] = movers
+    for source, place in zip(movers.split(_MOVED_ROWS), free.split(_MOVED_ROWS), strict=True):
+        chunk.values[place] = chunk.values[source]
+    return chunk._replace(
+        values=chunk.values[: len(active)],
+        label_index=chunk.label_index[order],
+        softmax=ShardSoftmax(*(column[order] for column in chunk.softmax)),
+    ), order
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, where `total` may be fp32 and the factors bf16."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for start in range(0, len(total), _SUMMED_COLUMNS):
+        part = slice(start, start + _SUMMED_COLUMNS)
+        total[part] += left[part] @ right
+
+
+def _added_to_main_grad(weight: Tensor) -> Tensor | None:
+    """Megatron-Core's protocol for a gradient that is in `main_grad` already: a flag, and a tensor that fires the
+    parameter's hook and is not read."""
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    # Tied to the embedding of the same stage: its gradient fires the hook, and is added.
+    return None if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def _differentiate(token_loss: TokenLoss, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    """Summed loss of the chunk, and its gradient by the chunk's log-probabilities."""
+    log_probs = chunk.stats.log_probs.requires_grad_()
+    with torch.enable_grad():
+        loss = token_loss(chunk.stats, chunk.rows).sum()
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    log_probs.requires_grad_(False)
+    return loss.detach(), gradient
+
+
+def _join(stats: list[LabelStats], like: Tensor) -> LabelStats:
+    nothing = like.new_zeros(0, dtype=torch.float32)
+    return (
+        LabelStats(*(torch.cat([nothing, *column]) for column in zip(*stats, strict=True)))
+        if stats
+        else (LabelStats(nothing, nothing.clone()))
+    )
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, token_loss: TokenLoss
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradients = _Gradients.of(hidden, weight)
+        loss, stats = hidden.new_zeros((), dtype=torch.float32), []
+        for chunk in shard.chunks(hidden, labels):
+            chunk_loss, grad_log_probs = _differentiate(token_loss, chunk)
+            gradients.add_chunk(shard, chunk, hidden, grad_log_probs)
+            loss += chunk_loss
+            stats.append(chunk.stats)
+        ctx.gradients, ctx.weight = gradients, weight
+        log_probs, entropy = _join(stats, hidden)
+        ctx.mark_non_differentiable(log_probs, entropy)
+        return loss, log_probs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *ctx.gradients.returned(ctx.weight, grad_loss), None, None, None
+
+
+class _FusedLabelStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.shard = shard
+        log_probs, entropy = _join([chunk.stats for chunk in shard.chunks(hidden, labels)], hidden)
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_log_probs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels = ctx.saved_tensors
+        gradients = _Gradients.of(hidden, weight)
+        for chunk in ctx.shard.chunks(hidden, labels):
+            gradients.add_chunk(ctx.shard, chunk, hidden, grad_log_probs[chunk.rows])
+        return *gradients.returned(weight), None, None

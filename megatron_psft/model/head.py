@@ -1,0 +1,108 @@
+"""The end of the model: from the last hidden states to the loss and the statistics of the label tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_psft.fused_head import TokenLoss, fused_label_stats, fused_loss
+from megatron_psft.vocab_parallel import LabelStats, label_stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadInputs:
+    """What the head is asked about a micro-batch, whose label tokens are numbered along `[s, b]`, as hidden states
+    lie."""
+
+    labels: Tensor
+    """`[b, s]` int64."""
+    label_positions: Tensor
+    """`[n]` int64, ascending, the positions in flattened `[s, b]` whose label counts."""
+    token_loss: TokenLoss | None
+    """The objective; None to score only."""
+
+    @property
+    def label_ids(self) -> Tensor:
+        """`[n]`."""
+        return select_labels(self.labels, self.label_positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOutput:
+    """The answer. Megatron-Core passes it on as it is, through its wrappers and its schedules."""
+
+    stats: LabelStats
+    """`[n]`, the same on every tensor-parallel rank."""
+    loss: Tensor | None
+    """Sum of the token losses, fp32 scalar; None where no objective was given."""
+
+
+def label_positions(loss_mask: Tensor) -> Tensor:
+    """`[b, s]` bool to `HeadInputs.label_positions`. Waits for the device that the mask is on: ask on the CPU."""
+    return loss_mask.t().flatten().nonzero().squeeze(1)
+
+
+def select_labels(values: Tensor, positions: Tensor) -> Tensor:
+    """`[b, s]` to the label tokens' `[n]`."""
+    return values.t().flatten()[positions]
+
+
+def place_labels(values: Tensor, positions: Tensor, loss_mask: Tensor) -> Tensor:
+    """`[n]` back to `[b, s]`, with zeros where no label counts."""
+    batch, seq = loss_mask.shape
+    placed = values.new_zeros(seq * batch)
+    placed[positions] = values
+    return placed.view(seq, batch).t().contiguous()
+
+
+def plain_head(logits: Tensor, inputs: HeadInputs, *, vocab_size: int, group: dist.ProcessGroup) -> HeadOutput:
+    """The reference for `OutputLayer`, from all logits `[s, b, v]`."""
+    every = label_stats(logits, inputs.labels, vocab_size=vocab_size, group=group)
+    stats = LabelStats(*(select_labels(values, inputs.label_positions) for values in every))
+    if inputs.token_loss is None:
+        return HeadOutput(stats=stats, loss=None)
+    loss = inputs.token_loss(stats, slice(0, len(inputs.label_positions))).sum()
+    return HeadOutput(stats=LabelStats(stats.log_probs.detach(), stats.entropy), loss=loss)
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Megatron-Core's output layer, with a forward that ends in the loss where it is told the labels.
+
+    It is the layer's own forward, and not a function of its weight, because Megatron-Core gathers the weight in hooks
+    of that forward (`overlap_param_gather`).
+    """
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        inputs: HeadInputs | None = None,
+        vocab_size: int | None = None,
+    ) -> Any:
+        """With `inputs` and `vocab_size` (the true one): `[s, b, h]` to `HeadOutput`; without: to logits."""
+        if inputs is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        assert vocab_size is not None
+        # Both are the identity without tensor parallelism, and sum the gradient over the group on the way back.
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(input_, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        rows = hidden.flatten(0, 1).index_select(0, inputs.label_positions)
+        weight = self.weight if weight is None else weight
+        assert weight is not None
+        labels = inputs.label_ids
+        if inputs.token_loss is None or not torch.is_grad_enabled():
+            stats = fused_label_stats(rows, weight, labels, vocab_size=vocab_size, group=self.tp_group)
+            return HeadOutput(stats=stats, loss=None)
+        loss, stats = fused_loss(rows, weight, labels, inputs.token_loss, vocab_size=vocab_size, group=self.tp_group)
+        return HeadOutput(stats=stats, loss=loss)

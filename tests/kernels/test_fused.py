@@ -1,0 +1,96 @@
+"""The Triton kernels against the same functions in PyTorch: on a GPU, or under Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_psft.kernels import portable
+
+triton = pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def both(logits, label_index, scale, label_gradient):
+    """Sums and gradients of the kernels and of PyTorch, in fp32."""
+    from megatron_psft.kernels import fused
+
+    logits, label_index, scale, label_gradient = (
+        values.to(DEVICE) for values in (logits, label_index, scale, label_gradient)
+    )
+    mine = logits.clone()
+    values, sums = fused.shard_sums(mine, label_index)
+    assert values is mine
+    assert torch.equal(mine, logits), "the logits were written to"
+    gradient = fused.shard_gradient_(mine, sums.maximum, scale, label_gradient, label_index)
+    theirs = logits.float()
+    wanted = portable.shard_sums_(theirs, label_index)
+    due = portable.shard_gradient_(theirs, wanted.maximum, scale, label_gradient, label_index)
+    return sums, wanted, gradient, due
+
+
+def assert_same(logits, label_index, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scale, label_gradient = torch.randn(2, len(logits), generator=generator)
+    sums, wanted, gradient, due = both(logits, label_index, scale, label_gradient)
+    for name, one, other in zip(sums._fields, sums, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-37, msg=lambda text, name=name: f"{name}: {text}")
+    rounding = 2e-6 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps
+    torch.testing.assert_close(gradient.float(), due, rtol=rounding, atol=1e-7)
+    assert gradient.dtype == logits.dtype
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    columns=st.sampled_from([1, 2, 37, 2047, 2048, 2049, 5000]),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_block_of_logits(rows, columns, scale, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(rows, columns, generator=generator)
+    # Some labels live on other ranks, before or behind this one.
+    label_index = torch.randint(-columns, 2 * columns, (rows,), generator=generator)
+    assert_same(logits.to(dtype), label_index, seed)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling"])
+def test_the_maximum_may_come_at_any_time(order):
+    logits = torch.linspace(-9e3, 1e4, 6000)[None] if order == "rising" else torch.linspace(1e4, -9e3, 6000)[None]
+    assert_same(logits, torch.tensor([5999]))
+    assert_same(logits, torch.tensor([0]))
+
+
+def test_a_confident_label_leaves_the_sum_of_the_others_alone():
+    logits = torch.zeros(1, 3000)
+    logits[0, 2500] = 25.0
+    sums, _, _, _ = both(logits, torch.tensor([2500]), torch.ones(1), torch.ones(1))
+    assert sums.others.item() == pytest.approx(2999 * math.exp(-25.0), rel=1e-5)
+    assert sums.label_weight.item() == 1.0
+
+
+def test_rows_of_any_stride():
+    wide = torch.randn(4, 3001, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    from megatron_psft.kernels import fused
+
+    part, index = wide[:, :2500], torch.tensor([0, 1, 2499, 7], device=DEVICE)
+    beyond = wide[:, 2500:].clone()
+    wanted = portable.shard_sums_(part.clone(), index)
+    _, sums = fused.shard_sums(part, index)
+    torch.testing.assert_close(sums.others, wanted.others)
+    fused.shard_gradient_(part, sums.maximum, torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE), index)
+    assert torch.equal(wide[:, 2500:], beyond)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0)])
+def test_no_rows_and_no_columns(shape):
+    sums, wanted, gradient, due = both(
+        torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64), torch.zeros(shape[0]), torch.zeros(shape[0])
+    )
+    for one, other in zip(sums, wanted, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(gradient, due)
