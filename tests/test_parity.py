@@ -264,9 +264,9 @@ def _train_with_forced_passes(save: Path, inputs: Path, layout: list[str]) -> li
 
     shortcut = OldPolicyWindow.old_log_probs
 
-    def forced(window: OldPolicyWindow, step: int):
+    def forced(window: OldPolicyWindow, step: int, **options):
         first = window._score(step) if window.begins_at(step) else None
-        rest = shortcut(window, step)
+        rest = shortcut(window, step, **options)
         return first or rest
 
     OldPolicyWindow.old_log_probs = forced
