@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerFast
 from megatron_psft import build, parallel, platform, trainer
 from megatron_psft.checkpoint import Saver, load_checkpoint
 from megatron_psft.config import parse_config
-from megatron_psft.interrupt import StopSignals
 from megatron_psft.resume import find_checkpoint
 from megatron_psft.step_folders import step_folders
 
@@ -80,31 +79,30 @@ def measure(run: trainer.Run, steps: int) -> None:
         save()
         stalled = time.perf_counter() - started
         for _ in range(steps):
-            trainer.train_step(run, steps_done, stop)
+            trainer.train_step(run, steps_done)
             steps_done += 1
             before_poll = time.perf_counter()
             poll()
             stalled += time.perf_counter() - before_poll
         return time.perf_counter() - started, stalled
 
-    with StopSignals() as stop:
-        pass_started = time.perf_counter()
-        trainer.train_step(run, steps_done, stop)  # begins the window that all further steps are in
-        pass_seconds = time.perf_counter() - pass_started
-        steps_done += 1
-        savers = [_saver(run, in_background=in_background) for in_background in (False, True)]
-        savers[0].save(1_000_000)  # starts the helper process that all saves share
-        plain: list[float] = []
-        waiting: list[float] = []
-        background: list[float] = []
-        polled: list[float] = []
-        for trial in range(3):
-            plain.append(train(lambda: None, lambda: None)[0])
-            waiting.append(train(lambda number=3 * trial + 1: savers[0].save(number), lambda: None)[1])
-            seconds, stalled = train(lambda number=3 * trial + 2: savers[1].save(number), savers[1].poll)
-            polled.append(stalled)
-            savers[1].finish()
-            background.append(seconds)
+    pass_started = time.perf_counter()
+    trainer.train_step(run, steps_done)  # begins the window that all further steps are in
+    pass_seconds = time.perf_counter() - pass_started
+    steps_done += 1
+    savers = [_saver(run, in_background=in_background) for in_background in (False, True)]
+    savers[0].save(1_000_000)  # starts the helper process that all saves share
+    plain: list[float] = []
+    waiting: list[float] = []
+    background: list[float] = []
+    polled: list[float] = []
+    for trial in range(3):
+        plain.append(train(lambda: None, lambda: None)[0])
+        waiting.append(train(lambda number=3 * trial + 1: savers[0].save(number), lambda: None)[1])
+        seconds, stalled = train(lambda number=3 * trial + 2: savers[1].save(number), savers[1].poll)
+        polled.append(stalled)
+        savers[1].finish()
+        background.append(seconds)
     stall = statistics.median(waiting)
     extra = statistics.median(background) - statistics.median(plain)
     newest = step_folders(folder)[-1]

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_psft.config import DataConfig
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.packing import PackPlan, best_fit
 
@@ -83,17 +84,10 @@ def order_of(plan: PackPlan) -> object:
 
 
 def tokenized(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_length: int) -> TokenizedDataset:
-    return build_dataset(
-        paths,
-        tokenizer,
-        seq_length=seq_length,
-        overlong="truncate",
-        prompt_key="prompt",
-        completion_key="completion",
-        loss_on="assistant",
-        skip_bad_records=False,
-        show_progress=False,
-    )
+    """The records, tokenized anew into a cache that nobody else has, on all cores."""
+    with tempfile.TemporaryDirectory() as cache:
+        config = DataConfig(data=tuple(paths), seq_length=seq_length, overlong="truncate", data_cache_dir=cache)
+        return build_dataset(paths, tokenizer, config, seed=0, show_progress=False)
 
 
 def trl_figures(

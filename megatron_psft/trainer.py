@@ -1,7 +1,7 @@
 """Trains: one loop for every objective, with the old policy, evaluation and checkpoints around it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ def train(run: Run) -> int:
             while completed < run.train_iters:
                 stop.check()
                 with naming_lost_peers(f"step {completed + 1}"):
-                    values = train_step(run, completed, stop)
+                    values = train_step(run, completed, between_batches=stop.check)
                     completed += 1
                     if _is_due(completed, run.config.data.eval_interval):
                         values |= evaluate(run)
@@ -70,11 +70,10 @@ def train(run: Run) -> int:
     return 0
 
 
-def train_step(run: Run, step: int, stop: StopSignals) -> dict[str, float]:
+def train_step(run: Run, step: int, *, between_batches: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Makes optimizer step `step` (from 0) and returns its line of metrics.jsonl; collective.
 
-    Raises:
-        StopRequested: on all ranks, before anything has changed, where a signal came during the old policy's pass.
+    `between_batches` is called between the batches of the old policy's pass, which comes before anything has changed.
     """
     schedule, state = run.schedule, run.state
     with _timer() as total:
@@ -84,7 +83,7 @@ def train_step(run: Run, step: int, stop: StopSignals) -> dict[str, float]:
         with _timer() as scoring:
             if state.window.begins_at(step):
                 schedule.gather_parameters()
-            old_log_probs = state.window.old_log_probs(step, between_batches=stop.check)
+            old_log_probs = state.window.old_log_probs(step, between_batches=between_batches)
         objective = "sft" if state.window.is_warmup(step) else run.config.objective.objective
         sums = schedule.train(micro_batches, old_log_probs, objective=objective)
         metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1)

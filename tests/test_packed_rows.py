@@ -88,7 +88,7 @@ class Data:
 
 
 def make_dataset(tokens: list[np.ndarray], label_masks: list[np.ndarray]) -> TokenizedDataset:
-    return TokenizedDataset(
+    return TokenizedDataset.from_arrays(
         tokens=np.concatenate(tokens).astype(np.int32),
         label_mask=np.concatenate(label_masks),
         offsets=np.cumsum([0, *map(len, tokens)]),

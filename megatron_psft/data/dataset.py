@@ -63,8 +63,8 @@ class TokenizedDataset:
     def from_arrays(
         cls, *, tokens: NDArray[np.int32], label_mask: NDArray[np.bool_], offsets: NDArray[np.int64]
     ) -> "TokenizedDataset":
-        """Records in memory: record i is [offsets[i], offsets[i + 1]) of `tokens` (int32 [total]) and `label_mask`
-        (bool [total], true where a token is to be predicted; never at a record's first). `offsets`: int64
+        """Records in memory, all of them: record i is [offsets[i], offsets[i + 1]) of `tokens` (int32 [total]) and
+        `label_mask` (bool [total], true where a token is to be predicted; never at a record's first). `offsets`: int64
         [records + 1]."""
         pieces = [slice(start, stop) for start, stop in pairwise(offsets)]
         examples = [Example(tokens=tokens[piece], label_mask=label_mask[piece]) for piece in pieces]
@@ -81,7 +81,14 @@ class TokenizedDataset:
             content=digest.hexdigest(),
             bad_counts={},
         )
-        return cls([_take(source, _fit(source, seq_length=None, overlong="error"), weight=1.0, seed=[])])
+        every = _Fitting(
+            records=np.arange(len(source)),
+            lengths=source.index["length"].astype(np.int64),
+            labels=source.index["labels"].astype(np.int64),
+            is_truncated=np.zeros(len(source), np.bool_),
+            dropped={},
+        )
+        return cls([_take(source, every, weight=1.0, seed=[])])
 
     def __len__(self) -> int:
         return self._borders[-1]
@@ -206,15 +213,14 @@ class _Fitting:
     dropped: Mapping[str, int]
 
 
-def _fit(source: TokenizedSource, *, seq_length: int | None, overlong: str) -> _Fitting:
+def _fit(source: TokenizedSource, *, seq_length: int, overlong: str) -> _Fitting:
     """The records that fit into `seq_length`; the others are cut, counted in `dropped`, or refused."""
     lengths = source.index["length"].astype(np.int64)
-    limit = lengths.max(initial=0) if seq_length is None else seq_length
-    is_long = lengths > limit
+    is_long = lengths > seq_length
     if overlong == "error" and is_long.any():
-        _refuse_overlong(source, lengths, is_long, limit)
+        _refuse_overlong(source, lengths, is_long, seq_length)
     is_dropped = is_long & (overlong == "drop")
-    has_no_label = ~is_dropped & (source.index["first_label"] >= np.minimum(lengths, limit))
+    has_no_label = ~is_dropped & (source.index["first_label"] >= np.minimum(lengths, seq_length))
     dropped = Counter({f"bad: {reason}": count for reason, count in source.bad_counts.items()})
     dropped["over-long"] = int(is_dropped.sum())
     dropped["without a label in seq_length"] = int(has_no_label.sum())
@@ -227,10 +233,10 @@ def _fit(source: TokenizedSource, *, seq_length: int | None, overlong: str) -> _
         )
     labels = source.index["labels"].astype(np.int64)[records]
     for place in np.flatnonzero(is_long[records]):  # few: only those that are cut
-        labels[place] = np.count_nonzero(source.example(int(records[place]), int(limit)).label_mask)
+        labels[place] = np.count_nonzero(source.example(int(records[place]), seq_length).label_mask)
     return _Fitting(
         records=records,
-        lengths=np.minimum(lengths, limit)[records],
+        lengths=np.minimum(lengths, seq_length)[records],
         labels=labels,
         is_truncated=is_long[records],
         dropped=dropped,

@@ -214,7 +214,12 @@ def assert_right_where_real(batch: MicroBatch, dataset: TokenizedDataset) -> lis
     tokens, labels = batch.tokens[is_real], batch.labels[is_real]
     assert torch.equal(labels, tokens + 1), "the label is not the record's next token"
     assert torch.equal(batch.position_ids[is_real], tokens % 1000), "positions do not restart with the record"
-    masks = {int(token): bool(mask) for token, mask in zip(dataset.tokens, dataset.label_mask, strict=True)}
+    examples = [dataset[index] for index in range(len(dataset))]
+    masks = {
+        int(token): bool(mask)
+        for example in examples
+        for token, mask in zip(example.tokens, example.label_mask, strict=True)
+    }
     assert batch.loss_mask[is_real].tolist() == [masks[int(label)] for label in labels]
     assert not batch.loss_mask[~is_real].any()
     return tokens.tolist()
