@@ -1,7 +1,8 @@
 """Tokens per second and loss curve of whole SFT steps, ours and TRL's: same model, records, labels, batch and threads.
 
-TRL gets the records as token ids with their label mask, as our chat renderer makes them. Tokens are those that are no
-padding. Each trains in a process of its own; the first step warms up and does not count.
+TRL gets the records as token ids with their label mask, as our chat renderer makes them. Both pack them by best fit,
+and every step trains on all packs, so that packs need not be the same for the loss curves to be. Tokens are those that
+are no padding. Each trains in a process of its own; the first step warms up and does not count.
 """
 
 import json
@@ -18,17 +19,17 @@ SIZES: dict[str, dict[str, Any]] = {
         "hidden_size": 256,
         "num_layers": 4,
         "vocab_size": 8192,
-        "rows": 16,
-        "micro_batch_size": 4,
-        "steps": 6,
+        "records": 48,
+        "seq_length": 2048,
+        "steps": 5,
         "bf16": False,
     },
     "gpu": {
         "hidden_size": 2048,
         "num_layers": 24,
         "vocab_size": 151_936,
-        "rows": 128,
-        "micro_batch_size": 16,
+        "records": 512,
+        "seq_length": 8192,
         "steps": 20,
         "bf16": True,
     },
@@ -45,29 +46,30 @@ def prepare(spec: dict[str, Any]) -> dict[str, Any]:
     sizes = {name: spec[name] for name in ("hidden_size", "num_layers", "vocab_size")}
     write_model(folder / "model", **sizes)
     write_tokenizer(folder / "tokenizer")
-    write_problems(folder / "problems.jsonl", spec["rows"] * (spec["steps"] + 1))
-    inputs = build.read_inputs(parse_config([str(value) for value in _argv(spec)]), show_progress=False)
+    write_problems(folder / "problems.jsonl", spec["records"])
+    argv = [*_argv(spec), "--global-batch-size", 1]
+    inputs = build.read_inputs(parse_config([str(value) for value in argv]), show_progress=False)
     examples = [inputs.dataset[index] for index in range(len(inputs.dataset))]
     rows = [
         {"input_ids": example.tokens.tolist(), "completion_mask": [int(flag) for flag in example.label_mask]}
         for example in examples
     ]
     (folder / "tokens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {"records": len(rows)}
+    return {"packs": len(inputs.plan)}
 
 
 def _argv(spec: dict[str, Any]) -> list[Any]:
     folder = Path(spec["folder"])
     argv = ["--load-hf", folder / "model", "--tokenizer", folder / "tokenizer", "--data", folder / "problems.jsonl"]
     argv += ["--save", folder / "run", "--objective", "sft", "--no-shuffle", "--lr", LR, "--lr-decay-style", "constant"]
-    argv += ["--global-batch-size", spec["rows"], "--micro-batch-size", spec["micro_batch_size"]]
+    argv += ["--seq-length", spec["seq_length"]]
     return [*argv, "--train-iters", spec["steps"] + 1, *(["--bf16"] if spec["bf16"] else [])]
 
 
 def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     from megatron_psft.trainer import train_step
 
-    with training_run(_argv(spec)) as run:
+    with training_run([*_argv(spec), "--global-batch-size", spec["packs"]]) as run:
         lines, marks = [], []
         for step in range(spec["steps"] + 1):
             lines.append(train_step(run, step))
@@ -82,12 +84,8 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
 
 def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import TrainerCallback
 
-    folder = Path(spec["folder"])
-    rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text(encoding="utf-8").splitlines()]
     marks: list[float] = []
 
     class Clock(TrainerCallback):
@@ -96,20 +94,46 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
                 torch.cuda.synchronize()
             marks.append(time.perf_counter())
 
+    packs = len(_trl_trainer(spec, gradient_accumulation_steps=1).train_dataset)
+    trainer = _trl_trainer(spec, gradient_accumulation_steps=packs)
+    trainer.add_callback(Clock())
+    trainer.train()
+    rows = _read_tokens(spec)
+    return {
+        "seconds": marks[-1] - marks[0],
+        "tokens": spec["steps"] * sum(len(row["input_ids"]) - 1 for row in rows),
+        "loss_tokens": spec["steps"] * sum(sum(row["completion_mask"][1:]) for row in rows),
+        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        "packs": packs,
+    }
+
+
+def _read_tokens(spec: dict[str, Any]) -> list[dict[str, list[int]]]:
+    text = (Path(spec["folder"]) / "tokens.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _trl_trainer(spec: dict[str, Any], *, gradient_accumulation_steps: int) -> Any:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    folder = Path(spec["folder"])
     config = SFTConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=spec["micro_batch_size"],
-        gradient_accumulation_steps=spec["rows"] // spec["micro_batch_size"],
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=gradient_accumulation_steps,
         max_steps=spec["steps"] + 1,
         learning_rate=LR,
         lr_scheduler_type="constant",
         weight_decay=0.1,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        max_length=None,
-        packing=False,
+        max_length=spec["seq_length"],
+        packing=True,
+        packing_strategy="bfd",
         completion_only_loss=True,
-        train_sampling_strategy="sequential",
         gradient_checkpointing=False,
         bf16=spec["bf16"],
         use_cpu=not torch.cuda.is_available(),
@@ -118,21 +142,13 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
         save_strategy="no",
         disable_tqdm=True,
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.bfloat16 if spec["bf16"] else torch.float32
+    dtype = torch.bfloat16 if spec["bf16"] else torch.float32
+    return SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype),
+        args=config,
+        train_dataset=Dataset.from_list(_read_tokens(spec)),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]
-    )
-    trainer.train()
-    counted = rows[spec["rows"] :]
-    return {
-        "seconds": marks[-1] - marks[0],
-        "tokens": sum(len(row["input_ids"]) - 1 for row in counted),
-        "loss_tokens": sum(sum(row["completion_mask"][1:]) for row in counted),
-        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
-    }
 
 
 if __name__ == "__main__":
@@ -140,16 +156,17 @@ if __name__ == "__main__":
     emit_machine()
     with tempfile.TemporaryDirectory() as temporary:
         spec = {**SIZES[size], "folder": temporary}
-        in_fresh_process(prepare, spec)
+        spec |= in_fresh_process(prepare, spec)
         ours = in_fresh_process(train_ours, spec)
-        details = {name: value for name, value in SIZES[size].items()} | {"packing": False}
+        details = {**SIZES[size], "packing": True, "packs": spec["packs"]}
         emit("tokens_per_second", ours["tokens"] / ours["seconds"], "tokens/s", losses=ours["losses"], **details)
         try:
             theirs = in_fresh_process(train_trl, spec)
         except FailedError as error:
             emit("tokens_per_second_over_trl", None, "ours / TRL", does_not_run=str(error), **details)
         else:
-            emit("tokens_per_second_trl", theirs["tokens"] / theirs["seconds"], "tokens/s", losses=theirs["losses"])
+            speed = theirs["tokens"] / theirs["seconds"]
+            emit("tokens_per_second_trl", speed, "tokens/s", losses=theirs["losses"], packs=theirs["packs"])
             assert (ours["tokens"], ours["loss_tokens"]) == (theirs["tokens"], theirs["loss_tokens"])
             gap = max(abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True))
             ratio = theirs["seconds"] / ours["seconds"]

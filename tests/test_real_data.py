@@ -5,8 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megatron_psft.data.chat import Example, render_record
+from megatron_psft.data.loader import collate
+from megatron_psft.data.records import Record
+from tests.model.layouts import Layout, rank_of
+from tests.support import reference
 from tests.support.cli import REPOSITORY, run_cli
 
 pytestmark = pytest.mark.slow
@@ -80,3 +86,38 @@ def test_published_shapes_train_when_made_thin(pool, data_folder, tmp_path, name
     lines = train_on_gsm8k(pool, data_folder, model, tokenizer, tmp_path / "run", "--train-iters", "2", *PP2)
     assert [line["ratio_max"] == 1 for line in lines] == [True, False]
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")) > 100_000
+
+
+def _score(folder: Path, layout: Layout, example: Example) -> torch.Tensor:
+    """Log-probabilities of a record's label tokens, by the weights of a Hugging Face folder in fp32."""
+    from megatron_psft.schedule import Schedule
+
+    with rank_of(layout) as rank:
+        chunks, _ = rank.build(folder)
+        schedule = Schedule(chunks=chunks, device=rank.platform.device, clip_ratio_high=0.28)
+        batch = collate([example], batch_size=1, seq_length=-(-len(example.tokens) // 2) * 2, pad_token_id=0)
+        scored = schedule.score([batch])
+        return scored[0].log_probs[batch.loss_mask]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "layers"), [("Llama-3.1-8B-Instruct", "llama3", 1), ("Qwen3-4B", "qwen3", 2)]
+)
+def test_published_shapes_at_full_width_score_as_transformers_does(
+    pool, data_folder, tmp_path, name, tokenizer, layers
+):
+    """A layer or two of them; the widths, the vocabulary and the tokenizer are the published ones."""
+    config = shrink(data_folder / "hf_configs" / name / "config.json", tmp_path / "config", num_hidden_layers=layers)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    with (data_folder / "gsm8k" / "test.jsonl").open() as file:
+        row = json.loads(file.readline())
+    messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    real = AutoTokenizer.from_pretrained(data_folder / "tokenizers" / tokenizer)
+    example = render_record(Record(messages=tuple(messages), source="gsm8k:1"), real, "assistant")
+    with torch.no_grad():
+        wanted, _ = reference.label_statistics(model.float(), example.tokens.tolist(), example.label_mask.tolist())
+    del model
+    for found in pool.run(_score, 2, tmp_path / "hf", Layout(tensor=2), example, timeout=600):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_psft.step_folders import MARKER, step_folder, step_folders
 from tests.support.cli import Exit, run_cli
@@ -50,6 +51,36 @@ def test_evaluation_leaves_no_trace_in_training(pool, tmp_path, inputs):
     values = [(line.pop("valid_nll", None), line.pop("valid_entropy", None)) for line in lines]
     assert [None not in pair for pair in values] == [False, True] * 4
     assert lines == metrics_of(tmp_path / "plain")
+
+
+def _draw_after_each_step(argv: list[str]) -> list[float]:
+    """The command line, and a random number after each step that it makes."""
+    from megatron_psft import trainer
+
+    original, drawn = trainer.train_step, []
+
+    def step_and_draw(*args, **kwargs):
+        values = original(*args, **kwargs)
+        drawn.append(float(torch.rand(())))
+        return values
+
+    trainer.train_step = step_and_draw
+    try:
+        assert run_cli(argv).code == 0
+    finally:
+        trainer.train_step = original
+    return drawn
+
+
+def test_random_generators_go_on_where_they_were(pool, tmp_path, inputs):
+    """On each rank its own; nothing that trains draws today, and what does tomorrow resumes."""
+    argv = inputs.argv(tmp_path / "whole", *DIST_OPT, *EVERY_STEP)
+    whole = pool.run(_draw_after_each_step, 2, argv)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    forget_steps_from(tmp_path / "resumed", 4)
+    resumed = pool.run(_draw_after_each_step, 2, inputs.argv(tmp_path / "resumed", *DIST_OPT, *EVERY_STEP))
+    assert resumed == [drawn[3:] for drawn in whole]
+    assert len({number for drawn in whole for number in drawn}) >= 8
 
 
 MOMENTS = {"in training": "train", "in the old policy's pass": "score", "in evaluation": "evaluate"}
