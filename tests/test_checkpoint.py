@@ -169,7 +169,8 @@ def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, packing,
     assert found == expected
     moved, whole = (load_file(folder / "model.safetensors") for folder in (export, tmp_path / "whole-hf"))
     for name, tensor in whole.items():
-        torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=1e-6)
+        # Adam divides by the gradient's size: where that is next to nothing, rounding moves a weight by a share of lr.
+        torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=2e-5)
 
 
 @pytest.fixture(scope="module")

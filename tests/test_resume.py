@@ -31,7 +31,10 @@ def evaluated(inputs) -> list[str]:
     return [text.format(data=inputs.data) for text in EVALUATED]
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(2, DIST_OPT), (4, TP2_PP2)], ids=["DP2-distopt", "TP2-PP2"])
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [pytest.param(2, DIST_OPT, id="DP2-distopt"), pytest.param(4, TP2_PP2, id="TP2-PP2", marks=pytest.mark.slow)],
+)
 def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world_size, layout):
     """Within the window, at its borders, in warm-up, and where an epoch ends."""
     whole = tmp_path / "whole"
