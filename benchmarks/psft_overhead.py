@@ -16,7 +16,14 @@ from toys import training_run, write_model, write_problems, write_tokenizer
 INTERVALS = (4, 8, 16)
 SIZES = {
     # The output layer has a sixth of the operations, as in a model of some billion parameters.
-    "cpu": {"hidden_size": 512, "num_layers": 8, "vocab_size": 8192, "rows": 4, "rounds": 2, "flags": []},
+    "cpu": {
+        "hidden_size": 512,
+        "num_layers": 8,
+        "vocab_size": 8192,
+        "rows": 2,
+        "rounds": 1,
+        "flags": ["--seq-length", 1024],
+    },
     "gpu": {
         "hidden_size": 2048,
         "num_layers": 24,

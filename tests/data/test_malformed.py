@@ -126,7 +126,6 @@ def test_ten_megabytes_in_a_bad_place_are_reported_in_a_line(tmp_path, row):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_record_of_ten_megabytes_is_long_and_named_by_its_line(tmp_path):
     data = tmp_path / "a.jsonl"
     data.write_bytes(GOOD + b"\n" + json.dumps({"prompt": "Hi?", "completion": HUGE}).encode() + b"\n" + GOOD + b"\n")
