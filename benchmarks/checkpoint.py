@@ -32,7 +32,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=512, help="width of the model (512: 71 million parameters)")
+    parser.add_argument("--hidden-size", type=int, default=512, help="width of the model (512: 67 million parameters)")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps per figure (8)")
     options = parser.parse_args()
     torch.set_num_threads(1)
