@@ -89,6 +89,7 @@ def measure(run: trainer.Run, steps: int) -> None:
     pass_started = time.perf_counter()
     trainer.train_step(run, steps_done)  # begins the window that all further steps are in
     pass_seconds = time.perf_counter() - pass_started
+    stored_bytes = sum(tensor.nbytes for tensors in run.state.window.stored.values() for tensor in tensors)
     steps_done += 1
     savers = [_saver(run, in_background=in_background) for in_background in (False, True)]
     savers[0].save(1_000_000)  # starts the helper process that all saves share
@@ -106,7 +107,6 @@ def measure(run: trainer.Run, steps: int) -> None:
     stall = statistics.median(waiting)
     extra = statistics.median(background) - statistics.median(plain)
     newest = step_folders(folder)[-1]
-    stored = [tensor for tensors in run.state.window.stored.values() for tensor in tensors]
     figures = {
         "checkpoint_bytes": (sum(path.stat().st_size for path in newest.iterdir()), "bytes"),
         "step_seconds": (statistics.median(plain) / steps, "s"),
@@ -115,10 +115,7 @@ def measure(run: trainer.Run, steps: int) -> None:
         "async_save_stall_ratio": (statistics.median(polled) / stall, "ratio"),
         "async_save_extra_seconds": (extra, "s"),
         "async_save_extra_ratio": (extra / stall, "ratio"),
-        "old_log_probs_bytes_per_batch": (
-            sum(t.nbytes for t in stored) / max(len(run.state.window.stored), 1),
-            "bytes",
-        ),
+        "old_log_probs_bytes": (stored_bytes, "bytes"),
         "old_policy_pass_seconds": (pass_seconds, "s"),
         "old_weights_bytes": (sum(p.numel() * 4 for chunk in run.state.chunks for p in chunk.parameters()), "bytes"),
     }
