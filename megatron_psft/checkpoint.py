@@ -1,7 +1,6 @@
 """Saves and resumes a run through Megatron-Core's distributed checkpoints, in the same or another parallel layout."""
 
 import inspect
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,6 @@ from megatron_psft.old_policy import OldPolicyWindow
 from megatron_psft.optimizer import load_optimizer_state
 from megatron_psft.parallel import Parallel, naming_lost_peers, on_main
 from megatron_psft.resume import VERSION, Identity
-
-log = logging.getLogger(__name__)
 
 # The distributed optimizer's one format that any tensor, pipeline and data-parallel size can read.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -113,15 +110,16 @@ class Saver:
 
     def poll(self) -> None:
         """Seals the checkpoint that is written in the background, where all ranks are done with it."""
-        if self._queue is not None:
-            with self._writing(), naming_lost_peers(f"checkpoint {self._target}"):
-                self._queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
 
     def finish(self) -> None:
         """Waits for the checkpoint that is written in the background, if one is, and seals it."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
         if self._queue is not None:
             with self._writing(), naming_lost_peers(f"checkpoint {self._target}"):
-                self._queue.maybe_finalize_async_calls(blocking=True)
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def __enter__(self) -> "Saver":
         return self
