@@ -32,7 +32,8 @@ def micro_batch(seed: int, num_labels: int) -> tuple[MicroBatch, LabelStats, tor
         labels=torch.zeros(2, 8, dtype=torch.int64),
         loss_mask=loss_mask.view(2, 8),
         position_ids=torch.arange(8).repeat(2, 1),
-        num_sequences=1 + seed % 2,
+        record_ids=torch.zeros(2, 8, dtype=torch.int64),
+        label_counts=torch.zeros(1 + seed % 2, dtype=torch.int64),
         num_tokens=9 + seed,
     )
     return batch, LabelStats(log_probs, 5 * torch.rand(2, 8, generator=generator)), old_log_probs

@@ -29,13 +29,20 @@ class MicroBatch:
     labels: torch.Tensor
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
-    num_sequences: int
-    """Records, over all context-parallel ranks."""
+    record_ids: torch.Tensor
+    """`[batch, seq]` int64, which of the micro-batch's records a token is of; 0 where there is padding."""
+    label_counts: torch.Tensor
+    """`[records]` int64, label tokens of each record, over all context-parallel ranks."""
     num_tokens: int
     """Tokens that are no padding, over all context-parallel ranks."""
     segments: tuple[int, ...] | None = None
     """Where the one row holds all records: the lengths of its parts that must not see each other, before the split.
     None where each row is a record, or padding alone."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Records, over all context-parallel ranks."""
+        return len(self.label_counts)
 
     @property
     def seq_length(self) -> int:
@@ -50,6 +57,8 @@ class MicroBatch:
             labels=self.labels.to(device, non_blocking=True),
             loss_mask=self.loss_mask.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
+            record_ids=self.record_ids.to(device, non_blocking=True),
+            label_counts=self.label_counts.to(device, non_blocking=True),
         )
 
 
@@ -70,14 +79,16 @@ def fill_rows(examples: Sequence[Example], layout: RowLayout, pad_token_id: int)
     """
     tokens = layout.place([example.tokens[:-1] for example in examples], padding=pad_token_id)
     labels = layout.place([example.tokens[1:] for example in examples], padding=pad_token_id)
-    loss_mask = layout.place([example.label_mask[1:] for example in examples], padding=False)
+    masks = [example.label_mask[1:] for example in examples]
+    record_ids = layout.place([np.full(len(mask), record) for record, mask in enumerate(masks)], padding=0)
     return MicroBatch(
         tokens=torch.from_numpy(tokens.astype(np.int64)),
         labels=torch.from_numpy(labels.astype(np.int64)),
-        loss_mask=torch.from_numpy(loss_mask),
+        loss_mask=torch.from_numpy(layout.place(masks, padding=False)),
         position_ids=torch.from_numpy(layout.positions()),
-        num_sequences=len(examples),
-        num_tokens=sum(len(example.tokens) - 1 for example in examples),
+        record_ids=torch.from_numpy(record_ids.astype(np.int64)),
+        label_counts=torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64),
+        num_tokens=sum(map(len, masks)),
         segments=layout.segments,
     )
 

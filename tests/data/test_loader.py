@@ -82,6 +82,8 @@ def test_labels_are_the_tokens_shifted_by_one_and_the_mask_is_theirs():
     assert batch.labels.tolist() == [[6, 7, 8, 4], [4, 4, 4, 4], [4, 4, 4, 4]]
     assert batch.loss_mask.tolist() == [[False, True, True, False], [True] + [False] * 3, [False] * 4]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3]] * 3
+    assert batch.record_ids.tolist() == [[0] * 4, [1, 0, 0, 0], [0] * 4]
+    assert batch.label_counts.tolist() == [2, 1]
     assert (batch.num_sequences, batch.num_tokens) == (2, 4)
     assert {batch.tokens.dtype, batch.labels.dtype, batch.position_ids.dtype} == {torch.int64}
     assert batch.loss_mask.dtype == torch.bool
@@ -91,7 +93,8 @@ def test_to_moves_every_tensor():
     batch = make_loader(make_dataset([3, 4])).micro_batches(0)[0]
     before, after = vars(batch), vars(batch.to("meta"))
     devices = {name: value.device.type for name, value in after.items() if isinstance(value, torch.Tensor)}
-    assert devices == dict.fromkeys(["tokens", "labels", "loss_mask", "position_ids"], "meta")
+    names = ["tokens", "labels", "loss_mask", "position_ids", "record_ids", "label_counts"]
+    assert devices == dict.fromkeys(names, "meta")
     assert [after[name] for name in after if name not in devices] == [
         before[name] for name in before if name not in devices
     ]
@@ -222,6 +225,11 @@ def assert_right_where_real(batch: MicroBatch, dataset: TokenizedDataset) -> lis
     }
     assert batch.loss_mask[is_real].tolist() == [masks[int(label)] for label in labels]
     assert not batch.loss_mask[~is_real].any()
+    owners = dict(zip(batch.record_ids[is_real].tolist(), (tokens // 1000).tolist(), strict=True))
+    assert [owners[record] for record in batch.record_ids[is_real].tolist()] == (tokens // 1000).tolist()
+    assert {record: int(batch.label_counts[record]) for record in owners} == {
+        record: int(dataset[owner - 1].label_mask[1:].sum()) for record, owner in owners.items()
+    }
     return tokens.tolist()
 
 

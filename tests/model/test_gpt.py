@@ -64,7 +64,8 @@ def make_batches(padding_seed: int, data_rank: int, data_size: int) -> list:
             labels=labels[row : row + 2],
             loss_mask=loss_mask[row : row + 2],
             position_ids=torch.arange(SEQ_LENGTH).repeat(2, 1),
-            num_sequences=2,
+            record_ids=torch.arange(2)[:, None].expand(2, SEQ_LENGTH),
+            label_counts=loss_mask[row : row + 2].sum(dim=1),
             num_tokens=0,
         )
         for row in range(first, first + rows_per_rank, 2)

@@ -80,7 +80,8 @@ def test_records_of_a_pack_are_told_by_their_positions():
         labels=torch.tensor([[2, 3, 5, 0]]),
         loss_mask=torch.tensor([[False, True, True, False]]),
         position_ids=torch.tensor([[0, 1, 0, 0]]),
-        num_sequences=1,
+        record_ids=torch.tensor([[0, 0, 1, 0]]),
+        label_counts=torch.tensor([1, 1]),
         num_tokens=3,
     )
     first, second = show_data.records_of(row)
