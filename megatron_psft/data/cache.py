@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 _MANIFEST = "manifest.json"
 _SIZED_FILES = ("tokens.bin", "label_mask.bin", "index.bin", "bad.jsonl")
 _HASHED_FILES = ("index.bin", "bad.jsonl")  # small; the records have a checksum each, compared when one is read
-_CODE = ("files.py", "records.py", "chat.py", "tokenizing.py", "cache.py")
+_CODE = ("files.py", "records.py", "chat.py", "word_cache.py", "tokenizing.py", "cache.py")
 """A change of these may change tokens. Their text is part of the key, so that nobody has to think of a version."""
 
 log = logging.getLogger(__name__)
