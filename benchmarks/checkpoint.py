@@ -3,7 +3,7 @@
 Trains a small model on records of random letters and prints one JSON line per figure. One thread trains, so that on two
 cores the background writer has one for itself, as it has on a machine with GPUs.
 
-    python benchmarks/checkpoint.py [--hidden-size 512] [--steps 8]
+    python benchmarks/checkpoint.py [--hidden-size 512] [--steps 4]
 """
 
 import argparse
@@ -27,13 +27,14 @@ from megatron_psft.resume import find_checkpoint
 from megatron_psft.step_folders import step_folders
 
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+_TRIALS = 5  # of which medians are taken
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=512, help="width of the model (512: 67 million parameters)")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps per figure (8)")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per figure (4)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable()
@@ -41,8 +42,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, parallel.process_group(here, 1):
         folder = Path(name)
         write_inputs(folder, options.hidden_size)
+        window = 2 * _TRIALS * options.steps + 1
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
-            --train-iters 1000 --global-batch-size 1 --no-packing --old-policy-interval {9 * options.steps + 1}"""
+            --train-iters 1000 --global-batch-size 1 --no-packing --old-policy-interval {window}"""
         config = parse_config(flags.split())
         run = build.build_run(config, build.read_inputs(config, show_progress=False), here)
         measure(run, options.steps)
@@ -68,7 +70,8 @@ def write_inputs(folder: Path, hidden_size: int) -> None:
 
 
 def measure(run: trainer.Run, steps: int) -> None:
-    """Prints all figures; waiting and background saves alternate with plain steps, as the machine's speed drifts."""
+    """Prints all figures; steps with a save in the background are compared with the plain ones right before them, as
+    the machine's speed drifts."""
     steps_done = 0
     folder = Path(run.config.weights.save)
 
@@ -95,17 +98,18 @@ def measure(run: trainer.Run, steps: int) -> None:
     savers[0].save(1_000_000)  # starts the helper process that all saves share
     plain: list[float] = []
     waiting: list[float] = []
-    background: list[float] = []
+    extra: list[float] = []
     polled: list[float] = []
-    for trial in range(3):
+    for trial in range(_TRIALS):
+        started = time.perf_counter()
+        savers[0].save(2 * trial + 1)
+        waiting.append(time.perf_counter() - started)
         plain.append(train(lambda: None, lambda: None)[0])
-        waiting.append(train(lambda number=3 * trial + 1: savers[0].save(number), lambda: None)[1])
-        seconds, stalled = train(lambda number=3 * trial + 2: savers[1].save(number), savers[1].poll)
-        polled.append(stalled)
+        seconds, stalled = train(lambda number=2 * trial + 2: savers[1].save(number), savers[1].poll)
         savers[1].finish()
-        background.append(seconds)
+        polled.append(stalled)
+        extra.append(seconds - plain[-1])
     stall = statistics.median(waiting)
-    extra = statistics.median(background) - statistics.median(plain)
     newest = step_folders(folder)[-1]
     figures = {
         "checkpoint_bytes": (sum(path.stat().st_size for path in newest.iterdir()), "bytes"),
@@ -113,8 +117,8 @@ def measure(run: trainer.Run, steps: int) -> None:
         "save_stall_seconds": (stall, "s"),
         "async_save_stall_seconds": (statistics.median(polled), "s"),
         "async_save_stall_ratio": (statistics.median(polled) / stall, "ratio"),
-        "async_save_extra_seconds": (extra, "s"),
-        "async_save_extra_ratio": (extra / stall, "ratio"),
+        "async_save_extra_seconds": (statistics.median(extra), "s"),
+        "async_save_extra_ratio": (statistics.median(extra) / stall, "ratio"),
         "old_log_probs_bytes": (stored_bytes, "bytes"),
         "old_policy_pass_seconds": (pass_seconds, "s"),
         "old_weights_bytes": (sum(p.numel() * 4 for chunk in run.state.chunks for p in chunk.parameters()), "bytes"),

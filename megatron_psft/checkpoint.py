@@ -3,6 +3,7 @@
 import inspect
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_psft import step_folders
+from megatron_psft.background_save import BackgroundCalls
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.errors import RankError, UserError
 from megatron_psft.interrupt import helpers_outlive_signals
@@ -78,7 +79,10 @@ class Saver:
         """
         self._folder, self._state, self._identity = folder, state, identity
         self._loader, self._parallel, self._keep_last = loader, parallel, keep_last
-        self._queue = AsyncCallsQueue() if in_background else None
+        with helpers_outlive_signals():
+            self._queue = BackgroundCalls() if in_background else None
+        self._sealer = ThreadPoolExecutor(max_workers=1)  # of rank 0
+        self._sealing: Future[None] | None = None
         self._target = folder
 
     def save(self, step: int) -> None:
@@ -107,14 +111,17 @@ class Saver:
                 request.execute_sync()
             else:
                 self._queue.schedule_async_request(request)
+        if self._queue is None:
+            self.finish()
 
     def poll(self) -> None:
-        """Seals the checkpoint that is written in the background, where all ranks are done with it."""
+        """Has the checkpoint that is written in the background sealed, once all ranks are done with it."""
         self._finalize(blocking=False)
 
     def finish(self) -> None:
-        """Waits for the checkpoint that is written in the background, if one is, and seals it."""
+        """Waits until the checkpoint that is written in the background, if one is, is sealed."""
         self._finalize(blocking=True)
+        on_main(self._wait_for_seal)
 
     def _finalize(self, *, blocking: bool) -> None:
         if self._queue is not None:
@@ -130,6 +137,7 @@ class Saver:
         # After an error ranks may disagree, and a collective would hang.
         if error is None:
             self.finish()
+        self._sealer.shutdown()
 
     def _sharded_content(self) -> dict[str, Any]:
         state, parallel = self._state, self._parallel
@@ -162,25 +170,32 @@ class Saver:
         }
 
         def seal() -> None:
-            step_folders.seal(target, content)
-            step_folders.remove_older(self._folder, self._keep_last)
+            try:
+                step_folders.seal(target, content)
+                step_folders.remove_older(self._folder, self._keep_last)
+            except OSError as error:
+                step_folders.discard(target)
+                raise UserError(_write_failed(str(error), target)) from error
 
-        on_main(seal)
+        if self._parallel.is_main:  # in a thread: the disk's confirmation and the removal of files take their time
+            self._sealing = self._sealer.submit(seal)
+
+    def _wait_for_seal(self) -> None:
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.result()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Says what a checkpoint failed of, and removes its remains."""
-        advice = f"those before it are intact; mend the folder, or make room in it, and start again: {self._target}"
         try:
             yield
         except CheckpointException as error:  # raised by all ranks, with the causes on rank 0
             causes = [str(cause) for cause, _ in error.failures.values()]
             on_main(lambda: step_folders.discard(self._target))
-            raise UserError(f"save: a checkpoint could not be written ({'; '.join(causes[:1])}); {advice}") from None
+            raise UserError(_write_failed("; ".join(causes[:1]), self._target)) from None
         except (OSError, RuntimeError) as error:  # torch.save answers a full disk with the latter
-            raise RankError(
-                f"rank {self._parallel.rank}: a checkpoint could not be written ({error}); {advice}"
-            ) from error
+            raise RankError(f"rank {self._parallel.rank}: {_write_failed(str(error), self._target)}") from error
 
 
 def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, parallel: Parallel) -> None:
@@ -216,6 +231,13 @@ def _begin(target: Path, needed_bytes: int) -> Path:
             f"{free_bytes / 2**30:.2g} GiB; the checkpoints before it are intact; make room and start again"
         )
     return aside
+
+
+def _write_failed(cause: str, target: Path) -> str:
+    return (
+        f"save: a checkpoint could not be written ({cause}); those before it are intact; mend the folder, or make room "
+        f"in it, and start again: {target}"
+    )
 
 
 def _write(write: Callable[..., None], aside: Path, rank: int, *args: Any, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -231,16 +232,20 @@ def _run_with_small_files(argv: list[str]) -> Exit:
 
     original, (soft, hard) = Saver.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
+    def limit(size: int) -> None:
+        for process in {0, forkserver._forkserver._forkserver_pid or 0}:  # this one, and that which forks writers
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (size, hard))
+
     def limited(saver: Saver, step: int) -> None:
         if step > 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+            limit(1 << 16)
         original(saver, step)
 
     Saver.save = limited
     try:
         return run_cli(argv)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        limit(soft)
         Saver.save = original
 
 

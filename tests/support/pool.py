@@ -167,7 +167,7 @@ def _receive(worker: _Worker) -> _Outcome | None:
     """The worker's outcome, or None where it died without one."""
     try:
         return pickle.loads(worker.connection.recv_bytes()) if worker.connection.poll() else None
-    except EOFError:
+    except (EOFError, ConnectionResetError):  # the latter where it died with a message unread
         worker.process.join()
         return None
 

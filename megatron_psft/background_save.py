@@ -1,0 +1,134 @@
+"""Megatron-Core's background writing of checkpoints by a process that shares nothing with training but a copy.
+
+Megatron-Core forks the trainer. A fork shares all memory until either side writes to it and then copies it page by
+page, which slows the steps that follow by more than a plain copy costs. Here what is to be written is copied once, into
+memory that both processes map, and the writer is forked from a small server that has done nothing but its imports.
+"""
+
+import mmap
+import multiprocessing
+import os
+import pickle
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.reduction import DupFd
+from time import time
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, TemporalAsyncCaller
+from torch import Tensor
+
+_ALIGNMENT_BYTES = 64
+_COPYING_THREADS = 4
+_LOWEST_PRIORITY = 19  # on a CPU a writer would take its time from training
+
+
+class BackgroundCalls(AsyncCallsQueue):
+    """Megatron-Core's queue of writers, which are started from the server. Once started, the server sees no signal that
+    its starter blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensors, self._plan = SharedMemory(), SharedMemory()
+        # What takes seconds to import is imported once, while training begins.
+        multiprocessing.set_forkserver_preload(["megatron_psft.build"])
+        forkserver.ensure_running()
+
+    def _get_async_caller(self) -> "_Caller":
+        return _Caller(self._tensors, self._plan)
+
+
+class SharedMemory:
+    """Room for copies of tensors, shared with the processes that it is passed to. It has no name, and so leaves nothing
+    behind, however its processes end."""
+
+    def __init__(self) -> None:
+        self._file, self._size = os.memfd_create("checkpoint"), 0
+        self._map: mmap.mmap | None = None
+
+    def copies(self, tensors: Iterable[Tensor]) -> list["SharedTensor"]:
+        """Copies tensors of any device; what was copied before is lost."""
+        tensors, shared, size = list(tensors), [], 0
+        for tensor in tensors:
+            shared.append(SharedTensor(offset=size, shape=tensor.shape, dtype=tensor.dtype))
+            size += -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if size > self._size:
+            os.ftruncate(self._file, size)
+            self._map, self._size = None, size
+        with ThreadPoolExecutor(_COPYING_THREADS) as pool:  # one thread would not use all of a memory's bandwidth
+            list(pool.map(lambda pair: self.open(pair[0]).copy_(pair[1].detach()), zip(shared, tensors, strict=True)))
+        return shared
+
+    def open(self, shared: "SharedTensor") -> Tensor:
+        """The copy, with a storage of its own."""
+        if not shared.shape.numel():
+            return torch.empty(shared.shape, dtype=shared.dtype, device="cpu")
+        if self._map is None:
+            self._map = mmap.mmap(self._file, self._size)
+        count = shared.shape.numel()
+        return torch.frombuffer(self._map, dtype=shared.dtype, count=count, offset=shared.offset).view(shared.shape)
+
+    def __getstate__(self) -> tuple[Any, int]:
+        return DupFd(self._file), self._size
+
+    def __setstate__(self, state: tuple[Any, int]) -> None:
+        file, self._size = state
+        self._file, self._map = file.detach(), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedTensor:
+    """Where a copy lies: bytes from the start of the memory, and what they are."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _Caller(TemporalAsyncCaller):
+    """One writer."""
+
+    def __init__(self, tensors: SharedMemory, plan: SharedMemory) -> None:
+        super().__init__()
+        self._tensors, self._plan = tensors, plan
+
+    def schedule_async_call(self, async_req: AsyncRequest) -> None:
+        if async_req.async_fn is None:  # this rank has nothing to write
+            return
+        self.start_time = time()
+        rank, buckets, results = async_req.async_fn_args
+        copies = iter(self._tensors.copies(tensor for *_, (_, pairs) in buckets for _, tensor in pairs))
+        buckets = [
+            (file, key, (texts, [(item, next(copies)) for item, _ in pairs])) for file, key, (texts, pairs) in buckets
+        ]
+        # Not as an argument: more than a pipe holds would have us wait until the process has imported the main script.
+        pickled = torch.frombuffer(bytearray(pickle.dumps(buckets)), dtype=torch.uint8)
+        plan = _Plan(memory=self._plan, pickled=self._plan.copies([pickled])[0])
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=_write, args=(async_req.async_fn, self._tensors, plan, rank, results)
+        )
+        self.process.start()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Megatron-Core's buckets of what goes into which file, with a `SharedTensor` for every tensor."""
+
+    memory: SharedMemory
+    pickled: SharedTensor
+
+    def buckets(self) -> list[Any]:
+        return pickle.loads(self.memory.open(self.pickled).numpy().tobytes())
+
+
+def _write(write: Callable[..., None], tensors: SharedMemory, plan: _Plan, rank: int, results: Any) -> None:
+    os.nice(_LOWEST_PRIORITY)
+    torch.set_num_threads(1)
+    buckets = [
+        (file, key, (texts, [(item, tensors.open(shared)) for item, shared in pairs]))
+        for file, key, (texts, pairs) in plan.buckets()
+    ]
+    write(rank, buckets, results)
