@@ -24,6 +24,7 @@ from megatron_psft.hf import export, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, fill_parameters
 from megatron_psft.model.gpt import build_model, check_layout, padded_vocab_size, virtual_size
 from megatron_psft.model.shape import ModelShape, read_shape
+from megatron_psft.objectives import Objective
 from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
 from megatron_psft.parallel import Parallel, initialize_parallel, together
@@ -181,7 +182,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     if checkpoint is None:
         fill_parameters(chunks, inputs.weights, shape, parallel)
     optimizer = build_optimizer(config, chunks)
-    schedule = Schedule(chunks=chunks, device=platform.device, clip_ratio_high=config.objective.clip_ratio_high)
+    schedule = Schedule(chunks=chunks, parallel=parallel)
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
     state = TrainState(
         chunks=chunks,
@@ -227,8 +228,9 @@ def _window(
         return loader.from_packs(step, loader.to_packs(step, scored, size))
 
     interval = train_iters if objective.old_policy_interval == "fixed" else objective.old_policy_interval
-    # SFT is warm-up all the way.
-    warmup_iters = train_iters if objective.objective == "sft" else objective.sft_warmup_iters
+    # An objective without an old policy is warm-up all the way.
+    has_old_policy = "old" in Objective(config=objective).needs
+    warmup_iters = objective.sft_warmup_iters if has_old_policy else train_iters
     return OldPolicyWindow(
         interval=interval,
         warmup_iters=warmup_iters,

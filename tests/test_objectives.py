@@ -10,7 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_psft import objectives
-from megatron_psft.objectives import BatchSums, Objective, batch_sums, policy_ratio, psft_loss, sft_loss
+from megatron_psft.config import ObjectiveConfig
+from megatron_psft.labels import LabelContext, LabelStats
+from megatron_psft.objectives import BatchSums, Objective, batch_sums, policy_ratio
 
 OBJECTIVES = ("psft", "sft")
 log_probability = st.floats(-30, 0, width=32)
@@ -22,14 +24,23 @@ def leaf(values):
 
 def sums_and_gradient(name, log_probs, old_log_probs, entropy, clip_ratio_high=0.28):
     log_probs = log_probs.detach().clone().requires_grad_()
-    loss = Objective(name=name, clip_ratio_high=clip_ratio_high).token_loss(log_probs, old_log_probs).sum()
+    config = ObjectiveConfig(objective=name, clip_ratio_high=clip_ratio_high)
+    context = LabelContext(old_log_probs=old_log_probs)
+    loss = Objective(config=config).token_loss(LabelStats(log_probs, entropy), context).sum()
     loss.backward()
-    sums = batch_sums(loss.detach(), log_probs.detach(), old_log_probs, entropy, clip_ratio_high=clip_ratio_high)
-    return sums, log_probs.grad
+    stats = LabelStats(log_probs.detach(), entropy)
+    return batch_sums(loss.detach(), stats, context, config, labelled_records=3), log_probs.grad
 
 
 def metrics_of(log_probs, old_log_probs):
-    return batch_sums(torch.tensor(0.0), log_probs, old_log_probs, torch.zeros_like(log_probs), clip_ratio_high=0.28)
+    stats, context = LabelStats(log_probs, torch.zeros_like(log_probs)), LabelContext(old_log_probs=old_log_probs)
+    return batch_sums(torch.tensor(0.0), stats, context, ObjectiveConfig(), labelled_records=3)
+
+
+def psft_loss(log_probs, old_log_probs, *, clip_ratio_high):
+    config = ObjectiveConfig(objective="psft", clip_ratio_high=clip_ratio_high)
+    stats, context = LabelStats(log_probs, torch.zeros_like(log_probs)), LabelContext(old_log_probs=old_log_probs)
+    return Objective(config=config).token_loss(stats, context)
 
 
 def numbers(sums: BatchSums) -> dict[str, float]:
@@ -106,7 +117,8 @@ def test_a_diverged_policy_gives_finite_numbers(log_ratio):
 
 def test_sft_is_the_negative_log_probability():
     log_probs = leaf([-0.25, 0.0, -7.0])
-    loss = sft_loss(log_probs)
+    config = ObjectiveConfig(objective="sft")
+    loss = Objective(config=config).token_loss(LabelStats(log_probs, torch.zeros(3)), LabelContext())
     loss.sum().backward()
     assert loss.tolist() == [0.25, 0.0, 7.0]
     assert log_probs.grad.tolist() == [-1.0, -1.0, -1.0]
@@ -125,6 +137,7 @@ def test_sums_equal_arithmetic_by_hand():
         "clipped": 1.0,
         "approx_kl": 5.75 - 4 - math.log(1.25 * 0.5 * 3),
         "loss_tokens": 4.0,
+        "denominator": 4.0,
         "ratio_max": 3.0,
     }
     assert numbers(sums) == pytest.approx({"loss": -(1.25 + 0.5 + 1.3 + 1), **shared}, rel=1e-6)
@@ -192,8 +205,9 @@ def test_sums_add_up_over_any_split_into_micro_batches(seed, sizes, objective, w
 def test_no_value_is_copied_to_the_host():
     """A meta tensor has no values: reading one raises."""
     values = torch.zeros(6, device="meta")
-    loss = Objective(name="psft", clip_ratio_high=0.28).token_loss(values, values).sum()
-    sums = batch_sums(loss, values, values, values, clip_ratio_high=0.28)
+    stats, context = LabelStats(values, values), LabelContext(old_log_probs=values)
+    loss = Objective(config=ObjectiveConfig()).token_loss(stats, context).sum()
+    sums = batch_sums(loss, stats, context, ObjectiveConfig(), labelled_records=3)
     assert {getattr(sums, field.name).device.type for field in fields(sums)} == {"meta"}
 
 
@@ -202,4 +216,9 @@ def test_the_maths_knows_nothing_of_parallelism():
         nodes = list(ast.walk(ast.parse(file.read())))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert imported == {"dataclasses", "typing", "torch"}
+    assert {name for name in imported if "." in name} == {
+        "collections.abc",
+        "megatron_psft.config",
+        "megatron_psft.labels",
+    }
+    assert {name for name in imported if "." not in name} == {"dataclasses", "typing", "torch"}
