@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_psft import __version__
 from megatron_psft.checkpoint import TrainState, load_checkpoint
+from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.config import Config, config_to_yaml
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
@@ -182,13 +183,17 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     if checkpoint is None:
         fill_parameters(chunks, inputs.weights, shape, parallel)
     optimizer = build_optimizer(config, chunks)
-    schedule = Schedule(chunks=chunks, parallel=parallel)
+    clipped_tokens = None
+    if config.logging.log_clipped_tokens is not None:
+        clipped_tokens = ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
+    schedule = Schedule(chunks=chunks, parallel=parallel, clipped_tokens=clipped_tokens)
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
     state = TrainState(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, inputs.train_iters),
         window=_window(config, inputs.train_iters, schedule, loader, parallel),
+        clipped_tokens=clipped_tokens,
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
@@ -206,6 +211,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         loader=loader,
         valid_loader=valid_loader,
         identity=identity,
+        decode=lambda token_id: str(inputs.tokenizer.decode([token_id])),
         first_step=first_step,
         train_iters=inputs.train_iters,
     )

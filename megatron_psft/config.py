@@ -131,6 +131,7 @@ class BatchConfig:
 
 
 ObjectiveName = Literal["psft", "sft", "sft-kl", "dft", "iw-sft", "asft", "eaft", "p-power", "trsft", "profit", "deft"]
+LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ class ObjectiveConfig:
 
     objective: ObjectiveName = "psft"
     """Proximal SFT (arXiv 2508.17784), plain cross-entropy, or a relative of theirs."""
-    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    loss_aggregation: LossAggregation = "token-mean"
     """Sum of the token losses of the global batch over its label tokens; mean over its records of their token means; or
     mean over its records of their token sums. Records without a label count in none of them."""
     clip_ratio_high: float = 0.28
@@ -294,9 +295,12 @@ class LoggingConfig:
     """Steps between printed lines."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard event files; none are written where absent."""
+    log_clipped_tokens: int | None = None
+    """PSFT: number of tokens, the most clipped ones of the run so far, that are written to clipped_tokens.json in
+    `save` whenever a checkpoint is; nothing is counted where absent."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "log_interval")
+        _require_at_least(1, self, "log_interval", "log_clipped_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.config import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.labels import LabelContext, LabelStats, Records
 from megatron_psft.model.head import HeadInputs, HeadOutput, label_positions, place_labels, select_labels
 from megatron_psft.model.layers import packed_row_params
-from megatron_psft.objectives import BatchSums, Objective, batch_sums
+from megatron_psft.objectives import BatchSums, Objective, batch_sums, is_clipped, policy_ratio
 from megatron_psft.parallel import Parallel
 
 
@@ -26,6 +27,8 @@ class Schedule:
 
     chunks: Sequence[DistributedDataParallel]
     parallel: Parallel
+    clipped_tokens: ClippedTokens | None = None
+    """Told of every label token that is trained on, where there is one."""
 
     def train(
         self, micro_batches: Sequence[MicroBatch], old_log_probs: Sequence[Tensor] | None, *, objective: Objective
@@ -46,6 +49,7 @@ class Schedule:
 
         def loss(item: _Item, output: HeadOutput) -> tuple[Tensor, Tensor, BatchSums]:
             assert output.loss is not None
+            self._count_clipped(item, output.stats.log_probs, objective.config)
             sums = batch_sums(
                 output.loss.detach(),
                 output.stats,
@@ -58,6 +62,13 @@ class Schedule:
             return output.loss, sums.denominator.to(torch.int), sums
 
         return self._run(items, loss, forward_only=False)
+
+    def _count_clipped(self, item: "_Item", log_probs: Tensor, config: ObjectiveConfig) -> None:
+        old_log_probs = item.context.old_log_probs
+        if self.clipped_tokens is None or old_log_probs is None:
+            return
+        clipped = is_clipped(policy_ratio(log_probs, old_log_probs), item.context.advantages, config)
+        self.clipped_tokens.add(select_labels(item.micro_batch.labels, item.label_positions), clipped)
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[LabelStats]:

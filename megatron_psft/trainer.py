@@ -36,6 +36,8 @@ class Run:
     loader: BatchLoader
     valid_loader: BatchLoader | None
     identity: Identity
+    decode: Callable[[int], str]
+    """A token's text from its id."""
     first_step: int
     """Steps that were completed before, in an earlier process."""
     train_iters: int
@@ -118,8 +120,21 @@ def save(run: Run, saver: Saver, report: Report | None, completed_steps: int) ->
     """Writes a checkpoint, and the metrics up to it for good; collective."""
     if report:
         report.sync()
+    _write_clipped_tokens(run, completed_steps)
     run.schedule.gather_parameters()
     saver.save(completed_steps)
+
+
+def _write_clipped_tokens(run: Run, completed_steps: int) -> None:
+    """Before the checkpoint, which holds the same counts; collective."""
+    counts, num_tokens = run.state.clipped_tokens, run.config.logging.log_clipped_tokens
+    if counts is None:
+        return
+    assert num_tokens is not None
+    counts.gather()
+    if run.parallel.is_main:
+        folder = Path(run.config.weights.save)
+        counts.write(folder, last_step=completed_steps, num_tokens=num_tokens, decode=run.decode)
 
 
 def _objective_at(run: Run, step: int) -> Objective:

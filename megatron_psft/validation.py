@@ -121,6 +121,10 @@ def _validate_effects(config: Config) -> None:
     """Refuses fields that were set although another one leaves them without effect."""
     data, optimizer, parallel, recompute = config.data, config.optimizer, config.parallel, config.recompute
     _validate_objective(config.objective)
+    if config.objective.objective != "psft":
+        _refuse_if_set(config.logging, f"with objective {config.objective.objective}", "log_clipped_tokens")
+    if config.objective.old_policy_interval == 1:
+        _refuse_if_set(config.logging, "with old_policy_interval 1", "log_clipped_tokens")
     if not data.valid_data:
         _refuse_if_set(data, "without valid_data", "eval_interval", "eval_iters")
     if optimizer.lr_decay_style == "constant":

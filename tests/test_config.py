@@ -282,6 +282,7 @@ def test_all_missing_fields_are_named_at_once() -> None:
         ("--num-layers-per-virtual-pipeline-stage 0", "num_layers_per_virtual_pipeline_stage (0) must be at least 1"),
         ("--recompute-num-layers 0", "recompute_num_layers (0) must be at least 1"),
         ("--log-interval 0", "log_interval (0) must be at least 1"),
+        ("--log-clipped-tokens 0", "log_clipped_tokens (0) must be at least 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused(flags: str, message: str) -> None:
