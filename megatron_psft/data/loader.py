@@ -7,6 +7,7 @@ resumed run needs nothing of the loader but the step, with the same or another n
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,11 @@ class MicroBatch:
     segments: tuple[int, ...] | None = None
     """Where the one row holds all records: the lengths of its parts that must not see each other, before the split.
     None where each row is a record, or padding alone."""
+    advantages: torch.Tensor | None = None
+    """`[records]` fp32, of each record; None where all are 1."""
+    ref_log_probs: torch.Tensor | None = None
+    """`[batch, seq]` fp32, of the labels under the reference model, whatever where none counts; None where the
+    objective needs none."""
 
     @property
     def num_sequences(self) -> int:
@@ -51,15 +57,12 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on `device`."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            loss_mask=self.loss_mask.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            record_ids=self.record_ids.to(device, non_blocking=True),
-            label_counts=self.label_counts.to(device, non_blocking=True),
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def collate(examples: Sequence[Example], *, batch_size: int, seq_length: int, pad_token_id: int) -> MicroBatch:
