@@ -140,20 +140,27 @@ def records_of(row: "MicroBatch") -> "Iterator[Example]":
         yield Example(
             tokens=np.append(tokens[start:stop], labels[stop - 1]).astype(np.int32),
             label_mask=np.concatenate([[False], mask[start:stop]]),
+            advantage=1.0 if row.advantages is None else float(row.advantages[row.record_ids[0, start]]),
         )
+
+
+def describe(example: "Example") -> str:
+    """The line above a record."""
+    line = f"── record of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels"
+    return line if example.advantage == 1 else f"{line}, advantage {example.advantage:g}"
 
 
 def show_text(example: "Example", tokenizer: "PreTrainedTokenizerBase", in_color: bool) -> None:
     """The decoded record with its labels marked."""
     from megatron_psft.data.chat import label_runs
 
-    print(f"── record of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels")
+    print(describe(example))
     print("".join(mark(text, in_color) if is_label else text for is_label, text in label_runs(example, tokenizer)))
 
 
 def show_tokens(example: "Example", tokenizer: "PreTrainedTokenizerBase", in_color: bool) -> None:
     """A line per token: position, id, 1 where it is a label, text."""
-    print(f"── record of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels")
+    print(describe(example))
     print(f"{'position':>8}  {'id':>7}  label  text")
     for position, (token, is_label) in enumerate(zip(example.tokens.tolist(), example.label_mask, strict=True)):
         text = repr(tokenizer.decode([token], clean_up_tokenization_spaces=False))

@@ -77,6 +77,7 @@ class Example:
 
     tokens: NDArray[np.int32]
     label_mask: NDArray[np.bool_]
+    advantage: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,15 +61,24 @@ class TokenizedDataset:
 
     @classmethod
     def from_arrays(
-        cls, *, tokens: NDArray[np.int32], label_mask: NDArray[np.bool_], offsets: NDArray[np.int64]
+        cls,
+        *,
+        tokens: NDArray[np.int32],
+        label_mask: NDArray[np.bool_],
+        offsets: NDArray[np.int64],
+        advantages: NDArray[np.float32] | None = None,
     ) -> "TokenizedDataset":
         """Records in memory, all of them: record i is [offsets[i], offsets[i + 1]) of `tokens` (int32 [total]) and
         `label_mask` (bool [total], true where a token is to be predicted; never at a record's first). `offsets`: int64
-        [records + 1]."""
+        [records + 1]; `advantages`: fp32 [records], all 1 where None."""
+        advantages = np.ones(len(offsets) - 1, np.float32) if advantages is None else advantages
         pieces = [slice(start, stop) for start, stop in pairwise(offsets)]
-        examples = [Example(tokens=tokens[piece], label_mask=label_mask[piece]) for piece in pieces]
+        examples = [
+            Example(tokens=tokens[piece], label_mask=label_mask[piece], advantage=float(advantage))
+            for piece, advantage in zip(pieces, advantages, strict=True)
+        ]
         digest = hashlib.sha256()
-        for array in (offsets, tokens, label_mask):
+        for array in (offsets, tokens, label_mask, advantages):
             digest.update(np.ascontiguousarray(array).data)
         source = TokenizedSource(
             name="memory",
@@ -105,6 +114,11 @@ class TokenizedDataset:
         """Tokens of each record, int64 [records]."""
         return np.concatenate([part.lengths for part in self._parts])
 
+    @property
+    def has_advantages(self) -> bool:
+        """Whether any record's advantage is not 1."""
+        return any(bool((part.source.index["advantage"][part.records] != 1).any()) for part in self._parts)
+
     def place(self, index: int) -> str:
         """`path:N`, where a record comes from."""
         number = bisect_right(self._borders, index) - 1
@@ -116,7 +130,7 @@ class TokenizedDataset:
         return add_up([part.statistics for part in self._parts], self.lengths)
 
     def fingerprint(self) -> str:
-        """A hash over every token and label: a run resumes only on the data that it was started with."""
+        """A hash over every token, label and advantage: a run resumes only on the data that it was started with."""
         digest = hashlib.sha256()
         for part in self._parts:
             digest.update(part.source.content.encode())

@@ -38,6 +38,11 @@ class MicroBatch:
     segments: tuple[int, ...] | None = None
     """Where the one row holds all records: the lengths of its parts that must not see each other, before the split.
     None where each row is a record, or padding alone."""
+    advantages: torch.Tensor | None = None
+    """`[records]` fp32, of each record; None where all of the data set are 1."""
+    ref_log_probs: torch.Tensor | None = None
+    """`[batch, seq]` fp32, log-probabilities of the labels under the initial model, zeros where no label counts; None
+    where the objective has no use for them, and outside training."""
 
     @property
     def num_sequences(self) -> int:
@@ -59,6 +64,8 @@ class MicroBatch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             record_ids=self.record_ids.to(device, non_blocking=True),
             label_counts=self.label_counts.to(device, non_blocking=True),
+            advantages=None if self.advantages is None else self.advantages.to(device, non_blocking=True),
+            ref_log_probs=None if self.ref_log_probs is None else self.ref_log_probs.to(device, non_blocking=True),
         )
 
 
@@ -70,9 +77,11 @@ def collate(examples: Sequence[Example], *, batch_size: int, seq_length: int, pa
     return fill_rows(examples, separate_rows(len(examples), rows=batch_size, seq_length=seq_length), pad_token_id)
 
 
-def fill_rows(examples: Sequence[Example], layout: RowLayout, pad_token_id: int) -> MicroBatch:
+def fill_rows(
+    examples: Sequence[Example], layout: RowLayout, pad_token_id: int, *, has_advantages: bool = False
+) -> MicroBatch:
     """Lays the inputs and labels of `examples` out as `layout` says. Labels are shifted within each record, before any
-    split.
+    split. `has_advantages`: whether the batch has those of the examples.
 
     Padding is told by its place and never by its value: `pad_token_id` is the eos token of many models, and so a label
     elsewhere.
@@ -90,6 +99,7 @@ def fill_rows(examples: Sequence[Example], layout: RowLayout, pad_token_id: int)
         label_counts=torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64),
         num_tokens=sum(map(len, masks)),
         segments=layout.segments,
+        advantages=torch.tensor([e.advantage for e in examples], dtype=torch.float32) if has_advantages else None,
     )
 
 
@@ -154,6 +164,7 @@ class BatchLoader:
         assert 0 <= shard.context_rank < shard.context_size
         assert one_row or (shard.context_size == 1 and len(plan) == len(dataset))
         self._dataset = dataset
+        self._has_advantages = dataset.has_advantages
         self._plan = plan
         self._global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -204,6 +215,7 @@ class BatchLoader:
                 [self._dataset[int(record)] for pack in packs for record in pack],
                 self._layout(packs, seq_length, micro_batch_size),
                 self._pad_token_id,
+                has_advantages=self._has_advantages,
             )
             for packs in self._micro_batch_packs(step, micro_batch_size)
         ]

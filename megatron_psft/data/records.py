@@ -9,7 +9,8 @@ named counts before all of them:
 * `{"instruction", "input", "output"}`, Alpaca's
 
 `system` beside them is the system message. `tools` holds the schemas of functions, as a list or as its JSON
-text; calls are `tool_calls` of a message as OpenAI's API has them, or ShareGPT's `function_call` turns.
+text; calls are `tool_calls` of a message as OpenAI's API has them, or ShareGPT's `function_call` turns. `advantage` is
+the record's weight in a policy gradient, a number.
 """
 
 import json
@@ -30,7 +31,9 @@ _REFERENCE_COMPLETION_KEYS = ("demonstration", "demostration")
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
-_UNSUPPORTED_RECORD_KEYS = ("advantage", "functions", "history", "images", "videos", "audios")
+_LARGEST_ADVANTAGE = 3.4028234663852886e38  # of fp32, in which it is kept
+
+_UNSUPPORTED_RECORD_KEYS = ("functions", "history", "images", "videos", "audios")
 _UNSUPPORTED_MESSAGE_KEYS = ("function_call",)
 """Keys that change what has to be learned: training as if they were absent would be silently wrong."""
 
@@ -70,6 +73,7 @@ class Record:
     source: str
     tools: tuple[dict[str, Any], ...] = ()
     """Schemas of the functions that the assistant may call."""
+    advantage: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +104,9 @@ def parse_row(row: Row | BadRecord, keys: RecordKeys) -> Record | BadRecord:
     if isinstance(row, BadRecord):
         return row
     try:
-        messages, tools = _parse_value(row.value, keys)
+        return _parse_value(row.value, row.source, keys)
     except RecordError as error:
         return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
-    return Record(messages=messages, tools=tools, source=row.source)
 
 
 def iter_records(paths: Sequence[str], keys: RecordKeys) -> Iterator[Record | BadRecord]:
@@ -150,7 +153,7 @@ def raise_or_report(
     return report if number else ""
 
 
-def _parse_value(row: object, keys: RecordKeys) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+def _parse_value(row: object, source: str, keys: RecordKeys) -> Record:
     if not isinstance(row, dict):
         raise RecordError("not an object", f"found {type(row).__name__}")
     row = {key: value for key, value in row.items() if value is not None}
@@ -163,7 +166,12 @@ def _parse_value(row: object, keys: RecordKeys) -> tuple[tuple[Message, ...], tu
         messages = ({"role": "system", "content": keys.system_prompt}, *others)
     if all(message["role"] != "assistant" for message in messages):
         raise RecordError("no assistant turn")
-    return messages, _parse_tools(row.get("tools"))
+    return Record(
+        messages=messages,
+        source=source,
+        tools=_parse_tools(row.get("tools")),
+        advantage=_parse_advantage(row.get("advantage", 1.0)),
+    )
 
 
 def _parse_messages(row: Mapping[str, object], keys: RecordKeys) -> tuple[Message, ...]:
@@ -295,6 +303,14 @@ def _parse_tools(value: object) -> tuple[dict[str, Any], ...]:
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
 
+def _parse_advantage(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecordError("wrong type", f"advantage is {type(value).__name__}, not a number")
+    if not abs(value) <= _LARGEST_ADVANTAGE:  # nor is NaN
+        raise RecordError("advantage is not finite in fp32", f"found {value!r:.40}")
+    return float(value)
+
+
 def _parse_json_text(value: object, place: str) -> Any:
     """The value that a JSON text stands for; other values are themselves."""
     if not isinstance(value, str) or not value.strip():
@@ -314,7 +330,7 @@ def _to_json(value: object, place: str) -> str:
 
 def _refuse_unsupported(keyed: Mapping[str, object], keys: Sequence[str]) -> None:
     for key in keys:
-        # Empty lists are what columnar files put where a row has no tools; an advantage of 0 is a value.
+        # Empty lists are what columnar files put where a row has none.
         if keyed.get(key) not in (None, [], {}, ""):
             raise RecordError(f"{key} is not supported yet")
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
@@ -33,6 +33,7 @@ INDEX = np.dtype(
         ("length", "<i4"),  # in tokens
         ("labels", "<i4"),
         ("first_label", "<i4"),  # the place of the first of them; `length` where there is none
+        ("advantage", "<f4"),
         ("crc32", "<u4"),
     ]
 )
@@ -67,21 +68,26 @@ class ChunkTokenizer:
         """Raises nothing for what is in the rows: a row that cannot be used is in `bad`."""
         results = [self._render(parse_row(row, self.keys)) for row in chunk.rows()]
         renderings = [result for result in results if not isinstance(result, BadRecord)]
-        examples = self.renderer.tokenize([rendering for _, rendering in renderings])
+        examples = [
+            replace(example, advantage=record.advantage)
+            for (record, _), example in zip(
+                renderings, self.renderer.tokenize([rendering for _, rendering in renderings]), strict=True
+            )
+        ]
         return TokenizedChunk(
             name=chunk.name,
             size=chunk.size,
-            index=make_index([row for row, _ in renderings], examples),
+            index=make_index([int(record.source.rpartition(":")[2]) for record, _ in renderings], examples),
             tokens=np.concatenate([np.empty(0, np.int32), *(example.tokens for example in examples)]),
             label_mask=np.concatenate([np.empty(0, np.bool_), *(example.label_mask for example in examples)]),
             bad=tuple(result for result in results if isinstance(result, BadRecord)),
         )
 
-    def _render(self, item: Record | BadRecord) -> tuple[int, Rendering] | BadRecord:
+    def _render(self, item: Record | BadRecord) -> tuple[Record, Rendering] | BadRecord:
         if isinstance(item, BadRecord):
             return item
         try:
-            return int(item.source.rpartition(":")[2]), self.renderer.render(item)
+            return item, self.renderer.render(item)
         except RecordError as error:
             return BadRecord(source=item.source, reason=error.reason, detail=error.detail)
 
@@ -96,6 +102,7 @@ def make_index(rows: Sequence[int], examples: Sequence[Example]) -> NDArray[np.v
     has_label = index["labels"] > 0
     index["first_label"] = [int(np.argmax(example.label_mask)) if len(example.tokens) else 0 for example in examples]
     index["first_label"] = np.where(has_label, index["first_label"], index["length"])
+    index["advantage"] = [example.advantage for example in examples]
     index["crc32"] = [checksum(example.tokens, example.label_mask) for example in examples]
     return index
 

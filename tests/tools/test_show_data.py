@@ -1,5 +1,6 @@
 """The command that shows data, through its command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def test_records_of_a_pack_are_told_by_their_positions():
     assert (first.tokens.tolist(), first.label_mask.tolist()) == ([1, 2, 3], [False, False, True])
     assert (second.tokens.tolist(), second.label_mask.tolist()) == ([4, 5], [False, True])
     assert first.tokens.dtype == np.int32
+
+
+def test_advantages_other_than_1_are_shown(show, inputs):
+    rows = [json.loads(RECORD) | {"advantage": advantage} for advantage in (0.5, 1, -2)]
+    (inputs / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exit = show("--data", str(inputs / "b.jsonl"), "--no-shuffle", "--rows", "1")
+    headers = [line for line in exit.out.splitlines() if line.startswith("── record")]
+    assert [line.partition("labels")[2] for line in headers] == [", advantage 0.5", "", ", advantage -2"]
+    assert "advantage" not in show().out
 
 
 def test_a_pack_is_shown_record_by_record(show):
