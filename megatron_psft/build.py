@@ -26,8 +26,9 @@ from megatron_psft.model.gpt import build_model, check_layout, padded_vocab_size
 from megatron_psft.model.shape import ModelShape, read_shape
 from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
-from megatron_psft.parallel import Parallel, initialize_parallel, together
+from megatron_psft.parallel import Parallel, initialize_parallel, on_main, together
 from megatron_psft.platform import Platform
+from megatron_psft.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
 from megatron_psft.resume import Identity, find_checkpoint
 from megatron_psft.schedule import Schedule
 from megatron_psft.trainer import Run, train
@@ -183,6 +184,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     optimizer = build_optimizer(config, chunks)
     schedule = Schedule(chunks=chunks, device=platform.device, clip_ratio_high=config.objective.clip_ratio_high)
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
+    reference = _reference(config, inputs, schedule, parallel, identity, checkpoint)
     state = TrainState(
         chunks=chunks,
         optimizer=optimizer,
@@ -202,7 +204,8 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         parallel=parallel,
         schedule=schedule,
         state=state,
-        loader=loader,
+        loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
+        reference=reference,
         valid_loader=valid_loader,
         identity=identity,
         first_step=first_step,
@@ -236,6 +239,32 @@ def _window(
         score=score,
         prepare=prepare,
         show_progress=parallel.is_main,
+    )
+
+
+def _reference(
+    config: Config,
+    inputs: Inputs,
+    schedule: Schedule,
+    parallel: Parallel,
+    identity: Identity,
+    checkpoint: Path | None,
+) -> ReferencePass | None:
+    if not config.objective.needs_reference:
+        return None
+    save, weights = Path(config.weights.save), config.weights
+    has_begun = checkpoint is not None and checkpoint.parent == save
+    seed = config.batch.seed if weights.random_init else None
+    start = None if has_begun else on_main(lambda: describe_start(checkpoint, inputs.model_folder, seed))
+    folder = Path(weights.load_hf)
+    return ReferencePass(
+        folder=save / FOLDER,
+        values=RecordValues(save / FOLDER / VALUES, inputs.plan.lengths),
+        schedule=schedule,
+        loader=_loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=False),
+        parallel=parallel,
+        identity={**identity, "load_hf": str(folder.resolve() if folder.is_dir() else folder), START: start},
+        has_begun=has_begun,
     )
 
 

@@ -49,7 +49,8 @@ class WeightsConfig:
     async_save: bool = False
     """Write checkpoints in the background while training goes on; the last one is finished before the run ends."""
     load: str | None = None
-    """Run folder, or one step folder of it, to start from. No effect where `save` holds a checkpoint."""
+    """Run folder, or one step folder of it, to start from. No effect where `save` holds a checkpoint. An objective that
+    compares with the model at the start compares with this one."""
     export_hf: str | None = None
     """Folder that receives the trained model in Hugging Face format; none is written where absent."""
 
@@ -156,6 +157,11 @@ class ObjectiveConfig:
         _require_at_least(1, self, "old_policy_micro_batch_size")
         if self.old_policy_interval != "fixed":
             _require_at_least(1, self, "old_policy_interval")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the model that the run starts from."""
+        return self.objective in {"sft-kl", "iw-sft", "asft", "dpo"}
 
 
 @dataclass(frozen=True, kw_only=True)

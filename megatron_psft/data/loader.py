@@ -4,8 +4,9 @@ Which records make a global batch depends on the step, the seed and the batch si
 resumed run needs nothing of the loader but the step, with the same or another number of ranks.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -178,6 +179,14 @@ class BatchLoader:
         # What every record is a multiple of, and what the row is cut into.
         self._row_multiple = math.lcm(aligned_length(1, shard.context_size), shard.context_size * pad_to_multiple_of)
         self._orders: dict[int, EpochOrder] = {}
+        self._ref_log_probs: Callable[[int], NDArray[np.float32]] | None = None
+
+    def with_ref_log_probs(self, ref_log_probs: Callable[[int], NDArray[np.float32]]) -> "BatchLoader":
+        """The same batches with `MicroBatch.ref_log_probs`, of which `ref_log_probs` gives those of a record: one for
+        each token that the model reads."""
+        loader = copy.copy(self)
+        loader._ref_log_probs = ref_log_probs
+        return loader
 
     @property
     def num_batches(self) -> int:
@@ -187,6 +196,14 @@ class BatchLoader:
     def lengths(self, step: int) -> NDArray[np.int64]:
         """Tokens the model reads of each record of global batch `step`: all but the last, which is a label only."""
         return self._plan.lengths[np.concatenate(self._packs(step))]
+
+    def record_lengths(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens the model reads of each of `records`."""
+        return self._plan.lengths[records]
+
+    def own_packs(self, step: int) -> list[NDArray[np.int64]]:
+        """The records of each of this rank's packs of global batch `step`; fewer at the end without `wrap`."""
+        return self._packs(step)[self._shard.data_rank * self.packs_per_rank :][: self.packs_per_rank]
 
     def unpadded_length(self, step: int) -> int:
         """Tokens of the longest pack: the same for every layout."""
@@ -211,14 +228,22 @@ class BatchLoader:
         micro_batch_size = micro_batch_size or self.micro_batch_size
         seq_length = self.seq_length(step, micro_batch_size)
         return [
-            fill_rows(
-                [self._dataset[int(record)] for pack in packs for record in pack],
-                self._layout(packs, seq_length, micro_batch_size),
-                self._pad_token_id,
-                has_advantages=self._has_advantages,
-            )
+            self._fill(packs, self._layout(packs, seq_length, micro_batch_size))
             for packs in self._micro_batch_packs(step, micro_batch_size)
         ]
+
+    def _fill(self, packs: Sequence[NDArray[np.int64]], layout: RowLayout) -> MicroBatch:
+        records = [int(record) for pack in packs for record in pack]
+        batch = fill_rows(
+            [self._dataset[record] for record in records],
+            layout,
+            self._pad_token_id,
+            has_advantages=self._has_advantages,
+        )
+        if self._ref_log_probs is None:
+            return batch
+        values = layout.place([self._ref_log_probs(record) for record in records], padding=0.0)
+        return replace(batch, ref_log_probs=torch.from_numpy(values))
 
     def to_packs(self, step: int, values: Sequence[torch.Tensor], micro_batch_size: int | None = None) -> torch.Tensor:
         """Brings values of this rank's positions into an order that no layout has a part in.
@@ -273,7 +298,7 @@ class BatchLoader:
 
     def _micro_batch_packs(self, step: int, size: int) -> list[list[NDArray[np.int64]]]:
         """The packs of each micro-batch of this rank; fewer, or none, at the end of the last batch without `wrap`."""
-        own = self._packs(step)[self._shard.data_rank * self.packs_per_rank :][: self.packs_per_rank]
+        own = self.own_packs(step)
         return [own[first : first + size] for first in range(0, self.packs_per_rank, size)]
 
     def _packs(self, step: int) -> list[NDArray[np.int64]]:
