@@ -150,7 +150,7 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
     dataset = _read_dataset(config, config.data.data, tokenizer, show_progress)
     valid = _read_dataset(config, config.data.valid_data, tokenizer, show_progress) if config.data.valid_data else None
-    plan = plan_of(dataset.lengths, config.data)
+    plan = plan_of(dataset.sequence_lengths, config.data)
     train_iters = config.batch.train_iters
     if train_iters is None:
         assert config.batch.epochs is not None
@@ -193,7 +193,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
-        plan = plan_of(inputs.valid_dataset.lengths, config.data)
+        plan = plan_of(inputs.valid_dataset.sequence_lengths, config.data)
         valid_loader = _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, loader, parallel)
@@ -338,10 +338,11 @@ def _describe(inputs: Inputs, platform: Platform, *, packing: bool) -> None:
         log.info("packing: %s", inputs.plan)
     if inputs.valid_dataset is not None:
         log.info("validation data:\n%s", inputs.valid_dataset.statistics())
-    first = inputs.dataset[0]
-    shown = Example(tokens=first.tokens[:_SHOWN_TOKENS], label_mask=first.label_mask[:_SHOWN_TOKENS])
-    runs = label_runs(shown, inputs.tokenizer)
-    log.info("first record, labels in ⟦⟧:\n%s", "".join(f"⟦{text}⟧" if is_label else text for is_label, text in runs))
+    for sequence in inputs.dataset[0].sequences:
+        shown = Example(tokens=sequence.tokens[:_SHOWN_TOKENS], label_mask=sequence.label_mask[:_SHOWN_TOKENS])
+        runs = label_runs(shown, inputs.tokenizer)
+        text = "".join(f"⟦{text}⟧" if is_label else text for is_label, text in runs)
+        log.info("first record, labels in ⟦⟧:\n%s", text)
 
 
 def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path) -> None:
@@ -370,7 +371,14 @@ def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
 def _read_dataset(
     config: Config, paths: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, show_progress: bool
 ) -> TokenizedDataset:
-    return build_dataset(paths, tokenizer, config.data, seed=config.batch.seed, show_progress=show_progress)
+    return build_dataset(
+        paths,
+        tokenizer,
+        config.data,
+        seed=config.batch.seed,
+        show_progress=show_progress,
+        are_pairs=config.objective.needs_pairs,
+    )
 
 
 def _write_config(config: Config, parallel: Parallel) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -79,15 +80,17 @@ class Observed:
     difference: float | None
 
 
-def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, signum: int = 0) -> Observed:
-    """The command line as if its objective needed the reference. In scoring pass `fail_at` (from 1) it raises, or gets
-    the signal, on the last rank."""
+def run_with_reference(
+    argv: list[str], *, are_pairs: bool = False, per_mark: int = 1, fail_at: int = 0, signum: int = 0
+) -> Observed:
+    """The command line as if its objective needed the reference, and pairs. In scoring pass `fail_at` (from 1) it
+    raises, or gets the signal, on the last rank."""
     from megatron_psft import reference as module
     from megatron_psft.config import ObjectiveConfig
     from megatron_psft.schedule import Schedule
 
     score, train, kept = Schedule.score, Schedule.train, module.BATCHES_PER_MARK
-    needs_reference = ObjectiveConfig.needs_reference
+    needs = (ObjectiveConfig.needs_reference, ObjectiveConfig.needs_pairs)
     calls: list[int] = []
     differences: list[float] = []
 
@@ -111,12 +114,15 @@ def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, 
         return train(schedule, micro_batches, *args, **kwargs)
 
     Schedule.score, Schedule.train, module.BATCHES_PER_MARK = counted, compared, per_mark
-    ObjectiveConfig.needs_reference = property(lambda _: True)
+    ObjectiveConfig.needs_reference, ObjectiveConfig.needs_pairs = (
+        property(lambda _: True),
+        property(lambda _: are_pairs),
+    )
     try:
         exit = run_cli(argv)
     finally:
         Schedule.score, Schedule.train, module.BATCHES_PER_MARK = score, train, kept
-        ObjectiveConfig.needs_reference = needs_reference
+        ObjectiveConfig.needs_reference, ObjectiveConfig.needs_pairs = needs
     return Observed(exit, len(calls), max(differences, default=None))
 
 
@@ -164,6 +170,30 @@ def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tm
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert done.difference < 1e-5
     assert done.scored >= 1
+
+
+def _run_with_pairs(argv: list[str]) -> Observed:
+    return run_with_reference(argv, are_pairs=True)
+
+
+@pytest.mark.parametrize("layout", ["one", "CP2-packed", "DP2-packed-overlapped"])
+def test_the_sequences_of_a_pair_have_the_log_probabilities_that_they_have_alone(pool, tmp_path, inputs, layout):
+    """A pair's chosen sequence, then its rejected one."""
+    answers = [json.loads(line)["messages"][-1] for line in inputs.data.read_text().splitlines()]
+    ask = [{"role": "user", "content": "three plus four"}]
+    pairs = [(chosen, rejected) for chosen, rejected in pairwise(answers) if chosen != rejected]
+    rows = [{"prompt": ask, "chosen": [chosen], "rejected": [rejected]} for chosen, rejected in pairs]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = [{"messages": [*ask, answer]} for pair in pairs for answer in pair]
+    (tmp_path / "sides.jsonl").write_text("".join(json.dumps(side) + "\n" for side in sides))
+    world_size, flags = LAYOUTS[layout]
+    argv = [*inputs.argv(tmp_path / "run", *flags), "--data", str(tmp_path / "pairs.jsonl")]
+    observed = pool.run(_run_with_pairs, world_size, argv)
+    assert [one.exit.code for one in observed] == [0] * world_size, observed[0].exit.err
+    assert max(one.difference for one in observed) < 1e-5
+    expected = np.concatenate(list(log_probs_of(inputs.model, inputs.tokenizer, tmp_path / "sides.jsonl")))
+    found = np.frombuffer(values_of(tmp_path / "run"), "<f4")
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_what_one_layout_wrote_another_reads(pool, tmp_path, inputs):

@@ -24,6 +24,9 @@ from megatron_psft.errors import UserError
 class MicroBatch:
     """Rows of one forward pass, each [batch, seq]. `labels[b, s]` is the token after `tokens[b, s]` in its record; it
     counts where `loss_mask` is true. Under context parallelism a rank has a part of each row, and `seq` is its length.
+
+    The two sequences of a preference pair are records of their own here: chosen and rejected of pair p are 2p and 2p +
+    1.
     """
 
     tokens: torch.Tensor
@@ -124,7 +127,8 @@ class BatchLoader:
     With `wrap` false the stream is a single epoch, and empty packs fill its last global batch: for evaluation, where
     each record counts once.
 
-    A micro-batch is either one row that holds all its packs, or, where every pack is one record, a row for each.
+    A micro-batch is either one row that holds all its packs, or, where every pack is one record, a row for each; for
+    each of both sequences where records are pairs.
     """
 
     def __init__(
@@ -194,8 +198,8 @@ class BatchLoader:
         return -(-len(self._plan) // self._global_batch_size)
 
     def lengths(self, step: int) -> NDArray[np.int64]:
-        """Tokens the model reads of each record of global batch `step`: all but the last, which is a label only."""
-        return self._plan.lengths[np.concatenate(self._packs(step))]
+        """Tokens the model reads of each sequence of global batch `step`: all but the last, which is a label only."""
+        return self._plan.sequence_lengths(np.concatenate(self._packs(step)))
 
     def record_lengths(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens the model reads of each of `records`."""
@@ -212,14 +216,17 @@ class BatchLoader:
     def seq_length(self, step: int, micro_batch_size: int | None = None) -> int:
         """Padded length of the rows of global batch `step`, over all context-parallel ranks: the same on every rank and
         micro-batch, as a pipeline needs."""
-        sizes = [self._aligned(pack) for pack in self._packs(step)]
-        rows = (micro_batch_size or self.micro_batch_size) if self._one_row else 1
-        longest = max(sum(sizes[first : first + rows]) for first in range(0, len(sizes), rows))
+        if self._one_row:
+            sizes, size = [self._aligned(pack) for pack in self._packs(step)], micro_batch_size or self.micro_batch_size
+            longest = max(sum(sizes[first : first + size]) for first in range(0, len(sizes), size))
+        else:
+            longest = int(self.lengths(step).max())
         return -(-longest // self._row_multiple) * self._row_multiple
 
     def positions_per_rank(self, step: int) -> int:
         """Positions of global batch `step` that each rank computes, padding counted."""
-        rows = self.packs_per_rank // (self.micro_batch_size if self._one_row else 1)
+        packs = self.packs_per_rank
+        rows = packs // self.micro_batch_size if self._one_row else packs * self._plan.sequences_per_record
         return rows * self.seq_length(step) // self._shard.context_size
 
     def micro_batches(self, step: int, micro_batch_size: int | None = None) -> list[MicroBatch]:
@@ -235,15 +242,20 @@ class BatchLoader:
     def _fill(self, packs: Sequence[NDArray[np.int64]], layout: RowLayout) -> MicroBatch:
         records = [int(record) for pack in packs for record in pack]
         batch = fill_rows(
-            [self._dataset[record] for record in records],
+            [sequence for record in records for sequence in self._dataset[record].sequences],
             layout,
             self._pad_token_id,
             has_advantages=self._has_advantages,
         )
         if self._ref_log_probs is None:
             return batch
-        values = layout.place([self._ref_log_probs(record) for record in records], padding=0.0)
-        return replace(batch, ref_log_probs=torch.from_numpy(values))
+        values = [part for record in records for part in self._cut(record, self._ref_log_probs(record))]
+        return replace(batch, ref_log_probs=torch.from_numpy(layout.place(values, padding=0.0)))
+
+    def _cut(self, record: int, values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """The values of a record, by sequence."""
+        first = self._plan.first_lengths
+        return [values] if first is None else [values[: first[record]], values[first[record] :]]
 
     def to_packs(self, step: int, values: Sequence[torch.Tensor], micro_batch_size: int | None = None) -> torch.Tensor:
         """Brings values of this rank's positions into an order that no layout has a part in.
@@ -278,23 +290,27 @@ class BatchLoader:
         for packs in self._micro_batch_packs(step, micro_batch_size):
             arrays = []
             for pack in packs:
-                ends = row * width + np.cumsum(self._plan.lengths[pack])
-                arrays += [np.arange(end - n, end) for end, n in zip(ends, self._plan.lengths[pack], strict=True)]
+                lengths = self._plan.sequence_lengths(pack)
+                ends = row * width + np.cumsum(lengths)
+                arrays += [np.arange(end - n, end) for end, n in zip(ends, lengths, strict=True)]
                 row += 1
             places.append(torch.from_numpy(self._layout(packs, seq_length, micro_batch_size).place(arrays, padding=-1)))
         return places
 
     def _layout(self, packs: Sequence[NDArray[np.int64]], seq_length: int, micro_batch_size: int) -> RowLayout:
         if not self._one_row:
-            return separate_rows(sum(map(len, packs)), rows=micro_batch_size, seq_length=seq_length)
-        lengths = [int(length) for pack in packs for length in self._plan.lengths[pack]]
+            each = self._plan.sequences_per_record
+            return separate_rows(sum(map(len, packs)) * each, rows=micro_batch_size * each, seq_length=seq_length)
+        lengths = [int(length) for pack in packs for length in self._plan.sequence_lengths(pack)]
         shard = self._shard
         return packed_row(
             lengths, seq_length=seq_length, context_rank=shard.context_rank, context_size=shard.context_size
         )
 
     def _aligned(self, pack: NDArray[np.int64]) -> int:
-        return sum(aligned_length(int(length), self._shard.context_size) for length in self._plan.lengths[pack])
+        return sum(
+            aligned_length(int(length), self._shard.context_size) for length in self._plan.sequence_lengths(pack)
+        )
 
     def _micro_batch_packs(self, step: int, size: int) -> list[list[NDArray[np.int64]]]:
         """The packs of each micro-batch of this rank; fewer, or none, at the end of the last batch without `wrap`."""

@@ -74,7 +74,7 @@ def test_tokens_are_listed_with_position_id_and_label(show, inputs):
     assert tokenizer.decode([int(token) for token in labels]) == "two<|im_end|>"
 
 
-def test_records_of_a_pack_are_told_by_their_positions():
+def test_records_of_a_pack_are_told_by_their_lengths():
     """Two records of 3 and 2 tokens, whose last tokens are labels only, and padding."""
     row = MicroBatch(
         tokens=torch.tensor([[1, 2, 4, 0]]),
@@ -84,8 +84,9 @@ def test_records_of_a_pack_are_told_by_their_positions():
         record_ids=torch.tensor([[0, 0, 1, 0]]),
         label_counts=torch.tensor([1, 1]),
         num_tokens=3,
+        segments=(2, 1, 1),
     )
-    first, second = show_data.records_of(row)
+    first, second = show_data.records_of(row, [2, 1])
     assert (first.tokens.tolist(), first.label_mask.tolist()) == ([1, 2, 3], [False, False, True])
     assert (second.tokens.tolist(), second.label_mask.tolist()) == ([4, 5], [False, True])
     assert first.tokens.dtype == np.int32
