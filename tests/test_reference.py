@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from megatron_psft.reference import PROGRESS, VALUES
@@ -325,6 +326,15 @@ def test_a_damaged_file_is_an_error_that_names_it(pool, tmp_path, inputs, finish
     forget_steps(run)  # then the weights at the start are at hand
     assert train(pool, 1, inputs.argv(run, *SEPARATE)).scored == 3
     assert values_of(run) == values_of(finished)
+
+
+def test_weights_that_give_no_numbers_are_refused(pool, tmp_path, inputs):
+    model = shutil.copytree(inputs.model, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    line = refuse(pool, [*inputs.argv(tmp_path / "run", *SEPARATE), "--load-hf", str(model)])
+    assert "load_hf: the model at the start gives log-probabilities that are no numbers, for batch 0" in line
 
 
 def test_other_weights_at_the_start_are_another_reference(pool, tmp_path, inputs):

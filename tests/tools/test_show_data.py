@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_psft.config import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
@@ -99,6 +100,21 @@ def test_advantages_other_than_1_are_shown(show, inputs):
     headers = [line for line in exit.out.splitlines() if line.startswith("── record")]
     assert [line.partition("labels")[2] for line in headers] == [", advantage 0.5", "", ", advantage -2"]
     assert "advantage" not in show().out
+
+
+@pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
+def test_both_sequences_of_a_pair_are_shown(show, inputs, monkeypatch, packing):
+    monkeypatch.setattr(ObjectiveConfig, "needs_pairs", property(lambda _: True))
+    rows = [{"prompt": "add one", "chosen": "two", "rejected": word} for word in ("three", "x")]
+    (inputs / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exit = show(
+        "--data", str(inputs / "pairs.jsonl"), "--no-shuffle", "--rows", "2", "--global-batch-size", "2", packing
+    )
+    assert exit.code == 0, exit.err
+    headers = [line.split()[1] for line in exit.out.splitlines() if line.startswith(("── chosen", "── rejected"))]
+    assert headers[:4] == ["chosen", "rejected"] * 2
+    assert exit.out.count(SHOWN) >= 2
+    assert all(SHOWN.replace("two", word) in exit.out for word in ("three", "x"))
 
 
 def test_a_pack_is_shown_record_by_record(show):
