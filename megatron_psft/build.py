@@ -28,8 +28,9 @@ from megatron_psft.model.shape import ModelShape, read_shape
 from megatron_psft.objectives import Objective
 from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
-from megatron_psft.parallel import Parallel, initialize_parallel, together
+from megatron_psft.parallel import Parallel, initialize_parallel, on_main, together
 from megatron_psft.platform import Platform
+from megatron_psft.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
 from megatron_psft.resume import Identity, find_checkpoint
 from megatron_psft.schedule import Schedule
 from megatron_psft.trainer import Run, train
@@ -151,7 +152,7 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
     dataset = _read_dataset(config, config.data.data, tokenizer, show_progress)
     valid = _read_dataset(config, config.data.valid_data, tokenizer, show_progress) if config.data.valid_data else None
-    plan = plan_of(dataset.lengths, config.data)
+    plan = plan_of(dataset.sequence_lengths, config.data)
     train_iters = config.batch.train_iters
     if train_iters is None:
         assert config.batch.epochs is not None
@@ -188,6 +189,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         clipped_tokens = ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
     schedule = Schedule(chunks=chunks, parallel=parallel, clipped_tokens=clipped_tokens)
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
+    reference = _reference(config, inputs, schedule, parallel, identity, checkpoint)
     state = TrainState(
         chunks=chunks,
         optimizer=optimizer,
@@ -197,7 +199,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
-        plan = plan_of(inputs.valid_dataset.lengths, config.data)
+        plan = plan_of(inputs.valid_dataset.sequence_lengths, config.data)
         valid_loader = _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, loader, parallel)
@@ -208,7 +210,8 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         parallel=parallel,
         schedule=schedule,
         state=state,
-        loader=loader,
+        loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
+        reference=reference,
         valid_loader=valid_loader,
         identity=identity,
         decode=lambda token_id: str(inputs.tokenizer.decode([token_id])),
@@ -244,6 +247,32 @@ def _window(
         score=score,
         prepare=prepare,
         show_progress=parallel.is_main,
+    )
+
+
+def _reference(
+    config: Config,
+    inputs: Inputs,
+    schedule: Schedule,
+    parallel: Parallel,
+    identity: Identity,
+    checkpoint: Path | None,
+) -> ReferencePass | None:
+    if not config.objective.needs_reference:
+        return None
+    save, weights = Path(config.weights.save), config.weights
+    has_begun = checkpoint is not None and checkpoint.parent == save
+    seed = config.batch.seed if weights.random_init else None
+    start = None if has_begun else on_main(lambda: describe_start(checkpoint, inputs.model_folder, seed))
+    folder = Path(weights.load_hf)
+    return ReferencePass(
+        folder=save / FOLDER,
+        values=RecordValues(save / FOLDER / VALUES, inputs.plan.lengths),
+        schedule=schedule,
+        loader=_loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=False),
+        parallel=parallel,
+        identity={**identity, "load_hf": str(folder.resolve() if folder.is_dir() else folder), START: start},
+        has_begun=has_begun,
     )
 
 
@@ -317,10 +346,11 @@ def _describe(inputs: Inputs, platform: Platform, *, packing: bool) -> None:
         log.info("packing: %s", inputs.plan)
     if inputs.valid_dataset is not None:
         log.info("validation data:\n%s", inputs.valid_dataset.statistics())
-    first = inputs.dataset[0]
-    shown = Example(tokens=first.tokens[:_SHOWN_TOKENS], label_mask=first.label_mask[:_SHOWN_TOKENS])
-    runs = label_runs(shown, inputs.tokenizer)
-    log.info("first record, labels in ⟦⟧:\n%s", "".join(f"⟦{text}⟧" if is_label else text for is_label, text in runs))
+    for sequence in inputs.dataset[0].sequences:
+        shown = Example(tokens=sequence.tokens[:_SHOWN_TOKENS], label_mask=sequence.label_mask[:_SHOWN_TOKENS])
+        runs = label_runs(shown, inputs.tokenizer)
+        text = "".join(f"⟦{text}⟧" if is_label else text for is_label, text in runs)
+        log.info("first record, labels in ⟦⟧:\n%s", text)
 
 
 def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path) -> None:
@@ -349,7 +379,14 @@ def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
 def _read_dataset(
     config: Config, paths: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, show_progress: bool
 ) -> TokenizedDataset:
-    return build_dataset(paths, tokenizer, config.data, seed=config.batch.seed, show_progress=show_progress)
+    return build_dataset(
+        paths,
+        tokenizer,
+        config.data,
+        seed=config.batch.seed,
+        show_progress=show_progress,
+        are_pairs=config.objective.needs_pairs,
+    )
 
 
 def _write_config(config: Config, parallel: Parallel) -> None:

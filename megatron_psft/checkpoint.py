@@ -31,7 +31,7 @@ from megatron_psft.errors import RankError, UserError
 from megatron_psft.interrupt import helpers_outlive_signals
 from megatron_psft.old_policy import OldPolicyWindow
 from megatron_psft.optimizer import load_optimizer_state
-from megatron_psft.parallel import Parallel, naming_lost_peers, on_main
+from megatron_psft.parallel import Parallel, naming_lost_peers, on_main, sum_over_context
 from megatron_psft.resume import VERSION, Identity
 
 # The distributed optimizer's one format that any tensor, pipeline and data-parallel size can read.
@@ -147,7 +147,7 @@ class Saver:
         content = _sharded_state(state, is_loading=False)
         content["old_log_probs"] = {
             str(later): _sharded_old_log_probs(
-                later, _whole_packs(self._loader.to_packs(later, old), parallel), self._loader, parallel
+                later, sum_over_context(self._loader.to_packs(later, old), parallel), self._loader, parallel
             )
             for later, old in state.window.stored.items()
             if old
@@ -282,15 +282,6 @@ def _sharded_old_log_probs(step: int, rows: Tensor | None, loader: BatchLoader, 
         (0, parallel.data_rank, parallel.data_size),
         replica_id=parallel.context_rank * parallel.tensor_size + parallel.tensor_rank,
     )
-
-
-def _whole_packs(rows: Tensor, parallel: Parallel) -> Tensor:
-    """Adds up what each context-parallel rank has of the packs; collective over these ranks."""
-    if parallel.context_size == 1:
-        return rows
-    rows = rows.to(parallel.device)
-    dist.all_reduce(rows, group=parallel.context_group)
-    return rows.cpu()
 
 
 def _layout(parallel: Parallel) -> dict[str, int]:

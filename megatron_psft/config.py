@@ -49,7 +49,8 @@ class WeightsConfig:
     async_save: bool = False
     """Write checkpoints in the background while training goes on; the last one is finished before the run ends."""
     load: str | None = None
-    """Run folder, or one step folder of it, to start from. No effect where `save` holds a checkpoint."""
+    """Run folder, or one step folder of it, to start from. No effect where `save` holds a checkpoint. An objective that
+    compares with the model at the start compares with this one."""
     export_hf: str | None = None
     """Folder that receives the trained model in Hugging Face format; none is written where absent."""
 
@@ -67,7 +68,8 @@ class DataConfig:
 
     data: tuple[str, ...]
     """Training records: JSON Lines, JSON or Parquet files, folders of them or written by `datasets`, or hub IDs. PATH=F
-    takes F passes over a source per epoch, as 2 or 0.3; a fraction is a random part, drawn once from `seed`."""
+    takes F passes over a source per epoch, as 2 or 0.3; a fraction is a random part, drawn once from `seed`. With
+    objective dpo a record is a preference pair of `chosen` and `rejected`."""
     valid_data: tuple[str, ...] = ()
     """Validation records, as for `data`. Needs `eval_interval`."""
     eval_interval: int | None = None
@@ -76,7 +78,8 @@ class DataConfig:
     """Global batches per evaluation; all of `valid_data` where absent. Needs `valid_data`."""
     seq_length: int = 4096
     """Length of the longest record that is trained on whole, in tokens; `overlong` says what happens to longer ones.
-    With packing also the room of a pack."""
+    With packing also the room of a pack. Of a preference pair the longer sequence counts, and a pack has room for twice
+    as much."""
     packing: bool = True
     """Put as many records as fit into each sequence of `seq_length` tokens; they do not see each other. Otherwise each
     has a sequence of its own."""
@@ -84,7 +87,8 @@ class DataConfig:
     """Draw a new order from `seed` for each epoch. Otherwise records are trained on in file order, and with packing
     packs in the order of their first records; which records share a pack is told by their lengths."""
     overlong: Literal["drop", "truncate", "error"] = "error"
-    """What to do with records longer than `seq_length`: leave them out, cut their end off, or stop."""
+    """What to do with records longer than `seq_length`: leave them out, cut their end off (not of preference pairs), or
+    stop."""
     prompt_key: str = "prompt"
     """Name of the prompt in records of prompt and completion. No effect on records of another form."""
     completion_key: str = "completion"
@@ -93,7 +97,8 @@ class DataConfig:
     system_prompt: str | None = None
     """System message of all records, in place of their own; each record's where absent."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"
-    """Tokens that count as labels: those of all assistant turns, of the last assistant turn, or of the whole text."""
+    """Tokens that count as labels: those of all assistant turns, of the last assistant turn, or of the whole text (not
+    of preference pairs, of which only what differs is labels)."""
     skip_bad_records: bool = False
     """Train without the records that cannot be used, after listing them, instead of stopping."""
     data_cache_dir: str = "~/.cache/megatron_psft"
@@ -119,9 +124,10 @@ class BatchConfig:
     """Passes over the training records. Give either this or `train_iters`."""
     global_batch_size: int = 64
     """Sequences per optimizer step, over all ranks; a multiple of `micro_batch_size` times the data-parallel size. With
-    packing a sequence is a pack of records."""
+    packing a sequence is a pack of records. Both sequences of a preference pair count as one."""
     micro_batch_size: int = 1
-    """Sequences per forward pass of one model replica. With packing they are one after the other in a row."""
+    """Sequences per forward pass of one model replica. With packing they are one after the other in a row. Both
+    sequences of a preference pair count as one."""
     seed: int = 1234
     """Seed of the order of records and of randomly drawn weights."""
 
@@ -186,6 +192,16 @@ class ObjectiveConfig:
     def needs_reference(self) -> bool:
         """Whether the loss compares with the initial model."""
         return self.objective in {"sft-kl", "iw-sft", "asft"}
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether records are preference pairs."""
+        return self.objective in {"dpo"}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the model that the run starts from."""
+        return self.objective in {"sft-kl", "iw-sft", "asft", "dpo"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,15 @@ def on_main(action: Callable[[], Result]) -> Result:
     return result
 
 
+def sum_over_context(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """Adds up, on the CPU, what each context-parallel rank has; collective over these ranks."""
+    if parallel.context_size == 1:
+        return values
+    values = values.to(parallel.device)
+    dist.all_reduce(values, group=parallel.context_group)
+    return values.cpu()
+
+
 @contextmanager
 def naming_lost_peers(doing: str) -> Iterator[None]:
     """Raises `RankError` where a collective fails, since a peer hangs or is gone: says which one, while doing what."""

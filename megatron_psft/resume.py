@@ -93,11 +93,14 @@ def _find_damage(checkpoint: Path, identity: Identity) -> str | None:
         return None
 
     damage = on_main(read)
-    if damage is not None:
-        return damage
+    return find_damage(checkpoint) if damage is None else damage
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, if anything is; every rank reads its share of the files. Collective."""
     world_size = dist.get_world_size()
     found: list[str | None] = [None] * world_size
-    dist.all_gather_object(found, step_folders.find_damage(checkpoint, part=dist.get_rank(), parts=world_size))
+    dist.all_gather_object(found, step_folders.find_damage(folder, part=dist.get_rank(), parts=world_size))
     return next((text for text in found if text is not None), None)
 
 

@@ -45,7 +45,7 @@ def is_step_folder(path: Path) -> bool:
 
 def begin(target: Path) -> Path:
     """Returns the empty folder in which `target` is to be written."""
-    aside = _aside(target)
+    aside = partial_folder(target)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     return aside
@@ -53,7 +53,7 @@ def begin(target: Path) -> Path:
 
 def discard(target: Path) -> None:
     """Removes what was written of `target` before it failed, and held the room that a next try needs."""
-    shutil.rmtree(_aside(target), ignore_errors=True)
+    shutil.rmtree(partial_folder(target), ignore_errors=True)
 
 
 def leave_sums(aside: Path, rank: int) -> None:
@@ -69,7 +69,7 @@ def seal(target: Path, content: Mapping[str, Any]) -> None:
         target: the name; what had it is replaced.
         content: what `read_content` is to return; JSON values.
     """
-    aside = _aside(target)
+    aside = partial_folder(target)
     sums: FileSums = {}
     for path in aside.glob(_SUMS.format(rank="*")):
         sums |= json.loads(path.read_text(encoding="utf-8"))
@@ -89,6 +89,20 @@ def seal(target: Path, content: Mapping[str, Any]) -> None:
     aside.rename(target)
     _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a small file in one move: whoever reads it, after whatever interruption, finds the old text or the new."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    _sync(aside)
+    aside.rename(path)
+    _sync(path.parent)
+
+
+def marker_sum(checkpoint: Path) -> str:
+    """SHA-256 of the marker of an intact checkpoint: as it lists every file's, no two checkpoints share it."""
+    return _sum(checkpoint / MARKER)[1]
 
 
 def read_content(checkpoint: Path) -> dict[str, Any]:
@@ -130,7 +144,8 @@ def remove_older(folder: Path, keep_last: int | None) -> None:
         shutil.rmtree(removed)
 
 
-def _aside(target: Path) -> Path:
+def partial_folder(target: Path) -> Path:
+    """Where `target` is written until it is whole."""
     return target.with_name(target.name + ".partial")
 
 

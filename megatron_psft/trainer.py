@@ -20,6 +20,7 @@ from megatron_psft.objectives import Objective
 from megatron_psft.old_policy import SHORT_SECONDS
 from megatron_psft.optimizer import update
 from megatron_psft.parallel import Parallel, naming_lost_peers
+from megatron_psft.reference import ReferencePass
 from megatron_psft.resume import Identity
 from megatron_psft.schedule import Schedule
 
@@ -35,6 +36,8 @@ class Run:
     state: TrainState
     loader: BatchLoader
     valid_loader: BatchLoader | None
+    reference: ReferencePass | None
+    """What the training loader's `ref_log_probs` come from, where the objective needs them."""
     identity: Identity
     decode: Callable[[int], str]
     """A token's text from its id."""
@@ -52,6 +55,9 @@ def train(run: Run) -> int:
     completed = saved = run.first_step
     with StopSignals() as stop, _saver(run) as saver, _report(run) as report:
         try:
+            if run.reference is not None and completed < run.train_iters:
+                with naming_lost_peers("the reference's pass"):
+                    run.reference.complete(between_batches=stop.check)
             while completed < run.train_iters:
                 stop.check()
                 with naming_lost_peers(f"step {completed + 1}"):

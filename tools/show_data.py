@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Literal
 
 from megatron_psft.config import Config, WeightsConfig
@@ -93,14 +94,24 @@ def show_data(config: ShowDataConfig) -> None:
     if not config.weights.tokenizer_source:
         raise UserError("missing --tokenizer or --load-hf; name the folder or hub ID of the tokenizer")
     tokenizer = hub.load_tokenizer(hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False))
-    dataset = build_dataset(config.data.data, tokenizer, config.data, seed=config.batch.seed, show_progress=True)
+    dataset = build_dataset(
+        config.data.data,
+        tokenizer,
+        config.data,
+        seed=config.batch.seed,
+        show_progress=True,
+        are_pairs=config.objective.needs_pairs,
+    )
     print(dataset.statistics())
     loader = build_loader(config, dataset, tokenizer)
     in_color = config.show.color == "always" or (config.show.color == "auto" and sys.stdout.isatty())
+    lengths = iter(loader.lengths(config.show.step - 1).tolist())
     for number, row in enumerate(loader.micro_batches(config.show.step - 1)[: config.show.rows], 1):
-        examples = list(records_of(row))
+        examples = list(records_of(row, list(islice(lengths, row.num_sequences))))
         print(f"\n── step {config.show.step}, row {number}: {len(examples)} records, {row.num_tokens} tokens")
-        for example in examples:
+        names = ("chosen", "rejected") if config.objective.needs_pairs else ("record",)
+        for name, example in zip(cycle(names), examples, strict=False):
+            print(describe(name, example))
             show = show_tokens if config.show.tokens else show_text
             show(example, tokenizer, in_color)
 
@@ -108,13 +119,13 @@ def show_data(config: ShowDataConfig) -> None:
 def build_loader(
     config: ShowDataConfig, dataset: "TokenizedDataset", tokenizer: "PreTrainedTokenizerBase"
 ) -> "BatchLoader":
-    """The run's own loader on one rank, a row at a time: its rows do not depend on the layout."""
+    """The run's own loader on one rank, a row at a time (a pair's two): its rows do not depend on the layout."""
     from megatron_psft.data.loader import BatchLoader, Shard
     from megatron_psft.data.packing import plan_of
 
     return BatchLoader(
         dataset,
-        plan_of(dataset.lengths, config.data),
+        plan_of(dataset.sequence_lengths, config.data),
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=1,
         shard=Shard(),
@@ -125,35 +136,41 @@ def build_loader(
     )
 
 
-def records_of(row: "MicroBatch") -> "Iterator[Example]":
-    """The records of a micro-batch of one row: each starts where positions do. The model never reads a record's last
-    token, which is a label only."""
+def records_of(batch: "MicroBatch", lengths: "Sequence[int]") -> "Iterator[Example]":
+    """The records of a micro-batch, of which the model reads `lengths` tokens, one after the other or in a row each. It
+    never reads a record's last token, which is a label only."""
     import numpy as np
 
     from megatron_psft.data.chat import Example
 
-    tokens, labels, mask, positions = (
-        array[0].numpy() for array in (row.tokens, row.labels, row.loss_mask, row.position_ids)
-    )
-    starts = np.flatnonzero(positions[: row.num_tokens] == 0).tolist()
-    for start, stop in zip(starts, [*starts[1:], row.num_tokens], strict=True):
+    tokens, labels, mask = (array.flatten().numpy() for array in (batch.tokens, batch.labels, batch.loss_mask))
+    row_length = 0 if batch.segments is not None else batch.seq_length
+    ends = np.cumsum(lengths).tolist()
+    for record, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        start = record * row_length if row_length else end - length
+        stop = start + length
         yield Example(
             tokens=np.append(tokens[start:stop], labels[stop - 1]).astype(np.int32),
             label_mask=np.concatenate([[False], mask[start:stop]]),
+            advantage=1.0 if batch.advantages is None else float(batch.advantages[record]),
         )
+
+
+def describe(name: str, example: "Example") -> str:
+    """The line above a record."""
+    line = f"── {name} of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels"
+    return line if example.advantage == 1 else f"{line}, advantage {example.advantage:g}"
 
 
 def show_text(example: "Example", tokenizer: "PreTrainedTokenizerBase", in_color: bool) -> None:
     """The decoded record with its labels marked."""
     from megatron_psft.data.chat import label_runs
 
-    print(f"── record of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels")
     print("".join(mark(text, in_color) if is_label else text for is_label, text in label_runs(example, tokenizer)))
 
 
 def show_tokens(example: "Example", tokenizer: "PreTrainedTokenizerBase", in_color: bool) -> None:
     """A line per token: position, id, 1 where it is a label, text."""
-    print(f"── record of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels")
     print(f"{'position':>8}  {'id':>7}  label  text")
     for position, (token, is_label) in enumerate(zip(example.tokens.tolist(), example.label_mask, strict=True)):
         text = repr(tokenizer.decode([token], clean_up_tokenization_spaces=False))

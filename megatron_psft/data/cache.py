@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 _MANIFEST = "manifest.json"
 _SIZED_FILES = ("tokens.bin", "label_mask.bin", "index.bin", "bad.jsonl")
 _HASHED_FILES = ("index.bin", "bad.jsonl")  # small; the records have a checksum each, compared when one is read
-_CODE = ("files.py", "records.py", "chat.py", "word_cache.py", "tokenizing.py", "cache.py")
+_CODE = ("files.py", "records.py", "pairs.py", "chat.py", "word_cache.py", "tokenizing.py", "cache.py")
 """A change of these may change tokens. Their text is part of the key, so that nobody has to think of a version."""
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class TokenizedSource:
     index: NDArray[np.void]
     file_names: tuple[str, ...]
     content: str
-    """Hash over every token, label and border."""
+    """Hash over every token, label, border and advantage."""
     bad_counts: Mapping[str, int]
     """Rows that are no record, by reason."""
 
@@ -85,7 +85,12 @@ class TokenizedSource:
         tokens, label_mask = np.array(self.tokens[whole]), np.array(self.label_mask[whole])
         if checksum(tokens, label_mask) != entry["crc32"]:
             raise DamagedCacheError(f"{self.folder} is damaged at {self.place(record)}; delete it and start again")
-        return Example(tokens=tokens[:length], label_mask=label_mask[:length])
+        return Example(
+            tokens=tokens[:length],
+            label_mask=label_mask[:length],
+            advantage=float(entry["advantage"]),
+            second_start=int(entry["second_start"]) or None,
+        )
 
     def place(self, record: int) -> str:
         """`path:N` of a record."""
@@ -192,7 +197,7 @@ def _write_chunks(folder: Path, chunks: Iterator[TokenizedChunk], bar: "tqdm[Any
     """Writes the chunks and returns the manifest."""
     file_names: dict[str, int] = {}
     bad_counts: Counter[str] = Counter()
-    content = [hashlib.sha256() for _ in range(3)]
+    content = [hashlib.sha256() for _ in range(5)]
     num_tokens = num_records = 0
     with ExitStack() as stack:
         tokens, label_mask, index, bad = (
@@ -201,9 +206,9 @@ def _write_chunks(folder: Path, chunks: Iterator[TokenizedChunk], bar: "tqdm[Any
         for chunk in chunks:
             chunk.index["offset"] += num_tokens
             chunk.index["file"] = file_names.setdefault(chunk.name, len(file_names))
-            parts = (np.ascontiguousarray(chunk.index["length"]), chunk.tokens, chunk.label_mask)
-            for digest, part in zip(content, parts, strict=True):
-                digest.update(part.data)
+            columns = (chunk.index[name] for name in ("length", "second_start", "advantage"))
+            for digest, part in zip(content, (*columns, chunk.tokens, chunk.label_mask), strict=True):
+                digest.update(np.ascontiguousarray(part).data)
             _append(tokens, chunk.tokens)
             _append(label_mask, chunk.label_mask)
             _append(index, chunk.index)

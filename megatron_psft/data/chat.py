@@ -78,6 +78,27 @@ class Example:
 
     tokens: NDArray[np.int32]
     label_mask: NDArray[np.bool_]
+    advantage: float = 1.0
+    second_start: int | None = None
+    """Where the rejected sequence of a preference pair begins, right after the chosen one. None for other records."""
+
+    @property
+    def sequences(self) -> tuple["Example", ...]:
+        """What must not see each other: both sides of a pair, else the record itself."""
+        cut = self.second_start
+        if cut is None:
+            return (self,)
+        sides = (slice(None, cut), slice(cut, None))
+        return tuple(Example(tokens=self.tokens[side], label_mask=self.label_mask[side]) for side in sides)
+
+    @classmethod
+    def of_pair(cls, chosen: "Example", rejected: "Example") -> "Example":
+        """Two sequences as one record."""
+        return cls(
+            tokens=np.concatenate([chosen.tokens, rejected.tokens]),
+            label_mask=np.concatenate([chosen.label_mask, rejected.label_mask]),
+            second_start=len(chosen.tokens),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +205,7 @@ class ChatRenderer:
         previous_end = 0
         for index in turns:
             span = self._find_content(record, index, text)
-            if self._loss_on == "assistant" or index == turns[-1]:
+            if index >= record.prompt_length and (self._loss_on == "assistant" or index == turns[-1]):
                 start = self._find_label_start(record, index, text, previous_end, span)
                 labels.append((start, self._find_label_end(closed, span.end, index)))
             previous_end = span.end

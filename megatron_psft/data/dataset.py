@@ -61,15 +61,32 @@ class TokenizedDataset:
 
     @classmethod
     def from_arrays(
-        cls, *, tokens: NDArray[np.int32], label_mask: NDArray[np.bool_], offsets: NDArray[np.int64]
+        cls,
+        *,
+        tokens: NDArray[np.int32],
+        label_mask: NDArray[np.bool_],
+        offsets: NDArray[np.int64],
+        advantages: NDArray[np.float32] | None = None,
+        second_starts: NDArray[np.int64] | None = None,
     ) -> "TokenizedDataset":
         """Records in memory, all of them: record i is [offsets[i], offsets[i + 1]) of `tokens` (int32 [total]) and
         `label_mask` (bool [total], true where a token is to be predicted; never at a record's first). `offsets`: int64
-        [records + 1]."""
+        [records + 1]; `advantages`: fp32 [records], all 1 where None; `second_starts`: int64 [records], of the
+        records as pairs."""
+        advantages = np.ones(len(offsets) - 1, np.float32) if advantages is None else advantages
+        second_starts = np.zeros(len(offsets) - 1, np.int64) if second_starts is None else second_starts
         pieces = [slice(start, stop) for start, stop in pairwise(offsets)]
-        examples = [Example(tokens=tokens[piece], label_mask=label_mask[piece]) for piece in pieces]
+        examples = [
+            Example(
+                tokens=tokens[piece],
+                label_mask=label_mask[piece],
+                advantage=float(advantage),
+                second_start=int(second_start) or None,
+            )
+            for piece, advantage, second_start in zip(pieces, advantages, second_starts, strict=True)
+        ]
         digest = hashlib.sha256()
-        for array in (offsets, tokens, label_mask):
+        for array in (offsets, tokens, label_mask, advantages, second_starts):
             digest.update(np.ascontiguousarray(array).data)
         source = TokenizedSource(
             name="memory",
@@ -105,6 +122,20 @@ class TokenizedDataset:
         """Tokens of each record, int64 [records]."""
         return np.concatenate([part.lengths for part in self._parts])
 
+    @property
+    def sequence_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence: int64 [records, 2] where records are pairs, else [records, 1]."""
+        lengths = self.lengths
+        first = np.concatenate([part.source.index["second_start"][part.records] for part in self._parts])
+        if not first.any():
+            return lengths[:, None]
+        return np.stack([first.astype(np.int64), lengths - first], axis=1)
+
+    @property
+    def has_advantages(self) -> bool:
+        """Whether any record's advantage is not 1."""
+        return any(bool((part.source.index["advantage"][part.records] != 1).any()) for part in self._parts)
+
     def place(self, index: int) -> str:
         """`path:N`, where a record comes from."""
         number = bisect_right(self._borders, index) - 1
@@ -116,7 +147,7 @@ class TokenizedDataset:
         return add_up([part.statistics for part in self._parts], self.lengths)
 
     def fingerprint(self) -> str:
-        """A hash over every token and label: a run resumes only on the data that it was started with."""
+        """A hash over every token, label and advantage: a run resumes only on the data that it was started with."""
         digest = hashlib.sha256()
         for part in self._parts:
             digest.update(part.source.content.encode())
@@ -149,20 +180,29 @@ def build_dataset(
     *,
     seed: int,
     show_progress: bool,
+    are_pairs: bool = False,
 ) -> TokenizedDataset:
     """The records of `paths` (see `parse_weighted_path`), source after source, tokenized or taken from the cache. Bad
     records that are skipped are logged.
 
     A record of more than `config.seq_length` tokens is over-long: "drop" leaves it out, "truncate" cuts it on the right
     and leaves it out where no label remains, "error" refuses the data. A weight's fraction is a random part of the
-    source, drawn from `seed` once, so that all epochs have the same records.
+    source, drawn from `seed` once, so that all epochs have the same records. `are_pairs`: records are preference pairs
+    (see `pairs.py`), of which the longer sequence counts.
 
     Raises UserError: unreadable data, unfit tokenizer, bad records unless skipped, over-long records with "error", a
     source without a usable record, a cache that cannot be written.
     """
+    if are_pairs:
+        _refuse_for_pairs(config)
     weighted = [parse_weighted_path(path) for path in paths]
     opened = [open_source(item.path) for item in weighted]  # all of them before the first is tokenized
-    keys = RecordKeys(prompt=config.prompt_key, completion=config.completion_key, system_prompt=config.system_prompt)
+    keys = RecordKeys(
+        prompt=config.prompt_key,
+        completion=config.completion_key,
+        system_prompt=config.system_prompt,
+        are_pairs=are_pairs,
+    )
     cache = DataCache(
         config.data_cache_dir,
         tokenizer,
@@ -183,6 +223,18 @@ def build_dataset(
             for number, (source, item) in enumerate(zip(sources, weighted, strict=True))
         ]
     )
+
+
+def _refuse_for_pairs(config: DataConfig) -> None:
+    if config.overlong == "truncate":
+        raise UserError(
+            "overlong (truncate) cannot be had with preference pairs, whose sequences are compared whole; choose drop "
+            "or error"
+        )
+    if config.loss_on == "all":
+        raise UserError(
+            "loss_on (all) cannot be had with preference pairs, whose prompts are the same; choose assistant or last"
+        )
 
 
 def _usable_cores() -> int:
@@ -216,11 +268,14 @@ class _Fitting:
 def _fit(source: TokenizedSource, *, seq_length: int, overlong: str) -> _Fitting:
     """The records that fit into `seq_length`; the others are cut, counted in `dropped`, or refused."""
     lengths = source.index["length"].astype(np.int64)
-    is_long = lengths > seq_length
+    second_start = source.index["second_start"].astype(np.int64)
+    longest = np.maximum(second_start, lengths - second_start)  # of a pair's two sequences
+    is_long = longest > seq_length
     if overlong == "error" and is_long.any():
-        _refuse_overlong(source, lengths, is_long, seq_length)
+        _refuse_overlong(source, longest, is_long, seq_length)
+    lengths = np.where(is_long, seq_length, lengths)
     is_dropped = is_long & (overlong == "drop")
-    has_no_label = ~is_dropped & (source.index["first_label"] >= np.minimum(lengths, seq_length))
+    has_no_label = ~is_dropped & (source.index["first_label"] >= lengths)
     dropped = Counter({f"bad: {reason}": count for reason, count in source.bad_counts.items()})
     dropped["over-long"] = int(is_dropped.sum())
     dropped["without a label in seq_length"] = int(has_no_label.sum())
@@ -236,7 +291,7 @@ def _fit(source: TokenizedSource, *, seq_length: int, overlong: str) -> _Fitting
         labels[place] = np.count_nonzero(source.example(int(records[place]), seq_length).label_mask)
     return _Fitting(
         records=records,
-        lengths=np.minimum(lengths, seq_length)[records],
+        lengths=lengths[records],
         labels=labels,
         is_truncated=is_long[records],
         dropped=dropped,

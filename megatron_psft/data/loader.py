@@ -4,8 +4,9 @@ Which records make a global batch depends on the step, the seed and the batch si
 resumed run needs nothing of the loader but the step, with the same or another number of ranks.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,9 @@ from megatron_psft.errors import UserError
 class MicroBatch:
     """Rows of one forward pass, each [batch, seq]. `labels[b, s]` is the token after `tokens[b, s]` in its record; it
     counts where `loss_mask` is true. Under context parallelism a rank has a part of each row, and `seq` is its length.
+
+    The two sequences of a preference pair are records of their own here: chosen and rejected of pair p are 2p and 2p +
+    1.
     """
 
     tokens: torch.Tensor
@@ -40,10 +44,10 @@ class MicroBatch:
     """Where the one row holds all records: the lengths of its parts that must not see each other, before the split.
     None where each row is a record, or padding alone."""
     advantages: torch.Tensor | None = None
-    """`[records]` fp32, of each record; None where all are 1."""
+    """`[records]` fp32, of each record; None where all of the data set are 1."""
     ref_log_probs: torch.Tensor | None = None
-    """`[batch, seq]` fp32, of the labels under the reference model, whatever where none counts; None where the
-    objective needs none."""
+    """`[batch, seq]` fp32, log-probabilities of the labels under the initial model, zeros where no label counts; None
+    where the objective has no use for them, and outside training."""
 
     @property
     def num_sequences(self) -> int:
@@ -73,9 +77,11 @@ def collate(examples: Sequence[Example], *, batch_size: int, seq_length: int, pa
     return fill_rows(examples, separate_rows(len(examples), rows=batch_size, seq_length=seq_length), pad_token_id)
 
 
-def fill_rows(examples: Sequence[Example], layout: RowLayout, pad_token_id: int) -> MicroBatch:
+def fill_rows(
+    examples: Sequence[Example], layout: RowLayout, pad_token_id: int, *, has_advantages: bool = False
+) -> MicroBatch:
     """Lays the inputs and labels of `examples` out as `layout` says. Labels are shifted within each record, before any
-    split.
+    split. `has_advantages`: whether the batch has those of the examples.
 
     Padding is told by its place and never by its value: `pad_token_id` is the eos token of many models, and so a label
     elsewhere.
@@ -93,6 +99,7 @@ def fill_rows(examples: Sequence[Example], layout: RowLayout, pad_token_id: int)
         label_counts=torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64),
         num_tokens=sum(map(len, masks)),
         segments=layout.segments,
+        advantages=torch.tensor([e.advantage for e in examples], dtype=torch.float32) if has_advantages else None,
     )
 
 
@@ -116,7 +123,8 @@ class BatchLoader:
     With `wrap` false the stream is a single epoch, and empty packs fill its last global batch: for evaluation, where
     each record counts once.
 
-    A micro-batch is either one row that holds all its packs, or, where every pack is one record, a row for each.
+    A micro-batch is either one row that holds all its packs, or, where every pack is one record, a row for each; for
+    each of both sequences where records are pairs.
     """
 
     def __init__(
@@ -157,6 +165,7 @@ class BatchLoader:
         assert 0 <= shard.context_rank < shard.context_size
         assert one_row or (shard.context_size == 1 and len(plan) == len(dataset))
         self._dataset = dataset
+        self._has_advantages = dataset.has_advantages
         self._plan = plan
         self._global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -170,6 +179,14 @@ class BatchLoader:
         # What every record is a multiple of, and what the row is cut into.
         self._row_multiple = math.lcm(aligned_length(1, shard.context_size), shard.context_size * pad_to_multiple_of)
         self._orders: dict[int, EpochOrder] = {}
+        self._ref_log_probs: Callable[[int], NDArray[np.float32]] | None = None
+
+    def with_ref_log_probs(self, ref_log_probs: Callable[[int], NDArray[np.float32]]) -> "BatchLoader":
+        """The same batches with `MicroBatch.ref_log_probs`, of which `ref_log_probs` gives those of a record: one for
+        each token that the model reads."""
+        loader = copy.copy(self)
+        loader._ref_log_probs = ref_log_probs
+        return loader
 
     @property
     def num_batches(self) -> int:
@@ -177,8 +194,16 @@ class BatchLoader:
         return -(-len(self._plan) // self._global_batch_size)
 
     def lengths(self, step: int) -> NDArray[np.int64]:
-        """Tokens the model reads of each record of global batch `step`: all but the last, which is a label only."""
-        return self._plan.lengths[np.concatenate(self._packs(step))]
+        """Tokens the model reads of each sequence of global batch `step`: all but the last, which is a label only."""
+        return self._plan.sequence_lengths(np.concatenate(self._packs(step)))
+
+    def record_lengths(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens the model reads of each of `records`."""
+        return self._plan.lengths[records]
+
+    def own_packs(self, step: int) -> list[NDArray[np.int64]]:
+        """The records of each of this rank's packs of global batch `step`; fewer at the end without `wrap`."""
+        return self._packs(step)[self._shard.data_rank * self.packs_per_rank :][: self.packs_per_rank]
 
     def unpadded_length(self, step: int) -> int:
         """Tokens of the longest pack: the same for every layout."""
@@ -187,14 +212,17 @@ class BatchLoader:
     def seq_length(self, step: int, micro_batch_size: int | None = None) -> int:
         """Padded length of the rows of global batch `step`, over all context-parallel ranks: the same on every rank and
         micro-batch, as a pipeline needs."""
-        sizes = [self._aligned(pack) for pack in self._packs(step)]
-        rows = (micro_batch_size or self.micro_batch_size) if self._one_row else 1
-        longest = max(sum(sizes[first : first + rows]) for first in range(0, len(sizes), rows))
+        if self._one_row:
+            sizes, size = [self._aligned(pack) for pack in self._packs(step)], micro_batch_size or self.micro_batch_size
+            longest = max(sum(sizes[first : first + size]) for first in range(0, len(sizes), size))
+        else:
+            longest = int(self.lengths(step).max())
         return -(-longest // self._row_multiple) * self._row_multiple
 
     def positions_per_rank(self, step: int) -> int:
         """Positions of global batch `step` that each rank computes, padding counted."""
-        rows = self.packs_per_rank // (self.micro_batch_size if self._one_row else 1)
+        packs = self.packs_per_rank
+        rows = packs // self.micro_batch_size if self._one_row else packs * self._plan.sequences_per_record
         return rows * self.seq_length(step) // self._shard.context_size
 
     def micro_batches(self, step: int, micro_batch_size: int | None = None) -> list[MicroBatch]:
@@ -203,13 +231,27 @@ class BatchLoader:
         micro_batch_size = micro_batch_size or self.micro_batch_size
         seq_length = self.seq_length(step, micro_batch_size)
         return [
-            fill_rows(
-                [self._dataset[int(record)] for pack in packs for record in pack],
-                self._layout(packs, seq_length, micro_batch_size),
-                self._pad_token_id,
-            )
+            self._fill(packs, self._layout(packs, seq_length, micro_batch_size))
             for packs in self._micro_batch_packs(step, micro_batch_size)
         ]
+
+    def _fill(self, packs: Sequence[NDArray[np.int64]], layout: RowLayout) -> MicroBatch:
+        records = [int(record) for pack in packs for record in pack]
+        batch = fill_rows(
+            [sequence for record in records for sequence in self._dataset[record].sequences],
+            layout,
+            self._pad_token_id,
+            has_advantages=self._has_advantages,
+        )
+        if self._ref_log_probs is None:
+            return batch
+        values = [part for record in records for part in self._cut(record, self._ref_log_probs(record))]
+        return replace(batch, ref_log_probs=torch.from_numpy(layout.place(values, padding=0.0)))
+
+    def _cut(self, record: int, values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """The values of a record, by sequence."""
+        first = self._plan.first_lengths
+        return [values] if first is None else [values[: first[record]], values[first[record] :]]
 
     def to_packs(self, step: int, values: Sequence[torch.Tensor], micro_batch_size: int | None = None) -> torch.Tensor:
         """Brings values of this rank's positions into an order that no layout has a part in.
@@ -244,27 +286,31 @@ class BatchLoader:
         for packs in self._micro_batch_packs(step, micro_batch_size):
             arrays = []
             for pack in packs:
-                ends = row * width + np.cumsum(self._plan.lengths[pack])
-                arrays += [np.arange(end - n, end) for end, n in zip(ends, self._plan.lengths[pack], strict=True)]
+                lengths = self._plan.sequence_lengths(pack)
+                ends = row * width + np.cumsum(lengths)
+                arrays += [np.arange(end - n, end) for end, n in zip(ends, lengths, strict=True)]
                 row += 1
             places.append(torch.from_numpy(self._layout(packs, seq_length, micro_batch_size).place(arrays, padding=-1)))
         return places
 
     def _layout(self, packs: Sequence[NDArray[np.int64]], seq_length: int, micro_batch_size: int) -> RowLayout:
         if not self._one_row:
-            return separate_rows(sum(map(len, packs)), rows=micro_batch_size, seq_length=seq_length)
-        lengths = [int(length) for pack in packs for length in self._plan.lengths[pack]]
+            each = self._plan.sequences_per_record
+            return separate_rows(sum(map(len, packs)) * each, rows=micro_batch_size * each, seq_length=seq_length)
+        lengths = [int(length) for pack in packs for length in self._plan.sequence_lengths(pack)]
         shard = self._shard
         return packed_row(
             lengths, seq_length=seq_length, context_rank=shard.context_rank, context_size=shard.context_size
         )
 
     def _aligned(self, pack: NDArray[np.int64]) -> int:
-        return sum(aligned_length(int(length), self._shard.context_size) for length in self._plan.lengths[pack])
+        return sum(
+            aligned_length(int(length), self._shard.context_size) for length in self._plan.sequence_lengths(pack)
+        )
 
     def _micro_batch_packs(self, step: int, size: int) -> list[list[NDArray[np.int64]]]:
         """The packs of each micro-batch of this rank; fewer, or none, at the end of the last batch without `wrap`."""
-        own = self._packs(step)[self._shard.data_rank * self.packs_per_rank :][: self.packs_per_rank]
+        own = self.own_packs(step)
         return [own[first : first + size] for first in range(0, self.packs_per_rank, size)]
 
     def _packs(self, step: int) -> list[NDArray[np.int64]]:

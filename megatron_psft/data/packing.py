@@ -7,7 +7,7 @@ that packs are the same in every layout.
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +48,24 @@ class PackPlan:
     so are packs by their first record."""
     offsets: NDArray[np.int64]
     """Pack p has the slots [offsets[p], offsets[p + 1]), int64 [packs + 1]."""
+    first_lengths: NDArray[np.int64] | None = None
+    """Where records are pairs, how much of `lengths` is the first sequence's, int64 [records]."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def sequences_per_record(self) -> int:
+        """2 where records are pairs."""
+        return 1 if self.first_lengths is None else 2
+
+    def sequence_lengths(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens that go through the model of each sequence of `records`, one after the other."""
+        lengths = self.lengths[records]
+        if self.first_lengths is None:
+            return lengths
+        first = self.first_lengths[records]
+        return np.stack([first, lengths - first], axis=1).ravel()
 
     @property
     def fill(self) -> float:
@@ -78,10 +93,15 @@ class PackPlan:
         )
 
 
-def plan_of(lengths: NDArray[np.int64], config: DataConfig) -> PackPlan:
-    """Which records share a row of a run; `lengths` counts all tokens of each, int64 [records]."""
+def plan_of(sequence_lengths: NDArray[np.int64], config: DataConfig) -> PackPlan:
+    """Which records share a row of a run; `sequence_lengths` counts all tokens, int64 [records, sequences of each].
+
+    A pack has room for `seq_length` tokens, and where records are pairs for both sequences of the longest one.
+    """
+    inputs = sequence_lengths - 1  # a sequence's last token is a label only
     make_plan = best_fit if config.packing else one_per_pack
-    return make_plan(lengths - 1, config.seq_length)  # a record's last token is a label only
+    plan = make_plan(inputs.sum(axis=1), config.seq_length * inputs.shape[1])
+    return plan if inputs.shape[1] == 1 else replace(plan, first_lengths=inputs[:, 0])
 
 
 def one_per_pack(lengths: NDArray[np.int64], capacity: int) -> PackPlan:

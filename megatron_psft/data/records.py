@@ -9,7 +9,8 @@ named counts before all of them:
 * `{"instruction", "input", "output"}`, Alpaca's
 
 `system` beside them is the system message. `tools` holds the schemas of functions, as a list or as its JSON
-text; calls are `tool_calls` of a message as OpenAI's API has them, or ShareGPT's `function_call` turns.
+text; calls are `tool_calls` of a message as OpenAI's API has them, or ShareGPT's `function_call` turns. `advantage` is
+the record's weight in a policy gradient, a number.
 """
 
 import json
@@ -30,7 +31,9 @@ _REFERENCE_COMPLETION_KEYS = ("demonstration", "demostration")
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
-_UNSUPPORTED_RECORD_KEYS = ("advantage", "functions", "history", "images", "videos", "audios")
+_LARGEST_ADVANTAGE = 3.4028234663852886e38  # of fp32, in which it is kept
+
+_UNSUPPORTED_RECORD_KEYS = ("functions", "history", "images", "videos", "audios")
 _UNSUPPORTED_MESSAGE_KEYS = ("function_call",)
 """Keys that change what has to be learned: training as if they were absent would be silently wrong."""
 
@@ -70,15 +73,20 @@ class Record:
     source: str
     tools: tuple[dict[str, Any], ...] = ()
     """Schemas of the functions that the assistant may call."""
+    advantage: float = 1.0
+    prompt_length: int = 0
+    """Leading messages of which nothing is learned, be they an assistant's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordKeys:
-    """How rows are read. `system_prompt` takes the place of every record's own system message."""
+    """How rows are read. `system_prompt` takes the place of every record's own system message. `are_pairs`: rows are
+    preference pairs (see `pairs.py`)."""
 
     prompt: str = DEFAULT_PROMPT_KEY
     completion: str = DEFAULT_COMPLETION_KEY
     system_prompt: str | None = None
+    are_pairs: bool = False
 
     @property
     def are_named(self) -> bool:
@@ -100,10 +108,9 @@ def parse_row(row: Row | BadRecord, keys: RecordKeys) -> Record | BadRecord:
     if isinstance(row, BadRecord):
         return row
     try:
-        messages, tools = _parse_value(row.value, keys)
+        return _parse_value(row.value, row.source, keys)
     except RecordError as error:
         return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
-    return Record(messages=messages, tools=tools, source=row.source)
 
 
 def iter_records(paths: Sequence[str], keys: RecordKeys) -> Iterator[Record | BadRecord]:
@@ -150,20 +157,27 @@ def raise_or_report(
     return report if number else ""
 
 
-def _parse_value(row: object, keys: RecordKeys) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+def read_object(row: object) -> dict[str, Any]:
+    """The row without the keys that are null. Raises RecordError for another value, and for keys that are not
+    supported."""
     if not isinstance(row, dict):
         raise RecordError("not an object", f"found {type(row).__name__}")
     row = {key: value for key, value in row.items() if value is not None}
     _refuse_unsupported(row, _UNSUPPORTED_RECORD_KEYS)
-    messages = _parse_messages(row, keys)
-    if keys.system_prompt is None:
-        messages = _with_system(row, messages)
-    else:
-        others = (message for message in messages if message["role"] != "system")
-        messages = ({"role": "system", "content": keys.system_prompt}, *others)
+    return row
+
+
+def _parse_value(row: object, source: str, keys: RecordKeys) -> Record:
+    row = read_object(row)
+    messages = place_system(row, _parse_messages(row, keys), keys)
     if all(message["role"] != "assistant" for message in messages):
         raise RecordError("no assistant turn")
-    return messages, _parse_tools(row.get("tools"))
+    return Record(
+        messages=messages,
+        source=source,
+        tools=parse_tools(row.get("tools")),
+        advantage=_parse_advantage(row.get("advantage", 1.0)),
+    )
 
 
 def _parse_messages(row: Mapping[str, object], keys: RecordKeys) -> tuple[Message, ...]:
@@ -173,19 +187,22 @@ def _parse_messages(row: Mapping[str, object], keys: RecordKeys) -> tuple[Messag
     has_pair = keys.prompt in row and completion_key in row
     if not (has_pair and keys.are_named):
         if "messages" in row:
-            return _message_list(row["messages"], "messages", None)
+            return message_list(row["messages"], "messages", None)
         if "conversations" in row:
-            return _message_list(row["conversations"], "conversations", None)
+            return message_list(row["conversations"], "conversations", None)
     if has_pair:
-        prompt = _message_list(row[keys.prompt], keys.prompt, "user")
-        return (*prompt, *_message_list(row[completion_key], completion_key, "assistant"))
+        prompt = message_list(row[keys.prompt], keys.prompt, "user")
+        return (*prompt, *message_list(row[completion_key], completion_key, "assistant"))
     if "instruction" in row and "output" in row:
         return _alpaca_messages(row)
     raise RecordError("no known keys", _describe_keys(row, keys))
 
 
-def _with_system(row: Mapping[str, object], messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Puts the row's `system` first. Raises RecordError where the messages have another one."""
+def place_system(row: Mapping[str, object], messages: tuple[Message, ...], keys: RecordKeys) -> tuple[Message, ...]:
+    """Puts first what the system message is. Raises RecordError where both the row and the messages have one."""
+    if keys.system_prompt is not None:
+        others = (message for message in messages if message["role"] != "system")
+        return ({"role": "system", "content": keys.system_prompt}, *others)
     system = row.get("system", "")
     if not isinstance(system, str):
         raise RecordError("wrong type", f"system is {type(system).__name__}")
@@ -197,18 +214,23 @@ def _with_system(row: Mapping[str, object], messages: tuple[Message, ...]) -> tu
 
 
 def _alpaca_messages(row: Mapping[str, object]) -> tuple[Message, ...]:
-    instruction, given, output = row["instruction"], row.get("input", ""), row["output"]
-    for name, value in (("instruction", instruction), ("input", given), ("output", output)):
+    prompt, output = alpaca_prompt(row), row["output"]
+    if not isinstance(output, str):
+        raise RecordError("wrong type", f"output is {type(output).__name__}")
+    return (prompt, _message({"role": "assistant", "content": output}, "output"))
+
+
+def alpaca_prompt(row: Mapping[str, object]) -> Message:
+    """`instruction`, and `input` if there is any, as the user's message."""
+    instruction, given = row["instruction"], row.get("input", "")
+    for name, value in (("instruction", instruction), ("input", given)):
         if not isinstance(value, str):
             raise RecordError("wrong type", f"{name} is {type(value).__name__}")
     prompt = f"{instruction}\n{given}" if given else instruction
-    return (
-        _message({"role": "user", "content": prompt}, "instruction"),
-        _message({"role": "assistant", "content": output}, "output"),
-    )
+    return _message({"role": "user", "content": prompt}, "instruction")
 
 
-def _message_list(value: object, key: str, role_of_string: Role | None) -> tuple[Message, ...]:
+def message_list(value: object, key: str, role_of_string: Role | None) -> tuple[Message, ...]:
     """Messages of a list; a plain string becomes one message of role `role_of_string` where that is given."""
     if isinstance(value, str) and role_of_string is not None:
         value = [{"role": role_of_string, "content": value}]
@@ -284,7 +306,7 @@ def _parse_call(value: object, place: str) -> ToolCall:
     return call
 
 
-def _parse_tools(value: object) -> tuple[dict[str, Any], ...]:
+def parse_tools(value: object) -> tuple[dict[str, Any], ...]:
     """Schemas of functions; a bare one is wrapped as OpenAI's API, and so whoever serves the model, writes it."""
     tools = _parse_json_text(value, "tools")
     if tools in (None, [], {}, ""):
@@ -293,6 +315,14 @@ def _parse_tools(value: object) -> tuple[dict[str, Any], ...]:
         raise RecordError("wrong type", "tools is no list of objects")
     _check_unicode(_to_json(tools, "tools"), "tools")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+
+
+def _parse_advantage(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecordError("wrong type", f"advantage is {type(value).__name__}, not a number")
+    if not abs(value) <= _LARGEST_ADVANTAGE:  # nor is NaN
+        raise RecordError("advantage is not finite in fp32", f"found {value!r:.40}")
+    return float(value)
 
 
 def _parse_json_text(value: object, place: str) -> Any:
@@ -314,7 +344,7 @@ def _to_json(value: object, place: str) -> str:
 
 def _refuse_unsupported(keyed: Mapping[str, object], keys: Sequence[str]) -> None:
     for key in keys:
-        # Empty lists are what columnar files put where a row has no tools; an advantage of 0 is a value.
+        # Empty lists are what columnar files put where a row has none.
         if keyed.get(key) not in (None, [], {}, ""):
             raise RecordError(f"{key} is not supported yet")
 
@@ -333,9 +363,15 @@ def _check_unicode(text: str, place: str) -> None:
         raise RecordError("lone surrogate", place) from None
 
 
+def found_keys(row: Mapping[str, object]) -> str:
+    """The first keys of a row, for a message."""
+    names = [str(key)[:_REPORTED_CHARACTERS] for key in row]
+    return ", ".join(names[:_REPORTED_KEYS]) + (", ..." if len(names) > _REPORTED_KEYS else "") if names else "none"
+
+
 def _describe_keys(row: Mapping[str, object], keys: RecordKeys) -> str:
     names = [str(key)[:_REPORTED_CHARACTERS] for key in row]
-    found = ", ".join(names[:_REPORTED_KEYS]) + (", ..." if len(names) > _REPORTED_KEYS else "") if names else "none"
     wanted = f"wanted: messages, or {keys.prompt} and {keys.completion}"
     missing = next(key for key in (keys.prompt, keys.completion) if key not in row)
-    return f"keys found: {found}; {wanted}{nearest_name_hint(missing, names) or nearest_name_hint('messages', names)}"
+    hint = nearest_name_hint(missing, names) or nearest_name_hint("messages", names)
+    return f"keys found: {found_keys(row)}; {wanted}{hint}"

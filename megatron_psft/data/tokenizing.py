@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_psft.data.chat import ChatRenderer, Example, Rendering
 from megatron_psft.data.files import BadRecord, Chunk
+from megatron_psft.data.pairs import Pair, parse_pair
 from megatron_psft.data.records import Record, RecordError, RecordKeys, parse_row
 from megatron_psft.errors import UserError
 
@@ -32,7 +33,9 @@ INDEX = np.dtype(
         ("file", "<i4"),
         ("length", "<i4"),  # in tokens
         ("labels", "<i4"),
-        ("first_label", "<i4"),  # the place of the first of them; `length` where there is none
+        ("first_label", "<i4"),  # the place of the first of them; `length` where the record, or a pair's side, has none
+        ("second_start", "<i4"),  # where the rejected sequence of a pair begins; 0 where the record is no pair
+        ("advantage", "<f4"),
         ("crc32", "<u4"),
     ]
 )
@@ -57,6 +60,15 @@ class TokenizedChunk:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Rendered:
+    """A record as text, a preference pair as two. `row`: its place in the file, from 1."""
+
+    row: int
+    advantage: float
+    texts: tuple[Rendering, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChunkTokenizer:
     """Turns the rows of a chunk into tokens."""
 
@@ -65,25 +77,37 @@ class ChunkTokenizer:
 
     def __call__(self, chunk: Chunk) -> TokenizedChunk:
         """Raises nothing for what is in the rows: a row that cannot be used is in `bad`."""
-        results = [self._render(parse_row(row, self.keys)) for row in chunk.rows()]
-        renderings = [result for result in results if not isinstance(result, BadRecord)]
-        examples = self.renderer.tokenize([rendering for _, rendering in renderings])
+        parse = parse_pair if self.keys.are_pairs else parse_row
+        results = [self._render(parse(row, self.keys)) for row in chunk.rows()]
+        rendered = [result for result in results if not isinstance(result, BadRecord)]
+        sequences = iter(self.renderer.tokenize([text for record in rendered for text in record.texts]))
+        examples = [_example_of(record, sequences) for record in rendered]
         return TokenizedChunk(
             name=chunk.name,
             size=chunk.size,
-            index=make_index([row for row, _ in renderings], examples),
+            index=make_index([record.row for record in rendered], examples),
             tokens=np.concatenate([np.empty(0, np.int32), *(example.tokens for example in examples)]),
             label_mask=np.concatenate([np.empty(0, np.bool_), *(example.label_mask for example in examples)]),
             bad=tuple(result for result in results if isinstance(result, BadRecord)),
         )
 
-    def _render(self, item: Record | BadRecord) -> tuple[int, Rendering] | BadRecord:
+    def _render(self, item: Record | Pair | BadRecord) -> _Rendered | BadRecord:
         if isinstance(item, BadRecord):
             return item
+        records = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
         try:
-            return int(item.source.rpartition(":")[2]), self.renderer.render(item)
+            texts = tuple(self.renderer.render(record) for record in records)
         except RecordError as error:
             return BadRecord(source=item.source, reason=error.reason, detail=error.detail)
+        return _Rendered(row=int(item.source.rpartition(":")[2]), advantage=records[0].advantage, texts=texts)
+
+
+def _example_of(record: _Rendered, sequences: Iterator[Example]) -> Example:
+    """Takes what the record needs from the sequences."""
+    first = next(sequences)
+    if len(record.texts) == 2:
+        return Example.of_pair(first, next(sequences))
+    return first if record.advantage == 1 else replace(first, advantage=record.advantage)
 
 
 def make_index(rows: Sequence[int], examples: Sequence[Example]) -> NDArray[np.void]:
@@ -93,9 +117,13 @@ def make_index(rows: Sequence[int], examples: Sequence[Example]) -> NDArray[np.v
     index["length"] = [len(example.tokens) for example in examples]
     index["offset"] = np.cumsum(index["length"], dtype=np.int64) - index["length"]
     index["labels"] = [np.count_nonzero(example.label_mask) for example in examples]
+    index["second_start"] = [example.second_start or 0 for example in examples]
     has_label = index["labels"] > 0
+    if index["second_start"].any():
+        has_label = np.array([all(side.label_mask.any() for side in example.sequences) for example in examples])
     index["first_label"] = [int(np.argmax(example.label_mask)) if len(example.tokens) else 0 for example in examples]
     index["first_label"] = np.where(has_label, index["first_label"], index["length"])
+    index["advantage"] = [example.advantage for example in examples]
     index["crc32"] = [checksum(example.tokens, example.label_mask) for example in examples]
     return index
 

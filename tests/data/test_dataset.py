@@ -98,6 +98,33 @@ def test_loss_on_reaches_the_labels(tmp_path):
     assert build(path, loss_on="all")[0].label_mask.sum() == 7
 
 
+def test_advantages_are_those_of_the_records(tmp_path):
+    advantages = [1, -0.5, 0, 2.5, None]
+    path = write_rows(tmp_path, *(pair(1, 1) | {"advantage": value} for value in advantages), pair(1, 1))
+    dataset = build(path)
+    assert [example.advantage for example in dataset] == [1.0, -0.5, 0.0, 2.5, 1.0, 1.0]
+    assert dataset.has_advantages
+    assert [example.advantage for example in build(f"{path}=2")] == 2 * [1.0, -0.5, 0.0, 2.5, 1.0, 1.0]
+
+
+def test_advantages_of_1_are_none_and_others_are_part_of_the_fingerprint(tmp_path):
+    def fingerprint(advantage: float) -> str:
+        folder = tmp_path / str(advantage)
+        folder.mkdir()
+        dataset = build(write_rows(folder, pair(1, 1) | {"advantage": advantage}))
+        assert dataset.has_advantages == (advantage != 1)
+        return dataset.fingerprint()
+
+    assert len({fingerprint(advantage) for advantage in (1, 0.5, -0.5)}) == 3
+    (tmp_path / "plain").mkdir()
+    assert build(write_rows(tmp_path / "plain", pair(1, 1))).fingerprint() == fingerprint(1.0)
+
+
+def test_an_advantage_of_a_record_that_is_left_out_does_not_count(tmp_path):
+    path = write_rows(tmp_path, pair(1, 1), pair(5, 30) | {"advantage": 2})
+    assert not build(path, overlong="drop").has_advantages
+
+
 def test_statistics_are_counted_by_hand(tmp_path):
     rows = [pair(1, length) for length in range(1, 11)]  # 7 to 16 tokens
     path = write_rows(tmp_path, *rows, pair(5, 11), {}, {"a": 1}, 7)

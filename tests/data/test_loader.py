@@ -1,5 +1,7 @@
 """The batches of every layout are the same records, each once per epoch, shifted by one token."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,13 +17,16 @@ from megatron_psft.errors import UserError
 PAD = 0
 
 
-def make_dataset(lengths: list[int]) -> TokenizedDataset:
-    """Record i has the tokens 1000 * (i + 1), 1000 * (i + 1) + 1, ...; about the second half of them are labels."""
+def make_dataset(lengths: list[int], *, has_advantages: bool = False) -> TokenizedDataset:
+    """Record i has the tokens 1000 * (i + 1), 1000 * (i + 1) + 1, ...; about the second half of them are labels. Its
+    advantage is i / 2, or 1."""
     masks = [[position >= min(length // 2 + 1, length - 1) for position in range(length)] for length in lengths]
+    advantages = np.arange(len(lengths), dtype=np.float32) / 2 if has_advantages else None
     return TokenizedDataset.from_arrays(
         tokens=np.concatenate([1000 * (i + 1) + np.arange(n, dtype=np.int32) for i, n in enumerate(lengths)]),
         label_mask=np.concatenate([np.array(mask) for mask in masks]),
         offsets=np.cumsum([0, *lengths]),
+        advantages=advantages,
     )
 
 
@@ -90,10 +95,12 @@ def test_labels_are_the_tokens_shifted_by_one_and_the_mask_is_theirs():
 
 
 def test_to_moves_every_tensor():
-    batch = make_loader(make_dataset([3, 4])).micro_batches(0)[0]
+    batch = make_loader(make_dataset([3, 4], has_advantages=True)).micro_batches(0)[0]
+    batch = replace(batch, ref_log_probs=torch.zeros(1, 2))
     before, after = vars(batch), vars(batch.to("meta"))
     devices = {name: value.device.type for name, value in after.items() if isinstance(value, torch.Tensor)}
     names = ["tokens", "labels", "loss_mask", "position_ids", "record_ids", "label_counts"]
+    names += ["advantages", "ref_log_probs"]
     assert devices == dict.fromkeys(names, "meta")
     assert [after[name] for name in after if name not in devices] == [
         before[name] for name in before if name not in devices
@@ -297,6 +304,28 @@ def test_the_records_of_a_packed_step_do_not_depend_on_the_layout(dataset, layou
         assert loader.lengths(step).tolist() == whole.lengths(step).tolist()
     packs = torch.stack(parts).view(data_size, context_size, -1, expected.shape[1]).sum(dim=1)
     assert torch.equal(packs.view(expected.shape), expected)
+
+
+@settings(max_examples=40)
+@given(lengths=st.lists(st.integers(2, 12), min_size=2, max_size=30), context_size=context_sizes, packing=st.booleans())
+def test_every_token_finds_the_advantage_of_its_record(lengths, context_size, packing):
+    dataset = make_dataset(lengths, has_advantages=True)
+    plan = (best_fit if packing else one_per_pack)(dataset.lengths - 1, CAPACITY)
+    for shard in shards(1, context_size):
+        loader = make_loader(dataset, plan, micro_batch_size=2, shard=shard, one_row=packing or context_size > 1)
+        for batch in loader.micro_batches(0):
+            assert batch.advantages.dtype == torch.float32
+            assert len(batch.advantages) == batch.num_sequences
+            is_real = batch.tokens != PAD
+            records = batch.tokens[is_real] // 1000 - 1
+            assert torch.equal(batch.advantages[batch.record_ids[is_real]], records / 2)
+
+
+def test_a_batch_has_advantages_where_one_of_the_whole_set_is_not_1():
+    assert make_loader(make_dataset([3] * 8)).micro_batches(0)[0].advantages is None
+    dataset = make_dataset([3] * 8, has_advantages=True)  # of which record 2 has 1
+    batches = make_loader(dataset, shuffle_seed=None).micro_batches(0)
+    assert [batch.advantages.tolist() for batch in batches] == [[0.0], [0.5], [1.0], [1.5]]
 
 
 def test_rows_of_a_record_each_have_the_same_table():

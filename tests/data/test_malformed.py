@@ -64,7 +64,8 @@ def wrong_values() -> Iterator[object]:
     ):
         yield {"messages": [USER, turn]}
     yield from ({"messages": [USER, ASSISTANT], "tools": value} for value in [7, "text", "[", [7], [None], [[]]])
-    yield {"messages": [USER, ASSISTANT], "advantage": 0.5}
+    for value in (True, "0.5", "", [0.5], {}, float("nan"), float("inf"), -1e39, 10**400):
+        yield {"messages": [USER, ASSISTANT], "advantage": value}
 
 
 def malformed_lines() -> list[bytes]:

@@ -161,7 +161,14 @@ def chat_with(**changes: object) -> dict[str, object]:
         ({"prompt": "", "completion": "Yes."}, "empty content", "prompt[0], user"),
         (chat_with(content="a\0b"), "NUL character", "messages[1]"),
         (chat_with(content="a\ud800b"), "lone surrogate", "messages[1]"),
-        ({"messages": [USER, ASSISTANT], "advantage": 0.0}, "advantage is not supported yet", ""),
+        *(
+            ({"messages": [USER, ASSISTANT], "advantage": value}, "wrong type", f"advantage is {name}, not a number")
+            for value, name in [(True, "bool"), ("0.5", "str"), ("", "str"), ([0.5], "list")]
+        ),
+        *(
+            ({"messages": [USER, ASSISTANT], "advantage": value}, "advantage is not finite in fp32", f"found {value!r}")
+            for value in [float("nan"), float("inf"), -3.5e38, 10**39]
+        ),
         (chat_with(function_call={"name": "f"}), "function_call is not supported yet", ""),
         ({"messages": [USER, ASSISTANT], "system": 7}, "wrong type", "system is int"),
         ({"messages": [SYSTEM, USER, ASSISTANT], "system": "x"}, "two system messages", ""),

@@ -1,5 +1,6 @@
 """The command that shows data, through its command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_psft.config import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
@@ -73,7 +75,7 @@ def test_tokens_are_listed_with_position_id_and_label(show, inputs):
     assert tokenizer.decode([int(token) for token in labels]) == "two<|im_end|>"
 
 
-def test_records_of_a_pack_are_told_by_their_positions():
+def test_records_of_a_pack_are_told_by_their_lengths():
     """Two records of 3 and 2 tokens, whose last tokens are labels only, and padding."""
     row = MicroBatch(
         tokens=torch.tensor([[1, 2, 4, 0]]),
@@ -83,11 +85,36 @@ def test_records_of_a_pack_are_told_by_their_positions():
         record_ids=torch.tensor([[0, 0, 1, 0]]),
         label_counts=torch.tensor([1, 1]),
         num_tokens=3,
+        segments=(2, 1, 1),
     )
-    first, second = show_data.records_of(row)
+    first, second = show_data.records_of(row, [2, 1])
     assert (first.tokens.tolist(), first.label_mask.tolist()) == ([1, 2, 3], [False, False, True])
     assert (second.tokens.tolist(), second.label_mask.tolist()) == ([4, 5], [False, True])
     assert first.tokens.dtype == np.int32
+
+
+def test_advantages_other_than_1_are_shown(show, inputs):
+    rows = [json.loads(RECORD) | {"advantage": advantage} for advantage in (0.5, 1, -2)]
+    (inputs / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exit = show("--data", str(inputs / "b.jsonl"), "--no-shuffle", "--rows", "1")
+    headers = [line for line in exit.out.splitlines() if line.startswith("── record")]
+    assert [line.partition("labels")[2] for line in headers] == [", advantage 0.5", "", ", advantage -2"]
+    assert "advantage" not in show().out
+
+
+@pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
+def test_both_sequences_of_a_pair_are_shown(show, inputs, monkeypatch, packing):
+    monkeypatch.setattr(ObjectiveConfig, "needs_pairs", property(lambda _: True))
+    rows = [{"prompt": "add one", "chosen": "two", "rejected": word} for word in ("three", "x")]
+    (inputs / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exit = show(
+        "--data", str(inputs / "pairs.jsonl"), "--no-shuffle", "--rows", "2", "--global-batch-size", "2", packing
+    )
+    assert exit.code == 0, exit.err
+    headers = [line.split()[1] for line in exit.out.splitlines() if line.startswith(("── chosen", "── rejected"))]
+    assert headers[:4] == ["chosen", "rejected"] * 2
+    assert exit.out.count(SHOWN) >= 2
+    assert all(SHOWN.replace("two", word) in exit.out for word in ("three", "x"))
 
 
 def test_a_pack_is_shown_record_by_record(show):

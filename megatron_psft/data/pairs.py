@@ -1,0 +1,106 @@
+"""Raw rows -> preference pairs: two conversations that part at an assistant's turn, `chosen` and `rejected`.
+
+What comes before them is the first of these that a row has, or that the user has named:
+
+* `prompt`, a string or a list of messages;
+* `conversations` or `messages`, a list of messages;
+* Alpaca's `instruction` and `input`;
+* nothing: then both sides are whole conversations, and what they share is the prompt.
+
+A side is a string, a message, or a list of messages, which may repeat the prompt. `system` and `tools` are those of
+`records.py`. Only what differs is learned from: an assistant's turn that both sides share is no label.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_psft.data.files import BadRecord, Row
+from megatron_psft.data.records import (
+    Message,
+    Record,
+    RecordError,
+    RecordKeys,
+    alpaca_prompt,
+    found_keys,
+    message_list,
+    parse_tools,
+    place_system,
+    read_object,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt. Both records have the same `source` and `prompt_length`."""
+
+    chosen: Record
+    rejected: Record
+
+    @property
+    def source(self) -> str:
+        """`path:N`, lines or rows counted from 1."""
+        return self.chosen.source
+
+
+def parse_pair(row: Row | BadRecord, keys: RecordKeys) -> Pair | BadRecord:
+    """The pair that a row is, or why it is none."""
+    if isinstance(row, BadRecord):
+        return row
+    try:
+        return _parse_value(row.value, row.source, keys)
+    except RecordError as error:
+        return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
+
+
+def _parse_value(value: object, source: str, keys: RecordKeys) -> Pair:
+    row = read_object(value)
+    if "chosen" not in row or "rejected" not in row:
+        raise RecordError("no preference pair", f"keys found: {found_keys(row)}; wanted: chosen and rejected")
+    if "advantage" in row:
+        raise RecordError("advantage of a preference pair")
+    prompt = _parse_prompt(row, keys)
+    chosen = place_system(row, _parse_side(row, "chosen", prompt), keys)
+    rejected = place_system(row, _parse_side(row, "rejected", prompt), keys)
+    prompt_length, tools = _shared_length(chosen, rejected), parse_tools(row.get("tools"))
+    return Pair(
+        chosen=Record(messages=chosen, source=source, tools=tools, prompt_length=prompt_length),
+        rejected=Record(messages=rejected, source=source, tools=tools, prompt_length=prompt_length),
+    )
+
+
+def _parse_prompt(row: Mapping[str, object], keys: RecordKeys) -> tuple[Message, ...]:
+    """What comes before both sides; nothing where they are whole conversations."""
+    if keys.prompt in row:
+        return message_list(row[keys.prompt], keys.prompt, "user")
+    for key in ("conversations", "messages"):
+        if key in row:
+            return message_list(row[key], key, None)
+    return (alpaca_prompt(row),) if "instruction" in row else ()
+
+
+def _parse_side(row: Mapping[str, object], key: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The whole conversation of one side."""
+    value = row[key]
+    if isinstance(value, str) and not prompt:
+        raise RecordError("wrong type", f"{key} is a string, and there is no prompt")
+    messages = message_list([value] if isinstance(value, dict) else value, key, "assistant")
+    if not prompt or messages[: len(prompt)] == prompt:
+        return messages
+    if messages and messages[0]["role"] != "assistant":
+        raise RecordError("two prompts", f"{key} begins with another turn of {messages[0]['role']} than the prompt")
+    return (*prompt, *messages)
+
+
+def _shared_length(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
+    """How many messages both sides begin with; the next one must be the assistant's in both."""
+    if chosen == rejected:
+        raise RecordError("chosen and rejected are the same")
+    shortest = min(len(chosen), len(rejected))
+    shared = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
+    if shared == shortest:
+        raise RecordError("chosen or rejected is where the other one begins", f"{shared} messages")
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if side[shared]["role"] != "assistant":
+            detail = f"they part at a turn of {side[shared]['role']}, messages[{shared}] of {name}"
+            raise RecordError("chosen and rejected have no prompt in common", detail)
+    return shared

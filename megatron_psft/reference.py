@@ -1,0 +1,269 @@
+"""The reference: the model that a run starts from, kept as its log-probabilities of the labels to be trained on.
+
+It is never held as a second set of weights. Before the run's first step one forward-only pass over the training set
+stores what the weights of that moment say of every label, in `ref_log_probs` beside the checkpoints: whatever the run
+starts from is its reference, be it `load_hf` or the checkpoint that `load` names. The folder has a name only when the
+pass is complete, and carries checksums as a checkpoint does.
+
+The pass covers the batches of an epoch in file order. What it wrote reaches the disk every few batches, so that a pass
+that was killed goes on from there.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_psft import step_folders
+from megatron_psft.data.loader import BatchLoader
+from megatron_psft.errors import UserError
+from megatron_psft.interrupt import StopRequested
+from megatron_psft.old_policy import SHORT_SECONDS
+from megatron_psft.parallel import Parallel, Result, on_main, sum_over_context, together
+from megatron_psft.resume import Identity, find_damage
+from megatron_psft.schedule import Schedule
+from megatron_psft.step_folders import DamageError
+
+FOLDER = "ref_log_probs"
+VALUES = "values.bin"
+PROGRESS = "progress.json"
+BATCHES_PER_MARK = 16
+"""How many a killed pass does again at most: each mark waits for disks."""
+START = "the weights at the start"
+"""The field of the identity that only a run that has not begun to train can compare."""
+
+_DTYPE = np.dtype("<f4")
+
+log = logging.getLogger(__name__)
+
+
+class RecordValues:
+    """A file of fp32 values, one for each token that the model reads, record after record; mapped into memory.
+
+    Holds 8 bytes per record.
+    """
+
+    def __init__(self, path: Path, lengths: NDArray[np.int64]) -> None:
+        """`lengths`: the values of each record, int64 [records]."""
+        self._path = path
+        self._ends = np.cumsum(lengths)
+        self._values: NDArray[np.float32] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the complete file."""
+        return int(self._ends[-1]) * _DTYPE.itemsize
+
+    def start(self, record: int) -> int:
+        """How many values lie before a record's first."""
+        return int(self._ends[record - 1]) if record else 0
+
+    def open(self) -> None:
+        """Maps the complete file. Raises UserError where it is not there."""
+        found = self._path.stat().st_size if self._path.is_file() else 0
+        if found != self.size_bytes:
+            raise UserError(
+                f"save must be a folder that all nodes share: rank {dist.get_rank()} finds {found} bytes in "
+                f"{self._path} instead of {self.size_bytes}"
+            )
+        self._values = np.memmap(self._path, _DTYPE, mode="r").view(np.ndarray)  # whose slices are quicker
+
+    def __call__(self, record: int) -> NDArray[np.float32]:
+        """The values of a record, [length]."""
+        assert self._values is not None
+        return self._values[self.start(record) : int(self._ends[record])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferencePass:
+    """Computes the reference log-probabilities of a training set, or finds them computed. Collective."""
+
+    folder: Path
+    """Where they are kept."""
+    values: RecordValues
+    """What reads them, of `folder / VALUES`."""
+    schedule: Schedule
+    loader: BatchLoader
+    """Every record once: neither shuffled nor wrapped."""
+    parallel: Parallel
+    identity: Identity
+    """What tells whose log-probabilities they are, and of what, and in which batches they are computed."""
+    has_begun: bool
+    """Whether the run has made steps before, so that the weights are no longer those of its start."""
+
+    def complete(self, *, between_batches: Callable[[], None] = lambda: None) -> None:
+        """Makes `values` readable, with a pass where there has been none; zeros stand where no label counts.
+
+        `between_batches` is called after each batch; where it raises `StopRequested`, what was done counts.
+
+        Raises:
+            UserError: the run has begun and what it needs is missing, damaged or of another run; no room or a failing
+                disk; log-probabilities that are no numbers.
+        """
+        lack = self._find_lack()
+        if lack is not None and self.has_begun:
+            raise UserError(
+                f"{lack}; it was computed by the weights at the start of the run, which are gone: put a copy of "
+                f"{self.folder} back, or start anew in another save folder; with --load its reference is the model of "
+                "that checkpoint"
+            )
+        if lack is not None:
+            log.info("reference: %s; the model at the start scores the training set", lack)
+            self._pass(between_batches)
+        together(self.values.open)
+
+    def _find_lack(self) -> str | None:
+        """What keeps the folder from being used, if anything does."""
+
+        def read() -> str | None:
+            if not self.folder.exists():
+                return f"there is no {self.folder}"
+            try:
+                found = step_folders.read_content(self.folder)
+            except DamageError as error:
+                return str(error)
+            return self._find_difference(found)
+
+        lack = on_main(read)
+        return find_damage(self.folder) if lack is None else lack
+
+    def _find_difference(self, found: Mapping[str, Any]) -> str | None:
+        for field, wanted in json.loads(json.dumps(self.identity)).items():
+            if found.get(field) != wanted and not (self.has_begun and field == START):
+                return f"{self.folder} is of a run with {field} ({found.get(field)}), this one has ({wanted})"
+        return None
+
+    def _pass(self, between_batches: Callable[[], None]) -> None:
+        done = on_main(self._begin)
+        num_batches, size_gib = self.loader.num_batches, self.values.size_bytes / 2**30
+        log.info("reference: %d of %d batches are done; %.3g GiB on disk", done, num_batches, size_gib)
+        self.schedule.gather_parameters()
+        bar = tqdm(
+            range(done, num_batches),
+            initial=done,
+            total=num_batches,
+            desc="reference",
+            unit="batch",
+            disable=not self.parallel.is_main,
+            delay=SHORT_SECONDS,
+            leave=False,
+        )
+        with self._open_to_write() as file:
+            try:
+                for batch in bar:
+                    self._score(batch, file)
+                    done = batch + 1
+                    if done % BATCHES_PER_MARK == 0:
+                        self._mark(done, file)
+                    between_batches()
+            except StopRequested:  # on all ranks alike
+                self._mark(done, file)
+                raise
+            self._mark(done, file)
+        on_main(lambda: step_folders.seal(self.folder, self.identity))
+
+    @property
+    def _partial(self) -> Path:
+        return step_folders.partial_folder(self.folder)
+
+    def _begin(self) -> int:
+        """Prepares the folder to write in; returns the batches that are done."""
+        try:
+            progress = json.loads((self._partial / PROGRESS).read_text(encoding="utf-8"))
+            done = progress.pop("batches")
+            has_values = (self._partial / VALUES).stat().st_size == self.values.size_bytes
+        except (OSError, ValueError, KeyError, AttributeError):  # none, or a torn one
+            pass
+        else:
+            if has_values and progress == {"identity": json.loads(json.dumps(self.identity))}:
+                return done
+            log.info("reference: an unfinished pass of another run in %s is not used", self._partial)
+        partial = step_folders.begin(self.folder)
+        free_bytes = shutil.disk_usage(partial).free
+        if free_bytes < self.values.size_bytes:
+            step_folders.discard(self.folder)
+            raise UserError(
+                f"save ({self.folder.parent}) must have room for the reference's log-probabilities, "
+                f"{self.values.size_bytes / 2**30:.2g} GiB, and has {free_bytes / 2**30:.2g} GiB; make room and start "
+                "again"
+            )
+        with (partial / VALUES).open("wb") as file:
+            file.truncate(self.values.size_bytes)
+        self._write_progress(0)
+        return 0
+
+    def _write_progress(self, done: int) -> None:
+        text = json.dumps({"identity": self.identity, "batches": done})
+        step_folders.replace_file(self._partial / PROGRESS, text)
+
+    def _open_to_write(self) -> BinaryIO | nullcontext[None]:
+        """The file, on the one rank of each data-parallel replica that writes its records."""
+        is_writer = self.parallel.counts_batch and self.parallel.context_rank == 0
+        return self._together(lambda: (self._partial / VALUES).open("r+b") if is_writer else nullcontext())
+
+    def _score(self, batch: int, file: BinaryIO | None) -> None:
+        scored = [stats.log_probs for stats in self.schedule.score(self.loader.micro_batches(batch))]
+        rows = sum_over_context(self.loader.to_packs(batch, scored), self.parallel) if scored else None
+        self._together(lambda: self._write(batch, rows, file))
+
+    def _write(self, batch: int, rows: Tensor | None, file: BinaryIO | None) -> None:
+        if file is None or rows is None:
+            return
+        if not torch.isfinite(rows).all():
+            raise UserError(
+                f"load_hf: the model at the start gives log-probabilities that are no numbers, for batch {batch} in "
+                "file order; mend its weights"
+            )
+        values = rows.numpy().astype(_DTYPE, copy=False)
+        for row, records in zip(values, self.loader.own_packs(batch), strict=False):  # the last rows may be empty
+            at = 0
+            for record, length in zip(records.tolist(), self.loader.record_lengths(records).tolist(), strict=True):
+                file.seek(self.values.start(record) * _DTYPE.itemsize)
+                file.write(row[at : at + length].tobytes())
+                at += length
+
+    def _mark(self, done: int, file: BinaryIO | None) -> None:
+        """Makes the batches before `done` count."""
+
+        def sync() -> None:
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+
+        self._together(sync)
+        on_main(lambda: self._write_progress(done))
+
+    def _together(self, action: Callable[[], Result]) -> Result:
+        def explained() -> Result:
+            try:
+                return action()
+            except OSError as error:
+                raise UserError(
+                    f"save: {self._partial / VALUES} could not be written ({error}); mend the folder, or make room in "
+                    "it, and start again: the reference's pass goes on from where it was"
+                ) from error
+
+        return together(explained)
+
+
+def describe_start(checkpoint: Path | None, model_folder: Path, seed: int | None) -> dict[str, Any]:
+    """What tells the weights that a run starts from: a checkpoint, random ones of `seed`, or files of `model_folder` by
+    size and time of change in nanoseconds. JSON values."""
+    if checkpoint is not None:
+        return {"checkpoint": step_folders.marker_sum(checkpoint)}
+    if seed is not None:
+        return {"seed": seed}
+    stats = {path.name: path.stat() for path in sorted(model_folder.glob("*.safetensors"))}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
