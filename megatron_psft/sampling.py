@@ -69,6 +69,7 @@ class Answer:
 
     text: str
     """Decoded, special tokens included, without the end token."""
+    prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
     """As sampled, up to the end token and with it."""
     is_finished: bool
@@ -95,15 +96,19 @@ class Sampler:
         self._check_length(max(map(len, prompt_tokens)))
         engine = _sample_with_vllm if self._config.uses_vllm else _sample_with_transformers
         groups = engine(self._model_folder, prompt_tokens, self._end_tokens, self._config)
-        return [[self._answer(tokens) for tokens in group] for group in groups]
+        return [
+            [self._answer(tuple(prompt), tokens) for tokens in group]
+            for prompt, group in zip(prompt_tokens, groups, strict=True)
+        ]
 
-    def _answer(self, sampled: _TokenIds) -> Answer:
+    def _answer(self, prompt_tokens: tuple[int, ...], sampled: _TokenIds) -> Answer:
         end = next((place for place, token in enumerate(sampled) if token in self._end_tokens), None)
         content = sampled if end is None else sampled[:end]
         # The clean-up would write "a ." as "a.", which was not sampled.
         text = self._tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Answer(
             text=cast(str, text),
+            prompt_tokens=prompt_tokens,
             tokens=tuple(sampled if end is None else sampled[: end + 1]),
             is_finished=end is not None,
         )

@@ -301,13 +301,13 @@ def records_of_group(
             tally.left_out["empty or refused by the chat template"] += 1
         else:
             tally.written += 1
-            tally.other_tokens += answer.is_finished and trained != answer.tokens
+            tally.other_tokens += answer.is_finished and trained != answer.prompt_tokens + answer.tokens
             yield {"messages": messages, "advantage": advantage, "reward": reward, "answer": prompt.answer}
 
 
 def tokens_in_training(messages: list[Any], renderer: "ChatRenderer") -> tuple[int, ...] | None:
-    """The label tokens of the last turn as training finds them, or None where training would refuse the record, as it
-    does an empty answer."""
+    """The tokens that training makes of a conversation, up to the last label, or None where it would refuse the record,
+    as it does an empty answer."""
     from megatron_psft.data.files import BadRecord, Row
     from megatron_psft.data.records import RecordError, RecordKeys, parse_row
 
@@ -318,7 +318,7 @@ def tokens_in_training(messages: list[Any], renderer: "ChatRenderer") -> tuple[i
         (example,) = renderer.tokenize([renderer.render(record)])
     except RecordError:
         return None
-    return tuple(example.tokens[example.label_mask].tolist())
+    return tuple(example.tokens[: example.label_mask.nonzero()[0][-1] + 1].tolist())
 
 
 if __name__ == "__main__":
