@@ -31,7 +31,7 @@ from megatron_psft.rewards import group_advantages
 EXAMPLES = """example:
     python tools/rollout.py --model runs/first/hf --prompts train.jsonl --keep-flat-groups --out rollouts.jsonl
     python examples/mixed/mix.py --demonstrations train.jsonl --rollouts rollouts.jsonl --out mixed.jsonl
-    torchrun pretrain_psft.py --data mixed.jsonl --config examples/mixed/train.yaml --load-hf runs/first/hf --save ..."""
+    torchrun pretrain_psft.py --config examples/mixed/train.yaml --data mixed.jsonl --load-hf runs/first/hf ..."""
 
 RolloutRow = dict[str, Any]
 """What tools/rollout.py writes: messages, advantage, reward and more."""

@@ -13,7 +13,7 @@ from tests.support.cli import REPOSITORY, run_cli
 
 sys.path.insert(0, str(REPOSITORY / "examples" / "rl_cold_start"))
 
-from examples.rl_cold_start import dpo, grpo
+from examples.rl_cold_start import convert_prompts, dpo, grpo
 
 QUESTIONS = ["add one", "how many lemon", "x + y ="]
 REPLIES = ["3", "17", "zero is 3", "when 42"]
@@ -137,3 +137,27 @@ def test_a_bad_pair_is_named(tmp_path, capsys, row, message):
 def test_mistakes_are_one_line_and_code_2(tmp_path, capsys, flags, message):
     code = grpo.main(["--model", "./none", "--prompts", str(tmp_path), "--out", str(tmp_path / "out"), *flags])
     assert_refused(capsys, code, message)
+
+
+def test_prompts_are_converted(tmp_path, capsys):
+    import pyarrow.parquet as pq
+
+    rows = [{"question": "add one", "answer": "1 + 1 = 2\n#### 2"}, {"question": "x", "answer": "\\frac{1}{2}"}]
+    prompts = write_lines(tmp_path / "prompts.jsonl", rows)
+    argv = ["--prompts", str(prompts), "--prompt-key", "question"]
+    assert convert_prompts.main([*argv, "--framework", "nemo-rl", "--out", str(tmp_path / "p.jsonl")]) == 0
+    written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert written == [{"input": "add one", "output": "2"}, {"input": "x", "output": "\\frac{1}{2}"}]
+    argv += ["--system-prompt", "sum"]
+    assert convert_prompts.main([*argv, "--framework", "verl", "--out", str(tmp_path / "p.parquet")]) == 0
+    first, _ = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    assert first == {
+        "data_source": "lighteval/MATH",
+        "prompt": [{"content": "sum", "role": "system"}, {"content": "add one", "role": "user"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "2"},
+        "extra_info": {"source": f"{prompts}:1"},
+    }
+    capsys.readouterr()
+    code = convert_prompts.main([*argv, "--framework", "nemo-rl", "--out", str(tmp_path / "q.jsonl")])
+    assert_refused(capsys, code, f"one user turn per prompt; {prompts}:1")
