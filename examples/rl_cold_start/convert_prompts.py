@@ -28,7 +28,7 @@ class OutputConfig:
     """What is written."""
 
     framework: Literal["verl", "nemo-rl"]
-    """verl: Parquet with data_source, prompt and reward_model; nemo-rl: JSON Lines with input (one user turn), output."""
+    """verl: Parquet with data_source, prompt, reward_model; nemo-rl: JSON Lines with input (a user turn), output."""
     out: str
     """File to write; it must not exist."""
 
