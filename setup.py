@@ -49,11 +49,13 @@ setup(
         "dev": [
             "codespell",
             "hypothesis",
+            "math-verify",  # this and trl, small and pure Python: rollouts and RL examples are tested for real
             "mypy",
             "pre-commit",
             "pre-commit-hooks",
             "pytest",
             "ruff",
+            "trl",
             # A torch for CPUs comes without it; its interpreter runs the kernels in tests.
             "triton; platform_system == 'Linux'",
             "types-PyYAML",

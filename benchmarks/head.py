@@ -65,7 +65,7 @@ def _layer(spec: dict[str, Any], cls: type) -> Any:
     config = TransformerConfig(
         num_layers=1,
         hidden_size=spec["hidden"],
-        num_attention_heads=1,
+        num_attention_heads=2,  # as many as the largest tensor-parallel size here
         tensor_model_parallel_size=spec["ranks"],
         params_dtype=_dtype(spec),
         use_cpu_initialization=not torch.cuda.is_available(),

@@ -189,11 +189,6 @@ class ObjectiveConfig:
                 raise UserError(f"{name} ({getattr(self, name)}) must be a probability, between 0 and 1")
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the loss compares with the initial model."""
-        return self.objective in {"sft-kl", "iw-sft", "asft"}
-
-    @property
     def needs_pairs(self) -> bool:
         """Whether records are preference pairs."""
         return self.objective in {"dpo"}

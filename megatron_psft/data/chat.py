@@ -32,6 +32,8 @@ LossOn = Literal["assistant", "last", "all"]
 
 _SENTINEL = "k7Qplaceholder0Xv"  # letters and digits only: no template trims, escapes or parses them
 
+_SENTINEL_TURN: Message = {"role": "assistant", "content": _SENTINEL}
+
 _NO_MATCH = "(?!)"
 
 _PROBES: dict[str, tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]] = {
@@ -158,6 +160,16 @@ class ChatRenderer:
             return Rendering(text=closed, label_spans=((0, len(closed)),))
         return Rendering(text=closed, label_spans=self._label_spans(record, text, closed))
 
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """The text after which the model writes the next assistant turn. Raises RecordError where the template does."""
+        return self._template(messages, (), add_generation_prompt=True)
+
+    def end_of_turn(self) -> str:
+        """The special token that the model ends its turn with. Raises RecordError where the template has none."""
+        text = self._close(self._template([{"role": "user", "content": "?"}, _SENTINEL_TURN], ()), _SENTINEL_TURN)
+        start = text.rindex(_SENTINEL) + len(_SENTINEL)
+        return self._special_token.findall(text[: self._find_label_end(text, start, index=1)])[-1]
+
     def tokenize(self, renderings: Sequence[Rendering]) -> list[Example]:
         """One Example per rendering; many at once are quicker."""
         encoded = self._words.encode([rendering.text for rendering in renderings])
@@ -213,8 +225,7 @@ class ChatRenderer:
 
     def _find_content(self, record: Record, index: int, text: str) -> _ContentSpan:
         """The content of turn `index` in `text`, by comparison with the rendering that has a sentinel in its place."""
-        sentinel: Message = {"role": "assistant", "content": _SENTINEL}
-        other = self._template([*record.messages[:index], sentinel, *record.messages[index + 1 :]], record.tools)
+        other = self._template([*record.messages[:index], _SENTINEL_TURN, *record.messages[index + 1 :]], record.tools)
         if (times := other.count(_SENTINEL)) != 1:
             raise RecordError("no label span", f"the chat template writes messages[{index}] {times} times")
         before, after = other.split(_SENTINEL)

@@ -1,6 +1,7 @@
 """Turns `DIR|ID` into a local folder."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,3 +50,22 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"tokenizer ({folder}) must be a folder with a Hugging Face tokenizer: {reason}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Hugging Face model and its tokenizer."""
+
+    model: str
+    """Hugging Face folder, as --export-hf writes it, or hub ID."""
+    tokenizer: str | None = None
+    """Folder or hub ID of the tokenizer and its chat template; `model` where absent."""
+
+    def folder(self) -> Path:
+        """The model's folder. Raises UserError where it has none."""
+        return model_folder("model", self.model, with_weights=True)
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Raises UserError where there is none."""
+        source = self.model if self.tokenizer is None else self.tokenizer
+        return load_tokenizer(model_folder("tokenizer", source, with_weights=False))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_psft.data.chat import label_runs, render_record
+from megatron_psft.data.chat import ChatRenderer, label_runs, render_record
 from megatron_psft.data.records import Record, RecordError
 from megatron_psft.errors import UserError
 from tests.data import toys
@@ -188,6 +188,20 @@ def test_a_special_token_that_begins_with_another_is_labelled_whole():
     special_tokens = ["<|im_start|>", "<|im_end|>", "<|im_end|>!"]
     tokenizer = byte_tokenizer(toys.CHATML.replace("<|im_end|>", "<|im_end|>!"), special_tokens=special_tokens)
     assert label_texts(TWO_TURNS, tokenizer) == ["Yes.<|im_end|>!", "So.<|im_end|>!"]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(toys.CHATML, "<|im_end|>"), (toys.LLAMA3, "<|eot|>"), (toys.GLM, "</s>")],
+)
+def test_the_prompt_and_the_end_of_turn_enclose_the_labels(template, end):
+    renderer = ChatRenderer(byte_tokenizer(template), "last")
+    assert renderer.end_of_turn() == end
+    record = conversation("Hi?", "Yes.")
+    rendering = renderer.render(record)
+    prompt = renderer.render_prompt(record.messages[:1])
+    ((start, stop),) = rendering.label_spans
+    assert (rendering.text[:start], rendering.text[start:stop].endswith(end)) == (prompt, True)
 
 
 def test_the_start_token_of_the_template_is_the_only_one():

@@ -3,11 +3,19 @@
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.utils import logging as transformers_logging
 
 FAMILIES = ("qwen2", "llama", "qwen3")
@@ -109,6 +117,29 @@ def _respell_config(path: Path) -> None:
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config["torch_dtype"] = config.pop("dtype")
     path.write_text(json.dumps(config, indent=2))
+
+
+def teach(model: Path, tokenizer: Path, exchanges: Sequence[tuple[str, str]], *, steps: int = 60) -> Path:
+    """Trains a checkpoint, in place, to reply to each question as the (question, reply) pairs do; several replies to
+    one question become about as probable as they are frequent."""
+    network, words = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(tokenizer)
+    heads, texts = [], []
+    for question, reply in exchanges:
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        heads.append(words.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True))
+        texts.append(words.apply_chat_template(chat, tokenize=False).rstrip("\n"))
+    batch = words(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, head in zip(labels, heads, strict=True):
+        row[: len(words(head, add_special_tokens=False)["input_ids"])] = -100
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for _ in range(steps):
+        loss = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    network.save_pretrained(model)
+    return model
 
 
 def build_tokenizer(folder: Path) -> Path:

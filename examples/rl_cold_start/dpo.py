@@ -1,0 +1,98 @@
+"""DPO with TRL from an exported model, on pairs of a chosen and a rejected answer.
+
+On one process as below, on several with `accelerate launch` or torchrun in front. Needs megatron_psft[rl].
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trl_run import TrainConfig, run_main, train_and_save
+
+from megatron_psft.data.files import BadRecord, Row, open_rows
+from megatron_psft.data.records import Message, RecordKeys, parse_row
+from megatron_psft.errors import UserError
+from megatron_psft.hf.hub import ModelConfig
+
+EXAMPLES = """example:
+    python examples/rl_cold_start/dpo.py --model runs/first/hf --pairs pairs.jsonl --out runs/first/dpo"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig:
+    """Direct preference optimization."""
+
+    pairs: tuple[str, ...]
+    """JSON Lines, JSON or Parquet files, folders of them, or hub IDs, whose rows have prompt, chosen and rejected:
+    texts or lists of messages."""
+    dpo_beta: float = 0.1
+    """How strongly the trained model is held to the initial one."""
+    seq_length: int = 4096
+    """Longest prompt and answer, in tokens; what is longer is cut at its end."""
+
+    def __post_init__(self) -> None:
+        if not self.dpo_beta > 0:
+            raise UserError(f"dpo_beta ({self.dpo_beta}) must be greater than 0")
+        if self.seq_length < 2:
+            raise UserError(f"seq_length ({self.seq_length}) must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole run."""
+
+    model: ModelConfig
+    dpo: DpoConfig
+    train: TrainConfig
+
+
+def read_pairs(paths: Sequence[str]) -> list[dict[str, list[Message]]]:
+    """Rows of prompt, chosen and rejected as lists of messages. Raises UserError that names the first bad row."""
+    pairs = []
+    for row in (row for path in paths for row in open_rows(path)):
+        # Each answer after the prompt is a record, and is checked as such.
+        sides = [_read_side(row, side) for side in ("chosen", "rejected")]
+        for side in sides:
+            if isinstance(side, BadRecord):
+                raise UserError(f"pairs must hold usable rows only; the first that is not is {side}")
+        (prompt, chosen), (_, rejected) = sides
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if not pairs:
+        raise UserError(f"pairs ({' '.join(paths)}) must hold at least one row")
+    return pairs
+
+
+def _read_side(row: Row | BadRecord, side: str) -> tuple[list[Message], list[Message]] | BadRecord:
+    """Prompt and answer, whose last turn is the only one."""
+    keys = RecordKeys(prompt="prompt", completion=side)
+    if isinstance(row, Row) and isinstance(row.value, dict):
+        row = Row(source=row.source, value={key: row.value.get(key) for key in ("prompt", side, "system")})
+    record = parse_row(row, keys)
+    if isinstance(record, BadRecord):
+        return record
+    if record.messages[-1]["role"] != "assistant":
+        return BadRecord(source=record.source, reason=f"{side} does not end with an assistant turn")
+    return list(record.messages[:-1]), list(record.messages[-1:])
+
+
+def train(config: Config) -> None:
+    pairs = read_pairs(config.dpo.pairs)
+    folder, tokenizer = config.model.folder(), config.model.load_tokenizer()
+
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    arguments = DPOConfig(**config.train.trl_arguments(), beta=config.dpo.dpo_beta, max_length=config.dpo.seq_length)
+    train_and_save(
+        DPOTrainer(
+            model=str(folder), args=arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
+        )
+    )
+
+
+def main(argv: list[str]) -> int:
+    return run_main(Config, train, argv, EXAMPLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

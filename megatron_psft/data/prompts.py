@@ -1,0 +1,98 @@
+"""Rows -> prompts with known answers, for rollouts and reinforcement learning."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_psft.data.files import BadRecord, Row, open_rows
+from megatron_psft.data.records import Message, RecordError, RecordKeys, parse_row
+from megatron_psft.errors import UserError
+from megatron_psft.rewards import Verifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """What is asked, and what the right answers are."""
+
+    prompts: tuple[str, ...]
+    """JSON Lines, JSON or Parquet files, folders of them, or hub IDs. A row has `answer_key`, and `prompt_key` or else
+    messages."""
+    prompt_key: str = "prompt"
+    """Name of the prompt in a row: a text, or a list of messages whose last, if it is an assistant's, is left out."""
+    answer_key: str = "answer"
+    """Name of the known answer in a row, a text or a number; a dot goes into an object."""
+    system_prompt: str | None = None
+    """System message of all prompts, in place of their own; each prompt's where absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A conversation that the model is to go on with, and the answer that is right. `source` is `path:N`."""
+
+    messages: tuple[Message, ...]
+    answer: str
+    source: str
+
+
+def read_prompts(config: PromptConfig, verifier: Verifier) -> list[Prompt]:
+    """All prompts in file order. Raises UserError that names the first row that is none."""
+    prompts: list[Prompt] = []
+    bad: list[BadRecord] = []
+    for path in config.prompts:
+        for row in open_rows(path):
+            prompt = parse_prompt(row, config, verifier)
+            if isinstance(prompt, Prompt):
+                prompts.append(prompt)
+            else:
+                bad.append(prompt)
+    if bad:
+        number = len(bad) + len(prompts)
+        raise UserError(f"prompts must hold usable rows only, {len(bad)} of {number} are not; the first is {bad[0]}")
+    if not prompts:
+        raise UserError(f"prompts ({' '.join(config.prompts)}) must hold at least one row")
+    return prompts
+
+
+def parse_prompt(row: Row | BadRecord, config: PromptConfig, verifier: Verifier) -> Prompt | BadRecord:
+    """The prompt that a row is, or why it is none."""
+    if isinstance(row, BadRecord):
+        return row
+    try:
+        asked, answer = parse_value(row.value, config, verifier)
+    except RecordError as error:
+        return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
+    # With an answer in place it is a record, and is checked as such.
+    whole = {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": "?"}]}
+    record = parse_row(Row(source=row.source, value=whole), RecordKeys(system_prompt=config.system_prompt))
+    if isinstance(record, BadRecord):
+        return record
+    return Prompt(messages=record.messages[:-1], answer=answer, source=row.source)
+
+
+def parse_value(row: object, config: PromptConfig, verifier: Verifier) -> tuple[dict[str, Any], str]:
+    """Conversation and known answer of a row; the conversation's messages are not checked. Raises RecordError."""
+    if not isinstance(row, dict):
+        raise RecordError("not an object", f"found {type(row).__name__}")
+    if row.get("tools"):
+        raise RecordError("tools are not supported in prompts")
+    asked = row.get(config.prompt_key, row.get("messages"))
+    asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if not isinstance(asked, list):
+        raise RecordError("no prompt", f"wanted: a text or a list under {config.prompt_key}, or messages")
+    if asked and isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
+        asked = asked[:-1]
+    answer = find_answer(row, config.answer_key)
+    if answer is None:
+        raise RecordError("no answer", f"wanted: a text or a number under {config.answer_key}")
+    try:
+        verifier.check(answer)
+    except ValueError as error:
+        raise RecordError("answer that the verifier cannot use", f"{answer!r:.60} {error}") from None
+    return {"messages": asked, "system": row.get("system")}, answer
+
+
+def find_answer(row: dict[str, Any], key: str) -> str | None:
+    """The known answer as text, where there is one under `key`, whose dots go into objects."""
+    value: object = row
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None

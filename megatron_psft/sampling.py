@@ -1,0 +1,214 @@
+"""Samples answers of a Hugging Face model, with vLLM or with transformers.
+
+Both get prompts as token ids and give token ids back; text is made of them in one place. Neither uses what the model's
+generation_config.json says of sampling, such as top-k or a repetition penalty: answers come from the model's own
+distribution, but for the temperature and top-p asked for. Of that file only the end tokens count.
+"""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from megatron_psft.data.chat import ChatRenderer
+from megatron_psft.errors import UserError
+
+if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
+    from transformers import PreTrainedTokenizerBase
+
+_TokenIds = list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How answers are sampled."""
+
+    num_samples: int = 8
+    """Answers per prompt; they are a group, compared with each other."""
+    temperature: float = 1.0
+    """Divides the logits; 1 samples from the model as it is."""
+    top_p: float = 1.0
+    """Samples from the most probable tokens that together have this probability; 1 samples from all."""
+    max_new_tokens: int = 1024
+    """Longest answer, in tokens, with its end."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples; auto is vLLM where it is installed."""
+    batch_size: int = 32
+    """transformers: answers sampled at a time."""
+    vllm_tensor_parallel_size: int = 1
+    """vLLM: GPUs that share the model."""
+    seed: int = 1234
+    """Seed of the sampling. The same answers come again only with the same engine, sizes and machine."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "batch_size", "vllm_tensor_parallel_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not self.temperature > 0:
+            raise UserError(f"temperature ({self.temperature}) must be greater than 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p ({self.top_p}) must be greater than 0 and at most 1")
+        if self.seed < 0:
+            raise UserError(f"seed ({self.seed}) must be at least 0")
+        if self.uses_vllm and importlib.util.find_spec("vllm") is None:
+            raise UserError(f"engine ({self.engine}) must be installed: `pip install vllm`, or --engine transformers")
+        unused, engine = ("batch_size", "vllm") if self.uses_vllm else ("vllm_tensor_parallel_size", "transformers")
+        if getattr(self, unused) != getattr(type(self), unused):
+            raise UserError(f"{unused} ({getattr(self, unused)}) has no effect with engine {engine}; leave it out")
+
+    @property
+    def uses_vllm(self) -> bool:
+        return self.engine == "vllm" or (self.engine == "auto" and importlib.util.find_spec("vllm") is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One sampled answer."""
+
+    text: str
+    """Decoded, special tokens included, without the end token."""
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    """As sampled, up to the end token and with it."""
+    is_finished: bool
+    """Whether the model has ended it; otherwise it was cut at the longest length."""
+
+
+class Sampler:
+    """Samples answers of one model; prompts are rendered as training renders them."""
+
+    def __init__(
+        self, model_folder: Path, tokenizer: "PreTrainedTokenizerBase", renderer: ChatRenderer, config: SamplingConfig
+    ) -> None:
+        self._model_folder = model_folder
+        self._tokenizer = tokenizer
+        self._config = config
+        self._end_tokens = _end_tokens(model_folder, tokenizer, renderer)
+
+    def sample(self, prompts: Sequence[str]) -> list[list[Answer]]:
+        """`num_samples` answers to each rendered prompt, in their order.
+
+        Raises UserError where the longest prompt and answer are more than the model's positions.
+        """
+        prompt_tokens = [self._tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        self._check_length(max(map(len, prompt_tokens)))
+        engine = _sample_with_vllm if self._config.uses_vllm else _sample_with_transformers
+        groups = engine(self._model_folder, prompt_tokens, self._end_tokens, self._config)
+        return [
+            [self._answer(tuple(prompt), tokens) for tokens in group]
+            for prompt, group in zip(prompt_tokens, groups, strict=True)
+        ]
+
+    def _answer(self, prompt_tokens: tuple[int, ...], sampled: _TokenIds) -> Answer:
+        end = next((place for place, token in enumerate(sampled) if token in self._end_tokens), None)
+        content = sampled if end is None else sampled[:end]
+        # The clean-up would write "a ." as "a.", which was not sampled.
+        text = self._tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return Answer(
+            text=cast(str, text),
+            prompt_tokens=prompt_tokens,
+            tokens=tuple(sampled if end is None else sampled[: end + 1]),
+            is_finished=end is not None,
+        )
+
+    def _check_length(self, longest_prompt: int) -> None:
+        positions = _read_json(self._model_folder / "config.json").get("max_position_embeddings")
+        if positions is not None and longest_prompt + self._config.max_new_tokens > positions:
+            raise UserError(
+                f"max_new_tokens ({self._config.max_new_tokens}) and the longest prompt ({longest_prompt} tokens) must "
+                f"be at most max_position_embeddings ({positions}) together; lower the one or shorten the other"
+            )
+
+
+def _sample_with_vllm(
+    model_folder: Path, prompts: list[_TokenIds], end_tokens: list[int], config: SamplingConfig
+) -> list[list[_TokenIds]]:
+    """The sampled tokens of each prompt's answers."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=str(model_folder),
+        skip_tokenizer_init=True,  # the tokenizer may lie elsewhere, and text is made here
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
+        max_model_len=max(map(len, prompts)) + config.max_new_tokens,
+        seed=config.seed,
+    )
+    params = SamplingParams(
+        n=config.num_samples,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_tokens=config.max_new_tokens,
+        stop_token_ids=end_tokens,
+        detokenize=False,
+    )
+    outputs = engine.generate([{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=True)
+    return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
+
+
+def _sample_with_transformers(
+    model_folder: Path, prompts: list[_TokenIds], end_tokens: list[int], config: SamplingConfig
+) -> list[list[_TokenIds]]:
+    """As `_sample_with_vllm`; the tokens may go on after an end token."""
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model ({model_folder}) must be a folder with a Hugging Face model: {reason}") from None
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    # Put in its place, as generate() fills what is unset from the model's own.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=0,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=end_tokens,
+        pad_token_id=end_tokens[0],  # masked before the prompt, and cut off after the end
+    )
+    torch.manual_seed(config.seed)
+    # Longest first: whatever does not fit into memory fails at once, and a batch's prompts are of about one length.
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    queue = [place for place in order for _ in range(config.num_samples)]
+    groups: list[list[_TokenIds]] = [[] for _ in prompts]
+    with tqdm(total=len(queue), desc="sample", unit="answer") as progress:
+        for start in range(0, len(queue), config.batch_size):
+            batch = queue[start : start + config.batch_size]
+            for place, tokens in zip(batch, _generate(model, [prompts[place] for place in batch]), strict=True):
+                groups[place].append(tokens)
+            progress.update(len(batch))
+    return groups
+
+
+def _generate(model: Any, prompts: list[_TokenIds]) -> list[_TokenIds]:
+    """One answer per prompt, with padding after its end."""
+    import torch
+
+    width = max(map(len, prompts))
+    padding = [width - len(tokens) for tokens in prompts]  # on the left: answers start in the same column
+    pad_token = model.generation_config.pad_token_id
+    rows = [[pad_token] * count + tokens for count, tokens in zip(padding, prompts, strict=True)]
+    mask = [[0] * count + [1] * (width - count) for count in padding]
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=model.device), attention_mask=torch.tensor(mask, device=model.device)
+        )
+    return output[:, width:].tolist()
+
+
+def _end_tokens(model_folder: Path, tokenizer: "PreTrainedTokenizerBase", renderer: ChatRenderer) -> list[int]:
+    """The ids that end an answer: the one that closes a turn in the chat template, first, as training teaches it; the
+    tokenizer's end of text; and those of the model's generation config."""
+    stated = _read_json(model_folder / "generation_config.json").get("eos_token_id")
+    others = stated if isinstance(stated, list) else [stated]
+    tokens = [tokenizer.convert_tokens_to_ids(renderer.end_of_turn()), tokenizer.eos_token_id, *others]
+    return list(dict.fromkeys(token for token in tokens if token is not None))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
