@@ -23,17 +23,19 @@ Path = Callable[[Tensor, torch.nn.Parameter, Tensor, Tensor], Tensor]
 
 
 def _ours(spec: dict[str, Any]) -> Path:
+    from megatron_psft.config import ObjectiveConfig
+    from megatron_psft.labels import LabelContext
     from megatron_psft.model.head import HeadInputs, OutputLayer, label_positions
     from megatron_psft.objectives import Objective
 
     layer = _layer(spec, OutputLayer)
-    objective = Objective(name="sft", clip_ratio_high=0.28)
+    objective = Objective(config=ObjectiveConfig(objective="sft"))
 
     def path(hidden: Tensor, weight: torch.nn.Parameter, labels: Tensor, mask: Tensor) -> Tensor:
         inputs = HeadInputs(
             labels=labels[None],
             label_positions=label_positions(mask[None]),
-            token_loss=lambda stats, _: objective.token_loss(stats.log_probs, None),
+            token_loss=lambda stats, _: objective.token_loss(stats, LabelContext()),
         )
         return layer(hidden, weight=weight, inputs=inputs, vocab_size=spec["vocab_size"]).loss
 

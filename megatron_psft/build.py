@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_psft import __version__
 from megatron_psft.checkpoint import TrainState, load_checkpoint
+from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.config import Config, config_to_yaml
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
@@ -24,6 +25,7 @@ from megatron_psft.hf import export, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, fill_parameters
 from megatron_psft.model.gpt import build_model, check_layout, padded_vocab_size, virtual_size
 from megatron_psft.model.shape import ModelShape, read_shape
+from megatron_psft.objectives import Objective
 from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
 from megatron_psft.parallel import Parallel, initialize_parallel, on_main, together
@@ -182,7 +184,10 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     if checkpoint is None:
         fill_parameters(chunks, inputs.weights, shape, parallel)
     optimizer = build_optimizer(config, chunks)
-    schedule = Schedule(chunks=chunks, device=platform.device, clip_ratio_high=config.objective.clip_ratio_high)
+    clipped_tokens = None
+    if config.logging.log_clipped_tokens is not None:
+        clipped_tokens = ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
+    schedule = Schedule(chunks=chunks, parallel=parallel, clipped_tokens=clipped_tokens)
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
     reference = _reference(config, inputs, schedule, parallel, identity, checkpoint)
     state = TrainState(
@@ -190,6 +195,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, inputs.train_iters),
         window=_window(config, inputs.train_iters, schedule, loader, parallel),
+        clipped_tokens=clipped_tokens,
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
@@ -208,6 +214,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         reference=reference,
         valid_loader=valid_loader,
         identity=identity,
+        decode=lambda token_id: str(inputs.tokenizer.decode([token_id])),
         first_step=first_step,
         train_iters=inputs.train_iters,
     )
@@ -230,8 +237,9 @@ def _window(
         return loader.from_packs(step, loader.to_packs(step, scored, size))
 
     interval = train_iters if objective.old_policy_interval == "fixed" else objective.old_policy_interval
-    # SFT is warm-up all the way.
-    warmup_iters = train_iters if objective.objective == "sft" else objective.sft_warmup_iters
+    # An objective without an old policy is warm-up all the way.
+    has_old_policy = "old" in Objective(config=objective).needs
+    warmup_iters = objective.sft_warmup_iters if has_old_policy else train_iters
     return OldPolicyWindow(
         interval=interval,
         warmup_iters=warmup_iters,

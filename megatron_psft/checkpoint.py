@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_psft import step_folders
+from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.errors import RankError, UserError
 from megatron_psft.interrupt import helpers_outlive_signals
@@ -49,6 +50,8 @@ class TrainState:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     window: OldPolicyWindow
+    clipped_tokens: ClippedTokens | None = None
+    """Where the run counts them."""
 
 
 class Saver:
@@ -142,7 +145,10 @@ class Saver:
             if old
         }
         content["rng"] = _sharded_rng(parallel)
-        return {**content, "scheduler": state.scheduler.state_dict(), "window_steps": sorted(state.window.stored)}
+        content |= {"scheduler": state.scheduler.state_dict(), "window_steps": sorted(state.window.stored)}
+        if state.clipped_tokens is not None:
+            content["clipped_tokens"] = state.clipped_tokens.state()
+        return content
 
     def _state_bytes(self) -> int:
         """About what a checkpoint takes, over all ranks."""
@@ -198,6 +204,8 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
         chunk.load_state_dict(loaded[name])
     load_optimizer_state(state.optimizer, loaded["optimizer"])
     state.scheduler.load_state_dict(common["scheduler"])
+    if state.clipped_tokens is not None and "clipped_tokens" in common:  # else counting starts with this run
+        state.clipped_tokens.load_state(common["clipped_tokens"])
     for step in steps:
         saved = loaded["old_log_probs"][str(step)] if parallel.is_last_stage else None
         state.window.stored[step] = [] if saved is None else loader.from_packs(step, saved)

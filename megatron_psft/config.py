@@ -136,14 +136,24 @@ class BatchConfig:
         _require_at_least(0, self, "seed")
 
 
+ObjectiveName = Literal["psft", "sft", "sft-kl", "dft", "iw-sft", "asft", "eaft", "p-power", "trsft", "profit", "deft"]
+LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The loss. Proximal SFT is arXiv 2508.17784."""
+    """The loss of a label token, and how losses are averaged; objectives.py has formulas and sources."""
 
-    objective: Literal["psft", "sft"] = "psft"
-    """Proximal SFT, or plain cross-entropy."""
+    objective: ObjectiveName = "psft"
+    """Proximal SFT (arXiv 2508.17784), plain cross-entropy, or a relative of theirs."""
+    loss_aggregation: LossAggregation = "token-mean"
+    """Sum of the token losses of the global batch over its label tokens; mean over its records of their token means; or
+    mean over its records of their token sums. Records without a label count in none of them."""
     clip_ratio_high: float = 0.28
     """PSFT: a token has no gradient once its probability exceeds the old policy's by more than this share."""
+    clip_ratio_low: float = 0.2
+    """PSFT: a token of negative advantage has no gradient once its probability is below the old policy's by more than
+    this share. Needs records with an advantage."""
     old_policy_interval: int | Literal["fixed"] = 8
     """PSFT: optimizer steps between updates of the old policy. 1 has the gradient of SFT; `fixed` keeps the model as it
     is at the end of `sft_warmup_iters` for the whole run."""
@@ -152,16 +162,31 @@ class ObjectiveConfig:
     old_policy_micro_batch_size: int | None = None
     """PSFT: sequences per forward pass of one model replica when the old policy scores a window; `micro_batch_size`
     where absent. Any other leaves the ratio after a sync equal to 1 only up to rounding, of bf16 with `bf16`."""
+    kl_coef: float = 0.5
+    """sft-kl and asft: factor of the estimated divergence from the initial model."""
+    iw_level: Literal["sequence", "token"] = "sequence"
+    """iw-sft: one importance weight per record, or one per token."""
+    p_power_q: float = 1.0
+    """p-power: q of the loss (1 - p^q) / q. Towards 0 it is cross-entropy; 1 has the gradient of dft."""
+    eaft_alpha: float = 1.0
+    """eaft: exponent of the entropy that weighs a token."""
+    trsft_alpha: float = 0.1
+    """trsft: tokens of a probability below it have their gradient scaled down by its share of it."""
+    profit_threshold: float = 0.1
+    """profit: tokens of a probability below it have no gradient."""
     fused_head: bool = True
     """Compute loss and gradient from the last hidden states in chunks of label tokens, and never all of the logits;
     otherwise from all logits."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "clip_ratio_high")
-        _require_at_least(0, self, "sft_warmup_iters")
+        _require_positive(self, "clip_ratio_high", "clip_ratio_low", "p_power_q", "trsft_alpha")
+        _require_at_least(0, self, "sft_warmup_iters", "kl_coef", "eaft_alpha")
         _require_at_least(1, self, "old_policy_micro_batch_size")
         if self.old_policy_interval != "fixed":
             _require_at_least(1, self, "old_policy_interval")
+        for name in ("trsft_alpha", "profit_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} ({getattr(self, name)}) must be a probability, between 0 and 1")
 
     @property
     def needs_pairs(self) -> bool:
@@ -281,9 +306,12 @@ class LoggingConfig:
     """Steps between printed lines."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard event files; none are written where absent."""
+    log_clipped_tokens: int | None = None
+    """PSFT: number of tokens, the most clipped ones of the run so far, that are written to clipped_tokens.json in
+    `save` whenever a checkpoint is; nothing is counted where absent."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "log_interval")
+        _require_at_least(1, self, "log_interval", "log_clipped_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

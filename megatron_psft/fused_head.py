@@ -9,6 +9,7 @@ Dimension letters: n label tokens, h hidden size, v columns of the vocabulary on
 """
 
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.kernels import ShardPasses, shard_passes
-from megatron_psft.vocab_parallel import LabelStats, ShardSoftmax, join_shards, shard_width
+from megatron_psft.labels import ExtraStat, LabelStats
+from megatron_psft.vocab_parallel import ShardExtras, ShardSoftmax, join_shards, shard_width
 
 TokenLoss = Callable[[LabelStats, slice], Tensor]
 """Loss of each of some label tokens, `[m]`, from their statistics and from which of the n they are. It must not mix
@@ -43,7 +45,14 @@ class FusedLoss(NamedTuple):
 
 
 def fused_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_loss: TokenLoss, *, vocab_size: int, group: dist.ProcessGroup
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    extra_stats: AbstractSet[ExtraStat] = frozenset(),
 ) -> FusedLoss:
     """The summed token loss of label tokens, its gradients formed on the way; collective over `group`.
 
@@ -59,22 +68,30 @@ def fused_loss(
         vocab_size: true vocabulary size; rows from there on are padding: no probability, no gradient.
         group: tensor-parallel group over which the vocabulary is split. The gradient of `hidden` is this rank's part of
             a sum over it.
+        extra_stats: further statistics to compute.
     """
-    shard = _Shard.of(weight, vocab_size, group)
+    shard = _Shard.of(weight, vocab_size, group, extra_stats)
     assert torch.is_grad_enabled(), "without gradients there is nothing to fuse: use fused_label_stats"
     loss, *stats = _FusedLoss.apply(hidden, weight, labels, shard, token_loss)
     return FusedLoss(loss, LabelStats(*stats))
 
 
 def fused_label_stats(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    extra_stats: AbstractSet[ExtraStat] = frozenset(),
 ) -> LabelStats:
     """Statistics of label tokens, `[n]`: to score them, or for an objective that weighs a token by others; collective.
 
     `log_probs` is differentiable: the backward pass computes the logits again, chunk by chunk, at the price of a fourth
     matrix product. Arguments are those of `fused_loss`.
     """
-    return LabelStats(*_FusedLabelStats.apply(hidden, weight, labels, _Shard.of(weight, vocab_size, group)))
+    shard = _Shard.of(weight, vocab_size, group, extra_stats)
+    return LabelStats(*_FusedLabelStats.apply(hidden, weight, labels, shard))
 
 
 class _Chunk(NamedTuple):
@@ -100,9 +117,12 @@ class _Shard:
     first_column: int
     group: dist.ProcessGroup
     passes: ShardPasses
+    extra_stats: AbstractSet[ExtraStat]
 
     @classmethod
-    def of(cls, weight: Tensor, vocab_size: int, group: dist.ProcessGroup) -> "_Shard":
+    def of(
+        cls, weight: Tensor, vocab_size: int, group: dist.ProcessGroup, extra_stats: AbstractSet[ExtraStat]
+    ) -> "_Shard":
         num_columns, rank = len(weight), dist.get_rank(group)
         return cls(
             weight=weight.detach()[: shard_width(num_columns, vocab_size, rank)],
@@ -110,9 +130,10 @@ class _Shard:
             first_column=rank * num_columns,
             group=group,
             passes=shard_passes(weight.device),
+            extra_stats=extra_stats,
         )
 
-    def chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[_Chunk]:
+    def chunks(self, hidden: Tensor, labels: Tensor, *, with_extras: bool = True) -> Iterator[_Chunk]:
         """Computes logits and softmax of some rows at a time, all in the same memory; collective: every rank of the
         group has the same rows, and cuts them by a number of columns that is the same too."""
         size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * self.num_columns))
@@ -122,8 +143,9 @@ class _Shard:
             rows = slice(start, min(start + size, len(labels)))
             logits = torch.mm(hidden[rows], self.weight.t(), out=memory[: rows.stop - start])
             label_index = labels[rows] - self.first_column
+            extras = ShardExtras.of(logits, self.extra_stats if with_extras else frozenset())
             values, sums = self.passes.sums(logits, label_index)
-            stats, softmax = join_shards(sums, self.group)
+            stats, softmax = join_shards(sums, self.group, extras)
             yield _Chunk(rows, values, label_index, stats, softmax)
 
 
@@ -232,20 +254,18 @@ def _differentiate(token_loss: TokenLoss, chunk: _Chunk) -> tuple[Tensor, Tensor
     return loss.detach(), gradient
 
 
-def _join(stats: list[LabelStats], like: Tensor) -> LabelStats:
-    nothing = like.new_zeros(0, dtype=torch.float32)
-    return (
-        LabelStats(*(torch.cat([nothing, *column]) for column in zip(*stats, strict=True)))
-        if stats
-        else (LabelStats(nothing, nothing.clone()))
-    )
+def _join(stats: list[LabelStats], like: Tensor, extra_stats: AbstractSet[ExtraStat]) -> LabelStats:
+    def column(name: str) -> Tensor:
+        return torch.cat([like.new_zeros(0, dtype=torch.float32), *(getattr(chunk, name) for chunk in stats)])
+
+    return LabelStats(column("log_probs"), column("entropy"), **{name: column(name) for name in sorted(extra_stats)})
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, token_loss: TokenLoss
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         gradients = _Gradients.of(hidden, weight)
         loss, stats = hidden.new_zeros((), dtype=torch.float32), []
         for chunk in shard.chunks(hidden, labels):
@@ -254,9 +274,9 @@ class _FusedLoss(torch.autograd.Function):
             loss += chunk_loss
             stats.append(chunk.stats)
         ctx.gradients, ctx.weight = gradients, weight
-        log_probs, entropy = _join(stats, hidden)
-        ctx.mark_non_differentiable(log_probs, entropy)
-        return loss, log_probs, entropy
+        every = _join(stats, hidden, shard.extra_stats)
+        ctx.mark_non_differentiable(every.log_probs, *every.without_gradient)
+        return loss, *every
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -266,18 +286,18 @@ class _FusedLoss(torch.autograd.Function):
 
 class _FusedLabelStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> LabelStats:
         ctx.save_for_backward(hidden, weight, labels)
         ctx.shard = shard
-        log_probs, entropy = _join([chunk.stats for chunk in shard.chunks(hidden, labels)], hidden)
-        ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        stats = _join([chunk.stats for chunk in shard.chunks(hidden, labels)], hidden, shard.extra_stats)
+        ctx.mark_non_differentiable(*stats.without_gradient)
+        return stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_log_probs: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         gradients = _Gradients.of(hidden, weight)
-        for chunk in ctx.shard.chunks(hidden, labels):
+        for chunk in ctx.shard.chunks(hidden, labels, with_extras=False):
             gradients.add_chunk(ctx.shard, chunk, hidden, grad_log_probs[chunk.rows])
         return *gradients.returned(weight), None, None

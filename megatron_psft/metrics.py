@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
+from megatron_psft.labels import LabelStats
 from megatron_psft.objectives import BatchSums
 from megatron_psft.parallel import Parallel
-from megatron_psft.vocab_parallel import LabelStats
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -30,7 +30,7 @@ class StepMetrics:
     """Means over the label tokens of the global batch, except where stated; the same on every rank."""
 
     loss: float
-    """The objective that was optimized."""
+    """The objective that was optimized, under its aggregation."""
     nll: float
     """-log pi, nats."""
     entropy: float
@@ -40,7 +40,7 @@ class StepMetrics:
     ratio_max: float
     """Largest ratio of a label token."""
     clip_fraction: float
-    """Share of label tokens whose ratio exceeds 1 + clip_ratio_high."""
+    """Share of label tokens that have no gradient, as their ratio is beyond the bound of the clip."""
     approx_kl: float
     """r - 1 - log r, nats."""
     tokens: int
@@ -92,7 +92,7 @@ def reduce_metrics(
 def _means(totals: Mapping[str, float], ratio_max: float) -> StepMetrics:
     count = max(totals["loss_tokens"], 1.0)
     return StepMetrics(
-        loss=totals["loss"] / count,
+        loss=totals["loss"] / max(totals["denominator"], 1.0),
         nll=totals["nll"] / count,
         entropy=totals["entropy"] / count,
         ratio_mean=totals["ratio"] / count,

@@ -1,20 +1,24 @@
 """Runs a global batch through Megatron-Core's pipeline schedules, to train on it or only to score it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_psft.clipped_tokens import ClippedTokens
+from megatron_psft.config import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
+from megatron_psft.labels import LabelContext, LabelStats, Records
 from megatron_psft.model.head import HeadInputs, HeadOutput, label_positions, place_labels, select_labels
 from megatron_psft.model.layers import packed_row_params
-from megatron_psft.objectives import BatchSums, Objective, ObjectiveName, batch_sums
-from megatron_psft.vocab_parallel import LabelStats
+from megatron_psft.objectives import BatchSums, Objective, batch_sums, is_clipped, policy_ratio
+from megatron_psft.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,40 +26,49 @@ class Schedule:
     """Forward and backward passes of this rank's model chunks over its micro-batches. All methods are collective."""
 
     chunks: Sequence[DistributedDataParallel]
-    device: torch.device
-    clip_ratio_high: float
+    parallel: Parallel
+    clipped_tokens: ClippedTokens | None = None
+    """Told of every label token that is trained on, where there is one."""
 
     def train(
-        self, micro_batches: Sequence[MicroBatch], old_log_probs: Sequence[Tensor] | None, *, objective: ObjectiveName
+        self, micro_batches: Sequence[MicroBatch], old_log_probs: Sequence[Tensor] | None, *, objective: Objective
     ) -> list[BatchSums]:
-        """Accumulates the gradient of one global batch, summed over its label tokens and divided by their number.
+        """Accumulates the gradient of one global batch, of the mean that the objective's aggregation asks for.
 
         Args:
             micro_batches: of this data-parallel rank.
             old_log_probs: one `[b, s]` fp32 tensor per micro-batch, on any device; None where the old policy is the
                 current one, and on ranks that do not compute the loss.
-            objective: the token loss.
+            objective: the token loss and its aggregation.
 
         Returns:
             One entry per micro-batch on the last pipeline stage, an empty list elsewhere.
         """
-        token_loss = Objective(name=objective, clip_ratio_high=self.clip_ratio_high).token_loss
         old: Sequence[Tensor | None] = old_log_probs or [None] * len(micro_batches)
-        items = [_Item.of(*pair, token_loss) for pair in zip(micro_batches, old, strict=True)]
+        items = [_Item.of(*pair, objective) for pair in zip(micro_batches, old, strict=True)]
 
         def loss(item: _Item, output: HeadOutput) -> tuple[Tensor, Tensor, BatchSums]:
             assert output.loss is not None
+            self._count_clipped(item, output.stats.log_probs, objective.config)
             sums = batch_sums(
                 output.loss.detach(),
-                output.stats.log_probs,
-                item.old_log_probs,
-                output.stats.entropy,
-                clip_ratio_high=self.clip_ratio_high,
+                output.stats,
+                item.context,
+                objective.config,
+                # The ranks of a context-parallel group share each record: one of them counts it.
+                labelled_records=item.labelled_records if self.parallel.context_rank == 0 else 0,
             )
-            # Three values: Megatron-Core sums losses and token counts over micro-batches and ranks and divides once.
-            return output.loss, sums.loss_tokens.to(torch.int), sums
+            # Three values: Megatron-Core sums losses and denominators over micro-batches and ranks and divides once.
+            return output.loss, sums.denominator.to(torch.int), sums
 
         return self._run(items, loss, forward_only=False)
+
+    def _count_clipped(self, item: "_Item", log_probs: Tensor, config: ObjectiveConfig) -> None:
+        old_log_probs = item.context.old_log_probs
+        if self.clipped_tokens is None or old_log_probs is None:
+            return
+        clipped = is_clipped(policy_ratio(log_probs, old_log_probs), item.context.advantages, config)
+        self.clipped_tokens.add(select_labels(item.micro_batch.labels, item.label_positions), clipped)
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[LabelStats]:
@@ -69,17 +82,17 @@ class Schedule:
         def keep(item: _Item, output: HeadOutput, non_loss_data: bool) -> LabelStats:
             assert non_loss_data
             mask = item.micro_batch.loss_mask
-            return LabelStats(*(place_labels(values, item.label_positions, mask) for values in output.stats))
+            return output.stats.map(lambda values: place_labels(values, item.label_positions, mask))
 
         items = [_Item.of(micro_batch, None, None) for micro_batch in micro_batches]
         return self._run(items, keep, forward_only=True, collect_non_loss_data=True)
 
     def _run(self, items: list["_Item"], on_output: Any, **options: bool) -> list[Any]:
         def forward_step(iterator: Iterator[_Item], chunk: torch.nn.Module) -> tuple[Any, Any]:
-            item = next(iterator).to(self.device)
+            item = next(iterator).to(self.parallel.device)
             batch = item.micro_batch
-            packed = None if batch.segments is None else packed_row_params(batch.segments, self.device)
-            labels = item.head_inputs()
+            packed = None if batch.segments is None else packed_row_params(batch.segments, self.parallel.device)
+            labels = item.head_inputs(self.parallel)
             output = chunk(batch.tokens, batch.position_ids, None, labels=labels, packed_seq_params=packed)
             return output, partial(on_output, item)
 
@@ -117,38 +130,75 @@ class _Item:
     micro_batch: MicroBatch
     label_positions: Tensor
     """As in `HeadInputs`."""
-    old_log_probs: Tensor | None
-    """`[n]`, if the old policy is another one."""
-    token_loss: Callable[[Tensor, Tensor | None], Tensor] | None
+    objective: Objective | None
+    context: LabelContext
+    """Without `records`, which `head_inputs` adds."""
+    labelled_records: int
+    """Records with a label on any context-parallel rank."""
 
     @classmethod
-    def of(
-        cls,
-        micro_batch: MicroBatch,
-        old_log_probs: Tensor | None,
-        token_loss: Callable[[Tensor, Tensor | None], Tensor] | None,
-    ) -> "_Item":
+    def of(cls, micro_batch: MicroBatch, old_log_probs: Tensor | None, objective: Objective | None) -> "_Item":
         """Finds the label tokens while all is still on the CPU."""
         positions = label_positions(micro_batch.loss_mask)
-        old = None if old_log_probs is None else select_labels(old_log_probs, positions)
-        return cls(micro_batch=micro_batch, label_positions=positions, old_log_probs=old, token_loss=token_loss)
+        context = LabelContext()
+        if objective is not None:
+            context = _context_of(micro_batch, positions, old_log_probs, objective.config)
+        return cls(
+            # Of what is in the context, the device needs no second copy.
+            micro_batch=replace(micro_batch, advantages=None, ref_log_probs=None),
+            label_positions=positions,
+            objective=objective,
+            context=context,
+            labelled_records=int((micro_batch.label_counts > 0).sum()),
+        )
 
     def to(self, device: torch.device) -> "_Item":
-        old = self.old_log_probs
         return replace(
             self,
             micro_batch=self.micro_batch.to(device),
             label_positions=self.label_positions.to(device, non_blocking=True),
-            old_log_probs=None if old is None else old.to(device, non_blocking=True),
+            context=self.context.map(lambda values: values.to(device, non_blocking=True)),
         )
 
-    def head_inputs(self) -> HeadInputs:
-        def token_loss(stats: LabelStats, part: slice) -> Tensor:
-            assert self.token_loss is not None
-            return self.token_loss(stats.log_probs, None if self.old_log_probs is None else self.old_log_probs[part])
-
+    def head_inputs(self, parallel: Parallel) -> HeadInputs:
+        objective, context, batch = self.objective, self.context, self.micro_batch
+        if objective is None:
+            return HeadInputs(labels=batch.labels, label_positions=self.label_positions, token_loss=None)
+        if objective.mixes_tokens:
+            ids = select_labels(batch.record_ids, self.label_positions)
+            records = Records(ids=ids, label_counts=batch.label_counts, add_up=partial(_add_up, parallel))
+            context = replace(context, records=records)
         return HeadInputs(
-            labels=self.micro_batch.labels,
+            labels=batch.labels,
             label_positions=self.label_positions,
-            token_loss=None if self.token_loss is None else token_loss,
+            token_loss=lambda stats, part: objective.token_loss(stats, context.part(part)),
+            mixes_tokens=objective.mixes_tokens,
+            extra_stats=objective.extra_stats,
         )
+
+
+def _context_of(
+    micro_batch: MicroBatch, positions: Tensor, old_log_probs: Tensor | None, config: ObjectiveConfig
+) -> LabelContext:
+    """What is known of the label tokens at `positions` before the forward pass."""
+
+    def of_tokens(values: Tensor | None) -> Tensor | None:
+        return None if values is None else select_labels(values, positions)
+
+    def of_records(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[select_labels(micro_batch.record_ids, positions)]
+
+    weighs_records = config.loss_aggregation == "seq-mean-token-mean"
+    return LabelContext(
+        old_log_probs=of_tokens(old_log_probs),
+        ref_log_probs=of_tokens(micro_batch.ref_log_probs),
+        advantages=of_records(micro_batch.advantages),
+        weights=of_records(1.0 / micro_batch.label_counts.float()) if weighs_records else None,
+    )
+
+
+def _add_up(parallel: Parallel, values: Tensor) -> Tensor:
+    """Sums `values` over the context-parallel ranks; collective over these."""
+    if parallel.context_size > 1:
+        dist.all_reduce(values, group=parallel.context_group)
+    return values

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from megatron_psft.data.loader import BatchLoader
 from megatron_psft.interrupt import StopRequested, StopSignals
 from megatron_psft.metrics import EvalSums, Report, reduce_metrics
 from megatron_psft.model.shape import ModelShape
+from megatron_psft.objectives import Objective
 from megatron_psft.old_policy import SHORT_SECONDS
 from megatron_psft.optimizer import update
 from megatron_psft.parallel import Parallel, naming_lost_peers
@@ -38,6 +39,8 @@ class Run:
     reference: ReferencePass | None
     """What the training loader's `ref_log_probs` come from, where the objective needs them."""
     identity: Identity
+    decode: Callable[[int], str]
+    """A token's text from its id."""
     first_step: int
     """Steps that were completed before, in an earlier process."""
     train_iters: int
@@ -90,8 +93,7 @@ def train_step(run: Run, step: int, *, between_batches: Callable[[], None] = lam
             if state.window.begins_at(step):
                 schedule.gather_parameters()
             old_log_probs = state.window.old_log_probs(step, between_batches=between_batches)
-        objective = "sft" if state.window.is_warmup(step) else run.config.objective.objective
-        sums = schedule.train(micro_batches, old_log_probs, objective=objective)
+        sums = schedule.train(micro_batches, old_log_probs, objective=_objective_at(run, step))
         metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1)
         lr = state.optimizer.param_groups[0]["lr"]
         grad_norm = update(state.optimizer, step + 1)
@@ -124,8 +126,29 @@ def save(run: Run, saver: Saver, report: Report | None, completed_steps: int) ->
     """Writes a checkpoint, and the metrics up to it for good; collective."""
     if report:
         report.sync()
+    _write_clipped_tokens(run, completed_steps)
     run.schedule.gather_parameters()
     saver.save(completed_steps)
+
+
+def _write_clipped_tokens(run: Run, completed_steps: int) -> None:
+    """Before the checkpoint, which holds the same counts; collective."""
+    counts, num_tokens = run.state.clipped_tokens, run.config.logging.log_clipped_tokens
+    if counts is None:
+        return
+    assert num_tokens is not None
+    counts.gather()
+    if run.parallel.is_main:
+        folder = Path(run.config.weights.save)
+        counts.write(folder, last_step=completed_steps, num_tokens=num_tokens, decode=run.decode)
+
+
+def _objective_at(run: Run, step: int) -> Objective:
+    """What `step` (from 0) trains with: PSFT's warm-up is plain SFT."""
+    config = run.config.objective
+    if config.objective == "psft" and run.state.window.is_warmup(step):
+        config = replace(config, objective="sft")
+    return Objective(config=config)
 
 
 def _is_due(completed_steps: int, interval: int | None) -> bool:

@@ -1,7 +1,25 @@
 """The rules that fields of the configuration keep among each other, and with the number of ranks. Imports no torch."""
 
-from megatron_psft.config import Config
+from megatron_psft.config import Config, ObjectiveConfig
 from megatron_psft.errors import UserError
+
+ADVANTAGE_OBJECTIVES = ("psft", "sft")
+"""Objectives that weigh a record by its advantage."""
+
+_OBJECTIVES_OF = {
+    "clip_ratio_high": {"psft"},
+    "clip_ratio_low": {"psft"},
+    "old_policy_interval": {"psft"},
+    "sft_warmup_iters": {"psft"},
+    "old_policy_micro_batch_size": {"psft"},
+    "kl_coef": {"sft-kl", "asft"},
+    "iw_level": {"iw-sft"},
+    "p_power_q": {"p-power"},
+    "eaft_alpha": {"eaft"},
+    "trsft_alpha": {"trsft"},
+    "profit_threshold": {"profit"},
+}
+"""Which objectives a field has an effect with."""
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -11,6 +29,23 @@ def validate(config: Config, world_size: int) -> None:
     _validate_effects(config)
     if config.batch.train_iters is not None:
         validate_train_iters(config, config.batch.train_iters)
+
+
+def validate_advantages(config: Config, *, has_advantages: bool) -> None:
+    """Raises UserError where objective and records do not go together.
+
+    Args:
+        config: the run's.
+        has_advantages: whether any training record has an advantage other than 1.
+    """
+    objective = config.objective
+    if has_advantages and objective.objective not in ADVANTAGE_OBJECTIVES:
+        raise UserError(
+            f"objective ({objective.objective}) takes no account of the advantages that records of data have; choose "
+            f"{' or '.join(ADVANTAGE_OBJECTIVES)}, or leave them away"
+        )
+    if not has_advantages:
+        _refuse_if_set(objective, "where no record of data has an advantage", "clip_ratio_low")
 
 
 def validate_train_iters(config: Config, train_iters: int) -> None:
@@ -84,15 +119,14 @@ def _validate_needs(config: Config) -> None:
 
 def _validate_effects(config: Config) -> None:
     """Refuses fields that were set although another one leaves them without effect."""
-    data, objective, optimizer = config.data, config.objective, config.optimizer
-    parallel, recompute = config.parallel, config.recompute
+    data, optimizer, parallel, recompute = config.data, config.optimizer, config.parallel, config.recompute
+    _validate_objective(config.objective)
+    if config.objective.objective != "psft":
+        _refuse_if_set(config.logging, f"with objective {config.objective.objective}", "log_clipped_tokens")
+    if config.objective.old_policy_interval == 1:
+        _refuse_if_set(config.logging, "with old_policy_interval 1", "log_clipped_tokens")
     if not data.valid_data:
         _refuse_if_set(data, "without valid_data", "eval_interval", "eval_iters")
-    if objective.objective == "sft":
-        names = ("clip_ratio_high", "old_policy_interval", "sft_warmup_iters", "old_policy_micro_batch_size")
-        _refuse_if_set(objective, "with objective sft", *names)
-    if objective.old_policy_interval == 1:
-        _refuse_if_set(objective, "with old_policy_interval 1", "old_policy_micro_batch_size")
     if optimizer.lr_decay_style == "constant":
         _refuse_if_set(optimizer, "with lr_decay_style constant", "min_lr")
     if optimizer.lr_decay_style != "WSD":
@@ -107,6 +141,14 @@ def _validate_effects(config: Config) -> None:
     if recompute.recompute_granularity != "full":
         reason = "without recompute_granularity full"
         _refuse_if_set(recompute, reason, "recompute_method", "recompute_num_layers")
+
+
+def _validate_objective(objective: ObjectiveConfig) -> None:
+    for name, objectives in _OBJECTIVES_OF.items():
+        if objective.objective not in objectives:
+            _refuse_if_set(objective, f"with objective {objective.objective}", name)
+    if objective.old_policy_interval == 1:
+        _refuse_if_set(objective, "with old_policy_interval 1", "old_policy_micro_batch_size")
 
 
 def _refuse_if_set(section: object, reason: str, *names: str) -> None:

@@ -4,22 +4,15 @@ Dimension letters: s sequence, b batch, n label tokens, v columns of the vocabul
 vocabulary.
 """
 
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_psft.kernels.portable import ShardSums, shard_gradient_, shard_sums_
-
-
-class LabelStats(NamedTuple):
-    """What an objective needs to know of each label; fp32, the same on every tensor-parallel rank."""
-
-    log_probs: Tensor
-    """log pi(label | context), natural logarithm, normalized over the true vocabulary; differentiable."""
-    entropy: Tensor
-    """Entropy of the full next-token distribution, nats; a metric, carries no gradient."""
+from megatron_psft.kernels.portable import ShardSums, shard_gradient_, shard_squares, shard_sums_, shard_top
+from megatron_psft.labels import TOP_TOKENS, ExtraStat, LabelStats
 
 
 class ShardSoftmax(NamedTuple):
@@ -43,17 +36,40 @@ def shard_width(num_columns: int, vocab_size: int, rank: int) -> int:
     return min(max(vocab_size - rank * num_columns, 0), num_columns)
 
 
-def join_shards(sums: ShardSums, group: dist.ProcessGroup) -> tuple[LabelStats, ShardSoftmax]:
+class ShardExtras(NamedTuple):
+    """What one rank's columns say of each row for the statistics that not every objective needs; None where unasked."""
+
+    top: Tensor | None = None
+    """Its `TOP_TOKENS` largest logits, fp32 `[n, TOP_TOKENS]`."""
+    squares: Tensor | None = None
+    """Sum of exp(2 * (logit - maximum)), fp32 `[n]`."""
+
+    @classmethod
+    def of(cls, logits: Tensor, extra_stats: AbstractSet[ExtraStat]) -> "ShardExtras":
+        """Of logits `[n, v]` of any float dtype, before `shard_sums_` or a kernel has written to them."""
+        return cls(
+            top=shard_top(logits, TOP_TOKENS) if "top_entropy" in extra_stats else None,
+            squares=shard_squares(logits) if "sum_squares" in extra_stats else None,
+        )
+
+
+def join_shards(
+    sums: ShardSums, group: dist.ProcessGroup, extras: ShardExtras | None = None
+) -> tuple[LabelStats, ShardSoftmax]:
     """Makes the statistics over all columns out of each rank's sums; collective over the group that splits them.
 
     The one communication is a small all-gather, after which every rank adds the same numbers in the same order.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    own = gathered = torch.stack(sums)
+    extras = extras or ShardExtras()
+    rows = [*sums]
+    rows += [] if extras.squares is None else [extras.squares]
+    rows += [] if extras.top is None else extras.top.unbind(dim=1)
+    own = gathered = torch.stack(rows)
     if size > 1:
         gathered = own.new_empty(size * own.shape[0], own.shape[1])
         dist.all_gather_into_tensor(gathered, own, group=group)
-    maximum, others, label_weight, weighted, label_logit = gathered.view(size, *own.shape).unbind(dim=1)
+    maximum, others, label_weight, weighted, label_logit, *rest = gathered.view(size, *own.shape).unbind(dim=1)
     top = maximum.amax(dim=0)
     shift = maximum - top
     rebase = shift.exp()
@@ -66,11 +82,29 @@ def join_shards(sums: ShardSums, group: dist.ProcessGroup) -> tuple[LabelStats, 
         -torch.log1p(others / label_weight),
         label_logit.sum(dim=0) - top - normalizer.log(),
     )
-    stats = LabelStats(log_probs, normalizer.log() - weighted / normalizer)
+    stats = LabelStats(
+        log_probs,
+        normalizer.log() - weighted / normalizer,
+        top_entropy=None if extras.top is None else _top_entropy(torch.cat(rest[-TOP_TOKENS:])),
+        sum_squares=None if extras.squares is None else (rest[0] * rebase**2).sum(dim=0) / normalizer**2,
+    )
     return stats, ShardSoftmax(sums.maximum, rebase[rank] / normalizer, others / normalizer)
 
 
-def label_stats(logits: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup) -> LabelStats:
+def _top_entropy(candidates: Tensor) -> Tensor:
+    """Entropy of the renormalized `TOP_TOKENS` largest of all ranks' largest logits, `[candidates, n]` to `[n]`."""
+    probs = candidates.topk(TOP_TOKENS, dim=0).values.softmax(dim=0)
+    return torch.special.entr(probs).sum(dim=0)
+
+
+def label_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    extra_stats: AbstractSet[ExtraStat] = frozenset(),
+) -> LabelStats:
     """Returns log-probabilities and entropy of `labels`, `[b, s]`, without gathering the vocabulary.
 
     Args:
@@ -78,36 +112,43 @@ def label_stats(logits: Tensor, labels: Tensor, *, vocab_size: int, group: dist.
         labels: `[b, s]` int64 ids below `vocab_size`; unlabelled positions hold any such id.
         vocab_size: true vocabulary size V. Columns from V on are padding and get no probability and no gradient.
         group: tensor-parallel group over which the vocabulary is split.
+        extra_stats: further statistics to compute.
 
     The softmax is taken in fp32 whatever the dtype of the logits.
     """
-    log_probs, entropy = _VocabParallelLabelStats.apply(logits, labels.transpose(0, 1), vocab_size, group)
-    return LabelStats(log_probs.transpose(0, 1), entropy.transpose(0, 1))
+    every = _VocabParallelLabelStats.apply(logits, labels.transpose(0, 1), vocab_size, group, extra_stats)
+    return LabelStats(*every).map(lambda values: values.transpose(0, 1))
 
 
 class _VocabParallelLabelStats(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        group: dist.ProcessGroup,
+        extra_stats: AbstractSet[ExtraStat],
+    ) -> LabelStats:
         num_columns, rank = logits.shape[-1], dist.get_rank(group)
         width = shard_width(num_columns, vocab_size, rank)
         values = logits[..., :width].to(torch.float32, copy=True).flatten(0, 1)
         label_index = labels.flatten() - rank * num_columns
-        stats, softmax = join_shards(shard_sums_(values, label_index), group)
+        extras = ShardExtras.of(values, extra_stats)
+        stats, softmax = join_shards(shard_sums_(values, label_index), group, extras)
         ctx.save_for_backward(values, label_index, *softmax)
         ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
-        log_probs, entropy = (column.view(labels.shape) for column in stats)
-        ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        stats = stats.map(lambda values: values.view(labels.shape))
+        ctx.mark_non_differentiable(*stats.without_gradient)
+        return stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_log_probs: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         values, label_index, *softmax = ctx.saved_tensors
         factors = ShardSoftmax(*softmax).gradient_factors(grad_log_probs.flatten())
         # In place, for a third of the memory; autograd refuses a second backward pass for it.
         shard_gradient_(values, softmax[0], *factors, label_index)
         gradient = values.new_zeros(ctx.logits_shape, dtype=ctx.logits_dtype)
         gradient.flatten(0, 1)[:, : values.shape[1]] = values
-        return gradient, None, None, None
+        return gradient, None, None, None, None

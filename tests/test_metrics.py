@@ -9,15 +9,17 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_psft.config import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
+from megatron_psft.labels import LabelContext, LabelStats
 from megatron_psft.metrics import METRICS_FILE, EvalSums, Report, reduce_metrics
 from megatron_psft.objectives import BatchSums, Objective, batch_sums
-from megatron_psft.vocab_parallel import LabelStats
 
 LAYOUTS = {"PP2 DP2": (1, 2), "TP2 DP2": (2, 1), "TP2 PP2": (2, 2), "DP4": (1, 1)}
 """Tensor and pipeline-parallel sizes on four ranks."""
 CLIP = 0.28
+PSFT = ObjectiveConfig(objective="psft", clip_ratio_high=CLIP)
 
 
 def micro_batch(seed: int, num_labels: int) -> tuple[MicroBatch, LabelStats, torch.Tensor]:
@@ -65,9 +67,10 @@ def entered(tensor_size: int, pipeline_size: int):
 def _sums(entries) -> list[BatchSums]:
     sums = []
     for batch, stats, old in entries:
-        log_probs, entropy, old = (values[batch.loss_mask] for values in (*stats, old))
-        loss = Objective(name="psft", clip_ratio_high=CLIP).token_loss(log_probs, old).sum()
-        sums.append(batch_sums(loss, log_probs, old, entropy, clip_ratio_high=CLIP))
+        chosen = stats.map(lambda values, mask=batch.loss_mask: values[mask])
+        context = LabelContext(old_log_probs=old[batch.loss_mask])
+        loss = Objective(config=PSFT).token_loss(chosen, context).sum()
+        sums.append(batch_sums(loss, chosen, context, PSFT, labelled_records=1))
     return sums
 
 
@@ -110,7 +113,7 @@ def _reduce_big_numbers():
         entries = global_batch(4)[place.data_rank][:2]
         values = {field.name: torch.tensor(0.0) for field in fields(BatchSums)}
         sums = [
-            BatchSums(**{**values, "loss": torch.tensor(value), "loss_tokens": torch.tensor(value)})
+            BatchSums(**{**values, **dict.fromkeys(("loss", "denominator", "loss_tokens"), torch.tensor(value))})
             for value in (2.0**24, 1.0)
         ]
         return reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1)
@@ -165,8 +168,8 @@ def _evaluate(tensor_size: int, pipeline_size: int):
     with entered(tensor_size, pipeline_size) as place:
         sums = EvalSums(place)
         for batch, stats, _ in global_batch(place.data_size)[place.data_rank]:
-            masked = [torch.where(batch.loss_mask, values, math.nan) for values in stats]
-            sums.add([LabelStats(*masked)] if place.is_last_stage else [], [batch])
+            masked = stats.map(lambda values, mask=batch.loss_mask: torch.where(mask, values, math.nan))
+            sums.add([masked] if place.is_last_stage else [], [batch])
         return sums.means()
 
 

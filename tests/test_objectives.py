@@ -2,7 +2,8 @@
 
 import ast
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_psft import objectives
-from megatron_psft.objectives import BatchSums, Objective, batch_sums, policy_ratio, psft_loss, sft_loss
+from megatron_psft.config import LossAggregation, ObjectiveConfig, ObjectiveName
+from megatron_psft.labels import LabelContext, LabelStats, Records
+from megatron_psft.objectives import BatchSums, Objective, batch_sums, policy_ratio
+from tests.support import reference
 
 OBJECTIVES = ("psft", "sft")
 log_probability = st.floats(-30, 0, width=32)
@@ -22,14 +26,23 @@ def leaf(values):
 
 def sums_and_gradient(name, log_probs, old_log_probs, entropy, clip_ratio_high=0.28):
     log_probs = log_probs.detach().clone().requires_grad_()
-    loss = Objective(name=name, clip_ratio_high=clip_ratio_high).token_loss(log_probs, old_log_probs).sum()
+    config = ObjectiveConfig(objective=name, clip_ratio_high=clip_ratio_high)
+    context = LabelContext(old_log_probs=old_log_probs)
+    loss = Objective(config=config).token_loss(LabelStats(log_probs, entropy), context).sum()
     loss.backward()
-    sums = batch_sums(loss.detach(), log_probs.detach(), old_log_probs, entropy, clip_ratio_high=clip_ratio_high)
-    return sums, log_probs.grad
+    stats = LabelStats(log_probs.detach(), entropy)
+    return batch_sums(loss.detach(), stats, context, config, labelled_records=3), log_probs.grad
 
 
 def metrics_of(log_probs, old_log_probs):
-    return batch_sums(torch.tensor(0.0), log_probs, old_log_probs, torch.zeros_like(log_probs), clip_ratio_high=0.28)
+    stats, context = LabelStats(log_probs, torch.zeros_like(log_probs)), LabelContext(old_log_probs=old_log_probs)
+    return batch_sums(torch.tensor(0.0), stats, context, ObjectiveConfig(), labelled_records=3)
+
+
+def psft_loss(log_probs, old_log_probs, *, clip_ratio_high):
+    config = ObjectiveConfig(objective="psft", clip_ratio_high=clip_ratio_high)
+    stats, context = LabelStats(log_probs, torch.zeros_like(log_probs)), LabelContext(old_log_probs=old_log_probs)
+    return Objective(config=config).token_loss(stats, context)
 
 
 def numbers(sums: BatchSums) -> dict[str, float]:
@@ -106,7 +119,8 @@ def test_a_diverged_policy_gives_finite_numbers(log_ratio):
 
 def test_sft_is_the_negative_log_probability():
     log_probs = leaf([-0.25, 0.0, -7.0])
-    loss = sft_loss(log_probs)
+    config = ObjectiveConfig(objective="sft")
+    loss = Objective(config=config).token_loss(LabelStats(log_probs, torch.zeros(3)), LabelContext())
     loss.sum().backward()
     assert loss.tolist() == [0.25, 0.0, 7.0]
     assert log_probs.grad.tolist() == [-1.0, -1.0, -1.0]
@@ -125,6 +139,7 @@ def test_sums_equal_arithmetic_by_hand():
         "clipped": 1.0,
         "approx_kl": 5.75 - 4 - math.log(1.25 * 0.5 * 3),
         "loss_tokens": 4.0,
+        "denominator": 4.0,
         "ratio_max": 3.0,
     }
     assert numbers(sums) == pytest.approx({"loss": -(1.25 + 0.5 + 1.3 + 1), **shared}, rel=1e-6)
@@ -192,8 +207,9 @@ def test_sums_add_up_over_any_split_into_micro_batches(seed, sizes, objective, w
 def test_no_value_is_copied_to_the_host():
     """A meta tensor has no values: reading one raises."""
     values = torch.zeros(6, device="meta")
-    loss = Objective(name="psft", clip_ratio_high=0.28).token_loss(values, values).sum()
-    sums = batch_sums(loss, values, values, values, clip_ratio_high=0.28)
+    stats, context = LabelStats(values, values), LabelContext(old_log_probs=values)
+    loss = Objective(config=ObjectiveConfig()).token_loss(stats, context).sum()
+    sums = batch_sums(loss, stats, context, ObjectiveConfig(), labelled_records=3)
     assert {getattr(sums, field.name).device.type for field in fields(sums)} == {"meta"}
 
 
@@ -202,4 +218,161 @@ def test_the_maths_knows_nothing_of_parallelism():
         nodes = list(ast.walk(ast.parse(file.read())))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert imported == {"dataclasses", "typing", "torch"}
+    assert {name for name in imported if "." in name} == {
+        "collections.abc",
+        "megatron_psft.config",
+        "megatron_psft.labels",
+    }
+    assert {name for name in imported if "." not in name} == {"dataclasses", "typing", "torch"}
+
+
+EVERY = get_args(ObjectiveName)
+LOG2 = math.log(2)
+BY_HAND = {
+    # settings, p, f as a probability, loss, its derivative by log p
+    "sft": ({}, 0.5, None, LOG2, -1),
+    "dft": ({}, 0.25, None, 0.5 * LOG2, -0.25),
+    "sft-kl": ({"kl_coef": 0.5}, 0.25, 0.5, 2 * LOG2 + 0.5 * (2 - LOG2 - 1), -1 + 0.5 * (1 - 2)),
+    "asft": ({"kl_coef": 2}, 0.5, 0.25, 0.5 * LOG2 + 2 * (0.5 + LOG2 - 1), -0.5 + 2 * (1 - 0.5)),
+    "iw-sft": ({}, 0.5, 0.25, 4 * LOG2, -4),  # one token: w = (0.5 / 0.25)^2
+    "iw-sft bounded": ({}, 0.5, 0.05, 16 * LOG2, -16),
+    "iw-sft per token": ({"iw_level": "token"}, 0.5, 0.4, 1.25 * LOG2, -1.25),
+    "iw-sft per token, bounded above": ({"iw_level": "token"}, 0.5, 0.125, 1.8 * LOG2, -1.8),
+    "iw-sft per token, bounded below": ({"iw_level": "token"}, 0.0625, 0.5, 0.2 * 4 * LOG2, -0.2),
+    "eaft": ({"eaft_alpha": 2}, 0.5, None, 0.25 * LOG2, -0.25),  # entropy 1.5, half of 3
+    "p-power": ({"p_power_q": 0.5}, 0.25, None, (1 - 0.5) / 0.5, -0.5),
+    "trsft within": ({"trsft_alpha": 0.1}, 0.125, None, 3 * LOG2, -1),
+    "trsft outside": ({"trsft_alpha": 0.5}, 0.125, None, 0.25 * 3 * LOG2, -0.25),
+    "profit kept": ({"profit_threshold": 0.25}, 0.25, None, 2 * LOG2, -1),
+    "profit left out": ({"profit_threshold": 0.26}, 0.25, None, 0, 0),
+    "deft": ({}, 0.0625, None, (1 - 0.25) / 0.5, -0.25),  # sum of squares 0.5
+}
+
+
+def evaluate(config: ObjectiveConfig, stats: LabelStats, context: LabelContext):
+    """Losses and their derivatives by the log-probabilities."""
+    log_probs = stats.log_probs.detach().clone().requires_grad_()
+    losses = Objective(config=config).token_loss(stats._replace(log_probs=log_probs), context)
+    (gradient,) = torch.autograd.grad(losses.sum(), log_probs)
+    return losses.detach(), gradient
+
+
+def one_record(count: int) -> Records:
+    return Records(
+        ids=torch.zeros(count, dtype=torch.int64), label_counts=torch.tensor([count]), add_up=lambda values: values
+    )
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_each_loss_and_gradient_is_that_of_arithmetic_by_hand(case):
+    settings, prob, ref_prob, loss, derivative = BY_HAND[case]
+    config = ObjectiveConfig(objective=case.split()[0], **settings)
+    double = {"dtype": torch.float64}
+    stats = LabelStats(torch.tensor([prob], **double).log(), *torch.tensor([[9.0], [1.5], [0.5]], **double))
+    ref = None if ref_prob is None else torch.tensor([ref_prob], **double).log()
+    losses, gradient = evaluate(config, stats, LabelContext(ref_log_probs=ref, records=one_record(1)))
+    assert losses.tolist() == pytest.approx([loss], rel=1e-12)
+    assert gradient.tolist() == pytest.approx([derivative], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("seed", range(3))
+def test_each_loss_and_gradient_is_that_of_autograd_through_the_whole_softmax(name, seed):
+    """In fp64, down to the logits, against formulas that are written from the papers."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(40, 60, generator=generator, dtype=torch.float64)
+    labels = logits.argsort(dim=1, descending=True)[torch.arange(40), torch.arange(40) % 8]
+    distribution = logits.requires_grad_().log_softmax(dim=1)
+    now = distribution.detach().gather(1, labels[:, None])[:, 0]
+    old, ref = now + 0.5 * torch.randn(2, 40, generator=generator, dtype=torch.float64)
+    settings = {"iw_level": ("sequence", "token")[seed % 2]} if name == "iw-sft" else {}
+    wanted = reference.token_losses(name, distribution, labels, old_log_probs=old, ref_log_probs=ref, **settings)
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), logits)
+
+    fresh = logits.detach().requires_grad_()
+    log_probs = fresh.log_softmax(dim=1)
+    probs = log_probs.detach().exp()
+    top = probs.topk(20).values / probs.topk(20).values.sum(dim=1, keepdim=True)
+    stats = LabelStats(
+        log_probs.gather(1, labels[:, None])[:, 0],
+        torch.special.entr(probs).sum(dim=1),
+        torch.special.entr(top).sum(dim=1),
+        probs.square().sum(dim=1),
+    )
+    context = LabelContext(old_log_probs=old, ref_log_probs=ref, records=one_record(40))
+    found = Objective(config=ObjectiveConfig(objective=name, **settings)).token_loss(stats, context)
+    (gradient,) = torch.autograd.grad(found.sum(), fresh)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-9, atol=1e-12)
+
+
+@given(seed=st.integers(0, 2**32 - 1), clip_ratio_low=st.floats(0.05, 0.9), clip_ratio_high=st.floats(0.05, 3))
+def test_with_advantages_psft_is_ppo(seed, clip_ratio_low, clip_ratio_high):
+    log_probs, old, entropy = (values.double() for values in random_batch(seed, 24))
+    advantages = torch.randn(24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    advantages[:2] = 0.0
+    config = ObjectiveConfig(clip_ratio_low=clip_ratio_low, clip_ratio_high=clip_ratio_high)
+    context = LabelContext(old_log_probs=old, advantages=advantages)
+    losses, gradient = evaluate(config, LabelStats(log_probs, entropy), context)
+    leaf_log_probs = log_probs.clone().requires_grad_()
+    ratio = (leaf_log_probs - old).exp()
+    ppo = -torch.min(ratio * advantages, ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high) * advantages)
+    (ppo_gradient,) = torch.autograd.grad(ppo.sum(), leaf_log_probs)
+    torch.testing.assert_close(losses, ppo.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, ppo_gradient, rtol=1e-12, atol=1e-12)
+    sums = batch_sums(losses.sum(), LabelStats(log_probs, entropy), context, config, labelled_records=1)
+    without_gradient = (gradient == 0) & (advantages != 0)
+    assert sums.clipped.item() == without_gradient.sum().item()
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_an_advantage_of_one_changes_no_bit(seed):
+    log_probs, old, entropy = random_batch(seed, 24)
+    for config in (ObjectiveConfig(objective="psft"), ObjectiveConfig(objective="sft")):
+        plain, weighed = (
+            evaluate(config, LabelStats(log_probs, entropy), LabelContext(old_log_probs=old, advantages=advantages))
+            for advantages in (None, torch.ones(24))
+        )
+        assert all(map(torch.equal, plain, weighed))
+
+
+def test_the_sequence_weight_of_iw_sft_is_of_the_record_over_all_its_ranks():
+    """Of the second record, whose labels are 4, this rank has one; another has the rest, whose log-ratios sum to 1."""
+    log_probs, ref = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -2.2, -0.7])
+    records = Records(
+        ids=torch.tensor([0, 0, 1]),
+        label_counts=torch.tensor([2, 4, 0]),
+        add_up=lambda sums: sums + torch.tensor([0.0, 1.0, 0.0]),
+    )
+    stats, context = LabelStats(log_probs, log_probs), LabelContext(ref_log_probs=ref, records=records)
+    _, gradient = evaluate(ObjectiveConfig(objective="iw-sft"), stats, context)
+    first, second = math.exp(2 * (0.5 + 0.2) / 2), math.exp(2 * (0.2 + 1.0) / 4)
+    assert gradient.tolist() == pytest.approx([-first, -first, -second], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_weights_of_the_aggregation_multiply_any_loss(name):
+    log_probs, old, entropy = random_batch(5, 8)
+    weights = torch.linspace(0.1, 3, 8)
+    stats = LabelStats(log_probs, entropy, entropy, 0.1 * entropy)
+    context = LabelContext(old_log_probs=old, ref_log_probs=old, records=one_record(8))
+    config = ObjectiveConfig(objective=name, profit_threshold=0.0)
+    plain, gradient = evaluate(config, stats, context)
+    weighed, weighed_gradient = evaluate(config, stats, replace(context, weights=weights))
+    torch.testing.assert_close(weighed, plain * weights)
+    torch.testing.assert_close(weighed_gradient, gradient * weights)
+
+
+@pytest.mark.parametrize(("aggregation", "denominator"), list(zip(get_args(LossAggregation), (8, 3, 3), strict=True)))
+def test_losses_are_divided_by_tokens_or_by_records(aggregation, denominator):
+    log_probs, old, entropy = random_batch(5, 8)
+    config = ObjectiveConfig(loss_aggregation=aggregation)
+    stats, context = LabelStats(log_probs, entropy), LabelContext(old_log_probs=old)
+    sums = batch_sums(torch.tensor(1.0), stats, context, config, labelled_records=3)
+    assert (sums.denominator.item(), sums.loss_tokens.item()) == (denominator, 8)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_configuration_tells_without_torch_whether_a_reference_is_needed(name):
+    config = ObjectiveConfig(objective=name)
+    assert config.needs_reference == ("reference" in Objective(config=config).needs)

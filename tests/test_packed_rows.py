@@ -16,7 +16,7 @@ from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from tests.support import reference, tiny
-from tests.test_schedule import GradientSource, _by_autograd, gradients_of, ready, totals
+from tests.test_schedule import GradientSource, _by_autograd, gradients_of, objective_of, ready, totals
 
 CAPACITY = 64
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
@@ -172,7 +172,7 @@ def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str,
                 loader = make_loader(data.dataset, run.place, config, plan, micro_batch_size)
                 old = old_of(data, loader, plan, run.place) if run.place.is_last_stage else None
                 run.schedule.zero_grad()
-                sums = run.schedule.train(loader.micro_batches(0), old, objective="psft")
+                sums = run.schedule.train(loader.micro_batches(0), old, objective=objective_of("psft"))
                 found[name, kind] = sums, gradients_of(run)
         for key, (_, gradients) in found.items():
             wanted = GradientSource(every_data[key[0]].gradients)

@@ -181,6 +181,15 @@ def test_sft_follows_the_reference(pool, inputs, tmp_path, layout):
     assert_same_logits(tmp_path / "hf", model)
 
 
+@pytest.mark.parametrize(("objective", "layout"), [("dft", "1"), ("dft", "tp2-pp2")])
+def test_a_relative_follows_the_reference(pool, inputs, tmp_path, objective, layout):
+    wanted, model = expected(inputs, "llama", objective=objective)
+    found = train(pool, inputs, "llama", tmp_path, "--objective", objective, layout=layout)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+    assert {(line["ratio_mean"], line["clip_fraction"]) for line in found} == {(1.0, 0.0)}
+
+
 @pytest.mark.parametrize(("family", "layout"), [("qwen2", "1"), ("qwen3", "tp2-sp"), ("qwen3", "tp2-pp2-dp2")])
 def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)

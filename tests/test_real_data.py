@@ -94,7 +94,7 @@ def _score(folder: Path, layout: Layout, example: Example) -> torch.Tensor:
 
     with rank_of(layout) as rank:
         chunks, _ = rank.build(folder)
-        schedule = Schedule(chunks=chunks, device=rank.platform.device, clip_ratio_high=0.28)
+        schedule = Schedule(chunks=chunks, parallel=rank.parallel)
         batch = collate([example], batch_size=1, seq_length=-(-len(example.tokens) // 2) * 2, pad_token_id=0)
         scored = schedule.score([batch])
         return scored[0].log_probs[batch.loss_mask]

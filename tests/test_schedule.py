@@ -22,7 +22,7 @@ from megatron_psft.config import (
 )
 from megatron_psft.data.chat import Example
 from megatron_psft.data.loader import MicroBatch, collate
-from megatron_psft.objectives import BatchSums
+from megatron_psft.objectives import BatchSums, Objective
 from tests.support import reference, tiny
 
 SEQ_LENGTH, ROWS, CLIP = 22, 2, 0.28
@@ -105,6 +105,7 @@ def _by_autograd(model: torch.nn.Module, records, objective: str) -> tuple[dict[
     loss.mean().backward()
     sums = {
         "loss": loss.sum(),
+        "denominator": torch.tensor(len(loss)),
         "nll": -log_probs.sum(),
         "entropy": entropy.sum(),
         "ratio": ratio.sum(),
@@ -154,7 +155,7 @@ def ready(folder: Path, parallel_config: ParallelConfig, *, fused_head: bool = T
         chunks = build_model(shape, config, here, place)
         fill_parameters(chunks, SafetensorsFolder(folder, shape), shape, place)
         optimizer = build_optimizer(config, chunks)
-        schedule = Schedule(chunks=chunks, device=here.device, clip_ratio_high=CLIP)
+        schedule = Schedule(chunks=chunks, parallel=place)
         yield SimpleNamespace(place=place, shape=shape, chunks=chunks, schedule=schedule, optimizer=optimizer)
 
 
@@ -185,7 +186,11 @@ def train(run: SimpleNamespace, batch: Batch, objective: str, *, with_old: bool 
     micro_batches, old_log_probs = my_part(batch.micro_batches, run.place), my_part(batch.old_log_probs, run.place)
     run.schedule.zero_grad()
     old = old_log_probs if with_old and run.place.is_last_stage else None
-    return run.schedule.train(micro_batches, old, objective=objective), gradients_of(run)
+    return run.schedule.train(micro_batches, old, objective=objective_of(objective)), gradients_of(run)
+
+
+def objective_of(name: str, **settings) -> Objective:
+    return Objective(config=ObjectiveConfig(objective=name, clip_ratio_high=CLIP, **settings))
 
 
 def totals(per_rank: list[list[BatchSums]]) -> dict[str, float]:
@@ -279,7 +284,7 @@ def _check_window_start(folder: Path, config: ParallelConfig, batch: Batch):
         run.schedule.zero_grad()
         scored = run.schedule.score(my_part(batch.micro_batches, run.place))
         assert all(not gradient.any() for gradient in gradients_of(run).values()), "scoring has left a gradient"
-        assert not any(tensor.requires_grad for stats in scored for tensor in stats)
+        assert not any(tensor.requires_grad for stats in scored for tensor in (stats.log_probs, stats.entropy))
         assert len(scored) == (len(my_part(batch.micro_batches, run.place)) if run.place.is_last_stage else 0)
         own = [stats.log_probs for stats in scored]
         start = run.place.data_rank * len(own)
@@ -348,7 +353,8 @@ def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch
                 scores += ahead
             else:
                 old_log_probs = ahead
-            run.schedule.train(my_part(batches[step % 3].micro_batches, run.place), old_log_probs, objective="psft")
+            mine = my_part(batches[step % 3].micro_batches, run.place)
+            run.schedule.train(mine, old_log_probs, objective=objective_of("psft"))
             update(run.optimizer, step + 1)
         run.schedule.gather_parameters()
         return scores, [parameter.detach().clone() for _, parameter in named_parameters(run.chunks)]

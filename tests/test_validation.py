@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_psft.errors import UserError
-from megatron_psft.validation import validate, validate_train_iters
+from megatron_psft.validation import validate, validate_advantages, validate_train_iters
 from tests.test_config import parse
 
 
@@ -16,6 +16,9 @@ from tests.test_config import parse
         (1, "--train-iters 10 --valid-data v.jsonl --eval-interval 5 --eval-iters 2"),
         (1, "--train-iters 10 --lr-decay-style constant --lr-warmup-iters 9 --sft-warmup-iters 9"),
         (1, "--train-iters 10 --lr 0"),
+        (1, "--train-iters 10 --objective sft-kl --kl-coef 0.1 --loss-aggregation seq-mean-token-sum"),
+        (1, "--train-iters 10 --objective iw-sft --iw-level token"),
+        (1, "--train-iters 10 --clip-ratio-low 0.1 --log-clipped-tokens 20"),
         (1, "--train-iters 10 --lr-decay-style WSD --lr-warmup-iters 4 --lr-wsd-decay-iters 6"),
         (1, "--train-iters 10 --recompute-granularity selective"),
         (1, "--train-iters 10 --recompute-granularity full --recompute-method block --recompute-num-layers 1"),
@@ -91,6 +94,19 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
         ("--objective sft --clip-ratio-high 0.2", "clip_ratio_high (0.2) has no effect with objective sft"),
         ("--objective sft --old-policy-interval 4", "old_policy_interval (4) has no effect with objective sft"),
         ("--objective sft --sft-warmup-iters 1", "sft_warmup_iters (1) has no effect with objective sft"),
+        ("--objective dft --clip-ratio-low 0.1", "clip_ratio_low (0.1) has no effect with objective dft"),
+        (
+            "--objective eaft --old-policy-micro-batch-size 2",
+            "old_policy_micro_batch_size (2) has no effect with obj",
+        ),
+        ("--kl-coef 0.1", "kl_coef (0.1) has no effect with objective psft"),
+        ("--objective asft --iw-level token", "iw_level (token) has no effect with objective asft"),
+        ("--objective dft --p-power-q 2", "p_power_q (2.0) has no effect with objective dft"),
+        ("--objective deft --eaft-alpha 2", "eaft_alpha (2.0) has no effect with objective deft"),
+        ("--objective profit --trsft-alpha 0.2", "trsft_alpha (0.2) has no effect with objective profit"),
+        ("--objective trsft --profit-threshold 0.2", "profit_threshold (0.2) has no effect with objective trsft"),
+        ("--objective sft --log-clipped-tokens 9", "log_clipped_tokens (9) has no effect with objective sft"),
+        ("--old-policy-interval 1 --log-clipped-tokens 9", "log_clipped_tokens (9) has no effect with old_policy_inte"),
         ("--lr 1e-6 --min-lr 1e-5", "min_lr (1e-05) must be at most lr (1e-06)"),
         ("--lr-decay-style constant --min-lr 1e-7", "min_lr (1e-07) has no effect with lr_decay_style constant"),
         ("--lr-decay-style WSD", "lr_decay_style (WSD) needs lr_wsd_decay_iters"),
@@ -134,3 +150,23 @@ def test_phases_are_checked_against_steps_that_the_data_told() -> None:
     validate_train_iters(config, train_iters=51)
     with pytest.raises(UserError, match=r"lr_warmup_iters \(50\) must be below the number of training steps \(50\)"):
         validate_train_iters(config, train_iters=50)
+
+
+@pytest.mark.parametrize("flags", ["", "--clip-ratio-low 0.1", "--objective sft"])
+def test_records_with_advantages_are_for_the_policy_gradient(flags: str) -> None:
+    validate_advantages(parse(*flags.split()), has_advantages=True)
+
+
+@pytest.mark.parametrize("objective", ["dft", "sft-kl", "iw-sft"])
+def test_an_objective_without_advantages_refuses_records_that_have_them(objective: str) -> None:
+    config = parse("--objective", objective)
+    validate_advantages(config, has_advantages=False)
+    with pytest.raises(UserError) as error:
+        validate_advantages(config, has_advantages=True)
+    assert str(error.value).startswith(f"objective ({objective}) takes no account of the advantages that records of")
+
+
+def test_the_lower_clip_needs_advantages() -> None:
+    with pytest.raises(UserError) as error:
+        validate_advantages(parse("--clip-ratio-low", "0.1"), has_advantages=False)
+    assert str(error.value).startswith("clip_ratio_low (0.1) has no effect where no record of data has an advantage")

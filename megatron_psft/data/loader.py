@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,17 +61,12 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on `device`."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            loss_mask=self.loss_mask.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            record_ids=self.record_ids.to(device, non_blocking=True),
-            label_counts=self.label_counts.to(device, non_blocking=True),
-            advantages=None if self.advantages is None else self.advantages.to(device, non_blocking=True),
-            ref_log_probs=None if self.ref_log_probs is None else self.ref_log_probs.to(device, non_blocking=True),
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def collate(examples: Sequence[Example], *, batch_size: int, seq_length: int, pad_token_id: int) -> MicroBatch:

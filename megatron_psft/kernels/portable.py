@@ -85,6 +85,27 @@ def shard_gradient_(
     return values
 
 
+def shard_squares(logits: Tensor) -> Tensor:
+    """Sum of exp(2 * (logit - maximum)) of each row, `[n, v]` of any float dtype to fp32 `[n]`, with the maximum of
+    `ShardSums`; 0 where the rank has no columns."""
+    squares = logits.new_zeros(len(logits), dtype=torch.float32)
+    if logits.shape[1]:
+        for part in _blocks(logits):
+            block = logits[part].float()
+            squares[part] = (2 * (block - block.amax(dim=1, keepdim=True))).exp_().sum(dim=1)
+    return squares
+
+
+def shard_top(logits: Tensor, count: int) -> Tensor:
+    """The `count` largest logits of each row, `[n, v]` of any float dtype to fp32 `[n, count]`; -inf stands in for
+    columns that the rank lacks."""
+    top = logits.new_full((len(logits), count), -torch.inf, dtype=torch.float32)
+    width = min(count, logits.shape[1])
+    for part in _blocks(logits) if width else ():
+        top[part, :width] = logits[part].topk(width, dim=1).values.float()
+    return top
+
+
 def _owned(label_index: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
     """Whether this rank has the label `[n]`, and a column that is safe to read `[n, 1]`."""
     owned = (label_index >= 0) & (label_index < num_columns)

@@ -1,5 +1,6 @@
 """The end of the model: from the last hidden states to the loss and the statistics of the label tokens."""
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_psft.fused_head import TokenLoss, fused_label_stats, fused_loss
-from megatron_psft.vocab_parallel import LabelStats, label_stats
+from megatron_psft.labels import ExtraStat, LabelStats
+from megatron_psft.vocab_parallel import label_stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,10 @@ class HeadInputs:
     """`[n]` int64, ascending, the positions in flattened `[s, b]` whose label counts."""
     token_loss: TokenLoss | None
     """The objective; None to score only."""
+    mixes_tokens: bool = False
+    """Whether `token_loss` must be asked of all label tokens at once. Only then it may mix tokens."""
+    extra_stats: AbstractSet[ExtraStat] = frozenset()
+    """Statistics that `token_loss` needs beyond log-probability and entropy."""
 
     @property
     def label_ids(self) -> Tensor:
@@ -64,12 +70,17 @@ def place_labels(values: Tensor, positions: Tensor, loss_mask: Tensor) -> Tensor
 
 def plain_head(logits: Tensor, inputs: HeadInputs, *, vocab_size: int, group: dist.ProcessGroup) -> HeadOutput:
     """The reference for `OutputLayer`, from all logits `[s, b, v]`."""
-    every = label_stats(logits, inputs.labels, vocab_size=vocab_size, group=group)
-    stats = LabelStats(*(select_labels(values, inputs.label_positions) for values in every))
+    every = label_stats(logits, inputs.labels, vocab_size=vocab_size, group=group, extra_stats=inputs.extra_stats)
+    stats = every.map(lambda values: select_labels(values, inputs.label_positions))
     if inputs.token_loss is None:
         return HeadOutput(stats=stats, loss=None)
-    loss = inputs.token_loss(stats, slice(0, len(inputs.label_positions))).sum()
-    return HeadOutput(stats=LabelStats(stats.log_probs.detach(), stats.entropy), loss=loss)
+    return _loss_of_all(stats, inputs.token_loss)
+
+
+def _loss_of_all(stats: LabelStats, token_loss: TokenLoss) -> HeadOutput:
+    """From all label tokens of the micro-batch at once."""
+    loss = token_loss(stats, slice(0, len(stats.log_probs))).sum()
+    return HeadOutput(stats=stats._replace(log_probs=stats.log_probs.detach()), loss=loss)
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -100,9 +111,12 @@ class OutputLayer(ColumnParallelLinear):
         rows = hidden.flatten(0, 1).index_select(0, inputs.label_positions)
         weight = self.weight if weight is None else weight
         assert weight is not None
-        labels = inputs.label_ids
-        if inputs.token_loss is None or not torch.is_grad_enabled():
-            stats = fused_label_stats(rows, weight, labels, vocab_size=vocab_size, group=self.tp_group)
+        labels, token_loss = inputs.label_ids, inputs.token_loss
+        place = {"vocab_size": vocab_size, "group": self.tp_group, "extra_stats": inputs.extra_stats}
+        if token_loss is not None and torch.is_grad_enabled() and not inputs.mixes_tokens:
+            loss, stats = fused_loss(rows, weight, labels, token_loss, **place)
+            return HeadOutput(stats=stats, loss=loss)
+        stats = fused_label_stats(rows, weight, labels, **place)
+        if token_loss is None or not torch.is_grad_enabled():
             return HeadOutput(stats=stats, loss=None)
-        loss, stats = fused_loss(rows, weight, labels, inputs.token_loss, vocab_size=vocab_size, group=self.tp_group)
-        return HeadOutput(stats=stats, loss=loss)
+        return _loss_of_all(stats, token_loss)

@@ -112,14 +112,16 @@ def measure(layout: Layout, folders: list[Path], bf16: bool) -> list[dict]:
 
 
 def measure_model(rank, folder: Path, bf16: bool) -> dict:
+    from megatron_psft.config import ObjectiveConfig
     from megatron_psft.hf.mapping import pieces
     from megatron_psft.hf.weights import named_parameters
+    from megatron_psft.objectives import Objective
     from megatron_psft.optimizer import build_optimizer
     from megatron_psft.schedule import Schedule
 
     place = rank.parallel
     chunks, shape = rank.build(folder, bf16=bf16)
-    schedule = Schedule(chunks=chunks, device=place.device, clip_ratio_high=0.28)
+    schedule = Schedule(chunks=chunks, parallel=place)
     # Of every position, padding too, as if all had labels.
     scores = [
         schedule.score(
@@ -132,7 +134,8 @@ def measure_model(rank, folder: Path, bf16: bool) -> dict:
     ]
     optimizer = build_optimizer(make_config(rank.layout, bf16=bf16), chunks)
     schedule.zero_grad()
-    schedule.train(make_batches(2, place.data_rank, place.data_size), None, objective="sft")
+    sft = Objective(config=ObjectiveConfig(objective="sft"))
+    schedule.train(make_batches(2, place.data_rank, place.data_size), None, objective=sft)
     gradients = []
     for name, parameter in named_parameters(chunks):
         shards = pieces(

@@ -5,6 +5,7 @@ packing or sharding to get wrong.
 """
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def run_reference(
     batches: Iterable[Sequence[Example]],
     *,
     lr: float | Callable[[int], float],
-    objective: Literal["psft", "sft"] = "psft",
+    objective: str = "psft",
     clip_ratio_high: float = 0.28,
     old_policy_interval: int | Literal["fixed"] = 8,
     sft_warmup_iters: int = 0,
@@ -44,12 +45,15 @@ def run_reference(
     model = load_model(hf_dir)
     optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), betas=betas, eps=adam_eps)
     old_model = None
+    initial_model = copy.deepcopy(model) if objective in ANCHORED else None
     history = []
     for step, batch in enumerate(batches, start=1):
         proximal_steps = step - 1 - sft_warmup_iters  # taken so far
         if objective == "psft" and proximal_steps >= 0 and _starts_window(proximal_steps, old_policy_interval):
             old_model = copy.deepcopy(model)
-        metrics = _accumulate_gradients(model, old_model, batch, clip_ratio_high)
+        is_warmup = objective == "psft" and proximal_steps < 0
+        loss_of = functools.partial(token_losses, "sft" if is_warmup else objective, clip_ratio_high=clip_ratio_high)
+        metrics = _accumulate_gradients(model, old_model, initial_model, batch, loss_of, clip_ratio_high)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad))
         for group in optimizer.param_groups:
             group["lr"] = lr(step) if callable(lr) else lr
@@ -79,20 +83,27 @@ def _starts_window(proximal_steps: int, old_policy_interval: int | str) -> bool:
 
 
 def _accumulate_gradients(
-    model: torch.nn.Module, old_model: torch.nn.Module | None, batch: Sequence[Example], clip_ratio_high: float
+    model: torch.nn.Module,
+    old_model: torch.nn.Module | None,
+    initial_model: torch.nn.Module | None,
+    batch: Sequence[Example],
+    loss_of: Callable[..., Tensor],
+    clip_ratio_high: float,
 ) -> dict[str, float]:
-    """Adds the gradient of the token mean over the global batch to the parameters; without an old policy, of SFT."""
+    """Adds the gradient of the token mean of `loss_of` over the global batch to the parameters."""
     loss_tokens = sum(sum(label_mask) for _, label_mask in batch)
     columns: dict[str, list[Tensor]] = {"loss": [], "nll": [], "entropy": [], "ratio": [], "clipped": [], "kl": []}
     for ids, label_mask in batch:
-        log_probs, entropy = label_statistics(model, ids, label_mask)
-        if old_model is None:
-            ratio, losses = torch.ones_like(log_probs), -log_probs
-        else:
-            with torch.no_grad():
+        distribution, labels = label_distributions(model, ids, label_mask)
+        log_probs, entropy = distribution.gather(1, labels[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
+        old_log_probs, initial_log_probs = log_probs.detach(), None
+        with torch.no_grad():
+            if old_model is not None:
                 old_log_probs, _ = label_statistics(old_model, ids, label_mask)
-            ratio = torch.exp(torch.clamp(log_probs - old_log_probs, -20, 20))
-            losses = -torch.minimum(ratio, torch.full_like(ratio, 1 + clip_ratio_high))
+            if initial_model is not None:
+                initial_log_probs, _ = label_statistics(initial_model, ids, label_mask)
+        ratio = torch.exp(torch.clamp(log_probs - old_log_probs, -20, 20))
+        losses = loss_of(distribution, labels, old_log_probs=old_log_probs, ref_log_probs=initial_log_probs)
         (losses.sum() / loss_tokens).backward()
         exact = ratio.detach().double()  # near r = 1 the divergence is a small difference of large numbers
         values = (losses, -log_probs, entropy, exact, exact > 1 + clip_ratio_high, exact - 1 - torch.log(exact))
@@ -113,13 +124,95 @@ def _accumulate_gradients(
 
 def label_statistics(model: torch.nn.Module, ids: list[int], label_mask: list[bool]) -> tuple[Tensor, Tensor]:
     """Log-probability of each label token, and entropy in nats of the distribution it was drawn from: both [labels]."""
+    log_distribution, labels = label_distributions(model, ids, label_mask)
+    entropy = -(log_distribution.exp() * log_distribution).sum(dim=-1)
+    return log_distribution.gather(1, labels[:, None])[:, 0], entropy
+
+
+def label_distributions(model: torch.nn.Module, ids: list[int], label_mask: list[bool]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the whole vocabulary where a label is predicted, [labels, vocabulary], and the labels."""
     assert not label_mask[0], "nothing comes before the first token to predict it from"
     logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
     is_label = torch.tensor(label_mask[1:])
-    log_distribution = torch.log_softmax(logits.float(), dim=-1)[is_label]
-    labels = torch.tensor(ids[1:])[is_label]
-    entropy = -(log_distribution.exp() * log_distribution).sum(dim=-1)
-    return log_distribution.gather(1, labels[:, None])[:, 0], entropy
+    return torch.log_softmax(logits.float(), dim=-1)[is_label], torch.tensor(ids[1:])[is_label]
+
+
+ANCHORED = ("sft-kl", "iw-sft", "asft")
+"""Objectives that compare with the initial model."""
+
+
+def token_losses(
+    objective: str,
+    log_distribution: Tensor,
+    labels: Tensor,
+    *,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    advantage: float = 1.0,
+    clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.28,
+    kl_coef: float = 0.5,
+    p_power_q: float = 1.0,
+    **settings: object,
+) -> Tensor:
+    """The loss of each label token of one record, as papers have it, from [labels, vocabulary] log-probabilities."""
+    log_probs = log_distribution.gather(1, labels[:, None])[:, 0]
+    probs = log_probs.exp()
+    if objective == "sft":
+        return -advantage * log_probs
+    if objective == "psft":
+        ratio = torch.exp(torch.clamp(log_probs - old_log_probs, -20, 20))
+        bounded = torch.clamp(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high)
+        return -torch.minimum(ratio * advantage, bounded * advantage)
+    if objective in ("sft-kl", "asft"):
+        plain = -log_probs if objective == "sft-kl" else -probs.detach() * log_probs
+        reverse_ratio = ref_log_probs.exp() / probs
+        return plain + kl_coef * (reverse_ratio - 1 - torch.log(reverse_ratio))
+    if objective == "p-power":
+        return (1 - probs**p_power_q) / p_power_q
+    if objective == "deft":
+        exponent = log_distribution.detach().exp().square().sum(dim=1)
+        return (1 - probs**exponent) / exponent
+    weights = _token_weights(objective, log_distribution.detach(), probs.detach(), ref_log_probs, **settings)
+    return -weights * log_probs
+
+
+def _token_weights(
+    objective: str,
+    log_distribution: Tensor,
+    probs: Tensor,
+    ref_log_probs: Tensor | None,
+    *,
+    iw_level: str = "sequence",
+    eaft_alpha: float = 1.0,
+    trsft_alpha: float = 0.1,
+    profit_threshold: float = 0.1,
+) -> Tensor:
+    """What the objectives that weigh cross-entropy multiply it with."""
+    if objective == "dft":
+        return probs
+    if objective == "eaft":
+        top = log_distribution.exp().sort(dim=1, descending=True).values[:, :20]
+        top = top / top.sum(dim=1, keepdim=True)
+        return (-(top * top.log()).sum(dim=1) / 3) ** eaft_alpha
+    if objective == "trsft":  # grad p / max(p, alpha), and grad p is p times grad log p
+        return torch.where(probs >= trsft_alpha, torch.ones_like(probs), probs / trsft_alpha)
+    if objective == "profit":
+        return (probs >= profit_threshold).to(probs.dtype)
+    assert objective == "iw-sft", objective
+    if iw_level == "token":
+        return torch.clamp(probs / ref_log_probs.exp(), 0.2, 1.8)
+    mean = (probs.log() - ref_log_probs).sum() / max(len(probs), 1)
+    return torch.clamp(torch.exp(2 * mean), 0, 16)
+
+
+def aggregate(losses: Sequence[Tensor], loss_aggregation: str) -> Tensor:
+    """The loss of a batch from the token losses of each of its records."""
+    labelled = [record for record in losses if len(record)]
+    if loss_aggregation == "token-mean":
+        return torch.cat(labelled).mean()
+    per_record = [record.mean() if loss_aggregation == "seq-mean-token-mean" else record.sum() for record in labelled]
+    return torch.stack(per_record).mean()
 
 
 def chatml_example(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Example:

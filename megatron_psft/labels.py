@@ -1,0 +1,82 @@
+"""What is known of label tokens: by the current policy, and besides it. Plain tensors, no process group.
+
+Dimension letters: n label tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+ExtraStat = Literal["top_entropy", "sum_squares"]
+"""Statistics that are computed only where an objective asks for them."""
+
+TOP_TOKENS = 20
+"""Tokens that `LabelStats.top_entropy` is of."""
+
+
+class LabelStats(NamedTuple):
+    """What the current policy says of each label; fp32, the same on every tensor-parallel rank."""
+
+    log_probs: Tensor
+    """log pi(label | context), natural logarithm, normalized over the true vocabulary; differentiable."""
+    entropy: Tensor
+    """Entropy of the full next-token distribution, nats; a metric, carries no gradient."""
+    top_entropy: Tensor | None = None
+    """Entropy of its 20 most probable tokens, their probabilities made to sum to 1, nats; without a gradient."""
+    sum_squares: Tensor | None = None
+    """Sum of its squared probabilities; without a gradient."""
+
+    @property
+    def without_gradient(self) -> list[Tensor]:
+        """All but the log-probabilities."""
+        return [values for values in self[1:] if values is not None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LabelStats":
+        """Applies `change` to every statistic that is there."""
+        return LabelStats(*(None if values is None else change(values) for values in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """Which record each label token is of: for objectives that weigh a token by others."""
+
+    ids: Tensor
+    """`[n]` int64."""
+    label_counts: Tensor
+    """`[records]` int64, over all context-parallel ranks."""
+    add_up: Callable[[Tensor], Tensor]
+    """Adds `[records]` of this rank to those of the other context-parallel ranks; collective."""
+
+    def means(self, values: Tensor) -> Tensor:
+        """Means over the label tokens of each record, `[n]` to `[n]`, where each token has its record's."""
+        sums = values.new_zeros(len(self.label_counts)).index_add_(0, self.ids, values)
+        return (self.add_up(sums) / self.label_counts.clamp(min=1))[self.ids]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelContext:
+    """What is known of label tokens besides the current policy; `[n]` fp32 each, None where it is not there."""
+
+    old_log_probs: Tensor | None = None
+    """Under the old policy; None where that is the current one, so that the ratio is 1."""
+    ref_log_probs: Tensor | None = None
+    """Under the initial model."""
+    advantages: Tensor | None = None
+    """None where all are 1."""
+    weights: Tensor | None = None
+    """Factors of the token losses that aggregate them; None where all are 1."""
+    records: Records | None = None
+    """Given for all tokens of a micro-batch at once, and only to objectives that need it."""
+
+    def part(self, rows: slice) -> "LabelContext":
+        """The same of some of the tokens."""
+        return self.map(lambda values: values[rows])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LabelContext":
+        """Applies `change` to every `[n]` that is there."""
+        changed: dict[str, Any] = {
+            name: change(values) for name, values in vars(self).items() if isinstance(values, Tensor)
+        }
+        return replace(self, **changed)

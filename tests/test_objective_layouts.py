@@ -1,0 +1,204 @@
+"""Every objective under every aggregation has one gradient, however the batch is cut and wherever its parts lie.
+
+What is due comes from transformers, autograd and the formulas of `tests.support.reference`, a record at a time.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_psft.config import ObjectiveConfig, ObjectiveName, ParallelConfig
+from megatron_psft.data.dataset import TokenizedDataset
+from megatron_psft.data.loader import BatchLoader, MicroBatch
+from megatron_psft.data.packing import PackPlan, best_fit
+from megatron_psft.objectives import Objective
+from tests.support import reference, tiny
+from tests.test_packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
+from tests.test_schedule import GradientSource, gradients_of, ready
+
+TOKEN_MEAN, SEQ_MEAN, SEQ_SUM = "token-mean", "seq-mean-token-mean", "seq-mean-token-sum"
+CASES: dict[str, dict] = {
+    "sft": {"objective": "sft", "loss_aggregation": SEQ_MEAN},
+    "sft with advantages": {"objective": "sft", "loss_aggregation": SEQ_SUM},
+    "psft": {"objective": "psft", "loss_aggregation": SEQ_MEAN},
+    "psft with advantages": {"objective": "psft", "clip_ratio_low": 0.15},
+    "psft with advantages, by sums": {"objective": "psft", "loss_aggregation": SEQ_SUM},
+    "sft-kl": {"objective": "sft-kl", "kl_coef": 0.3},
+    "dft": {"objective": "dft", "loss_aggregation": SEQ_SUM},
+    "iw-sft": {"objective": "iw-sft"},
+    "iw-sft, by means": {"objective": "iw-sft", "loss_aggregation": SEQ_MEAN},
+    "iw-sft by token": {"objective": "iw-sft", "iw_level": "token"},
+    "asft": {"objective": "asft", "loss_aggregation": SEQ_MEAN},
+    "eaft": {"objective": "eaft", "eaft_alpha": 0.5},
+    "p-power": {"objective": "p-power", "p_power_q": 0.5, "loss_aggregation": SEQ_SUM},
+    "trsft": {"objective": "trsft", "trsft_alpha": 0.002},
+    "profit": {"objective": "profit", "profit_threshold": 0.02, "loss_aggregation": SEQ_MEAN},
+    "deft": {"objective": "deft"},
+}
+SETUPS = [
+    # layout, packs per micro-batch, fused head
+    ("one", 1, True),
+    ("one", 2, False),
+    ("TP2 SP", 2, True),
+    ("TP2", 1, False),
+    ("PP2", 1, True),
+    ("DP2", 2, True),
+    ("CP2", 2, False),
+    ("CP2 TP2 SP", 1, True),
+    ("CP2 DP2 overlapped", 1, True),
+]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A global batch, what is known of its records, and what is due for each case."""
+
+    dataset: TokenizedDataset
+    old_log_probs: list[Tensor]
+    """Of each record, for each of its tokens but the first; NaN where there is no label."""
+    ref_log_probs: list[Tensor]
+    advantages: Tensor
+    """`[records]`."""
+    gradients: dict[str, dict[str, Tensor]]
+    losses: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.build_model(tmp_path_factory.mktemp("objectives"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> Data:
+    model = reference.load_model(folder)
+    generator = torch.Generator().manual_seed(11)
+    tokens, label_masks, old, ref, known = [], [], [], [], []
+    advantages = torch.randn(len(RECORDS["uneven"]), generator=generator)
+    for length, num_labels in RECORDS["uneven"]:
+        ids = torch.randint(1, tiny.VOCAB_SIZE, (length,), generator=generator)
+        label_mask = torch.zeros(length, dtype=torch.bool)
+        label_mask[1 + torch.randperm(length - 1, generator=generator)[:num_labels]] = True
+        distribution, labels = reference.label_distributions(model, ids.tolist(), label_mask.tolist())
+        now = distribution.detach().gather(1, labels[:, None])[:, 0]
+        for every, spread in ((old, 0.4), (ref, 0.6)):
+            every.append(torch.full((length - 1,), torch.nan))
+            every[-1][label_mask[1:]] = now + spread * torch.randn(now.shape, generator=generator)
+        known.append((distribution, labels, old[-1][label_mask[1:]], ref[-1][label_mask[1:]]))
+        tokens.append(ids.numpy())
+        label_masks.append(label_mask.numpy())
+    due = {name: _by_autograd(model, known, name, advantages.tolist()) for name in CASES}
+    return Data(
+        make_dataset(tokens, label_masks),
+        old,
+        ref,
+        advantages,
+        gradients={name: gradients for name, (gradients, _) in due.items()},
+        losses={name: loss for name, (_, loss) in due.items()},
+    )
+
+
+def _by_autograd(
+    model: torch.nn.Module, known: list[tuple[Tensor, ...]], case: str, advantages: list[float]
+) -> tuple[dict[str, Tensor], float]:
+    settings = dict(CASES[case])
+    name, aggregation = settings.pop("objective"), settings.pop("loss_aggregation", TOKEN_MEAN)
+    losses = [
+        reference.token_losses(
+            name,
+            distribution,
+            labels,
+            old_log_probs=old,
+            ref_log_probs=ref,
+            advantage=advantage if "advantages" in case else 1.0,
+            **settings,
+        )
+        for (distribution, labels, old, ref), advantage in zip(known, advantages, strict=True)
+    ]
+    loss = reference.aggregate(losses, aggregation)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    return dict(zip(names, gradients, strict=True)), loss.item()
+
+
+def _inputs_of(
+    data: Data, case: str, loader: BatchLoader, plan: PackPlan, place
+) -> tuple[list[MicroBatch], list[Tensor]]:
+    """This rank's micro-batches with advantages and reference log-probabilities, and the old ones beside them."""
+    order = plan.shuffled(3, 0)
+    packs = range(place.data_rank * loader.packs_per_rank, (place.data_rank + 1) * loader.packs_per_rank)
+
+    def in_rows(of_records: list[Tensor]) -> list[Tensor]:
+        rows = torch.full((loader.packs_per_rank, loader.unpadded_length(0)), torch.nan)
+        for row, pack in enumerate(packs):
+            values = torch.cat([of_records[record] for record in order[pack]])
+            rows[row, : len(values)] = values
+        return loader.from_packs(0, rows)
+
+    batches, size = loader.micro_batches(0), loader.micro_batch_size
+    needs_reference = CASES[case]["objective"] in reference.ANCHORED
+    for index, ref in enumerate(in_rows(data.ref_log_probs)):
+        records = [int(record) for pack in packs[index * size : (index + 1) * size] for record in order[pack]]
+        batches[index] = replace(
+            batches[index],
+            advantages=data.advantages[records] if "advantages" in case else None,
+            ref_log_probs=ref if needs_reference else None,
+        )
+    return batches, in_rows(data.old_log_probs)
+
+
+def _check_gradients(
+    folder: Path, config: ParallelConfig, data: Data, micro_batch_size: int, fused_head: bool
+) -> dict[str, float]:
+    """Compares the gradients of this rank's parameters, case by case; returns the losses that metrics report."""
+    from megatron_psft.hf.weights import fill_parameters, named_parameters
+    from megatron_psft.metrics import reduce_metrics
+
+    losses, found = {}, {}
+    with ready(folder, config, fused_head=fused_head) as run:
+        plan = best_fit(data.dataset.lengths - 1, CAPACITY)
+        loader = make_loader(data.dataset, run.place, config, plan, micro_batch_size)
+        for case, settings in CASES.items():
+            batches, old = _inputs_of(data, case, loader, plan, run.place)
+            has_old = settings["objective"] == "psft" and run.place.is_last_stage
+            run.schedule.zero_grad()
+            objective = Objective(config=ObjectiveConfig(**settings))
+            sums = run.schedule.train(batches, old if has_old else None, objective=objective)
+            found[case] = gradients_of(run)
+            metrics = reduce_metrics(sums, batches, run.place, 1)
+            assert settings["objective"] == "psft" or metrics.ratio_max == 1.0
+            losses[case] = metrics.loss
+        for case, gradients in found.items():
+            fill_parameters(run.chunks, GradientSource(data.gradients[case]), run.shape, run.place)
+            for name, parameter in named_parameters(run.chunks):
+                expected = parameter.detach()
+                torch.testing.assert_close(
+                    gradients[name],
+                    expected,
+                    rtol=1e-5,
+                    atol=2e-5 * float(expected.abs().max()),
+                    msg=lambda text, at=(case, name): f"{at}: {text}",
+                )
+    return losses
+
+
+@pytest.mark.parametrize(("layout", "micro_batch_size", "fused_head"), SETUPS)
+def test_every_objective_has_the_gradient_of_its_formula(pool, folder, data, layout, micro_batch_size, fused_head):
+    world_size, config = LAYOUTS[layout]
+    results = pool.run(_check_gradients, world_size, folder, config, data, micro_batch_size, fused_head)
+    for losses in results:
+        assert losses == pytest.approx(data.losses, rel=2e-5)
+
+
+def test_the_cases_are_all_objectives_and_differ(data):
+    assert {settings["objective"] for settings in CASES.values()} == set(get_args(ObjectiveName))
+    directions = [
+        torch.cat([gradient.flatten() for gradient in data.gradients[case].values()]).div_(data.losses[case])
+        for case in CASES
+    ]
+    for index, one in enumerate(directions):
+        for other in directions[:index]:
+            assert float((one - other).norm() / one.norm()) > 0.01
