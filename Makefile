@@ -8,7 +8,7 @@ PINS = $(shell $(BIN)/python -c 'import sys; print("py310-py311" if sys.version_
 CONSTRAINTS = constraints/$(PINS).txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench bench-gpu clean
+.PHONY: help install demo miniature test test-slow lint format bench bench-gpu clean
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -25,6 +25,9 @@ $(STAMP): setup.py constraints/py310-py311.txt constraints/py312.txt | $(BIN)/py
 
 demo: install ## Train a small model with SFT and PSFT and compare them
 	$(BIN)/python examples/demo/run.py
+
+miniature: install ## Compare SFT, PSFT and relatives on small models: target, general skills, entropy, then GRPO
+	$(BIN)/python examples/miniature/run.py
 
 test: install ## Run the CPU tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -1,8 +1,10 @@
 """Measures the demo's models: a table, a picture and one reply."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import digits
 import matplotlib
@@ -55,7 +57,6 @@ def metrics(run: Path) -> dict[str, list[float]]:
     return columns
 
 
-@torch.no_grad()
 def accuracy(model_folder: Path, held_out: Path) -> float:
     """Per cent of the first questions of `held_out` whose greedy reply ends with the right number."""
     records = digits.read_records(held_out)[:NUM_QUESTIONS]
@@ -64,8 +65,9 @@ def accuracy(model_folder: Path, held_out: Path) -> float:
     return 100 * mean(digits.final_number(reply) == number for reply, number in zip(replies, wanted, strict=True))
 
 
-def generate(model_folder: Path, questions: list[str]) -> list[str]:
-    """Greedy replies of an exported model."""
+@torch.no_grad()
+def generate(model_folder: Path, questions: Sequence[str], *, max_new_tokens: int = 40, **sampling: Any) -> list[str]:
+    """Replies of an exported model, greedy ones unless `sampling` has other settings of transformers' `generate`."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     chats = [[{"role": "user", "content": question}] for question in questions]
@@ -74,8 +76,8 @@ def generate(model_folder: Path, questions: list[str]) -> list[str]:
     output = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        max_new_tokens=40,
-        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        **{"do_sample": False, **sampling},
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

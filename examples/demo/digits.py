@@ -54,14 +54,14 @@ class Files:
 def write_data(folder: Path, *, seed: int) -> Files:
     """Writes the four files. No question of a held-out file is in a training file."""
     rng = random.Random(seed)
-    base = _distinct(lambda: _base_record(rng), NUM_BASE + NUM_HELD_OUT)
-    target = _distinct(lambda: _target_record(rng), NUM_TARGET + NUM_HELD_OUT)
+    base = distinct(lambda: _base_record(rng), NUM_BASE + NUM_HELD_OUT)
+    target = distinct(lambda: _target_record(rng), NUM_TARGET + NUM_HELD_OUT)
     folder.mkdir(parents=True, exist_ok=True)
     return Files(
-        base=_write(folder / "base.jsonl", base[:NUM_BASE]),
-        base_held_out=_write(folder / "base_held_out.jsonl", base[NUM_BASE:]),
-        target=_write(folder / "target.jsonl", target[:NUM_TARGET]),
-        target_held_out=_write(folder / "target_held_out.jsonl", target[NUM_TARGET:]),
+        base=write_records(folder / "base.jsonl", base[:NUM_BASE]),
+        base_held_out=write_records(folder / "base_held_out.jsonl", base[NUM_BASE:]),
+        target=write_records(folder / "target.jsonl", target[:NUM_TARGET]),
+        target_held_out=write_records(folder / "target_held_out.jsonl", target[NUM_TARGET:]),
     )
 
 
@@ -108,7 +108,7 @@ def _record(question: str, reply: str) -> Record:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
 
 
-def _distinct(draw: Callable[[], Record], count: int) -> list[Record]:
+def distinct(draw: Callable[[], Record], count: int) -> list[Record]:
     """Records drawn until there are `count` with questions of their own."""
     records: dict[str, Record] = {}
     while len(records) < count:
@@ -117,7 +117,7 @@ def _distinct(draw: Callable[[], Record], count: int) -> list[Record]:
     return list(records.values())
 
 
-def _write(path: Path, records: Sequence[Record]) -> Path:
+def write_records(path: Path, records: Sequence[Record]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
@@ -141,17 +141,20 @@ def write_tokenizer(folder: Path, files: Files) -> None:
         "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
-    ).save_pretrained(folder)
+    save_tokenizer(folder, tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, **settings: str) -> None:
+    """Writes a folder that both transformers 4 and 5 read; `settings` are the special tokens and the chat template."""
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
     # transformers 5 writes a class that transformers 4 does not know.
     path = folder / "tokenizer_config.json"
     config = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def write_model_config(folder: Path, tokenizer_folder: Path) -> None:
-    """A Qwen2-shaped model of under a million parameters; its weights are drawn by the trainer."""
+def write_model_config(folder: Path, tokenizer_folder: Path, **changes: int) -> None:
+    """A Qwen2-shaped model of under a million parameters, but for `changes`; its weights are drawn by the trainer."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -172,6 +175,7 @@ def write_model_config(folder: Path, tokenizer_folder: Path) -> None:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "torch_dtype": "float32",
+        **changes,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
