@@ -34,7 +34,7 @@ from megatron_psft.reference import FOLDER, START, VALUES, RecordValues, Referen
 from megatron_psft.resume import Identity, find_checkpoint
 from megatron_psft.schedule import Schedule
 from megatron_psft.trainer import Run, train
-from megatron_psft.validation import validate_train_iters
+from megatron_psft.validation import validate_advantages, validate_train_iters
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +152,7 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
     dataset = _read_dataset(config, config.data.data, tokenizer, show_progress)
     valid = _read_dataset(config, config.data.valid_data, tokenizer, show_progress) if config.data.valid_data else None
+    validate_advantages(config, has_advantages=dataset.has_advantages)
     plan = plan_of(dataset.sequence_lengths, config.data)
     train_iters = config.batch.train_iters
     if train_iters is None:

@@ -136,7 +136,9 @@ class BatchConfig:
         _require_at_least(0, self, "seed")
 
 
-ObjectiveName = Literal["psft", "sft", "sft-kl", "dft", "iw-sft", "asft", "eaft", "p-power", "trsft", "profit", "deft"]
+ObjectiveName = Literal[
+    "psft", "sft", "sft-kl", "dft", "iw-sft", "asft", "eaft", "p-power", "trsft", "profit", "deft", "dpo"
+]
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
 
@@ -145,7 +147,7 @@ class ObjectiveConfig:
     """The loss of a label token, and how losses are averaged; objectives.py has formulas and sources."""
 
     objective: ObjectiveName = "psft"
-    """Proximal SFT (arXiv 2508.17784), plain cross-entropy, or a relative of theirs."""
+    """Proximal SFT (arXiv 2508.17784), plain cross-entropy, a relative of theirs, or direct preference optimization."""
     loss_aggregation: LossAggregation = "token-mean"
     """Sum of the token losses of the global batch over its label tokens; mean over its records of their token means; or
     mean over its records of their token sums. Records without a label count in none of them."""
@@ -174,12 +176,14 @@ class ObjectiveConfig:
     """trsft: tokens of a probability below it have their gradient scaled down by its share of it."""
     profit_threshold: float = 0.1
     """profit: tokens of a probability below it have no gradient."""
+    dpo_beta: float = 0.1
+    """dpo: factor of the margin between chosen and rejected sequence; the higher, the closer to the initial model."""
     fused_head: bool = True
     """Compute loss and gradient from the last hidden states in chunks of label tokens, and never all of the logits;
     otherwise from all logits."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "clip_ratio_high", "clip_ratio_low", "p_power_q", "trsft_alpha")
+        _require_positive(self, "clip_ratio_high", "clip_ratio_low", "p_power_q", "trsft_alpha", "dpo_beta")
         _require_at_least(0, self, "sft_warmup_iters", "kl_coef", "eaft_alpha")
         _require_at_least(1, self, "old_policy_micro_batch_size")
         if self.old_policy_interval != "fixed":

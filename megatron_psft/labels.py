@@ -49,10 +49,13 @@ class Records:
     add_up: Callable[[Tensor], Tensor]
     """Adds `[records]` of this rank to those of the other context-parallel ranks; collective."""
 
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums over the label tokens of each record, `[n]` to `[records]`."""
+        return self.add_up(values.new_zeros(len(self.label_counts)).index_add_(0, self.ids, values))
+
     def means(self, values: Tensor) -> Tensor:
         """Means over the label tokens of each record, `[n]` to `[n]`, where each token has its record's."""
-        sums = values.new_zeros(len(self.label_counts)).index_add_(0, self.ids, values)
-        return (self.add_up(sums) / self.label_counts.clamp(min=1))[self.ids]
+        return (self.sums(values) / self.label_counts.clamp(min=1))[self.ids]
 
 
 @dataclass(frozen=True, kw_only=True)

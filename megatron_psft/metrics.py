@@ -19,10 +19,11 @@ from megatron_psft.errors import UserError
 from megatron_psft.labels import LabelStats
 from megatron_psft.objectives import BatchSums
 from megatron_psft.parallel import Parallel
+from megatron_psft.preference import PAIR_METRICS
 
 METRICS_FILE = "metrics.jsonl"
 
-_SUMMED = tuple(field.name for field in fields(BatchSums) if field.name != "ratio_max")
+_SUMMED = tuple(field.name for field in fields(BatchSums) if field.name not in ("ratio_max", "pairs"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,22 @@ class StepMetrics:
     """Label tokens."""
     sequences: int
     """Records."""
+    pairs: Mapping[str, float]
+    """Means over preference pairs of `PAIR_METRICS`; empty where records are no pairs."""
+
+    def line(self) -> dict[str, float]:
+        """What metrics.jsonl has of them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "pairs"}
+        return {**values, **self.pairs}
 
 
 def reduce_metrics(
-    sums: Sequence[BatchSums], micro_batches: Sequence[MicroBatch], parallel: Parallel, step: int
+    sums: Sequence[BatchSums],
+    micro_batches: Sequence[MicroBatch],
+    parallel: Parallel,
+    step: int,
+    *,
+    are_pairs: bool = False,
 ) -> StepMetrics:
     """Adds the sums of all micro-batches and data-parallel ranks and divides once; collective over the world.
 
@@ -61,16 +74,18 @@ def reduce_metrics(
         micro_batches: of this data-parallel rank.
         parallel: this rank's place.
         step: from 1, for the error.
+        are_pairs: whether records are preference pairs.
 
     Raises:
         UserError: on every rank, where the loss of any rank is not finite; names step and rank.
     """
-    totals = {name: 0.0 for name in (*_SUMMED, "tokens", "sequences")}
+    summed = (*_SUMMED, *PAIR_METRICS) if are_pairs else _SUMMED
+    totals = {name: 0.0 for name in (*summed, "tokens", "sequences")}
     ratio_max = bad_rank = 0.0
     if parallel.counts_batch:
         # One host copy per step. fp64: a sum of 10^7 fp32 losses would otherwise lose its last digits.
-        columns = torch.stack([torch.stack([getattr(entry, name) for name in _SUMMED]) for entry in sums]).double()
-        totals.update(zip(_SUMMED, columns.sum(dim=0).tolist(), strict=True))
+        columns = torch.stack([torch.stack(_values(entry)) for entry in sums]).double()
+        totals.update(zip(summed, columns.sum(dim=0).tolist(), strict=True))
         if parallel.context_rank == 0:
             # These are told of whole rows; losses are of each rank's own part.
             totals["tokens"] = float(sum(batch.num_tokens for batch in micro_batches))
@@ -89,10 +104,14 @@ def reduce_metrics(
     return _means(dict(zip(totals, added.tolist(), strict=True)), float(largest[0]))
 
 
+def _values(sums: BatchSums) -> list[Tensor]:
+    return [*(getattr(sums, name) for name in _SUMMED), *(sums.pairs[name] for name in PAIR_METRICS if sums.pairs)]
+
+
 def _means(totals: Mapping[str, float], ratio_max: float) -> StepMetrics:
-    count = max(totals["loss_tokens"], 1.0)
+    count, denominator = max(totals["loss_tokens"], 1.0), max(totals["denominator"], 1.0)
     return StepMetrics(
-        loss=totals["loss"] / max(totals["denominator"], 1.0),
+        loss=totals["loss"] / denominator,
         nll=totals["nll"] / count,
         entropy=totals["entropy"] / count,
         ratio_mean=totals["ratio"] / count,
@@ -102,6 +121,7 @@ def _means(totals: Mapping[str, float], ratio_max: float) -> StepMetrics:
         tokens=int(totals["tokens"]),
         loss_tokens=int(totals["loss_tokens"]),
         sequences=int(totals["sequences"]),
+        pairs={name: totals[name] / denominator for name in PAIR_METRICS if name in totals},
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_psft.config import ObjectiveConfig
 from megatron_psft.labels import ExtraStat, LabelContext, LabelStats
+from megatron_psft.preference import PAIR_METRICS, dpo_loss, pair_metrics
 
 # exp(20) is far beyond any clip bound and far below the fp32 overflow at exp(88): a diverged policy gives large finite
 # numbers.
@@ -163,6 +164,7 @@ _LOSSES: Mapping[str, tuple[TokenLoss, frozenset[Need]]] = {
     "trsft": (trsft_loss, frozenset()),
     "profit": (profit_loss, frozenset()),
     "deft": (deft_loss, frozenset({"sum_squares"})),
+    "dpo": (dpo_loss, frozenset({"reference", "records"})),
 }
 
 
@@ -214,7 +216,7 @@ class BatchSums:
 
     loss: Tensor
     denominator: Tensor
-    """What losses are divided by once all are added up: label tokens, or records that have any."""
+    """What losses are divided by once all are added up: label tokens, records that have any, or pairs."""
     nll: Tensor
     entropy: Tensor
     ratio: Tensor
@@ -224,6 +226,8 @@ class BatchSums:
     loss_tokens: Tensor
     ratio_max: Tensor
     """A maximum, not a sum."""
+    pairs: Mapping[str, Tensor]
+    """Sums over pairs of `PAIR_METRICS`; empty where records are no pairs."""
 
 
 def batch_sums(
@@ -238,6 +242,8 @@ def batch_sums(
         config: bounds of the clip, and the aggregation.
         labelled_records: records with a label that this rank counts. Those of a row that several ranks share are
             counted by one of them.
+
+    Collective over context-parallel ranks where records are pairs.
     """
     log_probs = stats.log_probs
     old_log_probs = log_probs if context.old_log_probs is None else context.old_log_probs
@@ -246,10 +252,14 @@ def batch_sums(
     log_ratio = (log_probs - old_log_probs).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     approx_kl = torch.expm1(log_ratio) - log_ratio
     loss_tokens = log_probs.new_full((), len(log_probs))
-    is_token_mean = config.loss_aggregation == "token-mean"
+    pairs: Mapping[str, Tensor] = {}
+    if config.needs_pairs:
+        metrics = pair_metrics(stats, context, config)
+        is_counted = float(labelled_records > 0)
+        pairs = {name: getattr(metrics, name).sum() * is_counted for name in PAIR_METRICS}
     return BatchSums(
         loss=loss,
-        denominator=loss_tokens if is_token_mean else log_probs.new_full((), labelled_records),
+        denominator=_denominator(loss_tokens, config, labelled_records),
         nll=-log_probs.sum(),
         entropy=stats.entropy.sum(),
         ratio=ratio.sum(),
@@ -257,4 +267,11 @@ def batch_sums(
         approx_kl=approx_kl.sum().to(log_probs.dtype),
         loss_tokens=loss_tokens,
         ratio_max=ratio.max() if len(ratio) else ratio.new_zeros(()),
+        pairs=pairs,
     )
+
+
+def _denominator(loss_tokens: Tensor, config: ObjectiveConfig, labelled_records: int) -> Tensor:
+    if config.needs_pairs:
+        return torch.full_like(loss_tokens, labelled_records // 2)
+    return loss_tokens if config.loss_aggregation == "token-mean" else torch.full_like(loss_tokens, labelled_records)

@@ -53,7 +53,7 @@ class Schedule:
             sums = batch_sums(
                 output.loss.detach(),
                 output.stats,
-                item.context,
+                item.whole_context(self.parallel),
                 objective.config,
                 # The ranks of a context-parallel group share each record: one of them counts it.
                 labelled_records=item.labelled_records if self.parallel.context_rank == 0 else 0,
@@ -132,7 +132,7 @@ class _Item:
     """As in `HeadInputs`."""
     objective: Objective | None
     context: LabelContext
-    """Without `records`, which `head_inputs` adds."""
+    """Without `records`, which `whole_context` adds."""
     labelled_records: int
     """Records with a label on any context-parallel rank."""
 
@@ -160,14 +160,19 @@ class _Item:
             context=self.context.map(lambda values: values.to(device, non_blocking=True)),
         )
 
+    def whole_context(self, parallel: Parallel) -> LabelContext:
+        """The context, with records where the objective mixes tokens."""
+        if self.objective is None or not self.objective.mixes_tokens:
+            return self.context
+        ids = select_labels(self.micro_batch.record_ids, self.label_positions)
+        counts = self.micro_batch.label_counts
+        records = Records(ids=ids, label_counts=counts, add_up=partial(_add_up, parallel))
+        return replace(self.context, records=records)
+
     def head_inputs(self, parallel: Parallel) -> HeadInputs:
-        objective, context, batch = self.objective, self.context, self.micro_batch
+        objective, context, batch = self.objective, self.whole_context(parallel), self.micro_batch
         if objective is None:
             return HeadInputs(labels=batch.labels, label_positions=self.label_positions, token_loss=None)
-        if objective.mixes_tokens:
-            ids = select_labels(batch.record_ids, self.label_positions)
-            records = Records(ids=ids, label_counts=batch.label_counts, add_up=partial(_add_up, parallel))
-            context = replace(context, records=records)
         return HeadInputs(
             labels=batch.labels,
             label_positions=self.label_positions,

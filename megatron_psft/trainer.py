@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -94,12 +94,13 @@ def train_step(run: Run, step: int, *, between_batches: Callable[[], None] = lam
                 schedule.gather_parameters()
             old_log_probs = state.window.old_log_probs(step, between_batches=between_batches)
         sums = schedule.train(micro_batches, old_log_probs, objective=_objective_at(run, step))
-        metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1)
+        are_pairs = run.config.objective.needs_pairs
+        metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, are_pairs=are_pairs)
         lr = state.optimizer.param_groups[0]["lr"]
         grad_norm = update(state.optimizer, step + 1)
         state.scheduler.step(increment=1)
     return {
-        **asdict(metrics),
+        **metrics.line(),
         "grad_norm": grad_norm,
         "lr": lr,
         "step_seconds": total.seconds,

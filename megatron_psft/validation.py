@@ -18,6 +18,7 @@ _OBJECTIVES_OF = {
     "eaft_alpha": {"eaft"},
     "trsft_alpha": {"trsft"},
     "profit_threshold": {"profit"},
+    "dpo_beta": {"dpo"},
 }
 """Which objectives a field has an effect with."""
 
@@ -105,6 +106,11 @@ def _validate_needs(config: Config) -> None:
     data, optimizer, recompute = config.data, config.optimizer, config.recompute
     if data.valid_data and data.eval_interval is None:
         raise UserError(f"valid_data ({' '.join(data.valid_data)}) needs eval_interval; set both or neither")
+    if data.valid_data and config.objective.needs_pairs:
+        raise UserError(
+            f"valid_data ({' '.join(data.valid_data)}) cannot be evaluated with objective dpo, as its likelihood would "
+            "count rejected sequences as good; leave it away"
+        )
     if data.prompt_key == data.completion_key:
         raise UserError(f"prompt_key ({data.prompt_key}) must differ from completion_key; change one of them")
     if optimizer.min_lr > optimizer.lr:
@@ -149,6 +155,8 @@ def _validate_objective(objective: ObjectiveConfig) -> None:
             _refuse_if_set(objective, f"with objective {objective.objective}", name)
     if objective.old_policy_interval == 1:
         _refuse_if_set(objective, "with old_policy_interval 1", "old_policy_micro_batch_size")
+    if objective.needs_pairs:
+        _refuse_if_set(objective, "with objective dpo, which takes the mean over pairs", "loss_aggregation")
 
 
 def _refuse_if_set(section: object, reason: str, *names: str) -> None:

@@ -194,7 +194,8 @@ def test_every_objective_has_the_gradient_of_its_formula(pool, folder, data, lay
 
 
 def test_the_cases_are_all_objectives_and_differ(data):
-    assert {settings["objective"] for settings in CASES.values()} == set(get_args(ObjectiveName))
+    # Pairs need other records: test_preference.py.
+    assert {settings["objective"] for settings in CASES.values()} == set(get_args(ObjectiveName)) - {"dpo"}
     directions = [
         torch.cat([gradient.flatten() for gradient in data.gradients[case].values()]).div_(data.losses[case])
         for case in CASES

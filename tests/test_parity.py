@@ -181,7 +181,7 @@ def test_sft_follows_the_reference(pool, inputs, tmp_path, layout):
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize(("objective", "layout"), [("dft", "1"), ("dft", "tp2-pp2")])
+@pytest.mark.parametrize(("objective", "layout"), [("dft", "tp2-pp2"), ("sft-kl", "1"), ("sft-kl", "tp2-pp2")])
 def test_a_relative_follows_the_reference(pool, inputs, tmp_path, objective, layout):
     wanted, model = expected(inputs, "llama", objective=objective)
     found = train(pool, inputs, "llama", tmp_path, "--objective", objective, layout=layout)

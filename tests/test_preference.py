@@ -1,0 +1,197 @@
+"""Preference pairs: the loss by hand, the trainer against an independent loop and against TRL."""
+
+import functools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megatron_psft.config import ObjectiveConfig
+from megatron_psft.labels import LabelContext, LabelStats, Records
+from megatron_psft.preference import dpo_loss, pair_metrics
+from tests.support import reference, tiny
+from tests.support.cli import run_cli
+from tests.test_parity import CP2, LAYOUTS, TP2, assert_same_logits
+
+STEPS, PAIRS, BETA = 4, 8, 0.3
+COMPARED = ("loss", "margin", "accuracy", "chosen_log_probs", "rejected_log_probs", "grad_norm")
+
+
+def context_of(ids: list[int], ref_log_probs: Tensor, num_records: int) -> LabelContext:
+    counts = torch.bincount(torch.tensor(ids), minlength=num_records)
+    records = Records(ids=torch.tensor(ids), label_counts=counts, add_up=lambda values: values)
+    return LabelContext(ref_log_probs=ref_log_probs, records=records)
+
+
+@given(
+    counts=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4),
+    beta=st.floats(0.01, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_the_losses_of_tokens_are_the_loss_of_their_pair(counts, beta, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = [record for pair, sides in enumerate(counts) for side in (0, 1) for record in [2 * pair + side] * sides[side]]
+    random.Random(seed).shuffle(ids)
+    log_probs = -torch.rand(len(ids), generator=generator, dtype=torch.float64).requires_grad_()
+    ref_log_probs = -torch.rand(len(ids), generator=generator, dtype=torch.float64)
+    stats, context = LabelStats(log_probs, torch.zeros(len(ids))), context_of(ids, ref_log_probs, 2 * len(counts))
+    config = ObjectiveConfig(objective="dpo", dpo_beta=beta)
+    (found,) = torch.autograd.grad(dpo_loss(stats, context, config).sum(), log_probs)
+
+    ratios = [
+        (log_probs - ref_log_probs)[[i for i, of in enumerate(ids) if of == record]].sum()
+        for record in range(2 * len(counts))
+    ]
+    margins = [beta * (chosen - rejected) for chosen, rejected in zip(ratios[::2], ratios[1::2], strict=True)]
+    expected = sum(torch.log1p(torch.exp(-margin)) for margin in margins)
+    (wanted,) = torch.autograd.grad(expected, log_probs)
+    torch.testing.assert_close(dpo_loss(stats, context, config).sum(), expected)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(pair_metrics(stats, context, config).margin, torch.stack(margins).detach())
+
+
+def test_a_pair_by_hand():
+    """Two labels against one: the margin is 2 * ((-1 - 2 + 3.5) - (-0.5 + 0.25)) = 1.5."""
+    log_probs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    context = context_of([0, 0, 1], torch.tensor([-1.5, -2.0, -0.25]), 2)
+    stats, config = LabelStats(log_probs, torch.zeros(3)), ObjectiveConfig(objective="dpo", dpo_beta=2.0)
+    metrics = pair_metrics(stats, context, config)
+    assert [column.item() for column in metrics] == [1.5, 1.0, -3.0, -0.5]
+    loss = dpo_loss(stats, context, config).sum()
+    assert loss.item() == pytest.approx(0.2014133)
+    loss.backward()
+    slope = 2 * 0.1824255  # sigmoid(-1.5)
+    assert log_probs.grad.tolist() == pytest.approx([-slope, -slope, slope], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("preference")
+    tiny.build_model(folder / "model", "qwen2", tied=False)
+    tiny.build_tokenizer(folder / "tokenizer")
+    tiny.write_records(folder / "records.jsonl", 3 * PAIRS, max_exchanges=1)
+    contents = [[m["content"] for m in json.loads(line)["messages"][-2:]] for line in (folder / "records.jsonl").open()]
+    with (folder / "pairs.jsonl").open("w") as file:
+        for index in range(PAIRS):
+            (prompt, chosen), (_, rejected) = contents[3 * index : 3 * index + 2]
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+    return folder
+
+
+def pairs_of(folder: Path) -> list[tuple[reference.Example, reference.Example]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+    return [
+        tuple(
+            reference.chatml_example(
+                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}], tokenizer
+            )
+            for side in ("chosen", "rejected")
+        )
+        for row in rows
+    ]
+
+
+@functools.cache
+def expected(folder: Path) -> tuple[list[dict[str, float]], torch.nn.Module]:
+    """DPO from its formula, all pairs in each step."""
+    pairs = pairs_of(folder)
+    model, initial = (reference.load_model(folder / "model") for _ in range(2))
+    optimizer = torch.optim.AdamW(reference._parameter_groups(model, 0.1), betas=(0.9, 0.95), eps=1e-8)
+
+    def sequence_log_probs(of: torch.nn.Module) -> Tensor:
+        return torch.stack([torch.stack([reference.label_statistics(of, *side)[0].sum() for side in p]) for p in pairs])
+
+    with torch.no_grad():
+        anchor = sequence_log_probs(initial)
+    history = []
+    for _ in range(STEPS):
+        log_probs = sequence_log_probs(model)
+        ratio = log_probs - anchor
+        margin = BETA * (ratio[:, 0] - ratio[:, 1])
+        loss = torch.log1p(torch.exp(-margin)).mean()
+        loss.backward()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        for group in optimizer.param_groups:
+            group["lr"] = reference.PARITY_LR
+        optimizer.step()
+        optimizer.zero_grad()
+        accuracy = (margin > 0).float().mean()
+        means = (loss, margin.mean(), accuracy, *log_probs.mean(dim=0))
+        history.append({**dict(zip(COMPARED, (mean.item() for mean in means), strict=False)), "grad_norm": grad_norm})
+    return history, model
+
+
+def train(pool, folder: Path, save: Path, layout: str, *flags: str) -> list[dict[str, float]]:
+    world_size, layout_flags = (LAYOUTS | {"cp2-tp2": (4, [*CP2, *TP2, "--sequence-parallel"])})[layout]
+    argv = ["--load-hf", folder / "model", "--tokenizer", folder / "tokenizer", "--data", folder / "pairs.jsonl"]
+    argv += ["--objective", "dpo", "--dpo-beta", BETA, "--save", save, "--export-hf", save / "hf", "--no-shuffle"]
+    argv += ["--lr", reference.PARITY_LR, "--lr-decay-style", "constant", "--seq-length", "256", *layout_flags, *flags]
+    exits = pool.run(run_cli, world_size, [str(value) for value in argv])
+    assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+UNPACKED = ("--no-packing", "--global-batch-size", str(PAIRS), "--micro-batch-size", "2")
+ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
+
+
+@pytest.mark.parametrize(
+    ("layout", "flags"),
+    [
+        ("1", UNPACKED),
+        ("1", (*UNPACKED, "--no-fused-head")),
+        ("1", ONE_PACK),
+        ("dp2-overlapped", UNPACKED),
+        ("tp2-pp2", UNPACKED),
+        ("cp2-tp2", ONE_PACK),
+    ],
+    ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2"],
+)
+def test_dpo_follows_the_reference(pool, inputs, tmp_path, layout, flags):
+    wanted, model = expected(inputs)
+    found = train(pool, inputs, tmp_path, layout, "--train-iters", str(STEPS), *flags)
+    assert len(found) == STEPS
+    for line, reference_line in zip(found, wanted, strict=True):
+        for name in COMPARED:
+            # Before the first update the margin is the rounding between two ways to compute one number.
+            if line["step"] > 1 or name not in ("margin", "accuracy"):
+                assert line[name] == pytest.approx(reference_line[name], rel=1e-4), (line["step"], name)
+    assert found[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert found[-1]["accuracy"] > 0.5
+    assert_same_logits(tmp_path / "hf", model)
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_trl(pool, inputs, tmp_path):
+    """TRL's own trainer, on the weights after two steps and the initial ones."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    train(pool, inputs, tmp_path / "two", "1", "--train-iters", "2", *UNPACKED)
+    found = train(pool, inputs, tmp_path / "three", "1", "--train-iters", "3", *UNPACKED)[2]["loss"]
+    examples = []
+    for (ids, mask), (rejected_ids, _) in pairs_of(inputs):
+        start = mask.index(True)
+        # The newline behind the end of turn is no label here.
+        sides = {"chosen_ids": ids[start:-1], "rejected_ids": rejected_ids[start:-1]}
+        examples.append({"prompt_ids": ids[:start], **sides})
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
+    trainer = DPOTrainer(
+        model=reference.load_model(tmp_path / "two" / "hf"),
+        ref_model=reference.load_model(inputs / "model"),
+        args=DPOConfig(output_dir=str(tmp_path / "trl"), beta=BETA, report_to=[], use_cpu=True, bf16=False),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=tokenizer,
+    )
+    batch = DataCollatorForPreference(pad_token_id=0)(examples)
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch)
+    assert found == pytest.approx(loss.item(), rel=1e-5)
