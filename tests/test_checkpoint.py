@@ -88,7 +88,15 @@ def forget_steps_from(save: Path, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(1, ONE), (2, TP2_SP), (2, DIST_OPT), (2, VPP), (1, BF16), (2, (*BF16, *OVERLAP)), (2, (*CP2, *PACKING))],
+    [
+        (1, ONE),
+        pytest.param(2, TP2_SP, marks=pytest.mark.slow),
+        (2, DIST_OPT),
+        (2, VPP),
+        pytest.param(1, BF16, marks=pytest.mark.slow),
+        (2, (*BF16, *OVERLAP)),
+        (2, (*CP2, *PACKING)),
+    ],
     ids=["one", "TP2-SP", "DP2-distopt", "PP2-VPP", "bf16", "DP2-distopt-overlap-bf16", "CP2-packing"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, inputs, world_size, layout):

@@ -185,7 +185,13 @@ def _check_gradients(
     return losses
 
 
-@pytest.mark.parametrize(("layout", "micro_batch_size", "fused_head"), SETUPS)
+QUICK = ("one", "TP2 SP", "CP2 DP2 overlapped")
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batch_size", "fused_head"),
+    [pytest.param(*setup, marks=[] if setup[0] in QUICK else pytest.mark.slow) for setup in SETUPS],
+)
 def test_every_objective_has_the_gradient_of_its_formula(pool, folder, data, layout, micro_batch_size, fused_head):
     world_size, config = LAYOUTS[layout]
     results = pool.run(_check_gradients, world_size, folder, config, data, micro_batch_size, fused_head)

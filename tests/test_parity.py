@@ -1,7 +1,9 @@
 """The trainer against an independent reference: plain PyTorch and transformers, one process, fp32."""
 
 import functools
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +117,22 @@ def assert_same_logits(exported: Path, model: torch.nn.Module) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+def cases(*values: tuple[str, ...], quick: Callable[..., bool]) -> list:
+    """Parameters of a test; those that are not quick come with the slow tests."""
+    return [pytest.param(*value, marks=[] if quick(*value) else pytest.mark.slow) for value in values]
+
+
+def has_few_ranks(layout: str) -> bool:
+    return (LAYOUTS | PACKED_LAYOUTS)[layout][0] < 8
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    cases(
+        *itertools.product(tiny.FAMILIES, LAYOUTS),
+        quick=lambda family, layout: has_few_ranks(layout) and (family == "qwen3" or layout in ("1", "tp2-sp")),
+    ),
+)
 def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
@@ -125,7 +141,7 @@ def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+@pytest.mark.parametrize("layout", cases(*zip(PACKED_LAYOUTS), quick=has_few_ranks))
 def test_packs_follow_the_reference_on_their_records(pool, inputs, tmp_path, layout):
     wanted, model = expected_of_packs(inputs)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
@@ -190,7 +206,15 @@ def test_a_relative_follows_the_reference(pool, inputs, tmp_path, objective, lay
     assert {(line["ratio_mean"], line["clip_fraction"]) for line in found} == {(1.0, 0.0)}
 
 
-@pytest.mark.parametrize(("family", "layout"), [("qwen2", "1"), ("qwen3", "tp2-sp"), ("qwen3", "tp2-pp2-dp2")])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    cases(
+        ("qwen2", "1"),
+        ("qwen3", "tp2-sp"),
+        ("qwen3", "tp2-pp2-dp2"),
+        quick=lambda _, layout: has_few_ranks(layout),
+    ),
+)
 def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
     flags = ["--old-policy-interval", "4", "--no-fused-head"]

@@ -146,10 +146,10 @@ ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
     ("layout", "flags"),
     [
         ("1", UNPACKED),
-        ("1", (*UNPACKED, "--no-fused-head")),
+        pytest.param("1", (*UNPACKED, "--no-fused-head"), marks=pytest.mark.slow),
         ("1", ONE_PACK),
         ("dp2-overlapped", UNPACKED),
-        ("tp2-pp2", UNPACKED),
+        pytest.param("tp2-pp2", UNPACKED, marks=pytest.mark.slow),
         ("cp2-tp2", ONE_PACK),
     ],
     ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2"],

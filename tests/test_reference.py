@@ -177,7 +177,10 @@ def _run_with_pairs(argv: list[str]) -> Observed:
     return run_with_reference(argv, are_pairs=True)
 
 
-@pytest.mark.parametrize("layout", ["one", "CP2-packed", "DP2-packed-overlapped"])
+@pytest.mark.parametrize(
+    "layout",
+    ["CP2-packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "DP2-packed-overlapped"))],
+)
 def test_the_sequences_of_a_pair_have_the_log_probabilities_that_they_have_alone(pool, tmp_path, inputs, layout):
     """A pair's chosen sequence, then its rejected one."""
     answers = [json.loads(line)["messages"][-1] for line in inputs.data.read_text().splitlines()]
@@ -210,7 +213,9 @@ def test_what_one_layout_wrote_another_reads(pool, tmp_path, inputs):
         forget_steps(run)
 
 
-@pytest.mark.parametrize(("per_mark", "left"), [(1, 1), (2, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("per_mark", "left"), [(2, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (3, 3)))]
+)
 def test_a_pass_that_is_killed_goes_on_to_the_same_bits(pool, tmp_path, inputs, per_mark, left):
     """Killed in the third of three batches: what was marked counts."""
     flags = (*DIST_OPT, *SEPARATE)
