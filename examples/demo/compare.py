@@ -66,9 +66,20 @@ def accuracy(model_folder: Path, held_out: Path) -> float:
 
 
 @torch.no_grad()
-def generate(model_folder: Path, questions: Sequence[str], *, max_new_tokens: int = 40, **sampling: Any) -> list[str]:
-    """Replies of an exported model, greedy ones unless `sampling` has other settings of transformers' `generate`."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
+def generate(
+    model_folder: Path,
+    questions: Sequence[str],
+    *,
+    tokenizer_folder: Path | None = None,
+    max_new_tokens: int = 40,
+    **sampling: Any,
+) -> list[str]:
+    """Replies of an exported model, greedy ones unless `sampling` has other settings of transformers' `generate`.
+
+    transformers 5 splits words as Qwen does where a tokenizer lies beside the config of a Qwen: one that splits them
+    otherwise has to come from a folder of its own.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or model_folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]

@@ -36,7 +36,7 @@ def _rounds(job: RlJob, folder: Path) -> worker.Results:
     for number in range(job.rl.rounds):
         values, model = _round(job, number, model, folder / f"round-{number + 1}")
         results.append({"method": start.method.name, "lr": start.lr, "seed": start.seed, "round": number + 1, **values})
-    results[-1] |= worker.accuracies(model, start.files, start.questions)
+    results[-1] |= worker.accuracies(model, start.folder / "tokenizer", start.files, start.questions)
     return results
 
 
@@ -51,6 +51,7 @@ def _round(job: RlJob, number: int, model: Path, folder: Path) -> tuple[dict[str
     replies = compare.generate(
         model,
         [chains.question(record) for record in records],
+        tokenizer_folder=start.folder / "tokenizer",
         max_new_tokens=worker.LONGEST_REPLY["target"],
         do_sample=True,
         temperature=1.0,

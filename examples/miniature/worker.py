@@ -74,7 +74,7 @@ def train(command: Sequence[str]) -> None:
         raise RuntimeError(f"pretrain_psft.py ended with code {code}: {' '.join(command)}")
 
 
-def accuracies(model: Path, files: Files, questions: int) -> dict[str, float]:
+def accuracies(model: Path, tokenizer: Path, files: Files, questions: int) -> dict[str, float]:
     """Per cent of the first held-out questions of each kind that the model answers rightly, decoding greedily."""
     import compare
 
@@ -82,7 +82,7 @@ def accuracies(model: Path, files: Files, questions: int) -> dict[str, float]:
     for kind, path in {"target": files.target_held_out, "general": files.base_held_out}.items():
         records = read_records(path)[:questions]
         asked = [chains.question(record) for record in records]
-        replies = compare.generate(model, asked, max_new_tokens=LONGEST_REPLY[kind])
+        replies = compare.generate(model, asked, tokenizer_folder=tokenizer, max_new_tokens=LONGEST_REPLY[kind])
         rights = [chains.right_answer(record) for record in records]
         found[kind] = 100 * mean(chains.answer(reply) == right for reply, right in zip(replies, rights, strict=True))
     return found
@@ -93,7 +93,7 @@ def _measure(job: Job, length: int) -> dict[str, Any]:
 
     name = "base" if job.method is None else job.method.name
     values = {"method": name, "lr": job.lr, "seed": job.seed, "step": length}
-    values |= accuracies(job.hf(length), job.files, job.questions)
+    values |= accuracies(job.hf(length), job.folder / "tokenizer", job.files, job.questions)
     if job.method is not None:
         columns = compare.metrics(job.save(length))
         values["clip_fraction"] = mean(columns["clip_fraction"])
