@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
@@ -23,7 +24,10 @@ LONGEST_REPLY = {"target": 72, "general": 32}
 
 def start() -> None:
     """Prepares a worker: Ctrl-C reaches it too, but it is the driver that decides; only the trainer listens."""
+    from megatron_psft.data.tokenizing import end_with_parent
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def run(job: Job) -> list[dict[str, Any]]:

@@ -187,12 +187,13 @@ class _Worker:
 def _set_up_worker(tokenizer: ChunkTokenizer) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough threads
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _Worker.tokenizer = tokenizer
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed tells nobody, and its workers would wait for work for good."""
+def end_with_parent() -> None:
+    """Ends this process when its parent has ended, for a thread of a worker: a parent that is killed tells nobody, and
+    its workers would go on, or wait for work for good."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
