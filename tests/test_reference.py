@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,11 +42,11 @@ class Inputs:
     expected: list[np.ndarray]
     """For each token of each record but the last: its successor's log-probability, zero where it is no label."""
 
-    def argv(self, save: Path, *flags: str) -> list[str]:
+    def argv(self, save: Path, *flags: str, objective: str = "sft-kl") -> list[str]:
         """Two steps; ten records, in an order that is not the file's, are less than three batches."""
         shared = f"""
             --load-hf {self.model} --tokenizer {self.tokenizer} --data {self.data} --save {save} --seq-length 256
-            --train-iters 2 --global-batch-size 4 --lr 1e-3 --objective sft
+            --train-iters 2 --global-batch-size 4 --lr 1e-3 --objective {objective}
         """
         return [*shared.split(), *flags]
 
@@ -81,17 +81,12 @@ class Observed:
     difference: float | None
 
 
-def run_with_reference(
-    argv: list[str], *, are_pairs: bool = False, per_mark: int = 1, fail_at: int = 0, signum: int = 0
-) -> Observed:
-    """The command line as if its objective needed the reference, and pairs. In scoring pass `fail_at` (from 1) it
-    raises, or gets the signal, on the last rank."""
+def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, signum: int = 0) -> Observed:
+    """The command line. In scoring pass `fail_at` (from 1) it raises, or gets the signal, on the last rank."""
     from megatron_psft import reference as module
-    from megatron_psft.config import ObjectiveConfig
     from megatron_psft.schedule import Schedule
 
     score, train, kept = Schedule.score, Schedule.train, module.BATCHES_PER_MARK
-    needs = (ObjectiveConfig.needs_reference, ObjectiveConfig.needs_pairs)
     calls: list[int] = []
     differences: list[float] = []
 
@@ -115,15 +110,10 @@ def run_with_reference(
         return train(schedule, micro_batches, *args, **kwargs)
 
     Schedule.score, Schedule.train, module.BATCHES_PER_MARK = counted, compared, per_mark
-    ObjectiveConfig.needs_reference, ObjectiveConfig.needs_pairs = (
-        property(lambda _: True),
-        property(lambda _: are_pairs),
-    )
     try:
         exit = run_cli(argv)
     finally:
         Schedule.score, Schedule.train, module.BATCHES_PER_MARK = score, train, kept
-        ObjectiveConfig.needs_reference, ObjectiveConfig.needs_pairs = needs
     return Observed(exit, len(calls), max(differences, default=None))
 
 
@@ -173,10 +163,6 @@ def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tm
     assert done.scored >= 1
 
 
-def _run_with_pairs(argv: list[str]) -> Observed:
-    return run_with_reference(argv, are_pairs=True)
-
-
 @pytest.mark.parametrize(
     "layout",
     ["CP2-packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "DP2-packed-overlapped"))],
@@ -191,10 +177,8 @@ def test_the_sequences_of_a_pair_have_the_log_probabilities_that_they_have_alone
     sides = [{"messages": [*ask, answer]} for pair in pairs for answer in pair]
     (tmp_path / "sides.jsonl").write_text("".join(json.dumps(side) + "\n" for side in sides))
     world_size, flags = LAYOUTS[layout]
-    argv = [*inputs.argv(tmp_path / "run", *flags), "--data", str(tmp_path / "pairs.jsonl")]
-    observed = pool.run(_run_with_pairs, world_size, argv)
-    assert [one.exit.code for one in observed] == [0] * world_size, observed[0].exit.err
-    assert max(one.difference for one in observed) < 1e-5
+    argv = replace(inputs, data=tmp_path / "pairs.jsonl").argv(tmp_path / "run", *flags, objective="dpo")
+    assert train(pool, world_size, argv).difference < 1e-5
     expected = np.concatenate(list(log_probs_of(inputs.model, inputs.tokenizer, tmp_path / "sides.jsonl")))
     found = np.frombuffer(values_of(tmp_path / "run"), "<f4")
     np.testing.assert_allclose(found, expected, atol=1e-4)
