@@ -285,7 +285,7 @@ def _run_with_a_full_disk_on_rank_0(argv: list[str]) -> Exit:
 def test_a_rank_that_fails_alone_does_not_leave_the_others_waiting(pool, tmp_path, inputs):
     first, second = pool.run(_run_with_a_full_disk_on_rank_0, 2, inputs.argv(tmp_path / "run", *DIST_OPT, *EVERY_STEP))
     assert (first.code, second.code) == (2, 2)
-    assert "error: rank 0: a checkpoint could not be written (basic_ios::clear: iostream error)" in first.err
+    assert "error: rank 0: save: a checkpoint could not be written (basic_ios::clear: iostream error)" in first.err
     assert f"error: rank 1: checkpoint {step_folder(tmp_path / 'run', 1)}: " in second.err
     assert "another rank hangs or is gone" in second.err
 

@@ -1,5 +1,6 @@
 """The harness itself: a pool that survives its tests, and a reference that agrees with arithmetic done by hand."""
 
+import functools
 import math
 import os
 import signal
@@ -209,7 +210,8 @@ def test_statistics_equal_arithmetic_by_hand():
 
 def test_only_tokens_within_the_bound_have_a_gradient():
     model, old_model = _TableModel([0.75, 0.25, 0.5]), _TableModel([0.5, 0.5, 0.5])
-    metrics = reference._accumulate_gradients(model, old_model, [([1, 0, 0], [False, True, True])], 0.28)
+    loss_of = functools.partial(reference.token_losses, "psft", clip_ratio_high=0.28)
+    metrics = reference._accumulate_gradients(model, old_model, None, [([1, 0, 0], [False, True, True])], loss_of, 0.28)
     # The ratios are 1.5, which is clipped, and 0.5.
     assert metrics["loss"] == pytest.approx(-(1.28 + 0.5) / 2)
     assert metrics["ratio_mean"] == pytest.approx(1.0)

@@ -149,7 +149,11 @@ def measure_model(rank, folder: Path, bf16: bool) -> dict:
     optimizer.prepare_grads()
     return {
         "data_rank": place.data_rank,
-        "scores": [[torch.cat(column) for column in zip(*score, strict=True)] for score in scores if score],
+        "scores": [
+            [torch.cat(column) for column in zip(*(stats[:2] for stats in score), strict=True)]
+            for score in scores
+            if score
+        ],
         "gradients": gradients,
         "norm": optimizer.get_grad_norm(),
     }
