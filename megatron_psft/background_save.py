@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from time import time
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, TemporalAsyncCaller
@@ -46,7 +46,7 @@ class SharedMemory:
     behind, however its processes end."""
 
     def __init__(self) -> None:
-        self._file, self._size = os.memfd_create("checkpoint"), 0
+        self._file, self._size = _owned(os.memfd_create("checkpoint")), 0
         self._map: mmap.mmap | None = None
 
     def copies(self, tensors: Iterable[Tensor]) -> list["SharedTensor"]:
@@ -56,7 +56,7 @@ class SharedMemory:
             shared.append(SharedTensor(offset=size, shape=tensor.shape, dtype=tensor.dtype))
             size += -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         if size > self._size:
-            os.ftruncate(self._file, size)
+            self._file.truncate(size)
             self._map, self._size = None, size
         with ThreadPoolExecutor(_COPYING_THREADS) as pool:  # one thread would not use all of a memory's bandwidth
             list(pool.map(lambda pair: self.open(pair[0]).copy_(pair[1].detach()), zip(shared, tensors, strict=True)))
@@ -67,16 +67,21 @@ class SharedMemory:
         if not shared.shape.numel():
             return torch.empty(shared.shape, dtype=shared.dtype, device="cpu")
         if self._map is None:
-            self._map = mmap.mmap(self._file, self._size)
+            self._map = mmap.mmap(self._file.fileno(), self._size)
         count = shared.shape.numel()
         return torch.frombuffer(self._map, dtype=shared.dtype, count=count, offset=shared.offset).view(shared.shape)
 
     def __getstate__(self) -> tuple[Any, int]:
-        return DupFd(self._file), self._size
+        return DupFd(self._file.fileno()), self._size
 
     def __setstate__(self, state: tuple[Any, int]) -> None:
         file, self._size = state
-        self._file, self._map = file.detach(), None
+        self._file, self._map = _owned(file.detach()), None
+
+
+def _owned(descriptor: int) -> BinaryIO:
+    """A file that is closed, and so gives its memory back, when nobody holds it any more."""
+    return open(descriptor, "r+b", buffering=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +106,7 @@ class _Caller(TemporalAsyncCaller):
         self.start_time = time()
         rank, buckets, results = async_req.async_fn_args
         copies = iter(self._tensors.copies(tensor for *_, (_, pairs) in buckets for _, tensor in pairs))
-        buckets = [
-            (file, key, (texts, [(item, next(copies)) for item, _ in pairs])) for file, key, (texts, pairs) in buckets
-        ]
+        buckets = _with_tensors(buckets, lambda _: next(copies))
         # Not as an argument: more than a pipe holds would have us wait until the process has imported the main script.
         pickled = torch.frombuffer(bytearray(pickle.dumps(buckets)), dtype=torch.uint8)
         plan = _Plan(memory=self._plan, pickled=self._plan.copies([pickled])[0])
@@ -127,8 +130,12 @@ class _Plan:
 def _write(write: Callable[..., None], tensors: SharedMemory, plan: _Plan, rank: int, results: Any) -> None:
     os.nice(_LOWEST_PRIORITY)
     torch.set_num_threads(1)
-    buckets = [
-        (file, key, (texts, [(item, tensors.open(shared)) for item, shared in pairs]))
-        for file, key, (texts, pairs) in plan.buckets()
+    write(rank, _with_tensors(plan.buckets(), tensors.open), results)
+
+
+def _with_tensors(buckets: Iterable[Any], change: Callable[[Any], Any]) -> list[Any]:
+    """Megatron-Core's buckets with `change` of every tensor in its place."""
+    return [
+        (file, key, (texts, [(item, change(tensor)) for item, tensor in pairs]))
+        for file, key, (texts, pairs) in buckets
     ]
-    write(rank, buckets, results)
