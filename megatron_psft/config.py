@@ -11,22 +11,7 @@ from typing import Literal
 import yaml
 
 from megatron_psft.errors import UserError
-from megatron_psft.flags import parse_flags
-
-
-def _require_at_least(minimum: float, section: object, *names: str) -> None:
-    """Raises UserError where one of the named fields is set and below `minimum` (or not a number)."""
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and not value >= minimum:
-            raise UserError(f"{name} ({value}) must be at least {minimum}")
-
-
-def _require_positive(section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if not value > 0:
-            raise UserError(f"{name} ({value}) must be greater than 0")
+from megatron_psft.flags import parse_flags, require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +40,7 @@ class WeightsConfig:
     """Folder that receives the trained model in Hugging Face format; none is written where absent."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "save_interval", "keep_last")
+        require_at_least(1, self, "save_interval", "keep_last")
 
     @property
     def tokenizer_source(self) -> str:
@@ -108,8 +93,8 @@ class DataConfig:
     """Processes on each node that tokenize, the first time; one per usable core, at most 32, where absent."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "eval_interval", "eval_iters", "data_workers")
-        _require_at_least(2, self, "seq_length")  # the shortest sequence with a token to predict
+        require_at_least(1, self, "eval_interval", "eval_iters", "data_workers")
+        require_at_least(2, self, "seq_length")  # the shortest sequence with a token to predict
         if not self.data:
             raise UserError("data () must name at least one file or folder")
 
@@ -132,8 +117,8 @@ class BatchConfig:
     """Seed of the order of records and of randomly drawn weights."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "train_iters", "epochs", "global_batch_size", "micro_batch_size")
-        _require_at_least(0, self, "seed")
+        require_at_least(1, self, "train_iters", "epochs", "global_batch_size", "micro_batch_size")
+        require_at_least(0, self, "seed")
 
 
 ObjectiveName = Literal[
@@ -183,11 +168,11 @@ class ObjectiveConfig:
     otherwise from all logits."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "clip_ratio_high", "clip_ratio_low", "p_power_q", "trsft_alpha", "dpo_beta")
-        _require_at_least(0, self, "sft_warmup_iters", "kl_coef", "eaft_alpha")
-        _require_at_least(1, self, "old_policy_micro_batch_size")
+        require_positive(self, "clip_ratio_high", "clip_ratio_low", "p_power_q", "trsft_alpha", "dpo_beta")
+        require_at_least(0, self, "sft_warmup_iters", "kl_coef", "eaft_alpha")
+        require_at_least(1, self, "old_policy_micro_batch_size")
         if self.old_policy_interval != "fixed":
-            _require_at_least(1, self, "old_policy_interval")
+            require_at_least(1, self, "old_policy_interval")
         for name in ("trsft_alpha", "profit_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be a probability, between 0 and 1")
@@ -229,9 +214,9 @@ class OptimizerConfig:
     """Gradients are scaled down to this norm over all parameters where theirs is larger."""
 
     def __post_init__(self) -> None:
-        _require_at_least(0, self, "lr", "min_lr", "lr_warmup_iters", "weight_decay")
-        _require_at_least(1, self, "lr_wsd_decay_iters")
-        _require_positive(self, "adam_eps", "clip_grad")
+        require_at_least(0, self, "lr", "min_lr", "lr_warmup_iters", "weight_decay")
+        require_at_least(1, self, "lr_wsd_decay_iters")
+        require_positive(self, "adam_eps", "clip_grad")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1")
@@ -263,10 +248,10 @@ class ParallelConfig:
     """Minutes that a rank waits in a collective for the others before the run ends with an error."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "distributed_timeout_minutes")
-        _require_at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
-        _require_at_least(1, self, "context_parallel_size")
-        _require_at_least(1, self, "num_layers_per_virtual_pipeline_stage")
+        require_positive(self, "distributed_timeout_minutes")
+        require_at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        require_at_least(1, self, "context_parallel_size")
+        require_at_least(1, self, "num_layers_per_virtual_pipeline_stage")
 
     @property
     def model_parallel_size(self) -> int:
@@ -299,7 +284,7 @@ class RecomputeConfig:
     full."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "recompute_num_layers")
+        require_at_least(1, self, "recompute_num_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +300,7 @@ class LoggingConfig:
     `save` whenever a checkpoint is; nothing is counted where absent."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "log_interval", "log_clipped_tokens")
+        require_at_least(1, self, "log_interval", "log_clipped_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,10 @@ import argparse
 import ast
 import inspect
 import math
+import os
+import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
@@ -32,6 +34,39 @@ _METAVARS = {int: "N", float: "F", str: "TEXT"}
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def require_at_least(minimum: float, section: object, *names: str) -> None:
+    """Raises UserError where one of the named fields is set and below `minimum` (or not a number)."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not value >= minimum:
+            raise UserError(f"{name} ({value}) must be at least {minimum}")
+
+
+def require_positive(section: object, *names: str) -> None:
+    """Raises UserError where one of the named fields is not above 0."""
+    for name in names:
+        value = getattr(section, name)
+        if not value > 0:
+            raise UserError(f"{name} ({value}) must be greater than 0")
+
+
+def require_absent(section: object, name: str, kind: Literal["file", "folder"] = "file") -> None:
+    """Raises UserError where the path that the named field holds exists."""
+    path = getattr(section, name)
+    if os.path.exists(path):
+        raise UserError(f"{name} ({path}) must not exist; remove it, or name another {kind}")
+
+
+def run_command(root: type[_Root], command: Callable[[_Root], int | None], argv: Sequence[str], *, epilog: str) -> int:
+    """Runs `command` with what `parse_flags` builds; returns its exit code (0 where it has none), or 2 after a user's
+    mistake, which is printed as one `error:` line."""
+    try:
+        return command(parse_flags(root, argv, epilog=epilog)) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
 
 
 def parse_flags(root: type[_Root], argv: Sequence[str], *, epilog: str | None = None) -> _Root:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.errors import UserError
+from megatron_psft.flags import require_at_least, require_positive
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
     from transformers import PreTrainedTokenizerBase
@@ -43,15 +44,11 @@ class SamplingConfig:
     """Seed of the sampling. The same answers come again only with the same engine, sizes and machine."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "batch_size", "vllm_tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if not self.temperature > 0:
-            raise UserError(f"temperature ({self.temperature}) must be greater than 0")
+        require_at_least(1, self, "num_samples", "max_new_tokens", "batch_size", "vllm_tensor_parallel_size")
+        require_positive(self, "temperature")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p ({self.top_p}) must be greater than 0 and at most 1")
-        if self.seed < 0:
-            raise UserError(f"seed ({self.seed}) must be at least 0")
+        require_at_least(0, self, "seed")
         if self.uses_vllm and importlib.util.find_spec("vllm") is None:
             raise UserError(f"engine ({self.engine}) must be installed: `pip install vllm`, or --engine transformers")
         unused, engine = ("batch_size", "vllm") if self.uses_vllm else ("vllm_tensor_parallel_size", "transformers")

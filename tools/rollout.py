@@ -25,7 +25,7 @@ from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.prompts import Prompt, PromptConfig, read_prompts
 from megatron_psft.data.records import RecordError, RecordKeys, parse_row
 from megatron_psft.errors import UserError
-from megatron_psft.flags import parse_flags
+from megatron_psft.flags import require_absent, run_command
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rewards import AdvantageName, Verifier, VerifierName, build_verifier, group_advantages
 from megatron_psft.sampling import Answer, Sampler, SamplingConfig
@@ -64,8 +64,7 @@ class OutputConfig:
     """Also write answers that were cut at max_new_tokens; training teaches the model to end where they were cut."""
 
     def __post_init__(self) -> None:
-        if os.path.exists(self.out):
-            raise UserError(f"out ({self.out}) must not exist; remove it, or name another file")
+        require_absent(self, "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +117,7 @@ class Tally:
 def main(argv: Sequence[str]) -> int:
     """Writes the records and returns the exit code: 0, or 2 after a user's mistake."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        rollout(parse_flags(RolloutConfig, argv, epilog=EXAMPLES))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(RolloutConfig, rollout, argv, epilog=EXAMPLES)
 
 
 def rollout(config: RolloutConfig) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_psft.config import Config, WeightsConfig
 from megatron_psft.errors import UserError
-from megatron_psft.flags import parse_flags
+from megatron_psft.flags import require_at_least, run_command
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     from transformers import PreTrainedTokenizerBase
@@ -60,9 +60,7 @@ class ShowConfig:
     """Green label tokens: on a terminal only, always, or never."""
 
     def __post_init__(self) -> None:
-        for name in ("rows", "step"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+        require_at_least(1, self, "rows", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +75,10 @@ def main(argv: Sequence[str]) -> int:
     """Prints to stdout and returns the exit code: 0, or 2 after a user's mistake."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        show_data(parse_flags(ShowDataConfig, argv, epilog=EXAMPLES))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return run_command(ShowDataConfig, show_data, argv, epilog=EXAMPLES)
     except BrokenPipeError:  # the pager was left
         sys.stderr.close()
-    return 0
+        return 0
 
 
 def show_data(config: ShowDataConfig) -> None:

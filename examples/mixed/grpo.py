@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_psft.data.files import Row, open_rows
 from megatron_psft.data.prompts import PromptConfig
 from megatron_psft.errors import UserError
-from megatron_psft.flags import parse_flags
+from megatron_psft.flags import require_at_least, run_command
 from megatron_psft.hf.hub import ModelConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,9 +51,7 @@ class LoopConfig:
     """Folder of the rounds."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "prompts_per_round", "nproc_per_node"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+        require_at_least(1, self, "rounds", "prompts_per_round", "nproc_per_node")
         for name in ("rollout_config", "train_config"):
             if not Path(getattr(self, name)).is_file():
                 raise UserError(f"{name} ({getattr(self, name)}) must be a file; check the path")
@@ -70,11 +68,7 @@ class Config:
 
 def main(argv: Sequence[str]) -> int:
     """Runs what is missing and returns the exit code: 0, 2 after a user's mistake, or that of a command that failed."""
-    try:
-        return run_rounds(parse_flags(Config, argv, epilog=EXAMPLES))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(Config, run_rounds, argv, epilog=EXAMPLES)
 
 
 def run_rounds(config: Config) -> int:

@@ -13,7 +13,6 @@ messages before the last turn are its own.
 """
 
 import json
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from typing import Any, Literal
 from megatron_psft.data.files import Row, open_rows
 from megatron_psft.data.records import Record, RecordKeys, raise_or_report, read_records
 from megatron_psft.errors import UserError
-from megatron_psft.flags import parse_flags
+from megatron_psft.flags import require_absent, run_command
 from megatron_psft.rewards import group_advantages
 
 EXAMPLES = """example:
@@ -56,8 +55,7 @@ class MixConfig:
     """JSON Lines file to write; it must not exist."""
 
     def __post_init__(self) -> None:
-        if os.path.exists(self.out):
-            raise UserError(f"out ({self.out}) must not exist; remove it, or name another file")
+        require_absent(self, "out")
         if not 0 <= self.pass_rate < 1:
             raise UserError(f"pass_rate ({self.pass_rate}) must be at least 0 and below 1")
         if self.pass_rate and self.method != "hpt":
@@ -73,12 +71,7 @@ class Config:
 
 def main(argv: Sequence[str]) -> int:
     """Writes the records and returns the exit code: 0, or 2 after a user's mistake."""
-    try:
-        mix(parse_flags(Config, argv, epilog=EXAMPLES).mix)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(Config, lambda config: mix(config.mix), argv, epilog=EXAMPLES)
 
 
 def mix(config: MixConfig) -> None:

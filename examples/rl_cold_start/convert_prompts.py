@@ -1,7 +1,6 @@
 """Writes prompts with known answers as verl or NeMo-RL read them."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from megatron_psft.data.prompts import Prompt, PromptConfig, read_prompts
 from megatron_psft.errors import UserError
-from megatron_psft.flags import parse_flags
+from megatron_psft.flags import require_absent, run_command
 from megatron_psft.rewards import MathVerifier
 
 EXAMPLES = """examples:
@@ -33,8 +32,7 @@ class OutputConfig:
     """File to write; it must not exist."""
 
     def __post_init__(self) -> None:
-        if os.path.exists(self.out):
-            raise UserError(f"out ({self.out}) must not exist; remove it, or name another file")
+        require_absent(self, "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +45,7 @@ class Config:
 
 def main(argv: Sequence[str]) -> int:
     """Writes the file and returns the exit code: 0, or 2 after a user's mistake."""
-    try:
-        convert(parse_flags(Config, argv, epilog=EXAMPLES))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(Config, convert, argv, epilog=EXAMPLES)
 
 
 def convert(config: Config) -> None:

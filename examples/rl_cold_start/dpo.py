@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trl_run import TrainConfig, run_main, train_and_save
+from trl_run import TrainConfig, train_and_save
 
 from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.data.records import Message, RecordKeys, parse_row
 from megatron_psft.errors import UserError
+from megatron_psft.flags import require_at_least, require_positive, run_command
 from megatron_psft.hf.hub import ModelConfig
 
 EXAMPLES = """example:
@@ -31,10 +32,8 @@ class DpoConfig:
     """Longest prompt and answer, in tokens; what is longer is cut at its end."""
 
     def __post_init__(self) -> None:
-        if not self.dpo_beta > 0:
-            raise UserError(f"dpo_beta ({self.dpo_beta}) must be greater than 0")
-        if self.seq_length < 2:
-            raise UserError(f"seq_length ({self.seq_length}) must be at least 2")
+        require_positive(self, "dpo_beta")
+        require_at_least(2, self, "seq_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def train(config: Config) -> None:
 
 
 def main(argv: list[str]) -> int:
-    return run_main(Config, train, argv, EXAMPLES)
+    return run_command(Config, train, argv, epilog=EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ On one process as below, on several with `accelerate launch` or torchrun in fron
 import sys
 from dataclasses import dataclass
 
-from trl_run import TrainConfig, run_main, train_and_save
+from trl_run import TrainConfig, train_and_save
 
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.prompts import PromptConfig, read_prompts
 from megatron_psft.errors import UserError
+from megatron_psft.flags import run_command
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rewards import VerifierName, build_verifier
 
@@ -96,7 +97,7 @@ def train(config: Config) -> None:
 
 
 def main(argv: list[str]) -> int:
-    return run_main(Config, train, argv, EXAMPLES)
+    return run_command(Config, train, argv, epilog=EXAMPLES)
 
 
 if __name__ == "__main__":

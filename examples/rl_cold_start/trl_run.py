@@ -1,16 +1,11 @@
-"""What the two trainings share: flags, settings of TRL's trainers, and how a run ends."""
+"""What the two trainings share: flags, settings of TRL's trainers, and what they leave."""
 
 import os
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_psft.errors import UserError
-from megatron_psft.flags import parse_flags
-
-_Config = TypeVar("_Config")
+from megatron_psft.flags import require_absent, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +26,10 @@ class TrainConfig:
     """Seed of the order of the data and of sampling."""
 
     def __post_init__(self) -> None:
-        for name in ("train_iters", "global_batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+        require_at_least(1, self, "train_iters", "global_batch_size", "micro_batch_size")
         if self.seed < 0 or not self.lr > 0:
             raise UserError(f"seed ({self.seed}) must be at least 0 and lr ({self.lr}) greater than 0")
-        if Path(self.out).exists():
-            raise UserError(f"out ({self.out}) must not exist; remove it, or name another folder")
+        require_absent(self, "out", "folder")
         together = self.micro_batch_size * self.num_processes
         if self.global_batch_size % together:
             raise UserError(
@@ -69,17 +61,6 @@ class TrainConfig:
             "save_strategy": "no",
             "report_to": "none",
         }
-
-
-def run_main(config_class: type[_Config], train: Callable[[_Config], None], argv: Sequence[str], epilog: str) -> int:
-    """Runs `train` with the configuration that the command line holds; returns the exit code, 2 after a user's
-    mistake."""
-    try:
-        train(parse_flags(config_class, argv, epilog=epilog))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def train_and_save(trainer: Any) -> None:

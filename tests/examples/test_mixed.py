@@ -10,6 +10,7 @@ import pytest
 
 from examples.mixed import grpo, mix
 from megatron_psft.config import parse_config
+from megatron_psft.flags import parse_flags
 from tests.support import tiny
 from tests.support.cli import REPOSITORY
 from tools import rollout
@@ -125,7 +126,7 @@ def test_the_shipped_settings_are_flags_of_their_commands():
     config = parse_config(["--config", str(folder / "train.yaml"), "--load-hf", "m", "--data", "d", "--save", "s"])
     assert config.objective.old_policy_interval == "fixed"
     argv = ["--config", str(folder / "rollout.yaml"), "--model", "m", "--prompts", "p", "--out", "none"]
-    assert rollout.parse_flags(rollout.RolloutConfig, argv).sampling.num_samples == 8
+    assert parse_flags(rollout.RolloutConfig, argv).sampling.num_samples == 8
 
 
 @pytest.mark.slow

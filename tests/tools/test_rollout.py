@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 
 import pytest
 
+from megatron_psft.flags import parse_flags
 from megatron_psft.sampling import Answer
 from tests.data import toys
 from tests.support import tiny
@@ -145,7 +146,7 @@ def group_of(answers: list[Answer], template: str) -> tuple[list[dict], rollout.
     from megatron_psft.rewards import ExactVerifier
 
     prompt = rollout.Prompt(messages=({"role": "user", "content": "Hi?"},), answer="Yes.", source="toy:1")
-    config = rollout.parse_flags(
+    config = parse_flags(
         rollout.RolloutConfig, ["--model", "m", "--prompts", "p", "--out", "none", "--keep-flat-groups"]
     )
     renderer = ChatRenderer(toys.byte_tokenizer(template), "last")
