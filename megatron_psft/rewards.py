@@ -65,10 +65,15 @@ class MathVerifier:
         return float(self._math_verify.verify(known, found, timeout_seconds=_TIMEOUT_SECONDS))
 
     def _parse_known(self, answer: str) -> list[object]:
-        text = answer.split(_GSM8K_MARK)[-1].strip()
+        text = bare_answer(answer)
         # Bare LaTeX is found only within delimiters.
         text = text if not text or "\\boxed" in text else f"\\boxed{{{text}}}"
         return list(self._math_verify.parse(text, parsing_timeout=_TIMEOUT_SECONDS))
+
+
+def bare_answer(answer: str) -> str:
+    """A known answer without the solution that GSM8K puts before its mark."""
+    return answer.split(_GSM8K_MARK)[-1].strip()
 
 
 def build_verifier(name: VerifierName) -> Verifier:

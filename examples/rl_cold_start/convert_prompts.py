@@ -10,7 +10,7 @@ from typing import Any, Literal
 from megatron_psft.data.prompts import Prompt, PromptConfig, read_prompts
 from megatron_psft.errors import UserError
 from megatron_psft.flags import require_absent, run_command
-from megatron_psft.rewards import MathVerifier
+from megatron_psft.rewards import MathVerifier, bare_answer
 
 EXAMPLES = """examples:
     python examples/rl_cold_start/convert_prompts.py --prompts gsm8k/train.jsonl --prompt-key question \\
@@ -61,17 +61,12 @@ def convert(config: Config) -> None:
     print(f"{len(prompts)} prompts in {out}")
 
 
-def bare_answer(prompt: Prompt) -> str:
-    """Without the solution that GSM8K puts before its mark."""
-    return prompt.answer.split("####")[-1].strip()
-
-
 def verl_row(prompt: Prompt) -> dict[str, Any]:
     return {
         "data_source": VERL_SCORER,
         "prompt": [dict(message) for message in prompt.messages],
         "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": bare_answer(prompt)},
+        "reward_model": {"style": "rule", "ground_truth": bare_answer(prompt.answer)},
         "extra_info": {"source": prompt.source},
     }
 
@@ -79,7 +74,7 @@ def verl_row(prompt: Prompt) -> dict[str, Any]:
 def nemo_rl_row(prompt: Prompt) -> dict[str, str]:
     if len(prompt.messages) > 1:
         raise UserError(f"framework (nemo-rl) takes one user turn per prompt; {prompt.source} has more messages")
-    return {"input": prompt.messages[0]["content"], "output": bare_answer(prompt)}
+    return {"input": prompt.messages[0]["content"], "output": bare_answer(prompt.answer)}
 
 
 if __name__ == "__main__":

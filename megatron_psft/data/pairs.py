@@ -24,6 +24,7 @@ from megatron_psft.data.records import (
     found_keys,
     message_list,
     parse_tools,
+    parse_with,
     place_system,
     read_object,
 )
@@ -44,12 +45,7 @@ class Pair:
 
 def parse_pair(row: Row | BadRecord, keys: RecordKeys) -> Pair | BadRecord:
     """The pair that a row is, or why it is none."""
-    if isinstance(row, BadRecord):
-        return row
-    try:
-        return _parse_value(row.value, row.source, keys)
-    except RecordError as error:
-        return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
+    return parse_with(_parse_value, row, keys)
 
 
 def _parse_value(value: object, source: str, keys: RecordKeys) -> Pair:

@@ -15,12 +15,14 @@ the record's weight in a policy gradient, a number.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
 
 from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.errors import UserError, nearest_name_hint
+
+Parsed = TypeVar("Parsed")
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -105,10 +107,17 @@ class RecordError(ValueError):
 
 def parse_row(row: Row | BadRecord, keys: RecordKeys) -> Record | BadRecord:
     """The record that a row is, or why it is none."""
+    return parse_with(_parse_value, row, keys)
+
+
+def parse_with(
+    parse: Callable[[object, str, RecordKeys], Parsed], row: Row | BadRecord, keys: RecordKeys
+) -> Parsed | BadRecord:
+    """What `parse` makes of a row's value and source, or why it makes nothing: the `RecordError` that it raises."""
     if isinstance(row, BadRecord):
         return row
     try:
-        return _parse_value(row.value, row.source, keys)
+        return parse(row.value, row.source, keys)
     except RecordError as error:
         return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
 
