@@ -147,7 +147,7 @@ class Saver:
         content = _sharded_state(state, is_loading=False)
         content["old_log_probs"] = {
             str(later): _sharded_old_log_probs(
-                later, sum_over_context(self._loader.to_packs(later, old), parallel), self._loader, parallel
+                later, sum_over_context(self._loader.to_packs(later, old), parallel).cpu(), self._loader, parallel
             )
             for later, old in state.window.stored.items()
             if old

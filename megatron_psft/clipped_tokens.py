@@ -1,7 +1,6 @@
 """Which tokens PSFT clips most: counts by token id over the whole run, and the file that shows them."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.parallel import Parallel
+from megatron_psft.step_folders import replace_file
 
 CLIPPED_TOKENS_FILE = "clipped_tokens.json"
 
@@ -74,7 +74,4 @@ class ClippedTokens:
                 for token_id, count in rows
             ],
         }
-        path = folder / CLIPPED_TOKENS_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        replace_file(folder / CLIPPED_TOKENS_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -20,6 +20,7 @@ from megatron_psft.labels import LabelStats
 from megatron_psft.objectives import BatchSums
 from megatron_psft.parallel import Parallel
 from megatron_psft.preference import PAIR_METRICS
+from megatron_psft.step_folders import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -210,6 +211,4 @@ def _drop_from(path: Path, first_step: int) -> None:
     whole = [line for line in lines if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["step"] < first_step]
     if len(kept) < len(lines):
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        replace_file(path, "".join(kept))

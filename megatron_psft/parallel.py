@@ -127,12 +127,13 @@ def on_main(action: Callable[[], Result]) -> Result:
 
 
 def sum_over_context(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
-    """Adds up, on the CPU, what each context-parallel rank has; collective over these ranks."""
+    """Adds up what each context-parallel rank has, on the rank's device and in the place of `values` where they are
+    there; collective over these ranks."""
     if parallel.context_size == 1:
         return values
     values = values.to(parallel.device)
     dist.all_reduce(values, group=parallel.context_group)
-    return values.cpu()
+    return values
 
 
 @contextmanager

@@ -215,7 +215,7 @@ class ReferencePass:
 
     def _score(self, batch: int, file: BinaryIO | None) -> None:
         scored = [stats.log_probs for stats in self.schedule.score(self.loader.micro_batches(batch))]
-        rows = sum_over_context(self.loader.to_packs(batch, scored), self.parallel) if scored else None
+        rows = sum_over_context(self.loader.to_packs(batch, scored), self.parallel).cpu() if scored else None
         self._together(lambda: self._write(batch, rows, file))
 
     def _write(self, batch: int, rows: Tensor | None, file: BinaryIO | None) -> None:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -18,7 +17,7 @@ from megatron_psft.labels import LabelContext, LabelStats, Records
 from megatron_psft.model.head import HeadInputs, HeadOutput, label_positions, place_labels, select_labels
 from megatron_psft.model.layers import packed_row_params
 from megatron_psft.objectives import BatchSums, Objective, batch_sums, is_clipped, policy_ratio
-from megatron_psft.parallel import Parallel
+from megatron_psft.parallel import Parallel, sum_over_context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +165,7 @@ class _Item:
             return self.context
         ids = select_labels(self.micro_batch.record_ids, self.label_positions)
         counts = self.micro_batch.label_counts
-        records = Records(ids=ids, label_counts=counts, add_up=partial(_add_up, parallel))
+        records = Records(ids=ids, label_counts=counts, add_up=partial(sum_over_context, parallel=parallel))
         return replace(self.context, records=records)
 
     def head_inputs(self, parallel: Parallel) -> HeadInputs:
@@ -200,10 +199,3 @@ def _context_of(
         advantages=of_records(micro_batch.advantages),
         weights=of_records(1.0 / micro_batch.label_counts.float()) if weighs_records else None,
     )
-
-
-def _add_up(parallel: Parallel, values: Tensor) -> Tensor:
-    """Sums `values` over the context-parallel ranks; collective over these."""
-    if parallel.context_size > 1:
-        dist.all_reduce(values, group=parallel.context_group)
-    return values

@@ -92,7 +92,7 @@ def seal(target: Path, content: Mapping[str, Any]) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a small file in one move: whoever reads it, after whatever interruption, finds the old text or the new."""
+    """Writes a file in one move: whoever reads it, after whatever interruption, finds the old text or the new."""
     aside = path.with_name(path.name + ".new")
     aside.write_text(text, encoding="utf-8")
     _sync(aside)
