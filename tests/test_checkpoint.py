@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from megatron_psft.step_folders import MARKER, step_folder, step_folders
 from tests.support import tiny
 from tests.support.cli import run_cli
+from tests.support.marks import slow
 
 TIMINGS = {"step_seconds", "old_policy_seconds", "tokens_per_second"}
 
@@ -90,10 +91,10 @@ def forget_steps_from(save: Path, step: int) -> None:
     ("world_size", "layout"),
     [
         (1, ONE),
-        pytest.param(2, TP2_SP, marks=pytest.mark.slow),
+        slow(2, TP2_SP),
         (2, DIST_OPT),
         (2, VPP),
-        pytest.param(1, BF16, marks=pytest.mark.slow),
+        slow(1, BF16),
         (2, (*BF16, *OVERLAP)),
         (2, (*CP2, *PACKING)),
     ],
@@ -147,7 +148,7 @@ def test_the_last_update_of_every_rank_leaves_with_the_export(pool, tmp_path, in
 
 @pytest.mark.parametrize(
     ("optimizer", "packing", "second"),
-    [(ONE, ONE, PP2), (DIST_OPT, ONE, VPP), (ONE, PACKING, CP2)],
+    [slow(ONE, ONE, PP2), (DIST_OPT, ONE, VPP), (ONE, PACKING, CP2)],
     ids=["optimizer-PP2", "distopt-PP2-VPP", "packing-CP2"],
 )
 def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, packing, second):

@@ -17,6 +17,7 @@ from megatron_psft.data.loader import BatchLoader, MicroBatch
 from megatron_psft.data.packing import PackPlan, best_fit
 from megatron_psft.objectives import Objective
 from tests.support import reference, tiny
+from tests.support.marks import slow
 from tests.test_packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
 from tests.test_schedule import GradientSource, gradients_of, ready
 
@@ -190,7 +191,7 @@ QUICK = ("one", "TP2 SP", "CP2 DP2 overlapped")
 
 @pytest.mark.parametrize(
     ("layout", "micro_batch_size", "fused_head"),
-    [pytest.param(*setup, marks=[] if setup[0] in QUICK else pytest.mark.slow) for setup in SETUPS],
+    [setup if setup[0] in QUICK else slow(*setup) for setup in SETUPS],
 )
 def test_every_objective_has_the_gradient_of_its_formula(pool, folder, data, layout, micro_batch_size, fused_head):
     world_size, config = LAYOUTS[layout]

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_psft.data.packing import best_fit
 from tests.support import reference, tiny
 from tests.support.cli import run_cli
+from tests.support.marks import slow
 
 STEPS, GLOBAL_BATCH_SIZE = 12, 8
 COMPARED = ("loss", "nll", "entropy", "grad_norm", "clip_fraction")
@@ -117,21 +117,16 @@ def assert_same_logits(exported: Path, model: torch.nn.Module) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
 
 
-def cases(*values: tuple[str, ...], quick: Callable[..., bool]) -> list:
-    """Parameters of a test; those that are not quick come with the slow tests."""
-    return [pytest.param(*value, marks=[] if quick(*value) else pytest.mark.slow) for value in values]
-
-
 def has_few_ranks(layout: str) -> bool:
     return (LAYOUTS | PACKED_LAYOUTS)[layout][0] < 8
 
 
+QUICK = {("qwen2", "1"), ("llama", "1"), *(("qwen3", layout) for layout in LAYOUTS if has_few_ranks(layout))}
+
+
 @pytest.mark.parametrize(
     ("family", "layout"),
-    cases(
-        *itertools.product(tiny.FAMILIES, LAYOUTS),
-        quick=lambda family, layout: has_few_ranks(layout) and (family == "qwen3" or layout in ("1", "tp2-sp")),
-    ),
+    [case if case in QUICK else slow(*case) for case in itertools.product(tiny.FAMILIES, LAYOUTS)],
 )
 def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
@@ -141,7 +136,7 @@ def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize("layout", cases(*zip(PACKED_LAYOUTS), quick=has_few_ranks))
+@pytest.mark.parametrize("layout", [name if has_few_ranks(name) else slow(name) for name in PACKED_LAYOUTS])
 def test_packs_follow_the_reference_on_their_records(pool, inputs, tmp_path, layout):
     wanted, model = expected_of_packs(inputs)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
@@ -171,7 +166,7 @@ def test_evaluation_of_packs_is_that_of_their_records(pool, inputs, tmp_path):
         assert packs[name] == pytest.approx(records[name], rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["1", "tp2-pp2"])
+@pytest.mark.parametrize("layout", ["1", slow("tp2-pp2")])
 def test_fixed_old_policy_follows_the_reference(pool, inputs, tmp_path, layout):
     wanted, model = expected(inputs, "qwen2", old_policy_interval="fixed")
     found = train(pool, inputs, "qwen2", tmp_path, "--old-policy-interval", "fixed", layout=layout)
@@ -197,7 +192,9 @@ def test_sft_follows_the_reference(pool, inputs, tmp_path, layout):
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize(("objective", "layout"), [("dft", "tp2-pp2"), ("sft-kl", "1"), ("sft-kl", "tp2-pp2")])
+@pytest.mark.parametrize(
+    ("objective", "layout"), [("dft", "1"), slow("dft", "tp2-pp2"), slow("sft-kl", "1"), ("sft-kl", "tp2-pp2")]
+)
 def test_a_relative_follows_the_reference(pool, inputs, tmp_path, objective, layout):
     wanted, model = expected(inputs, "llama", objective=objective)
     found = train(pool, inputs, "llama", tmp_path, "--objective", objective, layout=layout)
@@ -206,15 +203,7 @@ def test_a_relative_follows_the_reference(pool, inputs, tmp_path, objective, lay
     assert {(line["ratio_mean"], line["clip_fraction"]) for line in found} == {(1.0, 0.0)}
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    cases(
-        ("qwen2", "1"),
-        ("qwen3", "tp2-sp"),
-        ("qwen3", "tp2-pp2-dp2"),
-        quick=lambda _, layout: has_few_ranks(layout),
-    ),
-)
+@pytest.mark.parametrize(("family", "layout"), [("qwen2", "1"), slow("qwen3", "tp2-sp"), slow("qwen3", "tp2-pp2-dp2")])
 def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
     flags = ["--old-policy-interval", "4", "--no-fused-head"]
@@ -243,9 +232,9 @@ def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--recompute-granularity", "selective"],
+        slow(["--recompute-granularity", "selective"]),
         ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
-        ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "2"],
+        slow(["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "2"]),
     ],
     ids=["selective", "uniform", "block"],
 )
@@ -274,7 +263,7 @@ def test_ratio_is_one_after_every_sync(pool, inputs, tmp_path):
         assert (line["ratio_mean"], line["ratio_max"], line["clip_fraction"], line["approx_kl"]) == (1.0, 1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("layout", ["1", "tp2-sp", "pp2-interleaved", "dp2-overlapped"])
+@pytest.mark.parametrize("layout", [slow("1"), slow("tp2-sp"), "pp2-interleaved", "dp2-overlapped"])
 def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_path, layout):
     """The old-policy pass computes bit for bit what training computes: the shortcut r = 1 hides no difference."""
     argv = [tmp_path, inputs, LAYOUTS[layout][1]]
@@ -284,6 +273,7 @@ def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_
         assert all(line["old_policy_seconds"] > 0.001 for line in lines[::2])
 
 
+@pytest.mark.slow
 def test_passes_in_other_micro_batches_give_ratio_one_up_to_rounding(pool, inputs, tmp_path):
     flags = ["--micro-batch-size", "1", "--old-policy-micro-batch-size", "4"]
     (lines,) = pool.run(_train_with_forced_passes, 1, tmp_path, inputs, flags)

@@ -17,6 +17,7 @@ from megatron_psft.labels import LabelContext, LabelStats, Records
 from megatron_psft.preference import dpo_loss, pair_metrics
 from tests.support import reference, tiny
 from tests.support.cli import run_cli
+from tests.support.marks import slow
 from tests.test_parity import CP2, LAYOUTS, TP2, assert_same_logits
 
 STEPS, PAIRS, BETA = 4, 8, 0.3
@@ -146,10 +147,10 @@ ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
     ("layout", "flags"),
     [
         ("1", UNPACKED),
-        pytest.param("1", (*UNPACKED, "--no-fused-head"), marks=pytest.mark.slow),
+        slow("1", (*UNPACKED, "--no-fused-head")),
         ("1", ONE_PACK),
         ("dp2-overlapped", UNPACKED),
-        pytest.param("tp2-pp2", UNPACKED, marks=pytest.mark.slow),
+        slow("tp2-pp2", UNPACKED),
         ("cp2-tp2", ONE_PACK),
     ],
     ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2"],

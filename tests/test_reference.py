@@ -19,6 +19,7 @@ from megatron_psft.reference import PROGRESS, VALUES
 from megatron_psft.step_folders import step_folders
 from tests.support import reference, tiny
 from tests.support.cli import Exit, run_cli
+from tests.support.marks import slow
 from tests.support.pool import WorkerError
 from tests.test_checkpoint import CP2, DIST_OPT, ONE, OVERLAP, PP2, TP2_SP
 
@@ -149,7 +150,7 @@ def forget_steps(save: Path) -> None:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one", slow("TP2-SP"), "PP2-packed", slow("CP2-packed"), "DP2-packed-overlapped"])
 def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tmp_path, inputs, layout):
     """In the file in the order of the records; in a shuffled training batch of the layout at each label."""
     world_size, flags = LAYOUTS[layout]
@@ -165,7 +166,7 @@ def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tm
 
 @pytest.mark.parametrize(
     "layout",
-    ["CP2-packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "DP2-packed-overlapped"))],
+    ["CP2-packed", slow("one"), slow("DP2-packed-overlapped")],
 )
 def test_the_sequences_of_a_pair_have_the_log_probabilities_that_they_have_alone(pool, tmp_path, inputs, layout):
     """A pair's chosen sequence, then its rejected one."""
@@ -197,9 +198,7 @@ def test_what_one_layout_wrote_another_reads(pool, tmp_path, inputs):
         forget_steps(run)
 
 
-@pytest.mark.parametrize(
-    ("per_mark", "left"), [(2, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (3, 3)))]
-)
+@pytest.mark.parametrize(("per_mark", "left"), [(2, 1), slow(1, 1), slow(3, 3)])
 def test_a_pass_that_is_killed_goes_on_to_the_same_bits(pool, tmp_path, inputs, per_mark, left):
     """Killed in the third of three batches: what was marked counts."""
     flags = (*DIST_OPT, *SEPARATE)

@@ -18,6 +18,7 @@ import torch
 
 from megatron_psft.step_folders import MARKER, step_folder, step_folders
 from tests.support.cli import Exit, run_cli
+from tests.support.marks import slow
 from tests.support.pool import WorkerError
 from tests.test_checkpoint import DIST_OPT, ONE, PP2, TP2_SP, forget_steps_from, inputs, metrics_of, refuse, train
 
@@ -34,7 +35,7 @@ def evaluated(inputs) -> list[str]:
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [pytest.param(2, DIST_OPT, id="DP2-distopt"), pytest.param(4, TP2_PP2, id="TP2-PP2", marks=pytest.mark.slow)],
+    [pytest.param(1, ONE, id="one"), slow(2, DIST_OPT, id="DP2-distopt"), slow(4, TP2_PP2, id="TP2-PP2")],
 )
 def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world_size, layout):
     """Within the window, at its borders, in warm-up, and where an epoch ends."""
@@ -113,7 +114,7 @@ def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Ex
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(("signum", "rank"), [(signal.SIGTERM, "1"), (signal.SIGINT, "0")])
+@pytest.mark.parametrize(("signum", "rank"), [(signal.SIGTERM, "1"), slow(signal.SIGINT, "0")])
 def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, signum, rank):
     flags = (*DIST_OPT, *evaluated(inputs))
     train(pool, 2, inputs.argv(tmp_path / "whole", *flags))
@@ -129,7 +130,7 @@ def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, sig
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("layout", [ONE, DIST_OPT], ids=["one", "DP2-distopt"])
+@pytest.mark.parametrize("layout", [slow(ONE, id="one"), pytest.param(DIST_OPT, id="DP2-distopt")])
 def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inputs, layout):
     world_size = 2 if layout else 1
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -249,7 +250,7 @@ def _run_with_small_files(argv: list[str]) -> Exit:
         Saver.save = original
 
 
-@pytest.mark.parametrize("background", [(), ("--async-save",)], ids=["waiting", "background"])
+@pytest.mark.parametrize("background", [slow((), id="waiting"), pytest.param(("--async-save",), id="background")])
 def test_a_checkpoint_that_cannot_be_written_costs_no_other(pool, tmp_path, inputs, background):
     whole, run = tmp_path / "whole", tmp_path / "run"
     flags = (*DIST_OPT, "--save-interval", "2", "--keep-last", "1")
