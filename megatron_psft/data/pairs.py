@@ -45,7 +45,7 @@ class Pair:
 
 def parse_pair(row: Row | BadRecord, keys: RecordKeys) -> Pair | BadRecord:
     """The pair that a row is, or why it is none."""
-    return parse_with(_parse_value, row, keys)
+    return parse_with(lambda value, source: _parse_value(value, source, keys), row)
 
 
 def _parse_value(value: object, source: str, keys: RecordKeys) -> Pair:

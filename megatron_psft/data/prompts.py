@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_psft.data.files import BadRecord, Row, open_rows
-from megatron_psft.data.records import Message, RecordError, RecordKeys, parse_row
+from megatron_psft.data.records import Message, RecordError, RecordKeys, parse_row, parse_with
 from megatron_psft.errors import UserError
 from megatron_psft.rewards import Verifier
 
@@ -54,12 +54,10 @@ def read_prompts(config: PromptConfig, verifier: Verifier) -> list[Prompt]:
 
 def parse_prompt(row: Row | BadRecord, config: PromptConfig, verifier: Verifier) -> Prompt | BadRecord:
     """The prompt that a row is, or why it is none."""
-    if isinstance(row, BadRecord):
-        return row
-    try:
-        asked, answer = parse_value(row.value, config, verifier)
-    except RecordError as error:
-        return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
+    found = parse_with(lambda value, _: parse_value(value, config, verifier), row)
+    if isinstance(found, BadRecord):
+        return found
+    asked, answer = found
     # With an answer in place it is a record, and is checked as such.
     whole = {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": "?"}]}
     record = parse_row(Row(source=row.source, value=whole), RecordKeys(system_prompt=config.system_prompt))

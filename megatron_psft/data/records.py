@@ -107,17 +107,15 @@ class RecordError(ValueError):
 
 def parse_row(row: Row | BadRecord, keys: RecordKeys) -> Record | BadRecord:
     """The record that a row is, or why it is none."""
-    return parse_with(_parse_value, row, keys)
+    return parse_with(lambda value, source: _parse_value(value, source, keys), row)
 
 
-def parse_with(
-    parse: Callable[[object, str, RecordKeys], Parsed], row: Row | BadRecord, keys: RecordKeys
-) -> Parsed | BadRecord:
+def parse_with(parse: Callable[[object, str], Parsed], row: Row | BadRecord) -> Parsed | BadRecord:
     """What `parse` makes of a row's value and source, or why it makes nothing: the `RecordError` that it raises."""
     if isinstance(row, BadRecord):
         return row
     try:
-        return parse(row.value, row.source, keys)
+        return parse(row.value, row.source)
     except RecordError as error:
         return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
 

@@ -86,7 +86,8 @@ def _join(pieces: Sequence[str], values: Sequence[tuple[bytes, bytes]]) -> Encod
 
 def _can_cut(tokenizer: dict[str, Any]) -> bool:
     """Whether pieces have the tokens of the whole; `tokenizer` is a tokenizer.json."""
-    if tokenizer["model"]["type"] != "BPE" or (tokenizer["normalizer"] or {"type": "NFC"})["type"] != "NFC":
+    model, normalizer = tokenizer["model"], tokenizer["normalizer"] or {"type": "NFC"}
+    if model["type"] != "BPE" or model["dropout"] or normalizer["type"] != "NFC":
         return False
     special = ("lstrip", "rstrip", "single_word", "normalized")  # an added token with one of these looks around itself
     if any(token[name] for token in tokenizer["added_tokens"] for name in special):

@@ -109,6 +109,12 @@ def test_other_tokenizers_get_their_texts_whole(tokenizer, text):
     assert_equal_to_the_whole(cache, tokenizer, [text])
 
 
+def test_merges_that_are_left_to_chance_are_drawn_for_every_text():
+    tokenizer = make_tokenizer(SPLITS["qwen"])
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    assert WordCache(tokenizer)._pieces("the Word we've seen") == ["the Word we've seen"]
+
+
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama3"])
 def test_real_tokenizers_are_cut_and_agree_on_long_chains_of_thought(real_data, name):
     tokenizer = AutoTokenizer.from_pretrained(real_data / "tokenizers" / name)
