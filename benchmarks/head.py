@@ -194,7 +194,8 @@ def run_all(size: str) -> None:
                 continue
             if is_long and name == NATIVE and spec["labels_percent"] < 100:
                 continue  # as long and as large as with all labels
-            full = {**spec, "path": name, "repeats": 2 if size == "cpu" else 10}
+            # A long run of a CPU takes a minute, beside which its noise is small.
+            full = {**spec, "path": name, "repeats": 10 if size == "gpu" else 1 if is_long else 2}
             try:
                 result = in_fresh_process(measure, full, ranks=spec["ranks"])
             except FailedError as error:
