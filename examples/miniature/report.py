@@ -58,25 +58,26 @@ def compared(plan: Plan, found: Points) -> str:
     rows = [HEADER]
     for method in plan.methods:
         key, is_enough = points.chosen(found, method.name)
-        rows.append(_row(method.label + ("" if is_enough else " (below)"), key, found[key]))
+        rows.append(_row(method, key, found[key], "" if is_enough else " (below)"))
     return compare.markdown(rows)
 
 
 def everything(plan: Plan, found: Points) -> str:
     """A table of all points."""
-    labels = {method.name: method.label for method in plan.methods}
-    return compare.markdown([HEADER, *(_row(labels[key[0]], key, found[key]) for key in _in_order(plan, found))])
+    return compare.markdown([HEADER, *(_row(method, key, found[key]) for method, key in _in_order(plan, found))])
 
 
-def _in_order(plan: Plan, found: Points) -> Iterator[Key]:
+def _in_order(plan: Plan, found: Points) -> Iterator[tuple[Method, Key]]:
     for method in plan.methods:
-        for lr in method.lrs:
-            yield from ((method.name, lr, length) for length in plan.lengths if (method.name, lr, length) in found)
+        keys = [(method.name, lr, length) for lr in method.lrs for length in plan.lengths]
+        yield from ((method, key) for key in keys if key in found)
 
 
-def _row(label: str, key: Key, runs: Sequence[Result]) -> list[str]:
-    specs = {"target": ".0f", "general": ".0f", "valid_entropy": ".3f", "valid_nll": ".3f", "clip_fraction": ".3f"}
-    return [label, key[1], str(key[2]), *(_cell(runs, name, spec) for name, spec in specs.items())]
+def _row(method: Method, key: Key, runs: Sequence[Result], mark: str = "") -> list[str]:
+    specs = {"target": ".0f", "general": ".0f", "valid_entropy": ".3f", "valid_nll": ".3f"}
+    cells = [_cell(runs, name, spec) for name, spec in specs.items()]
+    clipped = _cell(runs, "clip_fraction", ".3f") if method.clips else ""
+    return [method.label + mark, key[1], str(key[2]), *cells, clipped]
 
 
 def _cell(runs: Sequence[Result], value: str, spec: str = ".0f") -> str:
@@ -136,9 +137,10 @@ def over_steps(plan: Plan, folder: Path, value: str, label: str, path: Path) -> 
                 smooth = [mean(means[end - WINDOW : end]) for end in range(WINDOW, len(means) + 1)]
                 steps = range(WINDOW, len(means) + 1)
                 axis.plot(steps, smooth, color=colour, linewidth=1.3, label=method.label)
-            axis.set(title=f"learning rate {lr}", xlabel="optimizer step", ylim=(0, None))
+            axis.set(title=f"learning rate {lr}", xlabel="optimizer step")
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel(f"{label},\nmean of {WINDOW} steps")
+        # Only now: a limit that is set stops all panels from making room for what comes after.
+        axes[0].set(ylabel=f"{label},\nmean of {WINDOW} steps", ylim=(0, None))
     return path
 
 
