@@ -42,6 +42,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
         "nemo": ["megatron-bridge"],
+        "track": ["mlflow-skinny", "wandb"],
         "rl": ["trl", "math-verify"],
         "eval": ["lm-eval", "math-verify"],
         "demo": ["matplotlib"],
@@ -50,6 +51,7 @@ setup(
             "codespell",
             "hypothesis",
             "math-verify",  # this and trl, small and pure Python: rollouts and RL examples are tested for real
+            "mlflow-skinny",  # this and wandb: trackers are tested for real
             "mypy",
             "pre-commit",
             "pre-commit-hooks",
@@ -59,6 +61,7 @@ setup(
             # A torch for CPUs comes without it; its interpreter runs the kernels in tests.
             "triton; platform_system == 'Linux'",
             "types-PyYAML",
+            "wandb",
         ],
     },
 )

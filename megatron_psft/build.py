@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_psft import __version__
 from megatron_psft.checkpoint import TrainState, load_checkpoint
 from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.config import Config, config_to_yaml
@@ -35,6 +33,7 @@ from megatron_psft.resume import Identity, find_checkpoint
 from megatron_psft.schedule import Schedule
 from megatron_psft.trainer import Run, train
 from megatron_psft.validation import validate_advantages, validate_train_iters
+from megatron_psft.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -393,6 +392,5 @@ def _read_dataset(
 def _write_config(config: Config, parallel: Parallel) -> None:
     if not parallel.is_main:
         return
-    libraries = ("megatron-core", "torch", "transformers")
-    versions = f"# megatron_psft {__version__}\n" + "".join(f"# {name} {version(name)}\n" for name in libraries)
-    (Path(config.weights.save) / "config.yaml").write_text(versions + config_to_yaml(config), encoding="utf-8")
+    head = "".join(f"# {name} {version}\n" for name, version in versions().items())
+    (Path(config.weights.save) / "config.yaml").write_text(head + config_to_yaml(config), encoding="utf-8")

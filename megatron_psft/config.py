@@ -295,6 +295,12 @@ class LoggingConfig:
     """Steps between printed lines."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard event files; none are written where absent."""
+    wandb_project: str | None = None
+    """Weights & Biases project that gets a run of the name of `save`'s folder, followed on when the run resumes; needs
+    the package wandb, and its login or WANDB_MODE=offline."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment that gets a run of the name of `save`'s folder, followed on when the run resumes; needs the
+    package mlflow, and MLFLOW_TRACKING_URI for a server."""
     log_clipped_tokens: int | None = None
     """PSFT: number of tokens, the most clipped ones of the run so far, that are written to clipped_tokens.json in
     `save` whenever a checkpoint is; nothing is counted where absent."""

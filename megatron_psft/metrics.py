@@ -11,7 +11,6 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megatron_psft.data.loader import MicroBatch
@@ -21,6 +20,7 @@ from megatron_psft.objectives import BatchSums
 from megatron_psft.parallel import Parallel
 from megatron_psft.preference import PAIR_METRICS
 from megatron_psft.step_folders import replace_file
+from megatron_psft.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -152,17 +152,17 @@ class EvalSums:
 
 
 class Report:
-    """What rank 0 shows and keeps of a run: metrics.jsonl, TensorBoard, the progress bar and a line now and then."""
+    """What rank 0 shows and keeps of a run: metrics.jsonl, its trackers, the progress bar and a line now and then."""
 
     def __init__(
-        self, folder: Path, *, first_step: int, train_iters: int, log_interval: int, tensorboard_dir: str | None
+        self, folder: Path, trackers: Trackers, *, first_step: int, train_iters: int, log_interval: int
     ) -> None:
-        """Opens the files; lines of metrics.jsonl from `first_step` (from 1) on, left by a run that went further, are
-        dropped."""
+        """Opens the file; lines of metrics.jsonl from `first_step` (from 1) on, left by a run that went further, are
+        dropped. `trackers` are closed with the report."""
         self._path = folder / METRICS_FILE
         _drop_from(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(tensorboard_dir, purge_step=first_step) if tensorboard_dir else None
+        self._trackers = trackers
         self._log_interval = log_interval
         self._bar = tqdm(total=train_iters, initial=first_step - 1, desc="train", unit="step", dynamic_ncols=True)
 
@@ -170,9 +170,7 @@ class Report:
         """Writes one step (from 1)."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        self._trackers.log(step, values)
         shown = {name: f"{values[name]:.4g}" for name in ("loss", "entropy", "clip_fraction", "tokens_per_second")}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
@@ -195,8 +193,7 @@ class Report:
     ) -> None:
         self._file.close()
         self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._trackers.close(has_failed=error is not None)
 
 
 _PRINTED = ("loss", "nll", "entropy", "clip_fraction", "ratio_max", "grad_norm", "lr", "tokens_per_second", "valid_nll")

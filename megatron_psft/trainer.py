@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from megatron_psft.parallel import Parallel, naming_lost_peers
 from megatron_psft.reference import ReferencePass
 from megatron_psft.resume import Identity
 from megatron_psft.schedule import Schedule
+from megatron_psft.trackers import Trackers
+from megatron_psft.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +174,13 @@ def _saver(run: Run) -> Saver:
 def _report(run: Run) -> Report | nullcontext[None]:
     if not run.parallel.is_main:
         return nullcontext()
+    folder, logging = Path(run.config.weights.save), run.config.logging
+    sections = asdict(run.config).values()
+    description = {**versions(), **{name: value for section in sections for name, value in section.items()}}
+    first_step = run.first_step + 1
+    trackers = Trackers(logging, folder, first_step=first_step, description=description)
     return Report(
-        Path(run.config.weights.save),
-        first_step=run.first_step + 1,
-        train_iters=run.train_iters,
-        log_interval=run.config.logging.log_interval,
-        tensorboard_dir=run.config.logging.tensorboard_dir,
+        folder, trackers, first_step=first_step, train_iters=run.train_iters, log_interval=logging.log_interval
     )
 
 

@@ -1,6 +1,8 @@
 """The rules that fields of the configuration keep among each other, and with the number of ranks. Imports no torch."""
 
-from megatron_psft.config import Config, ObjectiveConfig
+import importlib.util
+
+from megatron_psft.config import Config, LoggingConfig, ObjectiveConfig
 from megatron_psft.errors import UserError
 
 ADVANTAGE_OBJECTIVES = ("psft", "sft")
@@ -22,12 +24,16 @@ _OBJECTIVES_OF = {
 }
 """Which objectives a field has an effect with."""
 
+_PACKAGES = {"wandb_project": "wandb", "mlflow_experiment": "mlflow"}
+"""What a field needs that may not be installed."""
+
 
 def validate(config: Config, world_size: int) -> None:
     """Raises UserError for the first rule across fields that `config` breaks on `world_size` ranks."""
     _validate_batch(config, world_size)
     _validate_needs(config)
     _validate_effects(config)
+    _validate_packages(config.logging)
     if config.batch.train_iters is not None:
         validate_train_iters(config, config.batch.train_iters)
 
@@ -67,6 +73,13 @@ def validate_train_iters(config: Config, train_iters: int) -> None:
             f"lr_wsd_decay_iters ({decay}) plus lr_warmup_iters ({warmup}) must be at most the number of training "
             f"steps ({train_iters}); change one of them"
         )
+
+
+def _validate_packages(logging: LoggingConfig) -> None:
+    for field, package in _PACKAGES.items():
+        value = getattr(logging, field)
+        if value is not None and importlib.util.find_spec(package) is None:
+            raise UserError(f"{field} ({value}) needs the package {package}, which is not there; pip install {package}")
 
 
 def _validate_batch(config: Config, world_size: int) -> None:

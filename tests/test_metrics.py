@@ -7,14 +7,14 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_psft.config import ObjectiveConfig
+from megatron_psft.config import LoggingConfig, ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
 from megatron_psft.labels import LabelContext, LabelStats
 from megatron_psft.metrics import METRICS_FILE, EvalSums, Report, reduce_metrics
 from megatron_psft.objectives import BatchSums, Objective, batch_sums
+from megatron_psft.trackers import Trackers
 
 LAYOUTS = {"PP2 DP2": (1, 2), "TP2 DP2": (2, 1), "TP2 PP2": (2, 2), "DP4": (1, 1)}
 """Tensor and pipeline-parallel sizes on four ranks."""
@@ -202,8 +202,8 @@ def values(step: int, run: int = 0) -> dict[str, float]:
 
 
 def report(folder, first_step: int = 1, **options) -> Report:
-    options = {"train_iters": 9, "log_interval": 100, "tensorboard_dir": None, **options}
-    return Report(folder, first_step=first_step, **options)
+    trackers = Trackers(LoggingConfig(), folder, first_step=first_step)
+    return Report(folder, trackers, first_step=first_step, **{"train_iters": 9, "log_interval": 100, **options})
 
 
 def lines(folder) -> list[dict[str, float]]:
@@ -249,20 +249,7 @@ def test_a_run_that_starts_anew_drops_what_an_earlier_one_left(tmp_path):
     assert [line["loss"] for line in lines(tmp_path)] == [1.125, 2.125]
 
 
-def test_tensorboard_holds_every_value_of_every_step_once(tmp_path):
-    folder = tmp_path / "events"
-    write_steps(tmp_path, 1, 4, tensorboard_dir=str(folder))
-    write_steps(tmp_path, 3, 5, run=1, tensorboard_dir=str(folder))
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    expected = [values(1), values(2), *(values(step, run=1) for step in (3, 4, 5))]
-    assert set(events.Tags()["scalars"]) == set(expected[0])
-    for name in expected[0]:
-        scalars = events.Scalars(name)
-        assert [scalar.step for scalar in scalars] == [1, 2, 3, 4, 5]
-        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in expected])
-
-
-def test_without_a_folder_no_events_are_written(tmp_path):
+def test_without_trackers_nothing_else_is_written(tmp_path):
     write_steps(tmp_path, 1, 2)
     assert [path.name for path in tmp_path.rglob("*")] == [METRICS_FILE]
 

@@ -1,0 +1,140 @@
+"""Experiment trackers that a run's metrics go to besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
+
+Each goes on where an earlier process of the same run stopped; `<save>/trackers.json` has the IDs of the trackers' runs.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_psft.config import LoggingConfig
+from megatron_psft.errors import RankError
+from megatron_psft.step_folders import replace_file
+
+_IDS_FILE = "trackers.json"
+_LONGEST_PARAMETER = 500  # characters; some MLflow servers refuse longer ones
+
+
+class Tracker(Protocol):
+    """Where the values of steps go."""
+
+    run_id: str | None
+    """What the tracker knows the run by; None where it has no such name."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the values of one step (from 1), and does not wait until they have arrived."""
+
+    def close(self, *, has_failed: bool) -> None:
+        """Waits for what is under way."""
+
+
+class Trackers:
+    """All trackers of a run, on the one rank that reports."""
+
+    def __init__(
+        self, config: LoggingConfig, folder: Path, *, first_step: int, description: Mapping[str, Any] | None = None
+    ) -> None:
+        """Opens them.
+
+        Args:
+            config: which ones.
+            folder: of the run, whose name is theirs.
+            first_step: of this process, from 1; what a tracker has of it and of later ones is replaced or followed.
+            description: settings and versions, kept with the run.
+
+        Raises:
+            RankError: a tracker refuses. Its package is there: see validation.py.
+        """
+        ids_path = folder / _IDS_FILE
+        ids: dict[str, str] = json.loads(ids_path.read_text(encoding="utf-8")) if ids_path.is_file() else {}
+        settings = dict(description or {})
+        self._trackers: dict[str, Tracker] = {}
+        if config.tensorboard_dir is not None:
+            self._trackers["tensorboard"] = _TensorBoard(config.tensorboard_dir, first_step)
+        if config.wandb_project is not None:
+            self._trackers["wandb"] = _Wandb(config.wandb_project, folder, ids.get("wandb"), settings)
+        if config.mlflow_experiment is not None:
+            self._trackers["mlflow"] = _Mlflow(config.mlflow_experiment, folder, ids.get("mlflow"), settings)
+        found = {name: tracker.run_id for name, tracker in self._trackers.items() if tracker.run_id is not None}
+        if found.items() - ids.items():
+            replace_file(ids_path, json.dumps({**ids, **found}) + "\n")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self._trackers.values():
+            tracker.log(step, values)
+
+    def close(self, *, has_failed: bool) -> None:
+        with ExitStack() as stack:  # each is closed, whatever another one raises
+            for tracker in self._trackers.values():
+                stack.callback(tracker.close, has_failed=has_failed)
+
+
+class _TensorBoard:
+    run_id: str | None = None
+
+    def __init__(self, folder: str, first_step: int) -> None:
+        self._writer = SummaryWriter(folder, purge_step=first_step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, *, has_failed: bool) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, project: str, folder: Path, run_id: str | None, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.resolve().name,
+                dir=folder,
+                id=run_id,
+                resume="allow",
+                config=dict(settings),
+                # What a resumed run was started with may differ, as in its length.
+                allow_val_change=True,
+            )
+        except wandb.Error as error:
+            raise RankError(f"wandb_project ({project}): {error}") from error
+        self.run_id: str | None = self._run.id
+        # Its own counter only rises, and would drop steps that a resumed run trains again.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self, *, has_failed: bool) -> None:
+        self._run.finish(exit_code=int(has_failed))
+
+
+class _Mlflow:
+    def __init__(self, experiment: str, folder: Path, run_id: str | None, settings: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        try:
+            mlflow.set_experiment(experiment)
+            is_new = run_id is None
+            run = mlflow.start_run(run_id=run_id, run_name=folder.resolve().name if is_new else None)
+            if is_new:  # parameters cannot change, and a resumed run's may; the artifact below has the newest
+                mlflow.log_params({name: str(value)[:_LONGEST_PARAMETER] for name, value in settings.items()})
+            mlflow.log_dict(dict(settings), "config.json")
+        except mlflow.MlflowException as error:
+            raise RankError(f"mlflow_experiment ({experiment}): {error}") from error
+        self.run_id: str | None = run.info.run_id
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(values), step=step, synchronous=False)
+
+    def close(self, *, has_failed: bool) -> None:
+        self._mlflow.flush_async_logging()
+        self._mlflow.end_run("FAILED" if has_failed else "FINISHED")

@@ -1,0 +1,31 @@
+"""What code a run was made with."""
+
+import subprocess
+
+import torch
+
+from megatron_psft import __version__, versions
+
+
+def test_libraries_have_the_versions_that_they_say_themselves():
+    assert versions.versions()["torch"] == torch.__version__
+
+
+def test_a_checkout_names_its_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    package = tmp_path / "megatron_psft"
+    package.mkdir()
+    monkeypatch.setattr(versions, "__file__", str(package / "versions.py"))
+    assert versions.versions()["megatron_psft"] == __version__
+    (package / "versions.py").write_text("1\n")
+
+    def git(*args: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        done = subprocess.run(["git", *identity, *args], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    for args in (["init"], ["add", "."], ["commit", "-m", "first"]):
+        git(*args)
+    commit = git("rev-parse", "--short=12", "HEAD")
+    assert versions.versions()["megatron_psft"] == f"{__version__} (commit {commit})"
+    (package / "versions.py").write_text("2\n")
+    assert versions.versions()["megatron_psft"] == f"{__version__} (commit {commit}-dirty)"
