@@ -8,7 +8,7 @@ PINS = $(shell $(BIN)/python -c 'import sys; print("py310-py311" if sys.version_
 CONSTRAINTS = constraints/$(PINS).txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo miniature test test-slow lint format bench bench-gpu clean
+.PHONY: help install demo miniature test test-slow test-gpu lint format docs bench bench-gpu clean
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -35,6 +35,9 @@ test: install ## Run the CPU tests that take seconds
 test-slow: install ## Run the CPU tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu" || { code=$$?; test $$code -eq 5 && echo "no slow test yet" || exit $$code; }
 
+test-gpu: install ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
 lint: install ## Check format, style, types, spelling and file sizes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -46,6 +49,13 @@ format: install ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+$(VENV)/.installed-docs: $(STAMP)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.installed-docs ## Build the documentation into build/site, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 BENCHMARKS = head psft_overhead scaling vs_trl
 
 $(VENV)/.installed-bench: $(STAMP)
@@ -56,7 +66,7 @@ bench: $(VENV)/.installed-bench ## Measure on this machine's CPU, one JSON line 
 	@for name in $(BENCHMARKS); do $(BIN)/python -W ignore benchmarks/$$name.py --size cpu || exit 1; done
 
 bench-gpu: $(VENV)/.installed-bench ## The same in sizes for a GPU
-	@for name in $(BENCHMARKS); do $(BIN)/python -W ignore benchmarks/$$name.py --size gpu || exit 1; done
+	@for name in $(BENCHMARKS) throughput; do $(BIN)/python -W ignore benchmarks/$$name.py --size gpu || exit 1; done
 
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
