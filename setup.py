@@ -46,6 +46,7 @@ setup(
         "rl": ["trl", "math-verify"],
         "eval": ["lm-eval", "math-verify"],
         "demo": ["matplotlib"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "bench": ["cut-cross-entropy", "liger-kernel", "trl"],  # the peers that benchmarks/ measures
         "dev": [
             "codespell",

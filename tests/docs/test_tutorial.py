@@ -1,0 +1,43 @@
+"""The tutorial's commands, run in order as they are written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.cli import REPOSITORY
+
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What a stranger has, but for the virtual environment, which is the tests' own."""
+    folder = tmp_path_factory.mktemp("clone") / "megatron_psft"
+    skipped = shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(REPOSITORY, folder, ignore=skipped)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_order_as_written(checkout):
+    blocks = BLOCK.findall((checkout / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+    assert {language for language, _ in blocks} == {"sh", "python"}
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [str(checkout / ".venv/bin/python"), "-c"]}
+    for language, text in blocks:
+        done = subprocess.run(
+            [*command[language], text], cwd=checkout, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert re.search(r"\d", done.stdout)  # the model's reply is about numbers
+    runs = checkout / "runs" / "tutorial"
+    lines = [json.loads(line) for line in (runs / "psft" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 73))
+    assert lines[-1]["nll"] < lines[0]["nll"] / 2
+    assert (runs / "report" / "report.html").is_file()
