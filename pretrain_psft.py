@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: shells with argcomplete's global completion complete its flags
 """Trains a Hugging Face model with Proximal SFT: `torchrun --nproc-per-node N pretrain_psft.py --help`."""
 
 import logging

@@ -25,6 +25,7 @@ setup(
     packages=find_packages(include=["megatron_psft", "megatron_psft.*"]),
     py_modules=["pretrain_psft"],
     install_requires=[
+        "argcomplete",
         "megatron-core>=0.16.1,<0.20",
         "torch>=2.6",
         "transformers>=4.52",

@@ -17,7 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import argcomplete
 import yaml
+from argcomplete.completers import ChoicesCompleter
 
 from megatron_psft.errors import UserError, nearest_name_hint
 
@@ -76,6 +78,7 @@ def parse_flags(root: type[_Root], argv: Sequence[str], *, epilog: str | None = 
     """
     known = _flag_fields(root)
     parser = _build_parser(root, epilog)
+    argcomplete.autocomplete(parser)  # answers a shell that asks how a flag goes on, and ends; else does nothing
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -116,7 +119,10 @@ def _build_parser(root: type, epilog: str | None) -> _Parser:
     for name, section in get_type_hints(root).items():
         group = parser.add_argument_group(name, inspect.getdoc(section))
         for field in fields(section):
-            group.add_argument(_flag(field.name), default=argparse.SUPPRESS, **_argument_options(field, docs))
+            flag = group.add_argument(_flag(field.name), default=argparse.SUPPRESS, **_argument_options(field, docs))
+            choices = [choice for kind in _kinds(field) for choice in get_args(kind) if get_origin(kind) is Literal]
+            if choices:
+                flag.completer = ChoicesCompleter(dict.fromkeys(choices, ""))  # type: ignore[attr-defined]
     return parser
 
 

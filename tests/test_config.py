@@ -1,5 +1,6 @@
 """Flags, the YAML file, and the rules of single fields."""
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_psft.config import Config, WeightsConfig, config_to_yaml, parse_config
 from megatron_psft.errors import UserError
+from tests.support.cli import REPOSITORY
 
 REQUIRED = {"load_hf": "hf", "save": "run", "data": "train.jsonl"}
 FIELDS = [(section, field) for section, cls in get_type_hints(Config).items() for field in fields(cls)]
@@ -300,3 +302,20 @@ def test_importing_the_configuration_loads_no_numeric_library() -> None:
     heavy = {"torch", "numpy", "transformers", "megatron", "megatron.core", "datasets"}
     script = f"import sys, megatron_psft.validation; print(*{heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", script], text=True).split() == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("--old-p", {"--old-policy-interval", "--old-policy-micro-batch-size"}),
+        ("--objective p", {"psft", "p-power", "profit"}),
+        ("--old-policy-interval f", {"fixed"}),
+    ],
+)
+def test_a_shell_completes_flags_and_choices(tmp_path: Path, typed: str, offered: set[str]) -> None:
+    line, answer = f"pretrain_psft.py {typed}", tmp_path / "answer"
+    shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    shell |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    command = [sys.executable, str(REPOSITORY / "pretrain_psft.py")]
+    subprocess.run(command, env={**os.environ, **shell}, check=True)
+    assert {text.strip() for text in answer.read_text().splitlines()} == offered

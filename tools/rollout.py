@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: shells with argcomplete's global completion complete its flags
 """Samples answers to prompts, scores them with a verifier and writes them as records with advantages.
 
 Each prompt's answers are a group: an answer's advantage says how much better it is than the others (GRPO). The records

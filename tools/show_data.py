@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: shells with argcomplete's global completion complete its flags
 """Prints what a training step gets: records decoded, label tokens marked, and the statistics of the data.
 
 Takes the flags, or the config.yaml, of the training run; `--help` has examples.
