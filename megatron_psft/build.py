@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_psft.checkpoint import TrainState, load_checkpoint
+from megatron_psft.checkpoint import TrainState, load_checkpoint, load_weights
 from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.config import Config, config_to_yaml
 from megatron_psft.data.chat import Example, label_runs
@@ -29,7 +29,7 @@ from megatron_psft.optimizer import build_optimizer, build_scheduler
 from megatron_psft.parallel import Parallel, initialize_parallel, on_main, together
 from megatron_psft.platform import Platform
 from megatron_psft.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
-from megatron_psft.resume import Identity, find_checkpoint
+from megatron_psft.resume import WEIGHTS_STEP, Identity, find_checkpoint, model_identity
 from megatron_psft.schedule import Schedule
 from megatron_psft.trainer import Run, train
 from megatron_psft.validation import validate_advantages, validate_train_iters
@@ -183,6 +183,8 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     chunks = build_model(shape, config, platform, parallel)
     if checkpoint is None:
         fill_parameters(chunks, inputs.weights, shape, parallel)
+    elif first_step == WEIGHTS_STEP:
+        load_weights(checkpoint, chunks)
     optimizer = build_optimizer(config, chunks)
     clipped_tokens = None
     if config.logging.log_clipped_tokens is not None:
@@ -201,7 +203,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     if inputs.valid_dataset is not None:
         plan = plan_of(inputs.valid_dataset.sequence_lengths, config.data)
         valid_loader = _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
-    if checkpoint is not None:
+    if checkpoint is not None and first_step != WEIGHTS_STEP:
         load_checkpoint(checkpoint, state, loader, parallel)
         log.info("resumed from %s, step %d of %d", checkpoint, first_step, inputs.train_iters)
     return Run(
@@ -290,8 +292,7 @@ def _resume_point(config: Config, identity: Identity, train_iters: int) -> tuple
 
 def _identity(config: Config, inputs: Inputs, parallel: Parallel) -> Identity:
     """What must not change between a checkpoint and the run that resumes from it."""
-    identity = {f"model {name}": value for name, value in asdict(inputs.shape).items()}
-    identity |= {
+    identity = model_identity(inputs.shape) | {
         "padded vocabulary": padded_vocab_size(inputs.shape.vocab_size, parallel.tensor_size),
         "training data": inputs.dataset.fingerprint(),
         "global_batch_size": config.batch.global_batch_size,

@@ -1,6 +1,7 @@
 """Saves and resumes a run through Megatron-Core's distributed checkpoints, in the same or another parallel layout."""
 
 import inspect
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -34,8 +35,11 @@ from megatron_psft.optimizer import load_optimizer_state
 from megatron_psft.parallel import Parallel, naming_lost_peers, on_main, sum_over_context
 from megatron_psft.resume import VERSION, Identity
 
-# The distributed optimizer's one format that any tensor, pipeline and data-parallel size can read.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+log = logging.getLogger(__name__)
+
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""Of `sharded_state_dict`: the distributed optimizer's one format that any tensor, pipeline and data-parallel size can
+read."""
 # Megatron-Core from 0.18 on would hand the writing to another package of NVIDIA's where it is not told otherwise.
 _HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
 _STRATEGY = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
@@ -102,7 +106,7 @@ class Saver:
             request = dist_checkpointing.save(
                 self._sharded_content(),
                 str(aside),
-                content_metadata=dict(_METADATA),
+                content_metadata=dict(METADATA),
                 async_sharded_save=True,
                 **_STRATEGY,
             )
@@ -228,6 +232,26 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
         _set_rng(loaded["rng"])
 
 
+def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Fills a model from any checkpoint's weights, whatever layout and precision these were saved in; collective."""
+    models = _named_chunks(chunks)
+    loaded = dist_checkpointing.load({name: sharded_weights(model) for name, model in models.items()}, str(checkpoint))
+    log.info("weights from %s", checkpoint)
+    for name, model in models.items():
+        missing, unexpected = model.load_state_dict(loaded[name], strict=False)
+        other = [*unexpected, *(key for key in missing if not key.endswith("_extra_state"))]
+        assert not other, f"{name} and {checkpoint} differ in {other}"
+
+
+def sharded_weights(model: GPTModel) -> dict[str, ShardedBase]:
+    """The parameters of a model chunk as a checkpoint has them, by their names in the chunk.
+
+    Modules' extra state is not among them: only FP8 has any, and which modules do depends on their implementation.
+    """
+    state = model.sharded_state_dict(metadata=dict(METADATA))
+    return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
+
+
 def _begin(target: Path, needed_bytes: int) -> Path:
     """Makes the folder to write in, where there is room for what is to come."""
     aside = step_folders.begin(target)
@@ -262,10 +286,10 @@ def _named_chunks(chunks: Sequence[DistributedDataParallel]) -> dict[str, GPTMod
 
 def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
     models = {
-        name: model.sharded_state_dict(metadata=dict(_METADATA)) for name, model in _named_chunks(state.chunks).items()
+        name: model.sharded_state_dict(metadata=dict(METADATA)) for name, model in _named_chunks(state.chunks).items()
     }
     own = models["model"] if len(models) == 1 else models
-    optimizer = state.optimizer.sharded_state_dict(own, is_loading=is_loading, metadata=dict(_METADATA))
+    optimizer = state.optimizer.sharded_state_dict(own, is_loading=is_loading, metadata=dict(METADATA))
     return {**models, "optimizer": optimizer}
 
 

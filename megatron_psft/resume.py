@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_psft import step_folders
 from megatron_psft.errors import UserError
+from megatron_psft.model.shape import ModelShape
 from megatron_psft.parallel import on_main, together
 from megatron_psft.step_folders import DamageError
 
@@ -18,12 +20,26 @@ log = logging.getLogger(__name__)
 VERSION = 2
 """Of what a checkpoint holds."""
 
+WEIGHTS_STEP = 0
+"""Completed steps of a checkpoint that holds nothing but weights: a run starts from it as from Hugging Face weights."""
+
 Identity = Mapping[str, Any]
-"""What a run must share with the checkpoint it resumes from, field by field; JSON values."""
+"""What a run must share with the checkpoint it starts from, field by field; JSON values."""
+
+
+def model_identity(shape: ModelShape) -> dict[str, Any]:
+    """The part of an identity that tells the model."""
+    return {f"model {name}": value for name, value in asdict(shape).items()}
+
+
+def weights_identity(shape: ModelShape) -> dict[str, Any]:
+    """The identity of a checkpoint that holds nothing but weights: only what their names, sizes and use depend on."""
+    unrelated = {"model dtype", "model initializer_range"}
+    return {field: value for field, value in model_identity(shape).items() if field not in unrelated}
 
 
 def find_checkpoint(save: Path, load: Path | None, identity: Identity) -> tuple[Path, int] | None:
-    """The checkpoint to resume from and its completed steps; collective.
+    """The checkpoint to start from and its completed steps; collective.
 
     That is the newest intact one of the run folder `save`, where it holds any, else the newest of the run folder
     `load`, or `load` itself. Damaged ones of `save` lose their name, so that they neither count nor are taken again.
@@ -109,6 +125,8 @@ def _check_identity(checkpoint: Path, content: Mapping[str, Any], identity: Iden
         version = content["version"]
         raise UserError(f"{checkpoint}: version ({version}) must be {VERSION}; use the release that wrote it")
     for field, wanted in identity.items():
+        if content["step"] == WEIGHTS_STEP and field not in content["identity"]:
+            continue
         found = content["identity"].get(field)
         if found != wanted:
             raise UserError(

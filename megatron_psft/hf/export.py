@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -79,24 +79,50 @@ def export(
         parallel: this rank's place.
         max_shard_bytes: size limit of one file, unless a single tensor is larger.
     """
-    target = target.resolve()
-    partial = target.with_name(target.name + ".partial")
+    tensors = _gathered_tensors(chunks, shape, parallel)
     if parallel.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        writer = _ShardWriter(partial, hf_tensors(shape), dtype, max_shard_bytes)
-        tensors = tqdm(
-            _gathered_tensors(chunks, shape, parallel), total=len(hf_tensors(shape)), desc="export", unit="tensor"
+        write_folder(
+            target,
+            tensors,
+            shape=shape,
+            dtype=dtype,
+            model_folder=model_folder,
+            tokenizer_folder=tokenizer_folder,
+            max_shard_bytes=max_shard_bytes,
         )
-        for name, tensor in tensors:
-            writer.add(name, tensor.to(dtype))
-        writer.finish()
-        _copy_side_files(partial, model_folder, tokenizer_folder, dtype)
-        _replace(target, partial)
     else:
-        for _ in _gathered_tensors(chunks, shape, parallel):
+        for _ in tensors:
             pass
     dist.barrier()
+
+
+def write_folder(
+    target: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    model_folder: Path,
+    tokenizer_folder: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes what `export` does from all of the model's Hugging Face tensors; a file's are held until it is full, so
+    they had better come in about the order of `hf_tensors`."""
+    target = target.resolve()
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dims = hf_tensors(shape)
+    try:
+        writer = _ShardWriter(partial, dims, dtype, max_shard_bytes)
+        for name, tensor in tqdm(tensors, total=len(dims), desc="export", unit="tensor"):
+            writer.add(name, tensor.to(dtype))
+        writer.finish()
+        copy_side_files(partial, model_folder, tokenizer_folder, dtype)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _replace(target, partial)
 
 
 def _gathered_tensors(
@@ -203,7 +229,8 @@ def _plan_shards(dims: dict[str, tuple[int, ...]], item_bytes: int, max_shard_by
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
 
 
-def _copy_side_files(target: Path, model_folder: Path, tokenizer_folder: Path, dtype: torch.dtype) -> None:
+def copy_side_files(target: Path, model_folder: Path, tokenizer_folder: Path, dtype: torch.dtype) -> None:
+    """Copies what belongs to a model besides its weights; its config names `dtype`."""
     config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
     # transformers 5 spells it `dtype`, transformers 4 reads only `torch_dtype`; both read the latter.
     config.pop("dtype", None)

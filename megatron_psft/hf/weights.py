@@ -30,61 +30,88 @@ class WeightSource(Protocol):
 
 
 class SafetensorsFolder:
-    """The weights of a Hugging Face model folder. Pickled weights are never opened."""
+    """The weights of a Hugging Face model folder. Pickled weights are never opened.
 
-    def __init__(self, folder: Path, shape: ModelShape) -> None:
-        """Opens the files and checks their tensors against `shape`.
+    One file is open at a time: what has been read of it counts as memory of this process until it is closed.
+    """
+
+    def __init__(self, folder: Path, shape: ModelShape, field: str = "load_hf") -> None:
+        """Looks into the files and checks their tensors against `shape`.
+
+        Args:
+            folder: that holds them.
+            shape: of the model.
+            field: of the configuration, for errors.
 
         Raises:
             UserError: no safetensors, a missing or damaged file, or tensors that are missing, unknown or of another
             size.
         """
-        self._folder = folder
-        self._files = {name: self._open(name) for name in _weight_files(folder)}
-        self._file_of = {tensor: name for name, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
+        self._folder, self._field = folder, field
+        self._open_name: str | None = None
+        self._file_of: dict[str, str] = {}
+        self._dims: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}  # as safetensors spells them
+        for name in _weight_files(folder, field):
+            file = self._open(name)
+            for tensor in file.keys():  # noqa: SIM118 (this is no dictionary)
+                view = file.get_slice(tensor)
+                self._file_of[tensor] = name
+                self._dims[tensor], self._dtypes[tensor] = tuple(view.get_shape()), view.get_dtype()
         self._check(hf_tensors(shape), shape)
         self._check_tie(shape)
 
     def _open(self, name: str) -> safe_open:
-        try:
-            return safe_open(self._folder / name, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"load_hf: {self._folder / name} must be a readable safetensors file: {error}") from None
+        if name != self._open_name:
+            try:
+                self._file = safe_open(self._folder / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                path = self._folder / name
+                raise UserError(f"{self._field}: {path} must be a readable safetensors file: {error}") from None
+            self._open_name = name
+        return self._file
 
     def _check(self, expected: dict[str, tuple[int, ...]], shape: ModelShape) -> None:
         missing = [name for name in expected if name not in self._file_of]
         if missing:
             raise UserError(
-                f"load_hf ({self._folder}) lacks {_some(missing)}; a {shape.model_type} checkpoint must have them"
+                f"{self._field} ({self._folder}) lacks {_some(missing)}; a {shape.model_type} checkpoint must have them"
             )
         unknown = [name for name in self._file_of if name not in expected and not _is_redundant(name, shape)]
         if unknown:
             raise UserError(
-                f"load_hf ({self._folder}) holds {_some(unknown)}, which a {shape.model_type} model does not use"
+                f"{self._field} ({self._folder}) holds {_some(unknown)}, which a {shape.model_type} model does not use"
             )
         for name, dims in expected.items():
-            found = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+            found = self._dims[name]
             if found != dims:
-                raise UserError(f"load_hf ({self._folder}): {name} is {found}, but config.json makes it {dims}")
+                raise UserError(f"{self._field} ({self._folder}): {name} is {found}, but config.json makes it {dims}")
 
     def _check_tie(self, shape: ModelShape) -> None:
         """A head of its own under tie_word_embeddings is a contradiction, which transformers resolves by untying."""
         if shape.tied_embeddings and _HEAD in self._file_of:
-            head, embedding = (self._files[self._file_of[name]].get_tensor(name) for name in (_HEAD, _EMBEDDING))
+            head, embedding = (self._open(self._file_of[name]).get_tensor(name) for name in (_HEAD, _EMBEDDING))
             if not torch.equal(head, embedding):
                 raise UserError(
-                    f"load_hf ({self._folder}): {_HEAD} differs from {_EMBEDDING}, but config.json has "
+                    f"{self._field} ({self._folder}): {_HEAD} differs from {_EMBEDDING}, but config.json has "
                     "tie_word_embeddings true; set it to false"
                 )
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the embedding, which stands for all."""
-        return self._files[self._file_of[_EMBEDDING]].get_slice(_EMBEDDING)[:1].dtype
+        return self.read(Piece(_EMBEDDING, (0, 1))).dtype
+
+    def other_dtype(self) -> str | None:
+        """What to say of a tensor whose dtype is not the embedding's, where there is one."""
+        for name, dtype in self._dtypes.items():
+            if dtype != self._dtypes[_EMBEDDING]:
+                return f"{name} is {dtype} and {_EMBEDDING} is {self._dtypes[_EMBEDDING]}"
+        return None
 
     def read(self, piece: Piece) -> Tensor:
         """Reads only the bytes of the block."""
-        return self._files[self._file_of[piece.name]].get_slice(piece.name)[piece.index]
+        return self._open(self._file_of[piece.name]).get_slice(piece.name)[piece.index]
 
 
 class RandomWeights:
@@ -123,22 +150,22 @@ def fill_parameters(
     """Fills this rank's parameters from `source`; padding rows of the vocabulary become zero."""
     parameters = list(named_parameters(chunks))
     for name, parameter in tqdm(parameters, desc="weights", unit="tensor", disable=not parallel.is_main, leave=False):
-        blocks = pieces(
-            name,
-            shape,
-            tensor_rank=parallel.tensor_rank,
-            tensor_size=parallel.tensor_size,
-            local_rows=parameter.shape[0],
-        )
-        row = 0
-        for piece in blocks:
-            block = source.read(piece)
-            parameter[row : row + len(block)].copy_(block)
-            row += len(block)
-        parameter[row:].zero_()
+        fill_shard(name, parameter, source, shape, tensor_rank=parallel.tensor_rank, tensor_size=parallel.tensor_size)
 
 
-def _weight_files(folder: Path) -> list[str]:
+def fill_shard(
+    name: str, shard: Tensor, source: WeightSource, shape: ModelShape, *, tensor_rank: int, tensor_size: int
+) -> None:
+    """Fills one tensor-parallel rank's part of parameter `name`, in its dtype."""
+    row = 0
+    for piece in pieces(name, shape, tensor_rank=tensor_rank, tensor_size=tensor_size, local_rows=len(shard)):
+        block = source.read(piece)
+        shard[row : row + len(block)].copy_(block)
+        row += len(block)
+    shard[row:].zero_()
+
+
+def _weight_files(folder: Path, field: str) -> list[str]:
     """Names of the safetensors files; like transformers, a single file goes before an index."""
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
@@ -148,14 +175,17 @@ def _weight_files(folder: Path) -> list[str]:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             return sorted(Path(name).name for name in files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"load_hf: {index} must be a safetensors index: {error!r}") from None
+            raise UserError(f"{field}: {index} must be a safetensors index: {error!r}") from None
     pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
     if pickled:
         raise UserError(
-            f"load_hf ({folder}) holds only pickled weights ({_some(pickled)}), which are never opened as they can run "
+            f"{field} ({folder}) holds only pickled weights ({_some(pickled)}), which are never opened as they can run "
             "code; convert them to safetensors"
         )
-    raise UserError(f"load_hf ({folder}) holds no {_SINGLE} and no {_INDEX}; add the weights or use --random-init")
+    raise UserError(
+        f"{field} ({folder}) holds no {_SINGLE} and no {_INDEX}; add the weights (training alone can draw some: "
+        "--random-init)"
+    )
 
 
 def _is_redundant(name: str, shape: ModelShape) -> bool:

@@ -153,7 +153,7 @@ def build_model(
     megatron_config = transformer_config(shape, config, platform)
     chunks: list[DistributedDataParallel] = []
     for index in range(parallel.virtual_size):
-        model: torch.nn.Module = _build_chunk(shape, config, megatron_config, platform, parallel, index)
+        model: torch.nn.Module = build_chunk(shape, config, megatron_config, platform, parallel, index)
         model.to(platform.device)
         if config.precision.bf16:
             model = Float16Module(megatron_config, model)
@@ -179,7 +179,7 @@ def build_model(
     return chunks
 
 
-def _build_chunk(
+def build_chunk(
     shape: ModelShape,
     config: Config,
     megatron_config: TransformerConfig,
@@ -187,6 +187,7 @@ def _build_chunk(
     parallel: Parallel,
     index: int,
 ) -> PolicyModel:
+    """Returns one of this rank's model chunks, without data parallelism; its weights are still to be filled."""
     vp_stage = index if parallel.virtual_size > 1 else None
     model = PolicyModel(
         config=megatron_config,

@@ -76,8 +76,8 @@ class ModelShape:
     """Of the published weights, as torch spells it, e.g. `bfloat16`."""
 
 
-def read_shape(folder: Path) -> ModelShape:
-    """Reads `folder/config.json`.
+def read_shape(folder: Path, field: str = "load_hf") -> ModelShape:
+    """Reads `folder/config.json`; `field` of the configuration names the folder in errors.
 
     Raises:
         UserError: the file is missing or not JSON, its `model_type` is not supported, or one of its fields asks for
@@ -88,7 +88,7 @@ def read_shape(folder: Path) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"load_hf ({folder}) must hold a config.json; point it to a Hugging Face model folder"
+            f"{field} ({folder}) must hold a config.json; point it to a Hugging Face model folder"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} must be JSON: {error}") from None

@@ -1,0 +1,290 @@
+"""Weights of a Hugging Face folder or of a Megatron-Core checkpoint, read and written one parameter at a time.
+
+A distributed checkpoint has whole tensors and does not say who held which part of them, so that it is read in any
+layout. Here the model is that of a lone rank, and takes no memory: it only says what a checkpoint calls its parameters.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    LoadPlan,
+    SavePlan,
+    TensorStorageMetadata,
+    WriteItem,
+)
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from tqdm import tqdm
+
+from megatron_psft import platform, step_folders
+from megatron_psft.checkpoint import METADATA, sharded_weights
+from megatron_psft.config import Config, DataConfig, ParallelConfig, WeightsConfig
+from megatron_psft.errors import UserError
+from megatron_psft.hf.export import copy_side_files
+from megatron_psft.hf.mapping import Piece, hf_tensors, pieces, scatter
+from megatron_psft.hf.weights import SafetensorsFolder, fill_shard
+from megatron_psft.model.gpt import build_chunk, transformer_config
+from megatron_psft.model.shape import ModelShape, read_shape
+from megatron_psft.parallel import initialize_parallel, process_group
+from megatron_psft.resume import VERSION, WEIGHTS_STEP, Identity, weights_identity
+from megatron_psft.step_folders import DamageError
+
+Outline = dict[str, ShardedBase]
+"""Every parameter's place in a checkpoint, by its name in the whole model; its data is on the meta device."""
+
+
+class Weights(Protocol):
+    """All of a model's weights."""
+
+    shape: ModelShape
+    dtype: torch.dtype
+    """As they are stored."""
+    export_dtype: torch.dtype
+    """That a Hugging Face folder made of them has."""
+
+    def fill(self, name: str, parameter: Tensor) -> None:
+        """Reads a parameter of Megatron-Core's model, in the dtype of `parameter`."""
+        ...
+
+    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yields every Hugging Face tensor with its name, in `dtype` or as it is stored."""
+        ...
+
+
+class HuggingFaceWeights:
+    """The weights of a Hugging Face folder."""
+
+    def __init__(self, folder: Path, field: str, shape: ModelShape) -> None:
+        """Raises UserError, which names `field` of the configuration, for weights that are damaged or of a model other
+        than `shape`."""
+        _check_model(folder, field, weights_identity(read_shape(folder, field)), shape)
+        self.shape = shape
+        self.files = SafetensorsFolder(folder, shape, field)
+        self.dtype = self.export_dtype = self.files.dtype
+
+    def fill(self, name: str, parameter: Tensor) -> None:
+        fill_shard(name, parameter, self.files, self.shape, tensor_rank=0, tensor_size=1)
+
+    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name, dims in hf_tensors(self.shape).items():
+            yield name, self.files.read(Piece(name, (0, dims[0]))).to(dtype)
+
+
+class MegatronWeights:
+    """The weights of a checkpoint."""
+
+    def __init__(self, folder: Path, field: str, shape: ModelShape, outline: Outline) -> None:
+        """Raises UserError, which names `field` of the configuration, for a checkpoint that is damaged or of a model
+        other than `shape`."""
+        _check_intact(folder, field, shape)
+        self.shape, self._outline = shape, outline
+        self._reader = FileSystemReader(folder)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        stored = metadata.state_dict_metadata.items()
+        self._stored = {key: value for key, value in stored if isinstance(value, TensorStorageMetadata)}
+        self.dtype = self._stored[outline["embedding.word_embeddings.weight"].key].properties.dtype
+        is_half = self.dtype == torch.bfloat16
+        self.export_dtype = self.dtype if is_half else getattr(torch, shape.dtype)  # as build.run exports
+
+    def fill(self, name: str, parameter: Tensor) -> None:
+        """By torch's reader: Megatron-Core's, in a world of one, has to read a parameter of all layers."""
+        parameter.zero_()  # what the vocabulary is padded with may be less than wanted
+        items = []
+        for shard in _shards(self._outline[name], parameter):
+            stored = self._stored[shard.key]
+            assert stored.size == torch.Size(shard.global_shape) or shard.allow_shape_mismatch
+            items += create_read_items_for_chunk_list(shard.key, stored, [_chunk(shard)])
+        self._reader.read_data(LoadPlan(items), _Reading(self._outline[name], parameter)).wait()
+
+    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        dims, dtype = hf_tensors(self.shape), dtype or self.dtype
+        for name, entry in self._outline.items():
+            parameter = torch.empty(entry.data.shape, dtype=dtype)
+            self.fill(name, parameter)
+            blocks = pieces(name, self.shape, tensor_rank=0, tensor_size=1, local_rows=len(parameter))
+            tensors = {block.name: torch.empty(dims[block.name], dtype=dtype) for block in blocks}
+            scatter(parameter, blocks, tensors)
+            del parameter  # not to be held while the tensors are used
+            yield from tensors.items()
+
+
+def _check_intact(folder: Path, field: str, shape: ModelShape) -> None:
+    try:
+        content = step_folders.read_content(folder)
+    except DamageError as error:
+        raise UserError(f"{field} ({folder}) must be an intact checkpoint: {error}") from None
+    if content["version"] != VERSION:
+        raise UserError(f"{field} ({folder}): version ({content['version']}) must be {VERSION}; use its own release")
+    _check_model(folder, field, content["identity"], shape)
+    num_files = len(list(folder.iterdir()))
+    for part in tqdm(range(num_files), desc="checksums", unit="file", leave=False):
+        damage = step_folders.find_damage(folder, part=part, parts=num_files)
+        if damage is not None:
+            raise UserError(f"{field} ({folder}) must be an intact checkpoint: {damage}")
+
+
+def _check_model(folder: Path, field: str, identity: Identity, shape: ModelShape) -> None:
+    for name, wanted in weights_identity(shape).items():
+        if identity.get(name) != wanted:
+            raise UserError(
+                f"{field} ({folder}) must be of the same model, but has {name} ({identity.get(name)}) instead of "
+                f"({wanted})"
+            )
+
+
+@contextmanager
+def lone_rank(shape: ModelShape) -> Iterator[Outline]:
+    """Makes this process a world of one, in which Megatron-Core reads and writes checkpoints of a model."""
+    here = platform.detect(0)
+    with process_group(here, 1):
+        layout = ParallelConfig()
+        place = initialize_parallel(layout, virtual_size=None, seed=0, device=here.device)
+        # A model's parameters depend on nothing else of a run.
+        unused = str(Path())
+        config = Config(weights=WeightsConfig(load_hf=unused, save=unused), data=DataConfig(data=(unused,)))
+        with torch.device("meta"):
+            model = build_chunk(shape, config, transformer_config(shape, config, here), here, place, 0)
+        yield sharded_weights(model)
+
+
+def write_checkpoint(
+    target: Path,
+    source: Weights,
+    outline: Outline,
+    dtype: torch.dtype,
+    *,
+    model_folder: Path,
+    tokenizer_folder: Path,
+    export_dtype: torch.dtype,
+) -> None:
+    """Writes a checkpoint of nothing but weights in `dtype`. Beside them lies what makes a Hugging Face folder of them
+    again; its config names `export_dtype`.
+
+    The folder appears under its name only when it is complete.
+    """
+    aside = step_folders.begin(target)
+    try:
+        _write_parameters(aside, source, outline, dtype)
+        copy_side_files(aside, model_folder, tokenizer_folder, export_dtype)
+        content = {"version": VERSION, "step": WEIGHTS_STEP, "identity": weights_identity(source.shape)}
+        step_folders.seal(target, content)
+    except BaseException:
+        step_folders.discard(target)
+        raise
+
+
+def _write_parameters(folder: Path, source: Weights, outline: Outline, dtype: torch.dtype) -> None:
+    """Writes what Megatron-Core's `dist_checkpointing.save` would, which wants all parameters in memory: torch's own
+    writer, one file after the other."""
+    dist_checkpointing.save({}, str(folder), content_metadata=dict(METADATA))  # all but the tensors
+    begun = FileSystemReader(folder).read_metadata()
+    results = [[WriteResult(key, place.length, place) for key, place in begun.storage_data.items()]]
+    plans = [SavePlan([])] + [SavePlan(_write_items(entry, dtype)) for entry in outline.values()]
+    plans, metadata = create_default_global_save_plan(plans)
+    metadata.state_dict_metadata.update(begun.state_dict_metadata)
+    writer = FileSystemWriter(folder)
+    plans = writer.prepare_global_plan(plans)  # one file each, called after their numbers; 0 is the file that is there
+    names = tqdm(outline, desc="convert", unit="parameter")
+    for number, (name, plan) in enumerate(zip(names, plans[1:], strict=True), 1):
+        results.append(_write_parameter(writer, plan, name, source, outline[name], dtype))
+        step_folders.leave_sums(folder, number)
+    writer.finish(metadata, results)
+
+
+def _write_parameter(
+    writer: FileSystemWriter, plan: SavePlan, name: str, source: Weights, entry: ShardedBase, dtype: torch.dtype
+) -> list[WriteResult]:
+    parameter = torch.empty(entry.data.shape, dtype=dtype)
+    source.fill(name, parameter)
+    return writer.write_data(plan, _Writing(entry, parameter)).wait()
+
+
+class _Writing(DefaultSavePlanner):
+    """Hands the parts of one parameter to torch's writer."""
+
+    def __init__(self, entry: ShardedBase, parameter: Tensor) -> None:
+        super().__init__()
+        self._parts = _parts(entry, parameter)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._parts[index]
+
+
+class _Reading(DefaultLoadPlanner):
+    """Hands the parts of one parameter to torch's reader, to be filled."""
+
+    def __init__(self, entry: ShardedBase, parameter: Tensor) -> None:
+        super().__init__()
+        self._parts = _parts(entry, parameter)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._parts[index]
+
+
+def _parts(entry: ShardedBase, parameter: Tensor) -> dict[MetadataIndex, Tensor]:
+    return {_index(shard): shard.data.view(_chunk(shard).sizes) for shard in _shards(entry, parameter)}
+
+
+def _write_items(entry: ShardedBase, dtype: torch.dtype) -> list[WriteItem]:
+    return [
+        WriteItem(
+            index=_index(shard),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                chunk=_chunk(shard),
+                properties=TensorProperties(dtype=dtype),
+                size=torch.Size(shard.global_shape),
+            ),
+        )
+        for shard in _shards(entry, entry.data)
+    ]
+
+
+def _index(shard: ShardedTensor) -> MetadataIndex:
+    return MetadataIndex(shard.key, torch.Size(shard.global_offset))
+
+
+def _chunk(shard: ShardedTensor) -> ChunkStorageMetadata:
+    """Its place in the checkpoint's tensor, which has the parameters of one kind of all layers."""
+    sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+    return ChunkStorageMetadata(offsets=torch.Size(shard.global_offset), sizes=torch.Size(sizes))
+
+
+def _shards(entry: ShardedBase, parameter: Tensor) -> Iterable[ShardedTensor]:
+    """The parts that Megatron-Core cuts a parameter into, as it does gate and up projection."""
+    whole = _with_data(entry, parameter)
+    return [whole] if isinstance(whole, ShardedTensor) else nested_values(whole.build())
+
+
+def _with_data(entry: ShardedBase, parameter: Tensor) -> Any:
+    if isinstance(entry, ShardedTensor):
+        return replace(entry, data=parameter, dtype=parameter.dtype)
+    return replace(entry, data=parameter)
+
+
+def checksums(weights: Weights, name: str, dtype: torch.dtype | None = None) -> dict[str, tuple[torch.dtype, str]]:
+    """Dtype and SHA-256 of every Hugging Face tensor, in `dtype` or as it is stored; `name` of the weights is for the
+    progress bar."""
+    total = len(hf_tensors(weights.shape))
+    return {
+        tensor_name: (tensor.dtype, sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest())
+        for tensor_name, tensor in tqdm(weights.tensors(dtype), desc=name, total=total, unit="tensor", leave=False)
+    }
