@@ -1,5 +1,6 @@
 """Turns a configuration into a run that is ready to train, and a trained run into a Hugging Face folder."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -186,7 +187,8 @@ def _resume_point(config: Config, identity: Identity, train_iters: int) -> tuple
 
 def _identity(config: Config, inputs: Inputs, parallel: Parallel) -> Identity:
     """What must not change between a checkpoint and the run that resumes from it."""
-    identity = {f"model {name}": value for name, value in asdict(inputs.shape).items()}
+    shape = json.loads(json.dumps(asdict(inputs.shape)))  # as the checkpoint has it
+    identity = {f"model {name}": value for name, value in shape.items()}
     identity |= {
         "padded vocabulary": padded_vocab_size(inputs.shape.vocab_size, parallel.tensor_size),
         "training data": inputs.dataset.fingerprint(),

@@ -1,8 +1,8 @@
 """What this process computes on, and everything that lets Megatron-Core run without a GPU.
 
 Megatron-Core is written against `torch.cuda`. Where CUDA is absent, `adapt_to_cpu` answers those calls for the CPU, so
-that the trainer's code is the same on a laptop and on a cluster. Where CUDA is present nothing is touched. No other
-file of this package patches another library.
+that the trainer's code is the same on a laptop and on a cluster. Where CUDA is present nothing of that is touched. No
+other file of this package patches another library.
 """
 
 import contextlib
@@ -45,6 +45,8 @@ def detect(local_rank: int) -> Platform:
         # Megatron-Core's sequence parallelism relies on one hardware queue to order communication before computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         has_engine = importlib.util.find_spec("transformer_engine") is not None
+        if not has_engine:
+            _complete_router()
         return Platform(device=torch.device("cuda", local_rank), backend="nccl", has_transformer_engine=has_engine)
     adapt_to_cpu()
     return Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
@@ -61,7 +63,17 @@ def adapt_to_cpu() -> None:
     _answer_streams()
     _answer_random_state()
     _answer_gradient_norm()
+    _answer_token_counts()
+    _complete_router()
     _CudaIsCpu().__enter__()  # for good: Megatron-Core names the device in many places
+
+
+def _complete_router() -> None:
+    """Defines a name that Megatron-Core's router of experts asks for and, without Transformer Engine, lacks (0.16)."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        _replace(moe_utils, te_general_gemm=None)
 
 
 class _CudaIsCpu(TorchFunctionMode):
@@ -149,6 +161,16 @@ def _answer_gradient_norm() -> None:
     import megatron.core.optimizer.clip_grads as clip_grads
 
     _replace(clip_grads, l2_norm_impl=_l2_norm)
+
+
+def _answer_token_counts() -> None:
+    """How many tokens go to which rank's experts: read from the device as the numbers that collectives take."""
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    _replace(token_dispatcher, maybe_move_tensor_to_cpu=to_host)
 
 
 def _l2_norm(
