@@ -131,12 +131,12 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         # One denominator for the whole global batch; any other setting makes the gradient depend on the layout.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        # The fused kernels need CUDA, and gradient accumulation fusion needs Apex or Transformer Engine.
+        # The fused kernels need CUDA.
         bias_activation_fusion=platform.is_gpu,
         bias_dropout_fusion=platform.is_gpu,
         apply_rope_fusion=platform.has_transformer_engine,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=platform.has_transformer_engine,
+        gradient_accumulation_fusion=platform.fuses_gradients,
         recompute_granularity=config.recompute.recompute_granularity,
         recompute_method=config.recompute.recompute_method,
         recompute_num_layers=config.recompute.recompute_num_layers,
