@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_psft import build, parallel, platform, trainer
 from megatron_psft.checkpoint import Saver, load_checkpoint
 from megatron_psft.config import parse_config
+from megatron_psft.inputs import read_inputs
 from megatron_psft.resume import find_checkpoint
 from megatron_psft.step_folders import step_folders
 
@@ -46,7 +47,7 @@ def main() -> None:
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
             --train-iters 1000 --global-batch-size 1 --no-packing --old-policy-interval {window}"""
         config = parse_config(flags.split())
-        run = build.build_run(config, build.read_inputs(config, show_progress=False), here)
+        run = build.build_run(config, read_inputs(config, show_progress=False), here)
         measure(run, options.steps)
 
 

@@ -74,10 +74,11 @@ def training_run(argv: Sequence[Any]) -> Iterator[Any]:
     """A run of the command line `argv`, ready to make steps, in this process alone."""
     from megatron_psft import build, parallel, platform
     from megatron_psft.config import parse_config
+    from megatron_psft.inputs import read_inputs
     from megatron_psft.validation import validate
 
     config = parse_config([str(value) for value in argv])
     validate(config, 1)
     place = platform.detect(0)
     with parallel.process_group(place, 1):
-        yield build.build_run(config, build.read_inputs(config, show_progress=False), place)
+        yield build.build_run(config, read_inputs(config, show_progress=False), place)

@@ -39,8 +39,8 @@ LR = 1e-4
 
 def prepare(spec: dict[str, Any]) -> dict[str, Any]:
     """Writes model, tokenizer, records and the records' tokens into the folder that `spec` names."""
-    from megatron_psft import build
     from megatron_psft.config import parse_config
+    from megatron_psft.inputs import read_inputs
 
     folder = Path(spec["folder"])
     sizes = {name: spec[name] for name in ("hidden_size", "num_layers", "vocab_size")}
@@ -48,7 +48,7 @@ def prepare(spec: dict[str, Any]) -> dict[str, Any]:
     write_tokenizer(folder / "tokenizer")
     write_problems(folder / "problems.jsonl", spec["records"])
     argv = [*_argv(spec), "--global-batch-size", 1]
-    inputs = build.read_inputs(parse_config([str(value) for value in argv]), show_progress=False)
+    inputs = read_inputs(parse_config([str(value) for value in argv]), show_progress=False)
     examples = [inputs.dataset[index] for index in range(len(inputs.dataset))]
     rows = [
         {"input_ids": example.tokens.tolist(), "completion_mask": [int(flag) for flag in example.label_mask]}

@@ -2,58 +2,34 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from megatron_psft.checkpoint import TrainState, load_checkpoint, load_weights
 from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.config import Config, config_to_yaml
-from megatron_psft.data.chat import Example, label_runs
-from megatron_psft.data.dataset import TokenizedDataset, build_dataset
+from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.errors import UserError
-from megatron_psft.hf import export, hub
-from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, fill_parameters
-from megatron_psft.model.gpt import build_model, check_layout, padded_vocab_size, virtual_size
-from megatron_psft.model.shape import ModelShape, read_shape
+from megatron_psft.hf import export
+from megatron_psft.hf.weights import fill_parameters
+from megatron_psft.inputs import Inputs, describe, read_in_turn
+from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
 from megatron_psft.objectives import Objective
 from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
-from megatron_psft.parallel import Parallel, initialize_parallel, on_main, together
+from megatron_psft.parallel import Parallel, initialize_parallel, on_main
 from megatron_psft.platform import Platform
 from megatron_psft.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
 from megatron_psft.resume import WEIGHTS_STEP, Identity, find_checkpoint, model_identity
 from megatron_psft.schedule import Schedule
 from megatron_psft.trainer import Run, train
-from megatron_psft.validation import validate_advantages, validate_train_iters
 from megatron_psft.versions import versions
 
 log = logging.getLogger(__name__)
-
-_SHOWN_TOKENS = 200
-_TOKENIZING_TIMEOUT = timedelta(days=7)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """Everything a run reads, checked, before anything is built."""
-
-    model_folder: Path
-    tokenizer_folder: Path
-    shape: ModelShape
-    weights: SafetensorsFolder | RandomWeights
-    dataset: TokenizedDataset
-    plan: PackPlan
-    valid_dataset: TokenizedDataset | None
-    tokenizer: PreTrainedTokenizerBase
-    train_iters: int
 
 
 def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
@@ -66,8 +42,9 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
         UserError: on every rank alike.
         RankError: on this rank, whatever the others do.
     """
-    inputs = _read_in_turn(config, rank, local_rank)
-    _describe(inputs, platform, packing=config.data.packing)
+    inputs = read_in_turn(config, rank, local_rank)
+    log.info("%s", platform.describe())
+    describe(inputs, packing=config.data.packing)
     ready = build_run(config, inputs, platform)
     _write_config(config, ready.parallel)
     signum = train(ready)
@@ -86,89 +63,6 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
         )
         log.info("exported %s", config.weights.export_hf)
     return 0
-
-
-def _read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
-    """`read_inputs` in the first process of each node, which tokenizes what the cache has not, then in the others,
-    which find it there; collective."""
-    inputs, error = None, None
-    if local_rank == 0:
-        try:
-            inputs = read_inputs(config, show_progress=rank == 0)
-        except UserError as mistake:
-            error = mistake
-    has_failed = _wait_for_all(error is not None)
-
-    def finish() -> Inputs | None:
-        if error is not None:
-            raise error
-        # Where one failed, the others would do its work again, and fail.
-        return read_inputs(config, show_progress=False) if inputs is None and not has_failed else inputs
-
-    inputs = together(finish)
-    assert inputs is not None
-    _check_same_data(inputs)
-    return inputs
-
-
-def _wait_for_all(has_failed: bool) -> bool:
-    """True where any rank has failed. Collective, and not bound to the default group's timeout: to tokenize may take
-    hours."""
-    group = dist.new_group(backend="gloo", timeout=_TOKENIZING_TIMEOUT)
-    flag = torch.tensor([has_failed], dtype=torch.int32, device="cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    dist.destroy_process_group(group)
-    return bool(flag.item())
-
-
-def _check_same_data(inputs: Inputs) -> None:
-    """Nodes may have copies of their own of the data; raises UserError on all ranks where these differ."""
-    mine = (len(inputs.dataset), inputs.dataset.fingerprint())
-    found: list[tuple[int, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
-    if other is not None:
-        counts = [theirs and theirs[0] for theirs in (found[0], found[other])]
-        raise UserError(
-            f"data must be the same on all nodes, but rank 0 has {counts[0]} records and rank {other} has {counts[1]}, "
-            "or the same number of others; copy the same files to all, or give the tokenizer that all have"
-        )
-
-
-def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
-    """Reads model description, tokenizer and data.
-
-    Raises:
-        UserError: anything that is missing, broken or does not fit together.
-    """
-    model_folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=not config.weights.random_init)
-    tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
-    shape = read_shape(model_folder)
-    check_layout(shape, config)
-    _prepare_folders(config, model_folder, tokenizer_folder)
-    random_init = config.weights.random_init
-    weights = RandomWeights(shape, config.batch.seed) if random_init else SafetensorsFolder(model_folder, shape)
-    tokenizer = _read_tokenizer(tokenizer_folder, shape)
-    dataset = _read_dataset(config, config.data.data, tokenizer, show_progress)
-    valid = _read_dataset(config, config.data.valid_data, tokenizer, show_progress) if config.data.valid_data else None
-    validate_advantages(config, has_advantages=dataset.has_advantages)
-    plan = plan_of(dataset.sequence_lengths, config.data)
-    train_iters = config.batch.train_iters
-    if train_iters is None:
-        assert config.batch.epochs is not None
-        train_iters = -(-config.batch.epochs * len(plan) // config.batch.global_batch_size)
-        validate_train_iters(config, train_iters)
-    return Inputs(
-        model_folder=model_folder,
-        tokenizer_folder=tokenizer_folder,
-        shape=shape,
-        weights=weights,
-        dataset=dataset,
-        plan=plan,
-        valid_dataset=valid,
-        tokenizer=tokenizer,
-        train_iters=train_iters,
-    )
 
 
 def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
@@ -336,57 +230,6 @@ def _loader(
         # Sequence parallelism cuts the sequence into equal parts.
         pad_to_multiple_of=parallel.tensor_size if config.parallel.sequence_parallel else 1,
         pad_token_id=inputs.tokenizer.pad_token_id or 0,
-    )
-
-
-def _describe(inputs: Inputs, platform: Platform, *, packing: bool) -> None:
-    """Says what the run computes on and what it trains on, with one record as the model gets it."""
-    log.info("%s", platform.describe())
-    log.info("training data, one epoch, in tokens:\n%s", inputs.dataset.statistics())
-    if packing:
-        log.info("packing: %s", inputs.plan)
-    if inputs.valid_dataset is not None:
-        log.info("validation data:\n%s", inputs.valid_dataset.statistics())
-    for sequence in inputs.dataset[0].sequences:
-        shown = Example(tokens=sequence.tokens[:_SHOWN_TOKENS], label_mask=sequence.label_mask[:_SHOWN_TOKENS])
-        runs = label_runs(shown, inputs.tokenizer)
-        text = "".join(f"⟦{text}⟧" if is_label else text for is_label, text in runs)
-        log.info("first record, labels in ⟦⟧:\n%s", text)
-
-
-def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path) -> None:
-    save = Path(config.weights.save)
-    try:
-        save.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"save ({config.weights.save}) must be a folder that can be written: {error.strerror}"
-        ) from None
-    if config.weights.export_hf is not None:
-        inputs = {"save": save, "load_hf": model_folder, "tokenizer": tokenizer_folder}
-        export.check_target(Path(config.weights.export_hf), inputs)
-
-
-def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
-    tokenizer = hub.load_tokenizer(folder)
-    if len(tokenizer) > shape.vocab_size:
-        raise UserError(
-            f"tokenizer ({folder}) has {len(tokenizer)} tokens, more than the model's vocabulary ({shape.vocab_size}); "
-            "name the tokenizer that belongs to the model"
-        )
-    return tokenizer
-
-
-def _read_dataset(
-    config: Config, paths: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, show_progress: bool
-) -> TokenizedDataset:
-    return build_dataset(
-        paths,
-        tokenizer,
-        config.data,
-        seed=config.batch.seed,
-        show_progress=show_progress,
-        are_pairs=config.objective.needs_pairs,
     )
 
 

@@ -238,6 +238,11 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that share each sequence. Every record is padded to a multiple of twice this number, which may make a row
     longer than `seq_length`: packs do not depend on the layout."""
+    expert_model_parallel_size: int = 1
+    """Groups into which the experts of a mixture-of-experts model are split, over ranks that elsewhere are data-,
+    context- or tensor-parallel."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert; `tensor_model_parallel_size` where absent."""
     use_distributed_optimizer: bool = False
     """Spread the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -253,6 +258,12 @@ class ParallelConfig:
         require_at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         require_at_least(1, self, "context_parallel_size")
         require_at_least(1, self, "num_layers_per_virtual_pipeline_stage")
+        require_at_least(1, self, "expert_model_parallel_size", "expert_tensor_parallel_size")
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:

@@ -102,19 +102,22 @@ def _rank_to_blame(optimizer: MegatronOptimizer, norm: float) -> int | None:
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Fills the optimizer from what `dist_checkpointing` loaded for its sharded state."""
+    # A model with experts has an optimizer for these and one for the rest, and the state of each under its number.
+    parts = [loaded] if len(optimizer.chained_optimizers) == 1 else [loaded[i] for i in sorted(loaded)]
     # The distributed optimizer copies every tensor of Adam's state from the checkpoint. torch's `step`, the same for
     # all parameters, is not among them: it is set aside meanwhile.
-    parameter_state = loaded.pop("param_state", None)
+    parameter_states = [part.pop("param_state", None) for part in parts]
     # What a flag sets is this run's affair: "resume with a lower lr" has to work.
     own = optimizer.param_groups[0]
-    for group in loaded.get("optimizer", loaded)["param_groups"]:
-        group.update({name: own[name] for name in ("max_lr", "min_lr", "betas", "eps") if name in own})
+    for part in parts:
+        for group in part.get("optimizer", part)["param_groups"]:
+            group.update({name: own[name] for name in ("max_lr", "min_lr", "betas", "eps") if name in own})
     optimizer.load_state_dict(loaded)
     states = [state for adam in _torch_adams(optimizer) for state in adam.state.values()]
     steps = [state.pop("step") for state in states]
-    if parameter_state is not None:
-        (inner,) = optimizer.chained_optimizers
-        inner.load_parameter_state_from_fully_reshardable(parameter_state)
+    for inner, parameter_state in zip(optimizer.chained_optimizers, parameter_states, strict=True):
+        if parameter_state is not None:
+            inner.load_parameter_state_from_fully_reshardable(parameter_state)
     for state, step in zip(states, steps, strict=True):
         # Megatron-Core hands the same tensor to all parameters, each of which would advance it.
         state["step"] = step.clone()

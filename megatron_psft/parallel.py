@@ -20,7 +20,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """Where this process stands in the grid of processes; sizes multiply to `world_size`."""
+    """Where this process stands in the grid of processes; sizes, but those of experts, multiply to `world_size`.
+
+    For experts the processes of a pipeline stage form another grid: expert by expert-tensor by expert-data parallel.
+    """
 
     rank: int
     world_size: int
@@ -34,6 +37,14 @@ class Parallel:
     context_size: int
     data_rank: int
     data_size: int
+    expert_rank: int
+    expert_size: int
+    """Groups that the experts are split into."""
+    expert_tensor_rank: int
+    expert_tensor_size: int
+    """Ranks that share each expert."""
+    expert_data_rank: int
+    """Among the ranks with the same part of the same experts."""
     device: torch.device
 
     @property
@@ -73,6 +84,8 @@ def initialize_parallel(
         virtual_pipeline_model_parallel_size=virtual_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,  # type: ignore[arg-type]
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Parallel(
@@ -87,6 +100,11 @@ def initialize_parallel(
         context_size=parallel_state.get_context_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         device=device,
     )
 

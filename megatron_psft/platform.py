@@ -1,12 +1,13 @@
 """What this process computes on, and everything that lets Megatron-Core run without a GPU.
 
 Megatron-Core is written against `torch.cuda`. Where CUDA is absent, `adapt_to_cpu` answers those calls for the CPU, so
-that the trainer's code is the same on a laptop and on a cluster. Where CUDA is present nothing is touched. No other
-file of this package patches another library.
+that the trainer's code is the same on a laptop and on a cluster. Where CUDA is present nothing of that is touched. No
+other file of this package patches another library.
 """
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -20,11 +21,15 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
-    """Device of this process, its collective backend, and whether Transformer Engine is importable."""
+    """Device of this process, its collective backend, and which of NVIDIA's libraries are importable."""
 
     device: torch.device
     backend: str
     has_transformer_engine: bool
+    transformer_engine_version: tuple[int, int] | None = None
+    """Major and minor, where it is known."""
+    fuses_gradients: bool = False
+    """Whether Apex's extension that adds to a weight's gradient within the product is importable."""
 
     @property
     def is_gpu(self) -> bool:
@@ -35,7 +40,30 @@ class Platform:
         """One line for the log: what was chosen."""
         name = torch.cuda.get_device_name(self.device) if self.is_gpu else f"CPU, {torch.get_num_threads()} threads"
         spec = "Transformer Engine" if self.has_transformer_engine else "portable PyTorch"
-        return f"{name}; {self.backend} collectives; {spec} layers"
+        fused = "fused" if self.fuses_gradients else "not fused"
+        return (
+            f"{name}; {self.backend} collectives; {spec} layers; {_adam_source()} Adam; gradient accumulation {fused}"
+        )
+
+
+def _adam_source() -> str:
+    """Whose Adam Megatron-Core has chosen: on import it takes the first of these that is there."""
+    from megatron.core.optimizer import Adam
+
+    sources = {"transformer_engine": "Transformer Engine", "apex": "Apex", "torch": "PyTorch"}
+    return sources[Adam.__module__.split(".")[0]]
+
+
+def _is_importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _engine_version() -> tuple[int, int] | None:
+    try:
+        major, minor = importlib.metadata.version("transformer_engine").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return int(major), int(minor)
 
 
 def detect(local_rank: int) -> Platform:
@@ -44,8 +72,17 @@ def detect(local_rank: int) -> Platform:
         torch.cuda.set_device(local_rank)
         # Megatron-Core's sequence parallelism relies on one hardware queue to order communication before computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        has_engine = importlib.util.find_spec("transformer_engine") is not None
-        return Platform(device=torch.device("cuda", local_rank), backend="nccl", has_transformer_engine=has_engine)
+        has_engine = _is_importable("transformer_engine")
+        if not has_engine:
+            _complete_router()
+        return Platform(
+            device=torch.device("cuda", local_rank),
+            backend="nccl",
+            has_transformer_engine=has_engine,
+            transformer_engine_version=_engine_version() if has_engine else None,
+            # Megatron-Core's own layers, of which the output layer is always one, have no other.
+            fuses_gradients=_is_importable("fused_weight_gradient_mlp_cuda"),
+        )
     adapt_to_cpu()
     return Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
 
@@ -61,7 +98,17 @@ def adapt_to_cpu() -> None:
     _answer_streams()
     _answer_random_state()
     _answer_gradient_norm()
+    _answer_token_counts()
+    _complete_router()
     _CudaIsCpu().__enter__()  # for good: Megatron-Core names the device in many places
+
+
+def _complete_router() -> None:
+    """Defines a name that Megatron-Core's router of experts asks for and, without Transformer Engine, lacks (0.16)."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        _replace(moe_utils, te_general_gemm=None)
 
 
 class _CudaIsCpu(TorchFunctionMode):
@@ -149,6 +196,16 @@ def _answer_gradient_norm() -> None:
     import megatron.core.optimizer.clip_grads as clip_grads
 
     _replace(clip_grads, l2_norm_impl=_l2_norm)
+
+
+def _answer_token_counts() -> None:
+    """How many tokens go to which rank's experts: read from the device as the numbers that collectives take."""
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    _replace(token_dispatcher, maybe_move_tensor_to_cpu=to_host)
 
 
 def _l2_norm(

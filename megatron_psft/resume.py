@@ -1,5 +1,6 @@
 """Finds the checkpoint that a run goes on from, and makes sure that it is whole and that run's own."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,7 +30,8 @@ Identity = Mapping[str, Any]
 
 def model_identity(shape: ModelShape) -> dict[str, Any]:
     """The part of an identity that tells the model."""
-    return {f"model {name}": value for name, value in asdict(shape).items()}
+    values = json.loads(json.dumps(asdict(shape)))  # as a checkpoint has them
+    return {f"model {name}": value for name, value in values.items()}
 
 
 def weights_identity(shape: ModelShape) -> dict[str, Any]:

@@ -24,13 +24,21 @@ def forward_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
     squared."""
     hidden, kv = shape.hidden_size, shape.num_query_groups * shape.head_dim
     queries = shape.num_attention_heads * shape.head_dim
-    weights_per_layer = hidden * (2 * queries + 2 * kv + 3 * shape.ffn_hidden_size)
-    weights = shape.num_layers * weights_per_layer + hidden * shape.vocab_size
+    mlp = sum(_mlp_weights(shape, layer) for layer in range(shape.num_layers))
+    weights = shape.num_layers * hidden * (2 * queries + 2 * kv) + mlp + hidden * shape.vocab_size
     tokens = squares = 0
     for length in lengths:
         tokens += length
         squares += length * length
     return 2.0 * weights * tokens + 2.0 * shape.num_layers * queries * squares
+
+
+def _mlp_weights(shape: ModelShape, layer: int) -> int:
+    """Of those that a token meets: its experts' and the router's, or the plain MLP's."""
+    experts = shape.experts
+    if experts is None or not shape.has_experts(layer):
+        return 3 * shape.hidden_size * shape.ffn_hidden_size
+    return shape.hidden_size * (3 * experts.per_token * experts.ffn_hidden_size + experts.count)
 
 
 def peak_flops(device: torch.device) -> float | None:

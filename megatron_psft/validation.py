@@ -91,6 +91,13 @@ def _validate_batch(config: Config, world_size: int) -> None:
             f"world_size ({world_size}) must be a multiple of tensor_model_parallel_size * "
             f"pipeline_model_parallel_size * context_parallel_size ({parallel.model_parallel_size}); change one of them"
         )
+    expert_sizes = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    if world_size % (expert_sizes * parallel.pipeline_model_parallel_size):
+        raise UserError(
+            f"world_size ({world_size}) must be a multiple of expert_model_parallel_size * expert_tensor_parallel_size "
+            f"* pipeline_model_parallel_size ({expert_sizes * parallel.pipeline_model_parallel_size}); "
+            "change one of them"
+        )
     _validate_micro_batches(config, world_size, "micro_batch_size", batch.micro_batch_size)
     if config.objective.old_policy_micro_batch_size is not None:
         name = "old_policy_micro_batch_size"

@@ -182,6 +182,46 @@ def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, packing,
         torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("optimizer", [slow(ONE, id="optimizer"), pytest.param(DIST_OPT, id="distopt")])
+def test_experts_move_between_layouts(pool, tmp_path, inputs, optimizer):
+    """Spread over two ranks, cut by two, over pipeline stages, and all on one."""
+    model = tiny.build_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[])
+    stations = [
+        ("ep2", 2, ("--expert-model-parallel-size", "2"), 2),
+        ("one", 1, ONE, 4),
+        ("tp2", 2, TP2_SP, 6),
+        ("pp2", 2, PP2, 7),
+        ("ep2-again", 2, ("--expert-model-parallel-size", "2"), 8),
+    ]
+    flags = (*optimizer, "--save-interval", "1", "--load-hf", str(model))
+    found: list[dict[str, float]] = []
+    load: tuple[str, ...] = ()
+    for name, world_size, layout, stop in stations:
+        export = tmp_path / f"{name}-hf"
+        train(pool, world_size, inputs.argv(tmp_path / name, *flags, *layout, *load, "--export-hf", str(export)))
+        found += [line for line in metrics_of(tmp_path / name) if len(found) < line["step"] <= stop]
+        load = ("--load", str(step_folder(tmp_path / name, stop)))
+    train(pool, 1, inputs.argv(tmp_path / "whole", *flags, "--export-hf", str(tmp_path / "whole-hf")))
+    expected = [
+        {name: pytest.approx(value, rel=1e-5, abs=1e-7) for name, value in line.items()}
+        for line in metrics_of(tmp_path / "whole")
+    ]
+    assert found == expected
+    moved, whole = (load_file(folder / "model.safetensors") for folder in (export, tmp_path / "whole-hf"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+def test_a_resumed_run_with_experts_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, inputs):
+    model = tiny.build_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=2)
+    flags = ("--load-hf", str(model), "--expert-model-parallel-size", "2", *OVERLAP, "--save-interval", "3")
+    train(pool, 2, inputs.argv(tmp_path / "whole", *flags))
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    forget_steps_from(tmp_path / "resumed", 4)
+    train(pool, 2, inputs.argv(tmp_path / "resumed", *flags))
+    assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def finished(pool, inputs, tmp_path_factory) -> Path:
     """A run with checkpoints of its steps 6, 7 and 8."""

@@ -52,6 +52,11 @@ def test_ranks_count_through_tensor_then_context_then_data_then_pipeline(
             "context_size": context_size,
             "data_rank": data_rank,
             "data_size": data_size,
+            "expert_rank": 0,
+            "expert_size": 1,
+            "expert_tensor_rank": tensor_rank,
+            "expert_tensor_size": tensor_size,
+            "expert_data_rank": data_rank * context_size + context_rank,
             "device": torch.device("cpu"),
         }
         is_first, is_last = pipeline_rank == 0, pipeline_rank == pipeline_size - 1
@@ -59,6 +64,24 @@ def test_ranks_count_through_tensor_then_context_then_data_then_pipeline(
         counting += [(data_rank, context_rank)] if roles[-1] else []
     expected = [(data_rank, context_rank) for data_rank in range(data_size) for context_rank in range(context_size)]
     assert counting == expected, "each part of each replica's rows counts once"
+
+
+@pytest.mark.parametrize(
+    ("expert_tensor_size", "expected"),
+    [
+        # Expert, expert-tensor and expert-data rank of ranks that are two tensor-parallel by two data-parallel.
+        (None, [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]),
+        (1, [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]),
+    ],
+)
+def test_experts_have_a_grid_of_their_own(pool, expert_tensor_size, expected):
+    config = ParallelConfig(
+        tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=expert_tensor_size
+    )
+    places = [place for place, _ in pool.run(_place, 4, config, 4)]
+    ranks = [(place["expert_rank"], place["expert_tensor_rank"], place["expert_data_rank"]) for place in places]
+    assert ranks == expected
+    assert {(place["expert_size"], place["expert_tensor_size"]) for place in places} == {(2, expert_tensor_size or 2)}
 
 
 def test_interleaving_says_how_many_chunks_a_rank_has(pool):

@@ -21,6 +21,7 @@ COMPARED = ("loss", "nll", "entropy", "grad_norm", "clip_fraction")
 
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 CP2 = ["--context-parallel-size", "2"]
+OVERLAPPED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 LAYOUTS = {
     "1": (1, []),
     "tp2": (2, TP2),
@@ -29,7 +30,9 @@ LAYOUTS = {
     "pp2-interleaved": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "cp2": (2, CP2),
     "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer"]),
-    "dp2-overlapped": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
+    "dp2-overlapped-reduction": (2, ["--overlap-grad-reduce"]),
+    "dp2-overlapped": (2, OVERLAPPED),
+    "pp2-interleaved-dp2-overlapped": (4, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1", *OVERLAPPED]),
     "tp2-pp2": (4, [*TP2, *PP2]),
     "tp2-pp2-dp2": (8, [*TP2, "--sequence-parallel", *PP2, "--use-distributed-optimizer"]),
 }
@@ -42,7 +45,20 @@ PACKED_LAYOUTS = {
     "cp2-tp2": (4, [*CP2, *TP2, "--sequence-parallel"]),
     "cp2-pp2-dp2": (8, [*CP2, *PP2, "--use-distributed-optimizer"]),
 }
+EP2 = ["--expert-model-parallel-size", "2"]
+EXPERT_LAYOUTS = {
+    "1": (1, []),
+    "ep2": (2, EP2),
+    "ep2-overlapped": (2, [*EP2, *OVERLAPPED]),
+    "ep2-tp2": (4, [*EP2, *TP2, "--sequence-parallel"]),
+    "ep2-within-tp2": (2, [*EP2, *TP2, "--sequence-parallel", "--expert-tensor-parallel-size", "1"]),
+    "ep2-pp2": (4, [*EP2, *PP2]),
+    "ep2-pp2-interleaved": (4, [*EP2, *PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
+    "ep2-tp2-pp2-overlapped": (8, [*EP2, *TP2, "--sequence-parallel", *PP2, *OVERLAPPED]),
+}
+SLOW_EXPERT_LAYOUTS = ("ep2-pp2", "ep2-tp2-pp2-overlapped")
 PACK_LENGTH = 256
+ALL_LAYOUTS = LAYOUTS | PACKED_LAYOUTS | EXPERT_LAYOUTS | {"cp2-ep2": (2, [*CP2, *EP2])}
 PSFT = {"old_policy_interval": 4}
 
 
@@ -50,7 +66,7 @@ PSFT = {"old_policy_interval": 4}
 def inputs(tmp_path_factory) -> Path:
     """One folder with a model per family, a tokenizer and records."""
     folder = tmp_path_factory.mktemp("parity")
-    for family in tiny.FAMILIES:
+    for family in (*tiny.FAMILIES, *tiny.MOE_FAMILIES):
         tiny.build_model(folder / family, family, tied=family == "qwen3")
     tiny.build_tokenizer(folder / "tokenizer")
     tiny.write_records(folder / "records.jsonl", 40)
@@ -66,7 +82,7 @@ def expected(inputs: Path, family: str, **objective) -> tuple[list[dict[str, flo
 
 
 @functools.cache
-def expected_of_packs(inputs: Path) -> tuple[list[dict[str, float]], torch.nn.Module]:
+def expected_of_packs(inputs: Path, family: str) -> tuple[list[dict[str, float]], torch.nn.Module]:
     """The same for batches of two packs each; which records share a pack is all that the package is asked for."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
     (records,) = reference.chatml_batches(inputs / "records.jsonl", tokenizer, 40, 1)
@@ -76,12 +92,12 @@ def expected_of_packs(inputs: Path) -> tuple[list[dict[str, float]], torch.nn.Mo
         for step in range(STEPS)
     ]
     assert len({len(batch) for batch in batches}) > 1, "batches differ in their number of records"
-    return reference.run_reference(inputs / "qwen3", batches, lr=reference.PARITY_LR, **PSFT)
+    return reference.run_reference(inputs / family, batches, lr=reference.PARITY_LR, **PSFT)
 
 
 def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str = "1") -> list[dict[str, float]]:
     """Runs the command line and returns the lines of metrics.jsonl."""
-    world_size, layout_flags = (LAYOUTS | PACKED_LAYOUTS)[layout]
+    world_size, layout_flags = ALL_LAYOUTS[layout]
     argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
     argv += [
         "--save",
@@ -118,7 +134,7 @@ def assert_same_logits(exported: Path, model: torch.nn.Module) -> None:
 
 
 def has_few_ranks(layout: str) -> bool:
-    return (LAYOUTS | PACKED_LAYOUTS)[layout][0] < 8
+    return ALL_LAYOUTS[layout][0] < 8
 
 
 QUICK = {("qwen2", "1"), ("llama", "1"), *(("qwen3", layout) for layout in LAYOUTS if has_few_ranks(layout))}
@@ -136,13 +152,37 @@ def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize("layout", [name if has_few_ranks(name) else slow(name) for name in PACKED_LAYOUTS])
-def test_packs_follow_the_reference_on_their_records(pool, inputs, tmp_path, layout):
-    wanted, model = expected_of_packs(inputs)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        *(("qwen3_moe", layout) for layout in EXPERT_LAYOUTS if layout not in SLOW_EXPERT_LAYOUTS),
+        *(slow("qwen3_moe", layout) for layout in SLOW_EXPERT_LAYOUTS),
+        ("mixtral", "1"),
+        slow("mixtral", "ep2-tp2"),
+    ],
+)
+def test_a_mixture_of_experts_follows_the_reference(pool, inputs, tmp_path, family, layout):
+    wanted, model = expected(inputs, family, **PSFT)
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
+    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        *(("qwen3", layout) if has_few_ranks(layout) else slow("qwen3", layout) for layout in PACKED_LAYOUTS),
+        slow("qwen3_moe", "ep2"),
+        ("qwen3_moe", "cp2-ep2"),
+    ],
+)
+def test_packs_follow_the_reference_on_their_records(pool, inputs, tmp_path, family, layout):
+    wanted, model = expected_of_packs(inputs, family)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
     flags = ["--old-policy-interval", "4", "--packing", "--seq-length", str(PACK_LENGTH)]
     flags += ["--global-batch-size", "2", "--micro-batch-size", "1"]
-    found = train(pool, inputs, "qwen3", tmp_path, *flags, layout=layout)
+    found = train(pool, inputs, family, tmp_path, *flags, layout=layout)
     assert_same_run(found, wanted, rel=1e-5)
     assert_same_logits(tmp_path / "hf", model)
 
@@ -238,9 +278,10 @@ def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
     ],
     ids=["selective", "uniform", "block"],
 )
-def test_recomputation_changes_nothing(pool, inputs, tmp_path, flags):
-    wanted, _ = expected(inputs, "qwen3", **PSFT)
-    found = train(pool, inputs, "qwen3", tmp_path, "--old-policy-interval", "4", *flags, layout="tp2-sp")
+@pytest.mark.parametrize(("family", "layout"), [("qwen3", "tp2-sp"), ("qwen3_moe", "ep2-overlapped")])
+def test_recomputation_changes_nothing(pool, inputs, tmp_path, family, layout, flags):
+    wanted, _ = expected(inputs, family, **PSFT)
+    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", *flags, layout=layout)
     assert_same_run(found, wanted)
 
 
@@ -263,11 +304,22 @@ def test_ratio_is_one_after_every_sync(pool, inputs, tmp_path):
         assert (line["ratio_mean"], line["ratio_max"], line["clip_fraction"], line["approx_kl"]) == (1.0, 1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("layout", [slow("1"), slow("tp2-sp"), "pp2-interleaved", "dp2-overlapped"])
-def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_path, layout):
-    """The old-policy pass computes bit for bit what training computes: the shortcut r = 1 hides no difference."""
-    argv = [tmp_path, inputs, LAYOUTS[layout][1]]
-    for lines in pool.run(_train_with_forced_passes, LAYOUTS[layout][0], *argv)[:1]:
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        slow("qwen2", "1"),
+        slow("qwen2", "tp2-sp"),
+        ("qwen2", "pp2-interleaved"),
+        ("qwen2", "dp2-overlapped"),
+        ("qwen3_moe", "ep2-overlapped"),
+        slow("mixtral", "ep2-tp2"),
+    ],
+)
+def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_path, family, layout):
+    """The old-policy pass computes bit for bit what training computes: the shortcut r = 1 hides no difference. It
+    chooses the same experts too."""
+    world_size, layout_flags = ALL_LAYOUTS[layout]
+    for lines in pool.run(_train_with_forced_passes, world_size, tmp_path, inputs, family, layout_flags)[:1]:
         ratios = [(line["ratio_mean"], line["ratio_max"]) for line in lines[::2]]
         assert ratios == [(1.0, 1.0)] * (len(lines) // 2)
         assert all(line["old_policy_seconds"] > 0.001 for line in lines[::2])
@@ -276,13 +328,13 @@ def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_
 @pytest.mark.slow
 def test_passes_in_other_micro_batches_give_ratio_one_up_to_rounding(pool, inputs, tmp_path):
     flags = ["--micro-batch-size", "1", "--old-policy-micro-batch-size", "4"]
-    (lines,) = pool.run(_train_with_forced_passes, 1, tmp_path, inputs, flags)
+    (lines,) = pool.run(_train_with_forced_passes, 1, tmp_path, inputs, "qwen2", flags)
     for line in lines[::2]:
         assert (line["ratio_mean"], line["ratio_max"]) == pytest.approx((1.0, 1.0), abs=1e-5)
         assert line["clip_fraction"] == 0.0
 
 
-def _train_with_forced_passes(save: Path, inputs: Path, layout: list[str]) -> list[dict[str, float]]:
+def _train_with_forced_passes(save: Path, inputs: Path, family: str, layout: list[str]) -> list[dict[str, float]]:
     from megatron_psft.old_policy import OldPolicyWindow
 
     shortcut = OldPolicyWindow.old_log_probs
@@ -294,7 +346,7 @@ def _train_with_forced_passes(save: Path, inputs: Path, layout: list[str]) -> li
 
     OldPolicyWindow.old_log_probs = forced
     try:
-        argv = ["--load-hf", inputs / "qwen2", "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
+        argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
         argv += ["--save", save, "--train-iters", 6, "--global-batch-size", 8, "--lr", reference.PARITY_LR]
         argv += ["--old-policy-interval", "2", *layout]
         assert run_cli([str(value) for value in argv]).code == 0

@@ -1,5 +1,6 @@
 """The answers for the CPU, given in pool workers, and that a machine with a GPU is left alone."""
 
+import importlib.metadata
 import importlib.util
 import os
 from importlib.machinery import ModuleSpec
@@ -23,7 +24,8 @@ def test_without_a_gpu_everything_is_on_the_cpu_however_often_it_is_asked(pool):
     ((first, second, text, modes_added, is_available),) = pool.run(_detect_twice, 1)
     assert first == second == Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
     assert not first.is_gpu
-    assert text == "CPU, 1 threads; gloo collectives; portable PyTorch layers"
+    chosen = "gloo collectives; portable PyTorch layers; PyTorch Adam; gradient accumulation not fused"
+    assert text == f"CPU, 1 threads; {chosen}"
     assert modes_added == 0
     assert not is_available
 
@@ -177,18 +179,36 @@ def pretended_gpu(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("engine", [None, ModuleSpec("transformer_engine", None)])
 def test_a_gpu_is_chosen_and_nothing_is_patched(pretended_gpu, monkeypatch, engine):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: engine)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"transformer_engine": "2.8.0+abc"}[name])
     names_before = {module: dict(vars(module)) for module in (torch, torch.cuda, torch.cuda.random, torch.Tensor)}
     modes_before = _get_current_function_mode_stack()
     found = platform.detect(3)
-    assert found == Platform(device=torch.device("cuda", 3), backend="nccl", has_transformer_engine=engine is not None)
+    has_all = engine is not None
+    version = (2, 8) if has_all else None
+    place = {"device": torch.device("cuda", 3), "backend": "nccl", "has_transformer_engine": has_all}
+    assert found == Platform(**place, transformer_engine_version=version, fuses_gradients=has_all)
     assert found.is_gpu
-    layers = "portable PyTorch layers" if engine is None else "Transformer Engine layers"
-    assert found.describe() == f"Model T on cuda:3; nccl collectives; {layers}"
+    layers, fused = ("Transformer Engine layers", "fused") if has_all else ("portable PyTorch layers", "not fused")
+    chosen = f"{layers}; PyTorch Adam; gradient accumulation {fused}"
+    assert found.describe() == f"Model T on cuda:3; nccl collectives; {chosen}"
     assert pretended_gpu == [3]
     assert _get_current_function_mode_stack() == modes_before
     for module, before in names_before.items():
         after = dict(vars(module))
         assert [name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [("transformer_engine.pytorch.optimizers.fused_adam", "Transformer Engine"), ("apex.optimizers", "Apex")],
+)
+def test_whose_adam_it_is_is_said(monkeypatch, module, source):
+    import megatron.core.optimizer
+
+    adam = type("FusedAdam", (), {"__module__": module})
+    monkeypatch.setattr(megatron.core.optimizer, "Adam", adam)
+    here = Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
+    assert f"; {source} Adam; " in here.describe()
 
 
 def test_the_number_of_hardware_queues_is_one_unless_the_user_has_set_it(pretended_gpu, monkeypatch):

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_psft import throughput
-from megatron_psft.model.shape import ModelShape
+from megatron_psft.model.shape import ExpertShape, ModelShape
 
 SHAPE = ModelShape(
     model_type="qwen3",
@@ -89,6 +89,26 @@ def test_a_7b_model_costs_two_operations_per_weight_and_token():
     )
     # Qwen2.5-7B has 7.62e9 parameters, of which the embedding's 0.54e9 multiply nothing.
     assert throughput.forward_flops(qwen, [1]) == pytest.approx(2 * 7.07e9, rel=1e-3)
+
+
+def test_of_experts_only_those_that_a_token_meets_count():
+    qwen = replace(
+        SHAPE,
+        num_layers=48,
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_attention_heads=32,
+        num_query_groups=4,
+        head_dim=128,
+        vocab_size=151936,
+        experts=ExpertShape(count=128, per_token=8, ffn_hidden_size=768, normalizes=True, dense_layers=()),
+    )
+    # Qwen3-30B-A3B is published with 3.3e9 activated parameters, of which the embedding's 0.31e9 multiply nothing.
+    sparse = throughput.forward_flops(qwen, [1])
+    assert sparse == pytest.approx(2 * 2.99e9, rel=0.02)
+    dense_layer = replace(qwen, experts=replace(qwen.experts, dense_layers=(5,)))
+    difference = 3 * 2048 * (6144 - 8 * 768) - 2048 * 128
+    assert throughput.forward_flops(dense_layer, [1]) - sparse == 2 * difference
 
 
 @pytest.mark.parametrize(

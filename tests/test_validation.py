@@ -24,6 +24,12 @@ from tests.test_config import parse
         (1, "--train-iters 10 --recompute-granularity full --recompute-method block --recompute-num-layers 1"),
         (8, "--train-iters 10 --micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
         (8, "--train-iters 10 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+        (8, "--train-iters 10 --tensor-model-parallel-size 4 --sequence-parallel --expert-model-parallel-size 2"),
+        (
+            4,
+            "--train-iters 10 --tensor-model-parallel-size 4 --sequence-parallel --expert-model-parallel-size 4 "
+            "--expert-tensor-parallel-size 1",
+        ),
         (2, "--train-iters 10 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
     ],
 )
@@ -45,6 +51,12 @@ def test_a_sound_configuration_is_valid(world_size: int, flags: str) -> None:
             "--context-parallel-size 4",
             "world_size (6) must be a multiple of tensor_model_parallel_size * pipeline_model_parallel_size * "
             "context_parallel_size (4); change one of them",
+        ),
+        (
+            6,
+            "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
+            "world_size (6) must be a multiple of expert_model_parallel_size * expert_tensor_parallel_size * "
+            "pipeline_model_parallel_size (4); change one of them",
         ),
         (
             8,

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_psft.errors import UserError
-from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
-from megatron_psft.hf.weights import named_parameters
+from megatron_psft.hf.mapping import hf_tensors, is_expert, pieces, scatter
+from megatron_psft.hf.weights import named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.parallel import Parallel
 
@@ -66,8 +66,9 @@ def export(
 ) -> None:
     """Writes `target`: safetensors with index, config, generation config, tokenizer and chat template.
 
-    Collective over all ranks; data-parallel replica 0 sends its shards to rank 0, which writes. The folder appears
-    under its name only when it is complete, and an earlier export of that name is replaced then.
+    Collective over all ranks; data-parallel replica 0, which is other ranks for experts, sends its shards to rank 0,
+    which writes. The folder appears under its name only when it is complete, and an earlier export of that name is
+    replaced then.
 
     Args:
         chunks: the model; its parameters must be current on every rank.
@@ -129,7 +130,7 @@ def _gathered_tensors(
     chunks: Sequence[torch.nn.Module], shape: ModelShape, parallel: Parallel
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields every Hugging Face tensor whole on rank 0, layer by layer; nothing on the other ranks."""
-    local = dict(named_parameters(chunks)) if parallel.data_rank == parallel.context_rank == 0 else {}
+    local = {name: value for name, value in named_parameters(chunks) if _is_sender(name, parallel)}
     if shape.tied_embeddings:
         local.pop("output_layer.weight", None)
     owners = _owners(local, parallel)
@@ -144,10 +145,9 @@ def _gathered_tensors(
         if not parallel.is_main:
             continue
         whole: dict[str, Tensor] = {}
+        _, tensor_size = shard_place(name, parallel)
         for (tensor_rank, local_dims, local_dtype), shard in zip(owners[name].values(), shards.values(), strict=True):
-            blocks = pieces(
-                name, shape, tensor_rank=tensor_rank, tensor_size=parallel.tensor_size, local_rows=local_dims[0]
-            )
+            blocks = pieces(name, shape, tensor_rank=tensor_rank, tensor_size=tensor_size, local_rows=local_dims[0])
             for block in blocks:
                 if block.name not in whole:
                     whole[block.name] = torch.empty(dims[block.name], dtype=local_dtype)
@@ -156,12 +156,18 @@ def _gathered_tensors(
         yield from whole.items()
 
 
+def _is_sender(parameter: str, parallel: Parallel) -> bool:
+    if is_expert(parameter):
+        return parallel.expert_data_rank == 0
+    return parallel.data_rank == parallel.context_rank == 0
+
+
 _ShardInfo = tuple[int, tuple[int, ...], torch.dtype]  # tensor-parallel rank, dimensions, dtype
 
 
 def _owners(local: dict[str, torch.nn.Parameter], parallel: Parallel) -> dict[str, dict[int, _ShardInfo]]:
     """Parameter name to the ranks that hold a shard of it, in tensor-parallel order."""
-    infos = {name: (parallel.tensor_rank, tuple(value.shape), value.dtype) for name, value in local.items()}
+    infos = {name: (shard_place(name, parallel)[0], tuple(value.shape), value.dtype) for name, value in local.items()}
     gathered: list[dict[str, _ShardInfo]] = [{} for _ in range(parallel.world_size)]
     dist.all_gather_object(gathered, infos)
     owners: dict[str, dict[int, _ShardInfo]] = {}

@@ -1,6 +1,7 @@
 """Fills a model's parameters, each rank reading just its own slices, from safetensors or from a seed."""
 
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_psft.errors import UserError
-from megatron_psft.hf.mapping import Piece, hf_tensors, pieces
+from megatron_psft.hf.mapping import Piece, hf_tensors, is_expert, pieces
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.parallel import Parallel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# One MLP for each expert of this rank, or all in one module of Transformer Engine's.
+_LOCAL_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(?P<one>\d+)\.)?(?P<linear>linear_fc[12])\.weight(?P<of_all>\d*)"
+)
 
 
 class WeightSource(Protocol):
@@ -134,13 +139,26 @@ class RandomWeights:
 
 
 def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under their names in the whole model, layers counted from 0 over all pipeline stages."""
+    """This rank's parameters under their names in the whole model: layers counted from 0 over all pipeline stages, and
+    experts over all expert-parallel ranks, as in `decoder.layers.3.mlp.experts.17.linear_fc1.weight`."""
     for chunk in unwrap_model(list(chunks)):
         for name, parameter in chunk.named_parameters():
             if name.startswith("decoder.layers."):
                 _, _, index, suffix = name.split(".", 3)
-                name = f"decoder.layers.{chunk.decoder.layers[int(index)].layer_number - 1}.{suffix}"
+                layer = chunk.decoder.layers[int(index)]
+                expert = _LOCAL_EXPERT.fullmatch(suffix)
+                if expert is not None:
+                    number = layer.mlp.local_expert_indices[int(expert["one"] or expert["of_all"])]
+                    suffix = f"mlp.experts.{number}.{expert['linear']}.weight"
+                name = f"decoder.layers.{layer.layer_number - 1}.{suffix}"
             yield name, parameter
+
+
+def shard_place(parameter: str, parallel: Parallel) -> tuple[int, int]:
+    """This rank's tensor-parallel rank and size in cutting `parameter`."""
+    if is_expert(parameter):
+        return parallel.expert_tensor_rank, parallel.expert_tensor_size
+    return parallel.tensor_rank, parallel.tensor_size
 
 
 @torch.no_grad()
@@ -150,7 +168,8 @@ def fill_parameters(
     """Fills this rank's parameters from `source`; padding rows of the vocabulary become zero."""
     parameters = list(named_parameters(chunks))
     for name, parameter in tqdm(parameters, desc="weights", unit="tensor", disable=not parallel.is_main, leave=False):
-        fill_shard(name, parameter, source, shape, tensor_rank=parallel.tensor_rank, tensor_size=parallel.tensor_size)
+        tensor_rank, tensor_size = shard_place(name, parallel)
+        fill_shard(name, parameter, source, shape, tensor_rank=tensor_rank, tensor_size=tensor_size)
 
 
 def fill_shard(

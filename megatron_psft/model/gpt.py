@@ -7,6 +7,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -20,11 +21,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_psft.config import Config
 from megatron_psft.errors import UserError
+from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts
 from megatron_psft.model.head import HeadInputs, HeadOutput, OutputLayer, plain_head
 from megatron_psft.model.layers import Attention, RMSNorm
 from megatron_psft.model.shape import ModelShape
@@ -69,7 +72,8 @@ def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
 def check_layout(shape: ModelShape, config: Config) -> None:
     """Raises UserError where the model cannot be cut as `config.parallel` asks."""
     tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    is_sparse = all(shape.has_experts(layer) for layer in range(shape.num_layers))
+    for name in ("num_attention_heads", "num_query_groups", *(() if is_sparse else ("ffn_hidden_size",))):
         value = getattr(shape, name)
         if value % tensor:
             raise UserError(
@@ -87,6 +91,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
             f"num_layers_per_virtual_pipeline_stage ({per_chunk}) must be a proper divisor of the layers per stage "
             f"({per_stage}); change it or leave it away"
         )
+    check_expert_layout(shape, config)
 
 
 def transformer_config(shape: ModelShape, config: Config, platform: Platform) -> TransformerConfig:
@@ -126,15 +131,16 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         # One denominator for the whole global batch; any other setting makes the gradient depend on the layout.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        # The fused kernels need CUDA, and gradient accumulation fusion needs Apex or Transformer Engine.
+        # The fused kernels need CUDA.
         bias_activation_fusion=platform.is_gpu,
         bias_dropout_fusion=platform.is_gpu,
         apply_rope_fusion=platform.has_transformer_engine,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=platform.has_transformer_engine,
+        gradient_accumulation_fusion=platform.fuses_gradients,
         recompute_granularity=config.recompute.recompute_granularity,
         recompute_method=config.recompute.recompute_method,
         recompute_num_layers=config.recompute.recompute_num_layers,
+        **expert_options(shape, config, platform),
     )
 
 
@@ -205,6 +211,7 @@ def build_chunk(
         fused_head=config.objective.fused_head,
     )
     _mark_sharded_weights(model)
+    mark_experts(model)
     _scale_rope(model, shape)
     return model
 
@@ -213,15 +220,26 @@ def _layer_spec(
     shape: ModelShape, megatron_config: TransformerConfig, platform: Platform, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     if platform.has_transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+        if shape.experts is None:
+            return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+        return get_gpt_decoder_block_spec(megatron_config, use_transformer_engine=True, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(megatron_config, vp_stage)
+    layers = range(first, first + get_num_layers_to_build(megatron_config, vp_stage))
+    return TransformerBlockSubmodules(
+        layer_specs=[_portable_layer(shape, has_experts=shape.has_experts(layer)) for layer in layers],
+        layer_norm=RMSNorm,
+    )
+
+
+def _portable_layer(shape: ModelShape, *, has_experts: bool) -> ModuleSpec:
+    num_experts = shape.experts.count if shape.experts is not None and has_experts else None
+    spec = get_gpt_layer_local_spec(num_experts, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = Attention
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(megatron_config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+    return spec
 
 
 def _mark_sharded_weights(model: PolicyModel) -> None:

@@ -49,6 +49,11 @@ class HeadOutput:
     loss: Tensor | None
     """Sum of the token losses, fp32 scalar; None where no objective was given."""
 
+    @property
+    def device(self) -> torch.device:
+        """Asked by Megatron-Core's schedules where the model has experts."""
+        return self.stats.log_probs.device
+
 
 def label_positions(loss_mask: Tensor) -> Tensor:
     """`[b, s]` bool to `HeadInputs.label_positions`. Waits for the device that the mask is on: ask on the CPU."""

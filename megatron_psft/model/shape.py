@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,48 @@ class _Family:
     """Where the config does not say; None is one per head."""
     head_dim: int | None = None
     """Where the config does not say; None divides the hidden size among the heads."""
+    norm_eps: float = 1e-6
+    """Where the config does not say."""
+    rope_theta: float = 10000.0
+    """Where the config does not say."""
+    experts: "_Experts | None" = None
+    """None where every layer has a plain MLP."""
+    only_supported: Mapping[str, Any] = field(default_factory=dict)
+    """As `_ONLY_SUPPORTED`, of fields that only this family reads."""
+
+
+# How a family's config speaks of experts. Defaults are its own, where the config does not say.
+@dataclass(frozen=True, kw_only=True)
+class _Experts:
+    count: int
+    per_token: int
+    ffn_field: str
+    ffn_hidden_size: int
+    normalizes: bool | None
+    """Whether the weights of a token's experts add up to 1; None where `norm_topk_prob` says, which defaults to no."""
 
 
 _FAMILIES = {
     "llama": _Family(qkv_bias=False, qk_norm=False),
     "qwen2": _Family(qkv_bias=True, qk_norm=False, num_query_groups=32),
     "qwen3": _Family(qkv_bias=False, qk_norm=True, num_query_groups=32, head_dim=128),
+    "qwen3_moe": _Family(
+        qkv_bias=False,
+        qk_norm=True,
+        num_query_groups=4,
+        experts=_Experts(
+            count=128, per_token=8, ffn_field="moe_intermediate_size", ffn_hidden_size=768, normalizes=None
+        ),
+    ),
+    "mixtral": _Family(
+        qkv_bias=False,
+        qk_norm=False,
+        num_query_groups=8,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        experts=_Experts(count=8, per_token=2, ffn_field="intermediate_size", ffn_hidden_size=14336, normalizes=True),
+        only_supported={"sliding_window": None, "router_jitter_noise": 0.0},
+    ),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -53,6 +89,21 @@ class Llama3RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertShape:
+    """The experts of a mixture-of-experts layer, of which a router chooses some for each token."""
+
+    count: int
+    per_token: int
+    """Experts that compute a token."""
+    ffn_hidden_size: int
+    """Of one expert."""
+    normalizes: bool
+    """Whether the router's weights of a token's experts are scaled to add up to 1."""
+    dense_layers: tuple[int, ...]
+    """Layers, from 0, with a plain MLP in place of experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """All of a `config.json` that the model is built from."""
 
@@ -60,6 +111,7 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Of a plain MLP."""
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -74,6 +126,12 @@ class ModelShape:
     """Standard deviation of randomly drawn weights."""
     dtype: str
     """Of the published weights, as torch spells it, e.g. `bfloat16`."""
+    experts: ExpertShape | None = None
+    """None where every layer has a plain MLP."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether `layer`, from 0, is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
 
 def read_shape(folder: Path, field: str = "load_hf") -> ModelShape:
@@ -106,8 +164,8 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
         raise UserError(
             f"{source}: model_type ({model_type}) is not supported; supported are {', '.join(_FAMILIES)}{hint}"
         )
-    _refuse_other_maths(config, source)
-    rope_theta, rope_scaling = _rope(config, source)
+    _refuse_other_maths(config, family, source)
+    rope_theta, rope_scaling = _rope(config, family.rope_theta, source)
     hidden_size = _size(config, "hidden_size", source)
     heads = _size(config, "num_attention_heads", source)
     groups = _size(config, "num_key_value_heads", source, family.num_query_groups or heads)
@@ -125,7 +183,7 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
         num_query_groups=groups,
         head_dim=_size(config, "head_dim", source, family.head_dim or hidden_size // heads),
         vocab_size=_size(config, "vocab_size", source),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm_eps=config.get("rms_norm_eps", family.norm_eps),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         qkv_bias=family.qkv_bias,
@@ -133,6 +191,33 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
         tied_embeddings=config.get("tie_word_embeddings", False),
         initializer_range=config.get("initializer_range", 0.02),
         dtype=dtype,
+        experts=None if family.experts is None else _experts(config, family.experts, source),
+    )
+
+
+def _experts(config: Mapping[str, Any], family: _Experts, source: str) -> ExpertShape:
+    # transformers takes either name for either family.
+    name = "num_local_experts" if config.get("num_local_experts") is not None else "num_experts"
+    count = _size(config, name, source, family.count)
+    per_token = _size(config, "num_experts_per_tok", source, family.per_token)
+    if per_token > count:
+        raise UserError(f"{source}: num_experts_per_tok ({per_token}) must be at most {name} ({count})")
+    normalizes = family.normalizes
+    if normalizes is None:
+        normalizes = bool(config.get("norm_topk_prob", False))
+    if normalizes and per_token == 1:
+        raise UserError(
+            f"{source}: num_experts_per_tok (1) is not supported where the weights of a token's experts are scaled to "
+            "add up to 1, as the router would never learn; only 2 or more are"
+        )
+    num_layers = _size(config, "num_hidden_layers", source)
+    named, step = set(config.get("mlp_only_layers") or ()), _size(config, "decoder_sparse_step", source, 1)
+    return ExpertShape(
+        count=count,
+        per_token=per_token,
+        ffn_hidden_size=_size(config, family.ffn_field, source, family.ffn_hidden_size),
+        normalizes=normalizes,
+        dense_layers=tuple(layer for layer in range(num_layers) if layer in named or (layer + 1) % step),
     )
 
 
@@ -146,28 +231,28 @@ def _size(config: Mapping[str, Any], field: str, source: str, default: int | Non
     return value
 
 
-def _refuse_other_maths(config: Mapping[str, Any], source: str) -> None:
-    for field, supported in _ONLY_SUPPORTED.items():
-        value = config.get(field, supported)
+def _refuse_other_maths(config: Mapping[str, Any], family: _Family, source: str) -> None:
+    for name, supported in {**_ONLY_SUPPORTED, **family.only_supported}.items():
+        value = config.get(name, supported)
         if value != supported:
             raise UserError(
-                f"{source}: {field} ({value}) is not supported; this version computes only {field} = {supported}"
+                f"{source}: {name} ({value}) is not supported; this version computes only {name} = {supported}"
             )
     odd_layers = sorted(set(config.get("layer_types") or []) - {"full_attention"})
     if odd_layers:
         raise UserError(f"{source}: layer_types ({', '.join(odd_layers)}) is not supported; only full_attention is")
 
 
-def _rope(config: Mapping[str, Any], source: str) -> tuple[float, Llama3RopeScaling | None]:
+def _rope(config: Mapping[str, Any], default_theta: float, source: str) -> tuple[float, Llama3RopeScaling | None]:
     """Base and scaling of the rotary embedding, in the spelling of transformers 4 or 5; the older one wins, as it does
     there."""
     parameters: dict[str, Any] = {}
-    for field in ("rope_parameters", "rope_scaling"):
-        value = config.get(field) or {}
+    for name in ("rope_parameters", "rope_scaling"):
+        value = config.get(name) or {}
         if not isinstance(value, Mapping):
-            raise UserError(f"{source}: {field} ({value}) must be a JSON object")
+            raise UserError(f"{source}: {name} ({value}) must be a JSON object")
         parameters |= value
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or default_theta)
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(

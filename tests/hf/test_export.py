@@ -14,6 +14,7 @@ from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.shape import read_shape
 from tests.model.layouts import Layout, rank_of
 from tests.support import tiny
+from tests.support.marks import slow
 
 INDEX = "model.safetensors.index.json"
 LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2, per_chunk=1), Layout(tensor=2, pipeline=2, data=2)]
@@ -117,6 +118,32 @@ def test_transformers_loads_the_folder_and_computes_the_same(exported, family, t
         model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
         assert model.dtype is dtype
         assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(data=2, expert=2),
+        Layout(tensor=2, expert=2, expert_tensor=1),
+        Layout(tensor=2, data=2, expert=2),
+        Layout(pipeline=2, per_chunk=1, data=2, expert=2),
+        slow(Layout(tensor=2)),
+        slow(Layout(data=4, expert=2)),
+    ],
+    ids=str,
+)
+def test_experts_are_gathered_from_wherever_they_are(pool, tmp_path, layout):
+    jobs = []
+    for family in tiny.MOE_FAMILIES:
+        source = tiny.build_model(tmp_path / family, family, dtype=torch.bfloat16, vocab_size=VOCAB_SIZE)
+        jobs.append((source, tmp_path / f"{family}-exported"))
+    # Several files, each with a part of the experts of a layer.
+    pool.run(import_and_export, layout.world_size, layout, jobs, True, False, 100_000)
+    for source, target in jobs:
+        assert len(list(target.glob("*.safetensors"))) > 3
+        assert_same_tensors(target, source)
+        assert torch.equal(logits_of(target), logits_of(source))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

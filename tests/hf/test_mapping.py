@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
-from megatron_psft.model.shape import ModelShape, read_shape
+from megatron_psft.model.shape import ExpertShape, ModelShape, read_shape
 from tests.support import tiny
 
 
@@ -18,8 +19,17 @@ def cut_models(draw) -> tuple[ModelShape, int]:
     """A shape, and a tensor-parallel size that divides it."""
     tensor_size = draw(st.sampled_from([1, 2, 3, 4]))
     groups = tensor_size * draw(st.integers(1, 2))
+    model_type = draw(st.sampled_from(["any", "qwen3_moe", "mixtral"]))
+    experts = ExpertShape(
+        count=draw(st.integers(1, 3)),
+        per_token=1,
+        ffn_hidden_size=tensor_size * draw(st.integers(1, 3)),
+        normalizes=False,
+        dense_layers=draw(st.sampled_from([(), (0,)])),
+    )
     shape = ModelShape(
-        model_type="any",
+        model_type=model_type,
+        experts=None if model_type == "any" else experts,
         num_layers=draw(st.integers(1, 2)),
         hidden_size=draw(st.integers(1, 5)),
         ffn_hidden_size=tensor_size * draw(st.integers(1, 3)),
@@ -41,7 +51,7 @@ def cut_models(draw) -> tuple[ModelShape, int]:
 
 def parameters_of_a_rank(shape: ModelShape, tensor_size: int, *, has_engine: bool) -> dict[str, tuple[int, ...]]:
     """Megatron-Core's parameters by the shape of a rank's part; Transformer Engine fuses two norms into linears."""
-    hidden, ffn, head_dim = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
+    hidden, head_dim = shape.hidden_size, shape.head_dim
     heads, groups = shape.num_attention_heads // tensor_size, shape.num_query_groups // tensor_size
     vocabulary = -(-shape.vocab_size // (5 * tensor_size)) * 5  # some rows of padding
     parameters: dict[str, tuple[int, ...]] = {
@@ -54,15 +64,22 @@ def parameters_of_a_rank(shape: ModelShape, tensor_size: int, *, has_engine: boo
         own: dict[str, tuple[int, ...]] = {
             "self_attention.linear_qkv.weight": ((heads + 2 * groups) * head_dim, hidden),
             "self_attention.linear_proj.weight": (hidden, heads * head_dim),
-            "mlp.linear_fc1.weight": (2 * ffn // tensor_size, hidden),
-            "mlp.linear_fc2.weight": (hidden, ffn // tensor_size),
         }
+        if shape.experts is None or layer in shape.experts.dense_layers:
+            mlps = {"mlp": shape.ffn_hidden_size}
+        else:
+            own["mlp.router.weight"] = (shape.experts.count, hidden)
+            mlps = {f"mlp.experts.{i}": shape.experts.ffn_hidden_size for i in range(shape.experts.count)}
+        for name, ffn in mlps.items():
+            own[f"{name}.linear_fc1.weight"] = (2 * ffn // tensor_size, hidden)
+            own[f"{name}.linear_fc2.weight"] = (hidden, ffn // tensor_size)
         if shape.qkv_bias:
             own["self_attention.linear_qkv.bias"] = ((heads + 2 * groups) * head_dim,)
         if shape.qk_norm:
             own["self_attention.q_layernorm.weight"] = own["self_attention.k_layernorm.weight"] = (head_dim,)
         if has_engine:
-            own["self_attention.linear_qkv.layer_norm_weight"] = own["mlp.linear_fc1.layer_norm_weight"] = (hidden,)
+            own["self_attention.linear_qkv.layer_norm_weight"] = (hidden,)
+            own["mlp.linear_fc1.layer_norm_weight" if "mlp" in mlps else "pre_mlp_layernorm.weight"] = (hidden,)
         else:
             own["input_layernorm.weight"] = own["pre_mlp_layernorm.weight"] = (hidden,)
         parameters |= {f"decoder.layers.{layer}.{name}": dims for name, dims in own.items()}
@@ -83,7 +100,7 @@ def test_every_element_has_one_place_and_norms_have_one_on_each_rank(cut, has_en
             for piece in pieces_of(name, shape, rank, tensor_size, dims):
                 counts[piece.name][piece.index] += 1
     for name, count in counts.items():
-        expected = tensor_size if name.endswith("norm.weight") else 1
+        expected = tensor_size if name.endswith(("norm.weight", ".gate.weight")) else 1
         assert count.eq(expected).all(), name
 
 
@@ -174,12 +191,13 @@ def test_the_head_of_the_last_stage_is_the_embedding_where_they_are_tied(cut, ra
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MOE_FAMILIES])
 def test_names_and_dimensions_are_those_of_transformers(tmp_path, family, tied):
     folder = tiny.build_model(tmp_path, family, tied=tied)
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
-    expected = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}  # a tied one once
-    assert hf_tensors(read_shape(folder)) == expected
+    theirs = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())  # a tied one once
+    found = hf_tensors(read_shape(folder))
+    assert found == {name: tuple(tensor.shape) for name, tensor in tiny.hub_tensors(theirs, family).items()}
+    assert set(found) == set(load_file(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["decoder.layers.0.mlp.linear_fc1.bias", "decoder.layers.0.mlp.router.weight"])

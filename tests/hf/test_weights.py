@@ -280,3 +280,20 @@ def test_ranks_read_their_own_slices_and_nothing_else(pool, tmp_path, layout, ti
         if tied and layout.pipeline > 1 and name == "model.embed_tokens.weight":
             copies = 2  # the last stage has one of its own
         assert count.eq(copies).all(), name
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(data=2, expert=2), Layout(tensor=2, expert=2, expert_tensor=1), Layout(tensor=2)], ids=str
+)
+def test_ranks_read_their_own_experts_and_nothing_of_the_others(pool, tmp_path, layout):
+    folder = tiny.build_model(tmp_path, "qwen3_moe")
+    experts = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(folder).items() if ".experts." in name}
+    assert len(experts) == 3 * 3 * 8, "three layers of eight experts"
+    for result in pool.run(record_reads, layout.world_size, layout, folder):
+        for piece in result["blocks"]:
+            if piece.name in experts:
+                experts[piece.name][piece.index] += 1
+        assert result["is_finite"]
+        own = sum(count for name, count in result["elements"].items() if ".experts." in name)
+        assert own == sum(count.numel() for count in experts.values()) / 2
+    assert all(count.eq(1).all() for count in experts.values())

@@ -20,6 +20,9 @@ class Layout:
     data: int = 1
     per_chunk: int | None = None
     sequence: bool = True
+    expert: int = 1
+    """Over the data-parallel ranks, and others where these are too few."""
+    expert_tensor: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -30,6 +33,10 @@ class Layout:
         names = [part for part in parts if not part.endswith("1")]
         if self.tensor > 1 and self.sequence:
             names.insert(1, "SP")
+        if self.expert > 1:
+            names.append(f"EP{self.expert}")
+        if self.expert_tensor is not None:
+            names.append(f"ETP{self.expert_tensor}")
         if self.per_chunk is not None:
             names.append(f"VPP{self.per_chunk}")
         return "-".join(names) or "one"
@@ -44,6 +51,8 @@ def make_config(layout: Layout, *, bf16: bool = False) -> Config:
             sequence_parallel=layout.tensor > 1 and layout.sequence,
             pipeline_model_parallel_size=layout.pipeline,
             num_layers_per_virtual_pipeline_stage=layout.per_chunk,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
         ),
         precision=PrecisionConfig(bf16=bf16),
     )

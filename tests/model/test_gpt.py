@@ -86,11 +86,11 @@ def folders(tmp_path_factory) -> dict[tuple[str, bool], Path]:
 
 @pytest.fixture(scope="module")
 def references(folders) -> dict[tuple[str, bool], dict]:
+    return {key: reference_numbers(folder, key[0]) for key, folder in folders.items()}
+
+
+def reference_numbers(folder: Path, family: str) -> dict:
     """What transformers computes, one record at a time: no padding, no batching."""
-    return {key: reference_numbers(folder) for key, folder in folders.items()}
-
-
-def reference_numbers(folder: Path) -> dict:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     log_probs, entropy, loss, label_count = [], [], torch.zeros(()), 0
     for ids, is_label in make_records():
@@ -102,7 +102,7 @@ def reference_numbers(folder: Path) -> dict:
         entropy.append(-(distribution.exp() * distribution).sum(-1).detach())
     loss.backward()
     gradients = {name: parameter.grad / label_count for name, parameter in model.named_parameters()}
-    return {"log_probs": log_probs, "entropy": entropy, "gradients": gradients}
+    return {"log_probs": log_probs, "entropy": entropy, "gradients": tiny.hub_tensors(gradients, family)}
 
 
 def measure(layout: Layout, folders: list[Path], bf16: bool) -> list[dict]:
@@ -114,7 +114,7 @@ def measure(layout: Layout, folders: list[Path], bf16: bool) -> list[dict]:
 def measure_model(rank, folder: Path, bf16: bool) -> dict:
     from megatron_psft.config import ObjectiveConfig
     from megatron_psft.hf.mapping import pieces
-    from megatron_psft.hf.weights import named_parameters
+    from megatron_psft.hf.weights import named_parameters, shard_place
     from megatron_psft.objectives import Objective
     from megatron_psft.optimizer import build_optimizer
     from megatron_psft.schedule import Schedule
@@ -138,13 +138,8 @@ def measure_model(rank, folder: Path, bf16: bool) -> dict:
     schedule.train(make_batches(2, place.data_rank, place.data_size), None, objective=sft)
     gradients = []
     for name, parameter in named_parameters(chunks):
-        shards = pieces(
-            name,
-            shape,
-            tensor_rank=place.tensor_rank,
-            tensor_size=place.tensor_size,
-            local_rows=len(parameter),
-        )
+        tensor_rank, tensor_size = shard_place(name, place)
+        shards = pieces(name, shape, tensor_rank=tensor_rank, tensor_size=tensor_size, local_rows=len(parameter))
         gradients.append((name, shards, parameter.main_grad.clone()))
     optimizer.prepare_grads()
     return {
@@ -169,14 +164,18 @@ def measured(request, pool, folders) -> dict[tuple[str, bool], list[dict]]:
 
 @pytest.mark.parametrize("key", MODELS, ids=MODEL_IDS)
 def test_log_probs_and_entropy_of_all_labels_agree_with_transformers(measured, references, key):
+    assert_same_statistics(measured[key], references[key])
+
+
+def assert_same_statistics(results: list[dict], reference: dict) -> None:
     seen = set()
-    for result in measured[key]:
+    for result in results:
         for log_probs, entropy in result["scores"]:
             for row, (own_log_probs, own_entropy) in enumerate(zip(log_probs, entropy, strict=True)):
                 record = result["data_rank"] * len(log_probs) + row
                 count = LENGTHS[record] - 1
                 for name, found in (("log_probs", own_log_probs), ("entropy", own_entropy)):
-                    torch.testing.assert_close(found[:count], references[key][name][record], rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(found[:count], reference[name][record], rtol=1e-5, atol=1e-5)
                 seen.add(record)
     assert seen == set(range(len(LENGTHS)))
 
@@ -196,9 +195,14 @@ def test_padding_leaves_no_trace(measured, key):
 
 @pytest.mark.parametrize("key", MODELS, ids=MODEL_IDS)
 def test_gradient_of_every_parameter_on_every_rank_is_that_of_transformers(measured, references, key):
-    expected = references[key]["gradients"]
+    assert_same_gradients(measured[key], references[key])
+
+
+def assert_same_gradients(results: list[dict], reference: dict) -> None:
+    """Every element of every parameter, on each rank that has it, and each counted once in the norm."""
+    expected = reference["gradients"]
     seen = set()
-    for result in measured[key]:
+    for result in results:
         for name, shards, gradient in result["gradients"]:
             wanted = torch.cat([expected[piece.name][piece.index] for piece in shards])
             scale = float(max(expected[piece.name].abs().max() for piece in shards))
@@ -212,14 +216,8 @@ def test_gradient_of_every_parameter_on_every_rank_is_that_of_transformers(measu
             assert not gradient[len(wanted) :].any(), f"{name}: padding has a gradient"
             seen |= {piece.name for piece in shards}
     assert seen == set(expected)
-
-
-@pytest.mark.parametrize("key", MODELS, ids=MODEL_IDS)
-def test_gradient_norm_counts_every_element_once(measured, references, key):
-    expected = math.sqrt(
-        sum(float(gradient.double().square().sum()) for gradient in references[key]["gradients"].values())
-    )
-    assert [result["norm"] for result in measured[key]] == [pytest.approx(expected, rel=1e-5)] * len(measured[key])
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in expected.values()))
+    assert [result["norm"] for result in results] == [pytest.approx(norm, rel=1e-5)] * len(results)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2)], ids=str)

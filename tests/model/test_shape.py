@@ -7,13 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_psft.errors import UserError
-from megatron_psft.model.shape import Llama3RopeScaling, ModelShape, read_shape, shape_from_config
+from megatron_psft.model.shape import ExpertShape, Llama3RopeScaling, ModelShape, read_shape, shape_from_config
 from tests.support import tiny
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+CLASSES: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
+}
+FAMILIES = tuple(CLASSES)
 SMALL = {
     "num_hidden_layers": 3,
     "hidden_size": 40,
@@ -112,8 +127,27 @@ PUBLISHED = {
     "Qwen3-4B-Base": QWEN3_4B,
     "Llama-3.1-8B": LLAMA_3_1_8B,
     "Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
+    "Qwen3-30B-A3B": ModelShape(
+        model_type="qwen3_moe",
+        num_layers=48,
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_attention_heads=32,
+        num_query_groups=4,
+        head_dim=128,
+        vocab_size=151936,
+        norm_eps=1e-6,
+        rope_theta=1000000.0,
+        rope_scaling=None,
+        qkv_bias=False,
+        qk_norm=True,
+        tied_embeddings=False,
+        initializer_range=0.02,
+        dtype="bfloat16",
+        experts=ExpertShape(count=128, per_token=8, ffn_hidden_size=768, normalizes=True, dense_layers=()),
+    ),
 }
-REFUSED = {"Qwen3-30B-A3B": "qwen3_moe", "Qwen2.5-VL-7B-Instruct": "qwen2_5_vl"}
+REFUSED = {"Qwen2.5-VL-7B-Instruct": "qwen2_5_vl"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -209,7 +243,7 @@ def test_both_spellings_of_the_dtype_are_read(spelling):
     assert read(**{spelling: "bfloat16"}).dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MOE_FAMILIES])
 def test_what_either_transformers_writes_is_read_alike(tmp_path, family):
     shapes = [
         read_shape(tiny.build_model(tmp_path / str(hub), family, hub_config=hub, dtype=torch.bfloat16))
@@ -249,7 +283,7 @@ def test_a_field_at_its_supported_value_is_no_reason_to_refuse(family):
         "mlp_bias": False,
         "attention_dropout": 0,
         "use_sliding_window": False,
-        "sliding_window": 4096,
+        "sliding_window": None if family == "mixtral" else 4096,
         "max_window_layers": 2,
         "partial_rotary_factor": 1,
         "quantization_config": None,
@@ -292,7 +326,8 @@ NO_MATHS = {
     "pad_token_id",  # only stops transformers from training that row of the embedding
     "pretraining_tp",  # cuts products into sums of products, if it is read at all
     "max_position_embeddings",  # sizes no table; rotary tables grow
-    *("sliding_window", "max_window_layers"),  # of no effect without use_sliding_window
+    "max_window_layers",  # of no effect without use_sliding_window
+    *("router_aux_loss_coef", "output_router_logits"),  # of a loss that is no part of the objective
 }
 # Each field that changes the maths, and a value that this version can only refuse or that shows in the shape.
 MATHS = {
@@ -314,19 +349,36 @@ MATHS = {
     "use_sliding_window": True,
     "layer_types": ["sliding_attention"] * 3,
     "dtype": "float16",
+    "sliding_window": 8,  # of no effect in Qwen's without use_sliding_window
+    "num_experts": 3,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [1],
+    "router_jitter_noise": 0.01,
     "is_causal": False,  # in no class, but read from a file that has it: embedding models do
 }
 
 
-@pytest.mark.parametrize("theirs", [LlamaConfig, Qwen2Config, Qwen3Config])
+def read_by(family: str) -> list[str]:
+    """The fields of MATHS that change what the family's class computes; what no class declares may be read by all."""
+    declared = {name: {field.name for field in dataclasses.fields(theirs)} for name, theirs in CLASSES.items()}
+    own = declared[family] | (set(MATHS) - set().union(*declared.values()))
+    if family.startswith("qwen"):
+        own -= {"sliding_window"}
+    return [field for field in MATHS if field in own]
+
+
+@pytest.mark.parametrize("theirs", CLASSES.values())
 def test_every_field_of_transformers_is_known_to_these_tests(theirs):
     fields = {field.name for field in dataclasses.fields(theirs)}
     assert fields - NO_MATHS - set(MATHS) == set()
 
 
-@pytest.mark.parametrize("field", MATHS)
-@pytest.mark.parametrize(("family", "theirs"), [("llama", LlamaConfig), ("qwen2", Qwen2Config), ("qwen3", Qwen3Config)])
-def test_no_field_that_changes_the_maths_is_overlooked(family, theirs, field):
+@pytest.mark.parametrize(("family", "field"), [(family, field) for family in FAMILIES for field in read_by(family)])
+def test_no_field_that_changes_the_maths_is_overlooked(family, field):
     plain = {"model_type": family, "num_key_value_heads": 5}
     try:
         shape = read(**{**plain, field: MATHS[field]})
@@ -397,3 +449,53 @@ def test_an_error_names_the_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(make_config(hidden_act="gelu")))
     with pytest.raises(UserError, match=f"{tmp_path}/config.json: hidden_act"):
         read_shape(tmp_path)
+
+
+def test_absent_fields_of_experts_have_transformers_defaults():
+    for family in ("qwen3_moe", "mixtral"):
+        theirs = CLASSES[family](**{name: value for name, value in SMALL.items() if name != "num_attention_heads"})
+        shape = read(model_type=family, num_attention_heads=32, hidden_size=64)
+        assert shape.norm_eps == theirs.rms_norm_eps
+        assert shape.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert shape.num_query_groups == theirs.num_key_value_heads
+        assert shape.experts == ExpertShape(
+            count=theirs.num_experts,
+            per_token=theirs.num_experts_per_tok,
+            ffn_hidden_size=getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
+            normalizes=getattr(theirs, "norm_topk_prob", True),
+            dense_layers=(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "dense_layers"),
+    [({"decoder_sparse_step": 2}, (0, 2)), ({"mlp_only_layers": [1]}, (1,)), ({"mlp_only_layers": None}, ())],
+)
+def test_some_layers_may_have_a_plain_mlp(changes, dense_layers):
+    shape = read(model_type="qwen3_moe", num_key_value_heads=5, **changes)
+    assert shape.experts.dense_layers == dense_layers
+    assert [shape.has_experts(layer) for layer in range(3)] == [layer not in dense_layers for layer in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must be at most num_experts \(8\)"),
+        ("mixtral", {"num_experts_per_tok": 1}, r"num_experts_per_tok \(1\) is not supported where the weights"),
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, r"num_experts_per_tok \(1\)"),
+        ("qwen3_moe", {"num_experts": 0}, r"num_experts \(0\) must be a positive integer"),
+        ("mixtral", {"sliding_window": 4096}, r"sliding_window \(4096\) is not supported"),
+        ("mixtral", {"router_jitter_noise": 0.1}, r"router_jitter_noise \(0.1\) is not supported"),
+    ],
+)
+def test_experts_that_make_no_sense_or_are_not_supported_are_refused(family, changes, message):
+    with pytest.raises(UserError, match=message):
+        read(model_type=family, num_key_value_heads=5, **changes)
+
+
+def test_both_spellings_of_the_number_of_experts_are_read():
+    shapes = [
+        read(model_type="qwen3_moe", num_key_value_heads=5, **{name: 16})
+        for name in ("num_experts", "num_local_experts")
+    ]
+    assert [shape.experts.count for shape in shapes] == [16, 16]

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,13 +12,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.utils import logging as transformers_logging
 
 FAMILIES = ("qwen2", "llama", "qwen3")
+MOE_FAMILIES = ("qwen3_moe", "mixtral")
 VOCAB_SIZE = 211  # prime: no tensor-parallel size divides it, so the padded columns are there in every layout
 
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -69,7 +72,8 @@ def build_model(
 
     Args:
         folder: created.
-        family: `qwen2` (QKV bias), `llama` (llama3 RoPE scaling) or `qwen3` (QK norm, wide heads).
+        family: `qwen2` (QKV bias), `llama` (llama3 RoPE scaling), `qwen3` (QK norm, wide heads), `qwen3_moe` (the same
+            with 8 experts in all layers but the second, 3 for each token) or `mixtral` (4 experts, 2 for each token).
         tied: one matrix for embedding and output layer.
         dtype: of the file.
         shard_size: of one safetensors file, e.g. `100KB` for several files.
@@ -92,6 +96,13 @@ def _config(family: str, **overrides):
         return Qwen2Config(**{**_SHAPE, "rope_parameters": rope, **overrides})
     if family == "qwen3":
         return Qwen3Config(**{**_SHAPE, "rope_parameters": rope, "head_dim": 24, **overrides})
+    if family == "qwen3_moe":
+        sparse = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+        heads = {"head_dim": 24, "mlp_only_layers": [1]}
+        return Qwen3MoeConfig(**{**_SHAPE, **sparse, **heads, "rope_parameters": rope, **overrides})
+    if family == "mixtral":
+        sparse = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        return MixtralConfig(**{**_SHAPE, **sparse, "rope_parameters": rope, **overrides})
     assert family == "llama", family
     return LlamaConfig(**{**_SHAPE, "rope_parameters": {**rope, **_LLAMA3_ROPE, "rope_type": "llama3"}, **overrides})
 
@@ -107,7 +118,28 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(0.2 * noise)
         else:
             gain = 1.6 if "embed_tokens" in name or "lm_head" in name else 1.0
-            parameter.copy_(gain / math.sqrt(parameter.shape[1]) * noise)
+            parameter.copy_(gain / math.sqrt(parameter.shape[-1]) * noise)
+
+
+def hub_tensors(tensors: Mapping[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
+    """Parameters, or their gradients, as published checkpoints name and cut them: each expert of a family that has them
+    with matrices of its own, which transformers 5 holds as one tensor."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        block, _, kind = name.rpartition(".experts.")
+        if kind == "gate_up_proj":
+            for expert, (gate, up) in enumerate(matrix.chunk(2) for matrix in tensor):
+                found[f"{block}.experts.{expert}.gate_proj.weight"] = gate
+                found[f"{block}.experts.{expert}.up_proj.weight"] = up
+        elif kind == "down_proj":
+            found |= {f"{block}.experts.{expert}.down_proj.weight": matrix for expert, matrix in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    if family == "mixtral":
+        spellings = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        for theirs, published in spellings.items():
+            found = {name.replace(theirs, published): tensor for name, tensor in found.items()}
+    return found
 
 
 def _respell_config(path: Path) -> None:
