@@ -39,7 +39,7 @@ from megatron_psft.config import Config, DataConfig, ParallelConfig, WeightsConf
 from megatron_psft.errors import UserError
 from megatron_psft.hf.export import copy_side_files
 from megatron_psft.hf.mapping import Piece, hf_tensors, pieces, scatter
-from megatron_psft.hf.weights import SafetensorsFolder, fill_shard
+from megatron_psft.hf.weights import SafetensorsFolder, fill_shard, whole_name
 from megatron_psft.model.gpt import build_chunk, transformer_config
 from megatron_psft.model.shape import ModelShape, read_shape
 from megatron_psft.parallel import initialize_parallel, process_group
@@ -162,7 +162,7 @@ def lone_rank(shape: ModelShape) -> Iterator[Outline]:
         config = Config(weights=WeightsConfig(load_hf=unused, save=unused), data=DataConfig(data=(unused,)))
         with torch.device("meta"):
             model = build_chunk(shape, config, transformer_config(shape, config, here), here, place, 0)
-        yield sharded_weights(model)
+        yield {whole_name(name, model): entry for name, entry in sharded_weights(model).items()}
 
 
 def write_checkpoint(

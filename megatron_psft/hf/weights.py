@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -139,19 +139,24 @@ class RandomWeights:
 
 
 def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under their names in the whole model: layers counted from 0 over all pipeline stages, and
-    experts over all expert-parallel ranks, as in `decoder.layers.3.mlp.experts.17.linear_fc1.weight`."""
+    """This rank's parameters under their names in the whole model."""
     for chunk in unwrap_model(list(chunks)):
         for name, parameter in chunk.named_parameters():
-            if name.startswith("decoder.layers."):
-                _, _, index, suffix = name.split(".", 3)
-                layer = chunk.decoder.layers[int(index)]
-                expert = _LOCAL_EXPERT.fullmatch(suffix)
-                if expert is not None:
-                    number = layer.mlp.local_expert_indices[int(expert["one"] or expert["of_all"])]
-                    suffix = f"mlp.experts.{number}.{expert['linear']}.weight"
-                name = f"decoder.layers.{layer.layer_number - 1}.{suffix}"
-            yield name, parameter
+            yield whole_name(name, chunk), parameter
+
+
+def whole_name(name: str, chunk: torch.nn.Module) -> str:
+    """What the whole model calls a parameter of a chunk: layers are counted from 0 over all pipeline stages, and experts
+    over all expert-parallel ranks, as in `decoder.layers.3.mlp.experts.17.linear_fc1.weight`."""
+    if not name.startswith("decoder.layers."):
+        return name
+    _, _, index, suffix = name.split(".", 3)
+    layer: Any = chunk.decoder.layers[int(index)]  # type: ignore[index, union-attr]
+    expert = _LOCAL_EXPERT.fullmatch(suffix)
+    if expert is not None:
+        number = layer.mlp.local_expert_indices[int(expert["one"] or expert["of_all"])]
+        suffix = f"mlp.experts.{number}.{expert['linear']}.weight"
+    return f"decoder.layers.{layer.layer_number - 1}.{suffix}"
 
 
 def shard_place(parameter: str, parallel: Parallel) -> tuple[int, int]:

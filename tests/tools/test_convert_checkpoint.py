@@ -34,7 +34,9 @@ from tests.tools.converting import (
 __all__ = ["convert", "converted", "inputs"]  # the fixtures
 
 INDEX = "model.safetensors.index.json"
-MODELS = [(family, tied) for family in tiny.FAMILIES for tied in (False, True)]
+MODELS = [(family, tied) for family in tiny.FAMILIES for tied in (False, True)] + [
+    (family, False) for family in tiny.MOE_FAMILIES
+]
 MODEL_IDS = [f"{family}-{'tied' if tied else 'untied'}" for family, tied in MODELS]
 
 
