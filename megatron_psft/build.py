@@ -14,6 +14,7 @@ from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.errors import UserError
+from megatron_psft.fp8 import check_machine, row_multiple
 from megatron_psft.hf import export
 from megatron_psft.hf.weights import fill_parameters
 from megatron_psft.inputs import Inputs, describe, read_in_turn
@@ -21,8 +22,9 @@ from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
 from megatron_psft.objectives import Objective
 from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
-from megatron_psft.parallel import Parallel, initialize_parallel, on_main
+from megatron_psft.parallel import Parallel, initialize_parallel, on_main, together
 from megatron_psft.platform import Platform
+from megatron_psft.precision_noise import PrecisionNoise
 from megatron_psft.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
 from megatron_psft.resume import WEIGHTS_STEP, Identity, find_checkpoint, model_identity
 from megatron_psft.schedule import Schedule
@@ -42,6 +44,7 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
         UserError: on every rank alike.
         RankError: on this rank, whatever the others do.
     """
+    together(lambda: check_machine(config.precision, platform))
     inputs = read_in_turn(config, rank, local_rank)
     log.info("%s", platform.describe())
     describe(inputs, packing=config.data.packing)
@@ -83,7 +86,9 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     clipped_tokens = None
     if config.logging.log_clipped_tokens is not None:
         clipped_tokens = ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
-    schedule = Schedule(chunks=chunks, parallel=parallel, clipped_tokens=clipped_tokens)
+    schedule = Schedule(
+        chunks=chunks, parallel=parallel, clipped_tokens=clipped_tokens, noise=_precision_noise(config, parallel)
+    )
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
     reference = _reference(config, inputs, schedule, parallel, identity, checkpoint)
     state = TrainState(
@@ -114,6 +119,14 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         first_step=first_step,
         train_iters=inputs.train_iters,
     )
+
+
+def _precision_noise(config: Config, parallel: Parallel) -> PrecisionNoise | None:
+    """Where a ratio that should be 1 may not be, and counts."""
+    objective = config.objective
+    if config.precision.fp8_format is None or objective.objective != "psft" or objective.old_policy_interval == 1:
+        return None
+    return PrecisionNoise(objective.clip_ratio_high, parallel)
 
 
 def _window(
@@ -228,7 +241,8 @@ def _loader(
         one_row=config.data.packing or parallel.context_size > 1,
         wrap=is_training,
         # Sequence parallelism cuts the sequence into equal parts.
-        pad_to_multiple_of=parallel.tensor_size if config.parallel.sequence_parallel else 1,
+        pad_to_multiple_of=row_multiple(config.precision)
+        * (parallel.tensor_size if config.parallel.sequence_parallel else 1),
         pad_token_id=inputs.tokenizer.pad_token_id or 0,
     )
 

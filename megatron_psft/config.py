@@ -280,6 +280,13 @@ class PrecisionConfig:
 
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights; otherwise everything is fp32."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Multiply weights in fp8, by Transformer Engine on a GPU that can: e4m3 throughout, or e5m2 for gradients; the
+    output layer and all log-probabilities keep their precision. Needs `bf16`; nothing is fp8 where absent."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How tensors are scaled to fp8: by their own largest value, by that of earlier steps, in blocks of 128, or in
+    blocks of 32 (Blackwell GPUs). With delayed the old policy's pass and training scale differently, so that ratios
+    start off 1. Needs `fp8_format`."""
 
 
 @dataclass(frozen=True, kw_only=True)

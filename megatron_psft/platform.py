@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 
 
@@ -60,10 +61,10 @@ def _is_importable(name: str) -> bool:
 
 def _engine_version() -> tuple[int, int] | None:
     try:
-        major, minor = importlib.metadata.version("transformer_engine").split(".")[:2]
+        version = Version(importlib.metadata.version("transformer_engine"))
     except importlib.metadata.PackageNotFoundError:
         return None
-    return int(major), int(minor)
+    return version.major, version.minor
 
 
 def detect(local_rank: int) -> Platform:

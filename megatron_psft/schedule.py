@@ -18,6 +18,7 @@ from megatron_psft.model.head import HeadInputs, HeadOutput, label_positions, pl
 from megatron_psft.model.layers import packed_row_params
 from megatron_psft.objectives import BatchSums, Objective, batch_sums, is_clipped, policy_ratio
 from megatron_psft.parallel import Parallel, sum_over_context
+from megatron_psft.precision_noise import PrecisionNoise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Schedule:
     parallel: Parallel
     clipped_tokens: ClippedTokens | None = None
     """Told of every label token that is trained on, where there is one."""
+    noise: PrecisionNoise | None = None
+    """Told of some that a window begins with, as scored and as trained on, where there is one."""
 
     def train(
         self, micro_batches: Sequence[MicroBatch], old_log_probs: Sequence[Tensor] | None, *, objective: Objective
@@ -36,8 +39,8 @@ class Schedule:
 
         Args:
             micro_batches: of this data-parallel rank.
-            old_log_probs: one `[b, s]` fp32 tensor per micro-batch, on any device; None where the old policy is the
-                current one, and on ranks that do not compute the loss.
+            old_log_probs: one `[b, s]` fp32 tensor per micro-batch, on any device, none on ranks that do not compute
+                the loss; None where the old policy is the current one, on all ranks alike.
             objective: the token loss and its aggregation.
 
         Returns:
@@ -45,10 +48,15 @@ class Schedule:
         """
         old: Sequence[Tensor | None] = old_log_probs or [None] * len(micro_batches)
         items = [_Item.of(*pair, objective) for pair in zip(micro_batches, old, strict=True)]
+        begins_window = old_log_probs is None and "old" in objective.needs
+        scored = self._score_first(items) if self.noise is not None and begins_window else []
+        trained: list[Tensor] = []
 
         def loss(item: _Item, output: HeadOutput) -> tuple[Tensor, Tensor, BatchSums]:
             assert output.loss is not None
             self._count_clipped(item, output.stats.log_probs, objective.config)
+            if len(trained) < len(scored):
+                trained.append(output.stats.log_probs.detach())
             sums = batch_sums(
                 output.loss.detach(),
                 output.stats,
@@ -60,7 +68,19 @@ class Schedule:
             # Three values: Megatron-Core sums losses and denominators over micro-batches and ranks and divides once.
             return output.loss, sums.denominator.to(torch.int), sums
 
-        return self._run(items, loss, forward_only=False)
+        results = self._run(items, loss, forward_only=False)
+        if self.noise is not None and begins_window:
+            self.noise.report(scored, trained)
+        return results
+
+    def _score_first(self, items: Sequence["_Item"]) -> list[Tensor]:
+        """The log-probabilities `[n]` of the label tokens of the first micro-batch, or of as many as a pass needs."""
+        first = items[: self.parallel.pipeline_size if self.parallel.virtual_size > 1 else 1]
+        scored = self.score([item.micro_batch for item in first])
+        return [
+            select_labels(stats.log_probs, item.label_positions.to(self.parallel.device))
+            for item, stats in zip(first, scored, strict=False)  # there are no statistics but on the last stage
+        ]
 
     def _count_clipped(self, item: "_Item", log_probs: Tensor, config: ObjectiveConfig) -> None:
         old_log_probs = item.context.old_log_probs

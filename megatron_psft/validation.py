@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from megatron_psft.config import Config, LoggingConfig, ObjectiveConfig
+from megatron_psft.config import Config, LoggingConfig, ObjectiveConfig, ParallelConfig
 from megatron_psft.errors import UserError
 
 ADVANTAGE_OBJECTIVES = ("psft", "sft")
@@ -137,6 +137,9 @@ def _validate_needs(config: Config) -> None:
         raise UserError(f"min_lr ({optimizer.min_lr}) must be at most lr ({optimizer.lr}); change one of them")
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
         raise UserError("lr_decay_style (WSD) needs lr_wsd_decay_iters; set it or choose another style")
+    precision = config.precision
+    if precision.fp8_format is not None and not precision.bf16:
+        raise UserError(f"fp8_format ({precision.fp8_format}) needs bf16; set it, or leave fp8_format away")
     if recompute.recompute_granularity == "full":
         for name in ("recompute_method", "recompute_num_layers"):
             if getattr(recompute, name) is None:
@@ -157,6 +160,15 @@ def _validate_effects(config: Config) -> None:
         _refuse_if_set(optimizer, "with lr_decay_style constant", "min_lr")
     if optimizer.lr_decay_style != "WSD":
         _refuse_if_set(optimizer, f"with lr_decay_style {optimizer.lr_decay_style}", "lr_wsd_decay_iters")
+    _validate_parallel(parallel)
+    if config.precision.fp8_format is None:
+        _refuse_if_set(config.precision, "without fp8_format", "fp8_recipe")
+    if recompute.recompute_granularity != "full":
+        reason = "without recompute_granularity full"
+        _refuse_if_set(recompute, reason, "recompute_method", "recompute_num_layers")
+
+
+def _validate_parallel(parallel: ParallelConfig) -> None:
     if parallel.tensor_model_parallel_size == 1:
         _refuse_if_set(parallel, "with tensor_model_parallel_size 1", "sequence_parallel")
     if parallel.pipeline_model_parallel_size == 1:
@@ -164,9 +176,6 @@ def _validate_effects(config: Config) -> None:
     if not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         reason = "without use_distributed_optimizer and overlap_grad_reduce"
         _refuse_if_set(parallel, reason, "overlap_param_gather")
-    if recompute.recompute_granularity != "full":
-        reason = "without recompute_granularity full"
-        _refuse_if_set(recompute, reason, "recompute_method", "recompute_num_layers")
 
 
 def _validate_objective(objective: ObjectiveConfig) -> None:

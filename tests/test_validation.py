@@ -24,6 +24,7 @@ from tests.test_config import parse
         (1, "--train-iters 10 --recompute-granularity full --recompute-method block --recompute-num-layers 1"),
         (8, "--train-iters 10 --micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
         (8, "--train-iters 10 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+        (1, "--train-iters 10 --bf16 --fp8-format e4m3 --fp8-recipe blockwise"),
         (8, "--train-iters 10 --tensor-model-parallel-size 4 --sequence-parallel --expert-model-parallel-size 2"),
         (
             4,
@@ -129,6 +130,8 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
         ),
         ("--lr-warmup-iters 10", "lr_warmup_iters (10) must be below the number of training steps (10)"),
         ("--sft-warmup-iters 10", "sft_warmup_iters (10) must be below the number of training steps (10)"),
+        ("--fp8-format hybrid", "fp8_format (hybrid) needs bf16; set it, or leave fp8_format away"),
+        ("--bf16 --fp8-recipe mxfp8", "fp8_recipe (mxfp8) has no effect without fp8_format"),
         ("--sequence-parallel", "sequence_parallel (True) has no effect with tensor_model_parallel_size 1"),
         (
             "--num-layers-per-virtual-pipeline-stage 1",

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: shells with argcomplete's global completion complete its flags
 """Sets two results folders of tools/evaluate.py, or two checkpoints, side by side: per task the difference with its
 interval, the questions won and lost, and some answers of both.
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: shells with argcomplete's global completion complete its flags
 """Says what runs on this machine would use and why, and what would break them or slow them down.
 
 The exit code is 0, or 1 where something would break a run.

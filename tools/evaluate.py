@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: shells with argcomplete's global completion complete its flags
 """Asks a model the questions of maths sets and of lm-evaluation-harness's tasks, and keeps answers and results.
 
 A question of a maths set gets n answers; mean@n is the share of right ones, and pass@k the probability that of k

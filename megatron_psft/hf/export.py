@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_psft.errors import UserError
-from megatron_psft.hf.mapping import hf_tensors, is_expert, pieces, scatter
-from megatron_psft.hf.weights import named_parameters, shard_place
+from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
+from megatron_psft.hf.weights import is_first_replica, named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.parallel import Parallel
 
@@ -130,7 +130,7 @@ def _gathered_tensors(
     chunks: Sequence[torch.nn.Module], shape: ModelShape, parallel: Parallel
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields every Hugging Face tensor whole on rank 0, layer by layer; nothing on the other ranks."""
-    local = {name: value for name, value in named_parameters(chunks) if _is_sender(name, parallel)}
+    local = {name: value for name, value in named_parameters(chunks) if is_first_replica(name, parallel)}
     if shape.tied_embeddings:
         local.pop("output_layer.weight", None)
     owners = _owners(local, parallel)
@@ -154,12 +154,6 @@ def _gathered_tensors(
             assert shard is not None
             scatter(shard, blocks, whole)
         yield from whole.items()
-
-
-def _is_sender(parameter: str, parallel: Parallel) -> bool:
-    if is_expert(parameter):
-        return parallel.expert_data_rank == 0
-    return parallel.data_rank == parallel.context_rank == 0
 
 
 _ShardInfo = tuple[int, tuple[int, ...], torch.dtype]  # tensor-parallel rank, dimensions, dtype

@@ -166,6 +166,13 @@ def shard_place(parameter: str, parallel: Parallel) -> tuple[int, int]:
     return parallel.tensor_rank, parallel.tensor_size
 
 
+def is_first_replica(parameter: str, parallel: Parallel) -> bool:
+    """Whether this rank is in data-parallel replica 0 of `parameter`, which is another set of ranks for experts."""
+    if is_expert(parameter):
+        return parallel.expert_data_rank == 0
+    return parallel.data_rank == parallel.context_rank == 0
+
+
 @torch.no_grad()
 def fill_parameters(
     chunks: Sequence[torch.nn.Module], source: WeightSource, shape: ModelShape, parallel: Parallel

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from megatron_psft.config import Config
 from megatron_psft.errors import UserError
+from megatron_psft.fp8 import check_dimensions, fp8_options
 from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts
 from megatron_psft.model.head import HeadInputs, HeadOutput, OutputLayer, plain_head
 from megatron_psft.model.layers import Attention, RMSNorm
@@ -92,6 +93,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
             f"({per_stage}); change it or leave it away"
         )
     check_expert_layout(shape, config)
+    check_dimensions(shape, config)
 
 
 def transformer_config(shape: ModelShape, config: Config, platform: Platform) -> TransformerConfig:
@@ -141,6 +143,7 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         recompute_method=config.recompute.recompute_method,
         recompute_num_layers=config.recompute.recompute_num_layers,
         **expert_options(shape, config, platform),
+        **fp8_options(config.precision),
     )
 
 

@@ -297,3 +297,21 @@ def test_ranks_read_their_own_experts_and_nothing_of_the_others(pool, tmp_path, 
         own = sum(count for name, count in result["elements"].items() if ".experts." in name)
         assert own == sum(count.numel() for count in experts.values()) / 2
     assert all(count.eq(1).all() for count in experts.values())
+
+
+def test_experts_in_one_module_go_by_their_numbers_too():
+    """As Transformer Engine has them: `weight0` is the first of this rank's, and not of the model's."""
+    from megatron_psft.hf.weights import named_parameters
+
+    linear, layer, chunk = (torch.nn.Module() for _ in range(3))
+    for index in range(2):
+        linear.register_parameter(f"weight{index}", torch.nn.Parameter(torch.full((1,), float(index))))
+    layer.layer_number = 3
+    layer.mlp = torch.nn.Module()
+    layer.mlp.local_expert_indices = [4, 5]
+    layer.mlp.experts = torch.nn.Module()
+    layer.mlp.experts.linear_fc1 = linear
+    chunk.decoder = torch.nn.Module()
+    chunk.decoder.layers = torch.nn.ModuleList([layer])
+    found = {name: parameter.item() for name, parameter in named_parameters([chunk])}
+    assert found == {f"decoder.layers.2.mlp.experts.{expert}.linear_fc1.weight": expert - 4.0 for expert in (4, 5)}
