@@ -1,0 +1,126 @@
+"""Peak memory of training steps over what tools/plan.py says of them, in several layouts.
+
+On the CPU peak memory is the growth of the peak resident set since before the model was built, in fresh processes, of
+the rank that takes most; records fill their rows, and every token is a label.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import GIB, Meter, emit, emit_machine, in_fresh_process, parse_size
+from toys import write_texts, write_tokenizer
+
+STEPS = 2  # the first brings Adam's state to life and scores the second
+CPU_SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1344,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 8192,
+}
+GPU_SHAPE = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+}
+DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
+SPECS: dict[str, list[dict[str, Any]]] = {
+    "cpu": [
+        {"name": "one_rank", "family": "qwen2", "ranks": 1, "seq_length": 2048, "flags": []},
+        {
+            "name": "tensor_parallel",
+            "family": "qwen3",
+            "ranks": 2,
+            "seq_length": 2048,
+            "flags": ["--tensor-model-parallel-size", 2, "--sequence-parallel"],
+        },
+        {
+            "name": "pipeline",
+            "family": "llama",
+            "ranks": 2,
+            "seq_length": 1024,
+            "flags": ["--pipeline-model-parallel-size", 2, "--recompute-granularity", "selective"],
+        },
+        {
+            "name": "recomputed",
+            "family": "qwen2",
+            "ranks": 2,
+            "seq_length": 2048,
+            "flags": [*DISTRIBUTED, *FULL],
+        },
+    ],
+    "gpu": [
+        {"name": "one_rank", "family": "qwen2", "ranks": 1, "seq_length": 8192, "flags": ["--bf16"]},
+        {"name": "recomputed", "family": "qwen2", "ranks": 1, "seq_length": 16_384, "flags": ["--bf16", *FULL]},
+    ],
+}
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Measured and planned peak, in bytes, of the rank that takes most; collective."""
+    import psutil
+    import torch.distributed as dist
+
+    from megatron_psft import build, parallel, platform
+    from megatron_psft.config import parse_config
+    from megatron_psft.plan import Plan
+    from megatron_psft.trainer import train_step
+
+    def resident_bytes() -> int:
+        return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+    config, place = parse_config([str(value) for value in spec["argv"]]), platform.detect(int(os.environ["LOCAL_RANK"]))
+    with parallel.process_group(place, spec["ranks"]):
+        inputs = build.read_inputs(config, show_progress=False)
+        before = resident_bytes()
+        run = build.build_run(config, inputs, place)
+        built = resident_bytes()
+        with Meter() as meter:
+            for step in range(STEPS):
+                train_step(run, step)
+        peak = torch.tensor(float(built - before + meter.peak_bytes), device=place.device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        planned = Plan(config=config, shape=inputs.shape, world_size=spec["ranks"], platform=place).peak
+    return {"measured": peak.item(), "planned": planned.total, "moment": planned.moment}
+
+
+def prepared(spec: dict[str, Any], shape: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The spec with the command line of a run, for which the files are written."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    family = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[spec["family"]]
+    extra = {"head_dim": 64} if spec["family"] == "qwen3" else {}
+    family(**shape, **extra, tie_word_embeddings=spec["family"] == "qwen3").save_pretrained(folder / "model")
+    argv = ["--load-hf", folder / "model", "--random-init", "--tokenizer", write_tokenizer(folder / "tokenizer")]
+    argv += ["--data", write_texts(folder / "texts.jsonl", 16, words=2 * spec["seq_length"])]
+    argv += ["--save", folder / "run", "--data-cache-dir", folder / "cache", "--seq-length", spec["seq_length"]]
+    argv += ["--overlong", "truncate", "--loss-on", "all", "--train-iters", STEPS, "--global-batch-size", 2]
+    argv += ["--old-policy-interval", 2, *spec["flags"]]
+    return {**spec, "argv": [str(value) for value in argv]}
+
+
+if __name__ == "__main__":
+    size = parse_size(__doc__)
+    emit_machine()
+    # Large tensors go back to the system when they are freed, and do not lie about as glibc would have it.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(64 * 2**10)
+    for spec in SPECS[size]:
+        with tempfile.TemporaryDirectory() as folder:
+            full = prepared(spec, GPU_SHAPE if size == "gpu" else CPU_SHAPE, Path(folder))
+            found = in_fresh_process(measure, full, ranks=spec["ranks"])
+        emit(
+            f"plan_over_measured_{spec['name']}",
+            found["planned"] / found["measured"],
+            "peak memory",
+            planned_gib=round(found["planned"] / GIB, 3),
+            measured_gib=round(found["measured"] / GIB, 3),
+            moment=found["moment"],
+        )

@@ -1,0 +1,341 @@
+"""Memory and operations of a run, told from its configuration alone; tools/plan.py prints them.
+
+Memory is counted tensor by tensor, as the layers, Megatron-Core's schedules and the head keep them. Not counted is what
+the tensors do not show: the CUDA context, NCCL's buffers, libraries' workspaces and the allocator's fragments. The
+portable layers' figures are checked against measured peaks on a CPU (benchmarks/plan.py), those of Transformer Engine's
+layers are counted from what these save and were not measured.
+
+Letters: t tensor-parallel ranks; T positions of a micro-batch on a rank, that is after the split over context-parallel
+ranks; S of them in the parts that sequence parallelism also splits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+
+from megatron_psft.config import Config
+from megatron_psft.errors import UserError
+from megatron_psft.fused_head import CHUNK_BYTES
+from megatron_psft.model.gpt import check_layout, padded_vocab_size, virtual_size
+from megatron_psft.model.shape import ModelShape
+from megatron_psft.platform import Platform
+from megatron_psft.throughput import forward_flops
+from megatron_psft.validation import validate
+
+GIB = 2**30
+FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on a rank of one pipeline stage at the moment that it holds most."""
+
+    stage: int
+    """From 0."""
+    moment: str
+    weights: float
+    gradients: float
+    """The fp32 buffer that all micro-batches add to."""
+    optimizer: float
+    """Adam's two averages and, with bf16, the fp32 weights."""
+    activations: float
+    """Kept for the backward passes that are still to come."""
+    working: float
+    """What the moment itself needs."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run on `world_size` ranks takes. Raises UserError, when built, for what training would refuse.
+
+    Sequences are taken to be full: `seq_length` tokens, every one a label, in records as long. Shorter records make for
+    less attention, fewer labels for a smaller head.
+    """
+
+    config: Config
+    shape: ModelShape
+    world_size: int
+    platform: Platform
+    """What the ranks compute on; only its facts are read, and no such device need be here."""
+
+    def __post_init__(self) -> None:
+        validate(self.config, self.world_size)
+        check_layout(self.shape, self.config)
+
+    # Sizes of the run
+
+    @property
+    def _tensor(self) -> int:
+        return self.config.parallel.tensor_model_parallel_size
+
+    @property
+    def stages(self) -> int:
+        return self.config.parallel.pipeline_model_parallel_size
+
+    @property
+    def data_size(self) -> int:
+        return self.config.parallel.data_parallel_size(self.world_size)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Of a data-parallel rank, per step."""
+        return self.config.batch.global_batch_size // (self.config.batch.micro_batch_size * self.data_size)
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        return self.config.data.seq_length * (2 if self.config.objective.needs_pairs else 1)
+
+    @property
+    def _itemsize(self) -> int:
+        """Bytes of a weight or activation."""
+        return 2 if self.config.precision.bf16 else FP32
+
+    def _tokens(self, micro_batch_size: int) -> float:
+        """T."""
+        return micro_batch_size * self.tokens_per_sequence / self.config.parallel.context_parallel_size
+
+    @property
+    def _sequence_split(self) -> int:
+        """T / S."""
+        return self._tensor if self.config.parallel.sequence_parallel else 1
+
+    @property
+    def _vocab_columns(self) -> int:
+        """Of the vocabulary on this rank, with padding."""
+        return padded_vocab_size(self.shape.vocab_size, self._tensor) // self._tensor
+
+    # Weights
+
+    @cached_property
+    def _layer_parameters(self) -> list[int]:
+        """Sizes of a layer's parameters on a rank."""
+        shape, hidden, t = self.shape, self.shape.hidden_size, self._tensor
+        queries = shape.num_attention_heads * shape.head_dim
+        mixed = queries + 2 * shape.num_query_groups * shape.head_dim
+        sizes = [hidden * mixed // t, hidden * queries // t, *self._mlp_parameters, hidden, hidden]
+        sizes += [mixed // t] if shape.qkv_bias else []
+        return sizes + ([shape.head_dim] * 2 if shape.qk_norm else [])
+
+    @property
+    def _mlp_parameters(self) -> list[int]:
+        up = self.shape.hidden_size * self.shape.ffn_hidden_size // self._tensor
+        return [2 * up, up]
+
+    def _parameters(self, stage: int) -> list[int]:
+        """Sizes of the parameters on a rank of `stage`."""
+        sizes = self._layer_parameters * (self.shape.num_layers // self.stages)
+        vocabulary, is_last = self._vocab_columns * self.shape.hidden_size, stage == self.stages - 1
+        sizes += [vocabulary] if stage == 0 else []
+        # Tied to the embedding of another stage, the output layer has a copy.
+        sizes += [vocabulary] if is_last and (self.stages > 1 or not self.shape.tied_embeddings) else []
+        return sizes + ([self.shape.hidden_size] if is_last else [])
+
+    def num_parameters(self, stage: int) -> int:
+        """On a rank of `stage`."""
+        return sum(self._parameters(stage))
+
+    # Activations
+
+    @property
+    def _widths(self) -> tuple[float, float, float]:
+        """Of queries, keys (or values) and the MLP's inner part, elements per position on a rank."""
+        shape, t = self.shape, self._tensor
+        head = shape.head_dim / t
+        return shape.num_attention_heads * head, shape.num_query_groups * head, shape.ffn_hidden_size / t
+
+    def _hidden(self, micro_batch_size: int) -> float:
+        """Bytes of the hidden states between two layers."""
+        return self._tokens(micro_batch_size) / self._sequence_split * self.shape.hidden_size * self._itemsize
+
+    @property
+    def _layer_activations(self) -> float:
+        """Bytes that a layer keeps of a micro-batch for its backward pass."""
+        shape, parallel, platform = self.shape, self.config.parallel, self.platform
+        queries, keys, ffn = self._widths
+        # What goes into both norms and what comes out of them; plain PyTorch also keeps the values before they are
+        # multiplied by the weight.
+        norms = (4 if platform.has_transformer_engine else 6) * self._hidden(self.config.batch.micro_batch_size)
+        # The projected row, of which the values are a view; queries and keys with rotary embedding; the output.
+        per_token = (queries + 2 * keys) + (queries + keys) + queries
+        # Up projection (two halves) and what goes into the down projection; unfused, also both factors of the gate.
+        per_token += ffn * (3 if platform.is_gpu else 5)
+        if shape.qk_norm:
+            per_token += queries  # a copy, as they lie between keys and values
+        if not platform.has_transformer_engine:
+            # The output of each segment beside the joined one; cosine and sine, for queries and for keys.
+            per_token += queries + 4 * shape.head_dim
+            per_token += queries + keys if shape.qk_norm else 0
+            if parallel.context_parallel_size > 1:
+                per_token += 2 * keys * parallel.context_parallel_size  # the gathered row
+            if self.config.recompute.recompute_granularity == "selective":
+                per_token -= queries
+        return norms + self._tokens(self.config.batch.micro_batch_size) * per_token * self._itemsize
+
+    def _chunks_in_flight(self, stage: int) -> int:
+        """Forward passes of model chunks (one per stage without interleaving) whose backward pass is still to come."""
+        behind, chunks = self.stages - stage - 1, virtual_size(self.shape, self.config) or 1
+        ahead = behind if chunks == 1 else 2 * behind + (chunks - 1) * self.stages
+        return min(ahead + 1, self.num_microbatches * chunks)
+
+    def _activations(self, stage: int) -> tuple[float, float]:
+        """Bytes kept for the backward passes to come, and what a recomputed layer or group of them needs meanwhile."""
+        recompute, hidden = self.config.recompute, self._hidden(self.config.batch.micro_batch_size)
+        layers = self.shape.num_layers // self.stages // (virtual_size(self.shape, self.config) or 1)
+        kept, recomputed = layers * self._layer_activations, 0.0
+        if recompute.recompute_granularity == "full":
+            assert recompute.recompute_num_layers is not None
+            size = min(recompute.recompute_num_layers, layers)
+            if recompute.recompute_method == "uniform":
+                kept, recomputed = -(-layers // size) * hidden, size * self._layer_activations
+            else:
+                kept, recomputed = size * hidden + (layers - size) * self._layer_activations, self._layer_activations
+        # What a stage has sent on stays until the gradient comes back.
+        kept += hidden if self.stages > 1 else 0
+        kept *= self._chunks_in_flight(stage)
+        if stage == self.stages - 1:
+            kept += hidden * (1 if self.platform.has_transformer_engine else 2)  # the last norm
+        return kept, recomputed
+
+    # Moments
+
+    @property
+    def _optimizer_shards(self) -> int:
+        """Ranks over which the optimizer's states are spread."""
+        parallel = self.config.parallel
+        return self.data_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+
+    def memory(self, stage: int) -> Memory:
+        """On a rank of `stage`."""
+        count = self.num_parameters(stage)
+        moment, activations, working = max(self._moments(stage), key=lambda found: found[1] + found[2])
+        return Memory(
+            stage=stage,
+            moment=moment,
+            weights=count * self._itemsize,
+            gradients=count * FP32,
+            optimizer=count * FP32 * (3 if self.config.precision.bf16 else 2) / self._optimizer_shards,
+            activations=activations,
+            working=working,
+        )
+
+    @cached_property
+    def peak(self) -> Memory:
+        """Of the stage that takes most."""
+        return max(map(self.memory, range(self.stages)), key=lambda memory: memory.total)
+
+    def _moments(self, stage: int) -> Iterator[tuple[str, float, float]]:
+        """Name, activations and working memory of each moment that may be the fullest."""
+        kept, recomputed = self._activations(stage)
+        batch, objective = self.config.batch, self.config.objective
+        yield "backward pass of a layer", kept, recomputed + self._backward_working
+        if stage == self.stages - 1:
+            yield "head", kept, self._head_working(batch.micro_batch_size, with_gradient=True)
+        if stage == 0:
+            vocabulary = self._vocab_columns * self.shape.hidden_size * self._itemsize
+            yield "gradient of the embedding", 0.0, vocabulary + self._hidden(batch.micro_batch_size)
+        yield "update", 0.0, self._update_working(stage)
+        if objective.objective == "psft" and objective.old_policy_interval != 1:
+            size = objective.old_policy_micro_batch_size or batch.micro_batch_size
+            forward = self._layer_working(size)
+            if stage == self.stages - 1:
+                forward = max(forward, self._head_working(size, with_gradient=False))
+            yield "old policy's pass", 0.0, forward
+
+    def _layer_working(self, micro_batch_size: int) -> float:
+        """Inside a layer, at the widest: hidden states, the MLP's inner part, and what it is made of or turns into."""
+        inner = self._tokens(micro_batch_size) * self._widths[2] * self._itemsize
+        return 2 * self._hidden(micro_batch_size) + 3 * inner
+
+    @property
+    def _backward_working(self) -> float:
+        """Gradients of activations, and of the weight that is being worked on where no kernel adds it to the buffer."""
+        largest = 0 if self.platform.has_transformer_engine else max(self._layer_parameters)
+        return self._layer_working(self.config.batch.micro_batch_size) + largest * self._itemsize
+
+    def _head_working(self, micro_batch_size: int, *, with_gradient: bool) -> float:
+        """The last hidden states, the label tokens' rows of them and their gradient, and logits."""
+        tokens = self._tokens(micro_batch_size)
+        rows = tokens * self.shape.hidden_size * self._itemsize
+        gathered = rows if self._sequence_split > 1 else 0.0
+        states = self._hidden(micro_batch_size) + gathered + rows * (2 if with_gradient else 1)
+        # bf16 logits are worked on as they are by the Triton kernels, and as a copy in fp32 elsewhere.
+        is_copied = self.config.precision.bf16 and not (self.platform.is_gpu and self.config.objective.fused_head)
+        logit = self._itemsize + (FP32 if is_copied else 0)
+        if self.config.objective.fused_head:
+            chunk = CHUNK_BYTES[self.platform.device.type] // (FP32 * self._vocab_columns)
+            return states + min(chunk, tokens) * self._vocab_columns * logit
+        return states + tokens * self._vocab_columns * (FP32 + self._itemsize)
+
+    def _update_working(self, stage: int) -> float:
+        """What Adam needs beside its state."""
+        if self.platform.has_transformer_engine:
+            return 0.0
+        sizes = self._parameters(stage)
+        own = sum(sizes) / self._optimizer_shards
+        # torch's own makes a denominator of each parameter, on GPUs of all at once.
+        return FP32 * (own if self.platform.is_gpu else 2 * min(max(sizes), own))
+
+    # Operations
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of forward and backward passes over a global batch; neither recomputation nor the old policy's pass."""
+        sequences = self.config.batch.global_batch_size * (2 if self.config.objective.needs_pairs else 1)
+        return 3 * forward_flops(self.shape, [self.config.data.seq_length] * sequences)
+
+    @property
+    def scored_steps(self) -> int | None:
+        """Steps that the old policy scores at once, ahead of training on them; None where only the data says it."""
+        objective, train_iters = self.config.objective, self.config.batch.train_iters
+        if objective.objective != "psft":
+            return 0
+        if objective.old_policy_interval == "fixed":
+            return None if train_iters is None else train_iters - objective.sft_warmup_iters - 1
+        return objective.old_policy_interval - 1
+
+    @property
+    def overhead_bound(self) -> float:
+        """Operations of PSFT over those of SFT: a window of k steps scores k - 1 of them, a third of a step each."""
+        scored = self.scored_steps
+        return 1 + 1 / 3 if scored is None else 1 + scored / (3 * (scored + 1))
+
+    @property
+    def old_log_prob_bytes(self) -> float:
+        """Host memory of a rank of the last stage per step that is scored ahead."""
+        return self.num_microbatches * self._tokens(self.config.batch.micro_batch_size) * FP32
+
+
+def smallest_layout(plan: Plan, *, bytes_per_rank: float, ranks_per_node: int) -> Plan | None:
+    """The plan with the fewest ranks per model replica that fits, all else equal; None where none does.
+
+    Tensor parallelism, within a node and with sequence parallelism, comes before context parallelism, and that before
+    the pipeline: in this order they save most for the ranks they take. The optimizer's state is always distributed.
+    """
+    powers = [2**exponent for exponent in range(plan.world_size.bit_length())]
+    layouts = [
+        (tensor, context, stages)
+        for tensor, context, stages in product(powers, repeat=3)
+        if tensor <= ranks_per_node and tensor * context * stages <= plan.world_size
+    ]
+    for tensor, context, stages in sorted(layouts, key=lambda sizes: (sizes[0] * sizes[1] * sizes[2], *sizes[::-1])):
+        parallel = replace(
+            plan.config.parallel,
+            tensor_model_parallel_size=tensor,
+            sequence_parallel=tensor > 1,
+            context_parallel_size=context,
+            pipeline_model_parallel_size=stages,
+            num_layers_per_virtual_pipeline_stage=None,
+            use_distributed_optimizer=True,
+        )
+        try:
+            found = replace(plan, config=replace(plan.config, parallel=parallel))
+        except UserError:  # the model or the batch cannot be cut like that
+            continue
+        if found.peak.total <= bytes_per_rank:
+            return found
+    return None

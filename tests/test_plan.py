@@ -1,0 +1,279 @@
+"""The plan against models that are built, tensors that autograd saves, and arithmetic by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_psft.config import (
+    BatchConfig,
+    DataConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+)
+from megatron_psft.errors import UserError
+from megatron_psft.model.shape import ModelShape
+from megatron_psft.plan import GIB, Plan, smallest_layout
+from megatron_psft.platform import Platform
+from megatron_psft.throughput import forward_flops
+from tests.model.layouts import Layout, make_config, rank_of
+from tests.support import tiny
+from tests.support.marks import slow
+
+GPU = Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=True)
+CPU = Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
+SHAPE = ModelShape(
+    model_type="llama",
+    num_layers=8,
+    hidden_size=1024,
+    ffn_hidden_size=4096,
+    num_attention_heads=16,
+    num_query_groups=4,
+    head_dim=64,
+    vocab_size=32768,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    qkv_bias=False,
+    qk_norm=False,
+    tied_embeddings=False,
+    initializer_range=0.02,
+    dtype="bfloat16",
+)
+
+
+def make_plan(world_size=1, platform=GPU, shape=SHAPE, seq_length=4096, sections=None, **parallel) -> Plan:
+    config = make_config(Layout())
+    config = replace(
+        config,
+        data=replace(config.data, seq_length=seq_length),
+        batch=BatchConfig(train_iters=100, global_batch_size=8),
+        precision=PrecisionConfig(bf16=True),
+        parallel=ParallelConfig(**parallel),
+    )
+    return Plan(config=replace(config, **(sections or {})), shape=shape, world_size=world_size, platform=platform)
+
+
+def _built_parameters(folder: Path, layout: Layout) -> tuple[int, int, dict]:
+    with rank_of(layout) as rank:
+        chunks, shape = rank.build(folder)
+        count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        return rank.parallel.pipeline_rank, count, shape
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "layout"),
+    [
+        ("qwen2", False, Layout()),
+        ("qwen3", True, Layout(tensor=2, pipeline=2)),
+        slow("llama", False, Layout(tensor=2)),
+        slow("qwen3", True, Layout()),
+        slow("qwen2", True, Layout(pipeline=2)),
+    ],
+)
+def test_parameters_are_those_of_the_built_model(pool, tmp_path, family, tied, layout):
+    folder = tiny.build_model(tmp_path / "model", family, tied=tied)
+    config = replace(make_config(layout), batch=BatchConfig(train_iters=1))
+    for stage, count, shape in pool.run(_built_parameters, layout.world_size, folder, layout):
+        planned = Plan(config=config, shape=shape, world_size=layout.world_size, platform=CPU)
+        assert planned.num_parameters(stage) == count
+
+
+def test_states_take_18_bytes_of_a_bf16_parameter_and_16_of_one_in_fp32():
+    plan = make_plan()
+    count = plan.num_parameters(0)
+    assert (plan.peak.weights, plan.peak.gradients, plan.peak.optimizer) == (2 * count, 4 * count, 12 * count)
+    fp32 = make_plan(sections={"precision": PrecisionConfig()}).peak
+    assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * count, 4 * count, 8 * count)
+
+
+def test_the_distributed_optimizer_spreads_its_states_over_data_and_context_ranks():
+    plan = make_plan(8, context_parallel_size=2, use_distributed_optimizer=True)
+    assert plan.data_size == 4
+    assert plan.peak.optimizer == 12 * plan.num_parameters(0) / 8
+    assert make_plan(8, context_parallel_size=2).peak.optimizer == 12 * plan.num_parameters(0)
+
+
+def test_activations_by_hand():
+    """Per token and layer with Transformer Engine: 4 hidden states, 3 queries, 3 keys, 3 inner; and the last norm's."""
+    per_layer = 4 * 1024 + 3 * 1024 + 3 * 256 + 3 * 4096
+    assert make_plan().peak.activations == 4096 * 2 * (8 * per_layer + 1024)
+    split = make_plan(2, tensor_model_parallel_size=2, sequence_parallel=True)
+    assert split.peak.activations == make_plan().peak.activations / 2
+    unsplit = make_plan(2, tensor_model_parallel_size=2)
+    assert unsplit.peak.activations == 4096 * 2 * (8 * (4 * 1024 + (3 * 1024 + 3 * 256 + 3 * 4096) / 2) + 1024)
+    assert make_plan(2, context_parallel_size=2).peak.activations == make_plan().peak.activations / 2
+
+
+def _saved_bytes(folder: Path, layers: int) -> tuple[float, int]:
+    """What autograd saves in a forward pass besides parameters, and the planned size of a layer."""
+    from benchmarks.toys import training_run
+
+    argv = f"--load-hf {folder}/model{layers} --tokenizer {folder}/tokenizer --data {folder}/data.jsonl"
+    argv += f" --save {folder}/run{layers} --data-cache-dir {folder}/cache --loss-on all --overlong truncate"
+    argv += " --seq-length 128 --train-iters 2 --global-batch-size 1 --old-policy-interval 1"
+    with training_run(argv.split()) as run:
+        own = {parameter.untyped_storage().data_ptr() for parameter in run.schedule.chunks[0].parameters()}
+        sizes = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        from megatron_psft.trainer import train_step
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            train_step(run, 0)
+        plan = Plan(config=run.config, shape=run.shape, world_size=1, platform=CPU)
+        return sum(sizes.values()), plan._layer_activations
+
+
+@pytest.mark.parametrize("family", ["qwen2", slow("qwen3"), slow("llama")])
+def test_a_layers_activations_are_what_autograd_saves(pool, tmp_path, family):
+    tiny.build_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "add one", "completion": "two " * 200}) + "\n")
+    saved = {}
+    for layers in (2, 4):
+        tiny.build_model(tmp_path / f"model{layers}", family, num_hidden_layers=layers)
+        ((saved[layers], planned),) = pool.run(_saved_bytes, 1, tmp_path, layers)
+    # A few numbers per token, as norms and softmax keep, are not counted: more in models as small as this one.
+    assert (saved[4] - saved[2]) / 2 == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "stage", "micro_batches", "chunks"),
+    [
+        ({"pipeline_model_parallel_size": 4}, 0, 8, 4),
+        ({"pipeline_model_parallel_size": 4}, 3, 8, 1),
+        ({"pipeline_model_parallel_size": 4}, 0, 2, 2),
+        ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2}, 0, 8, 5),
+        ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2}, 1, 8, 3),
+        ({}, 0, 8, 1),
+    ],
+)
+def test_early_stages_hold_more_micro_batches(parallel, stage, micro_batches, chunks):
+    stages = parallel.get("pipeline_model_parallel_size", 1)
+    plan = make_plan(
+        stages, sections={"batch": BatchConfig(train_iters=1, global_batch_size=micro_batches)}, **parallel
+    )
+    assert plan._chunks_in_flight(stage) == chunks
+
+
+def test_the_fullest_stage_is_the_peak():
+    plan = make_plan(4, pipeline_model_parallel_size=4)
+    assert plan.peak.total == max(plan.memory(stage).total for stage in range(4))
+    assert plan.peak.stage == 0
+
+
+def test_recomputation_keeps_the_inputs_of_layers():
+    full = RecomputeConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    hidden = 4096 * 1024 * 2
+    assert make_plan(sections={"recompute": full}).peak.activations == (8 + 1) * hidden
+    pairs = replace(full, recompute_num_layers=2)
+    assert make_plan(sections={"recompute": pairs}).peak.activations == (4 + 1) * hidden
+    half = replace(full, recompute_method="block", recompute_num_layers=4)
+    assert make_plan(sections={"recompute": half}).peak.activations == pytest.approx(
+        4 * hidden + (make_plan().peak.activations + hidden) / 2
+    )
+
+
+def test_plain_layers_and_a_plain_head_take_more():
+    assert make_plan(platform=replace(GPU, has_transformer_engine=False)).peak.total > make_plan().peak.total
+    plain = make_plan(sections={"objective": ObjectiveConfig(fused_head=False)}).peak
+    assert plain.moment == "head"
+    assert plain.working > 4096 * 32768 * 4  # fp32 logits
+
+
+def test_with_short_sequences_weights_make_the_peak():
+    """torch's Adam has two copies of the largest parameter, here an embedding; Transformer Engine's has none."""
+    embedding = 32768 * 1024
+    fp32 = make_plan(platform=CPU, seq_length=16, sections={"precision": PrecisionConfig()}).peak
+    assert (fp32.moment, fp32.activations, fp32.working) == ("update", 0, 2 * 4 * embedding)
+    bf16 = make_plan(seq_length=16).peak
+    assert (bf16.moment, bf16.working) == ("gradient of the embedding", 2 * embedding + 16 * 1024 * 2)
+
+
+def test_a_larger_pass_of_the_old_policy_may_be_the_peak():
+    objective = ObjectiveConfig(old_policy_micro_batch_size=8)
+    full = RecomputeConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    sections = {"objective": objective, "recompute": full, "data": DataConfig(data=("x",), seq_length=32768)}
+    assert make_plan(sections=sections).peak.moment == "old policy's pass"
+
+
+@pytest.mark.parametrize(
+    ("objective", "scored", "bound"),
+    [
+        (ObjectiveConfig(), 7, 1 + 7 / 24),
+        (ObjectiveConfig(old_policy_interval=1), 0, 1.0),
+        (ObjectiveConfig(objective="sft"), 0, 1.0),
+        (ObjectiveConfig(old_policy_interval="fixed"), 99, 1 + 99 / 300),
+    ],
+)
+def test_the_old_policys_pass_costs_a_third_of_the_steps_it_scores(objective, scored, bound):
+    plan = make_plan(sections={"objective": objective})
+    assert plan.scored_steps == scored
+    assert plan.overhead_bound == pytest.approx(bound)
+
+
+def test_a_fixed_policy_over_epochs_scores_steps_that_only_the_data_counts():
+    objective, batch = ObjectiveConfig(old_policy_interval="fixed"), BatchConfig(epochs=1, global_batch_size=8)
+    plan = make_plan(sections={"objective": objective, "batch": batch})
+    assert plan.scored_steps is None
+    assert plan.overhead_bound == pytest.approx(4 / 3)
+
+
+def test_old_log_probs_are_four_bytes_for_each_position_of_a_rank():
+    assert make_plan(2).old_log_prob_bytes == 4 * 4 * 4096
+    assert make_plan(4, context_parallel_size=2).old_log_prob_bytes == 4 * 4 * 2048
+
+
+def test_operations_are_three_forward_passes_over_full_sequences():
+    assert make_plan().flops_per_step == 3 * forward_flops(SHAPE, [4096] * 8)
+    pairs = make_plan(sections={"objective": ObjectiveConfig(objective="dpo")})
+    assert pairs.flops_per_step == 2 * make_plan().flops_per_step
+    assert pairs.tokens_per_sequence == 2 * 4096
+
+
+def test_what_training_refuses_has_no_plan():
+    with pytest.raises(UserError, match="world_size"):
+        make_plan(3, tensor_model_parallel_size=2)
+    with pytest.raises(UserError, match="num_query_groups"):
+        make_plan(8, tensor_model_parallel_size=8)
+
+
+def test_the_smallest_layout_fits_and_no_smaller_one_does():
+    plan = make_plan(8, seq_length=32768)
+    room = 9 * GIB
+    found = smallest_layout(plan, bytes_per_rank=room, ranks_per_node=8)
+    assert found.peak.total <= room
+    size = found.config.parallel.model_parallel_size
+    assert size > 1
+    for tensor, context, stages in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]:
+        if tensor * context * stages < size:
+            smaller = make_plan(
+                8,
+                seq_length=32768,
+                tensor_model_parallel_size=tensor,
+                sequence_parallel=tensor > 1,
+                context_parallel_size=context,
+                pipeline_model_parallel_size=stages,
+                use_distributed_optimizer=True,
+            )
+            assert smaller.peak.total > room
+
+
+def test_tensor_parallelism_stays_within_a_node():
+    plan = make_plan(8, seq_length=32768)
+    found = smallest_layout(plan, bytes_per_rank=9 * GIB, ranks_per_node=1)
+    assert found.config.parallel.tensor_model_parallel_size == 1
+    assert found.config.parallel.model_parallel_size > 1
+
+
+def test_where_nothing_fits_there_is_no_layout():
+    assert smallest_layout(make_plan(8), bytes_per_rank=GIB / 10, ranks_per_node=8) is None

@@ -1,0 +1,94 @@
+"""The command that plans, through its command line."""
+
+import json
+import re
+
+import pytest
+
+from tests.support.cli import Exit
+from tools import plan
+
+MODEL = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
+SPLIT = ("--tensor-model-parallel-size", "4", "--sequence-parallel", "--use-distributed-optimizer")
+
+
+@pytest.fixture
+def show(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+
+    def run(*flags: str) -> Exit:
+        always = ["--load-hf", str(tmp_path), "--bf16", "--epochs", "1", "--gpus", "8", "--seq-length", "32768"]
+        code = plan.main([*always, "--global-batch-size", "8", *flags])
+        return Exit(code, *capsys.readouterr())
+
+    return run
+
+
+def table(out: str) -> dict[str, float]:
+    rows = re.findall(r"^  (.+?)  +([\d.]+)$", out, re.MULTILINE)
+    return {name: float(size) for name, size in rows}
+
+
+def test_a_layout_that_fits(show):
+    exit = show(*SPLIT)
+    assert exit.code == 0
+    assert "qwen2, TP 4 x PP 1 x CP 1 x DP 2 on 8 GPUs" in exit.out
+    assert "8 sequences of 32,768 tokens = 2 replicas x 4 micro-batches x 1" in exit.out
+    assert "of 80 GiB, 6 kept free: fits" in exit.out
+    rows = table(exit.out)
+    assert rows.pop("sum") == pytest.approx(sum(rows.values()), abs=0.04)
+    # 7.6e9 parameters over four ranks, gradients in fp32 twice as large as weights in bf16.
+    assert rows["weights (1.9e9)"] == pytest.approx(7.6e9 / 4 * 2 / 2**30, rel=0.01)
+    assert rows["gradients, fp32"] == pytest.approx(2 * rows["weights (1.9e9)"], abs=0.02)
+    assert "PSFT over SFT: 1.292 times the operations at most" in exit.out
+    assert "smallest layout that fits: TP 4 x PP 1 x CP 1 x DP 2," in exit.out
+
+
+def test_a_layout_that_does_not_fit_ends_with_1_and_a_better_one(show):
+    exit = show()
+    assert exit.code == 1
+    assert "does not fit" in exit.out
+    assert "smallest layout that fits: TP 4 x" in exit.out
+
+
+def test_where_none_fits_it_says_what_else_to_do(show):
+    exit = show("--gpu-memory-gib", "10")
+    assert exit.code == 1
+    assert "smallest layout that fits: none; recompute activations" in exit.out
+
+
+def test_the_cluster_counts(show):
+    assert "of 141 GiB, 6 kept free: fits" in show(*SPLIT, "--gpu-memory-gib", "141").out
+    assert show(*SPLIT, "--reserve-gib", "30").code == 1
+    assert "TP 1 x" in show("--gpus-per-node", "1").out.splitlines()[-1]
+    plain = table(show(*SPLIT, "--no-transformer-engine").out)
+    assert plain["activations kept"] > table(show(*SPLIT).out)["activations kept"]
+
+
+def test_the_old_policy_is_left_out_where_there_is_none(show):
+    out = show(*SPLIT, "--objective", "sft").out
+    assert "PSFT over SFT" not in out
+    assert "old log-probabilities" not in out
+
+
+def test_what_a_fixed_old_policy_keeps_grows_with_the_run(show):
+    out = show(*SPLIT, "--old-policy-interval", "fixed").out
+    assert "for each step of the run" in out
+
+
+def test_what_training_refuses_is_an_error(show):
+    exit = show("--tensor-model-parallel-size", "3")
+    assert exit == Exit(
+        2,
+        "",
+        "error: world_size (8) must be a multiple of tensor_model_parallel_size * pipeline_model_parallel_size * "
+        "context_parallel_size (3); change one of them\n",
+    )
