@@ -146,8 +146,8 @@ def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, t
 
 
 def whole_name(name: str, chunk: torch.nn.Module) -> str:
-    """What the whole model calls a parameter of a chunk: layers are counted from 0 over all pipeline stages, experts over
-    all expert-parallel ranks, as in `decoder.layers.3.mlp.experts.17.linear_fc1.weight`."""
+    """What the whole model calls a parameter of a chunk: layers are counted from 0 over all pipeline stages, and
+    experts over all expert-parallel ranks, as in `decoder.layers.3.mlp.experts.17.linear_fc1.weight`."""
     if not name.startswith("decoder.layers."):
         return name
     _, _, index, suffix = name.split(".", 3)
