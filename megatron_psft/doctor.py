@@ -1,0 +1,268 @@
+"""Says what a run on this machine would use and why, and what would break it or slow it down.
+
+Nothing is decided here a second time: device, collectives, layers, kernels and optimizer are read off one optimizer
+step of a toy model, made by the code that trains.
+"""
+
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_psft.errors import UserError
+
+if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
+    from megatron_psft.platform import Platform
+
+Level = Literal["ok", "warning", "problem"]
+
+LIBRARIES = (
+    "megatron_psft",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "transformer-engine",
+    "apex",
+    "triton",
+    "vllm",
+    "math-verify",
+    "lm-eval",
+    "megatron-bridge",
+)
+"""Whose versions matter, by the name that pip knows."""
+
+_SHARED_MEMORY = Path("/dev/shm")
+_SHARED_MEMORY_GIB = 1  # docker gives 64 MiB unless asked for more
+_GPU_DEVICE = Path("/dev/nvidiactl")
+_PROBE = "Ünïcode, 12345 + 3.14 = x_1;\n\n  def f(a):\treturn a's\u00a0end 日本 <b>\r\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one check has found: `problem` would break a run, or make it something else than was asked for."""
+
+    level: Level
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One thing that a run uses here, and why."""
+
+    what: str
+    chosen: str
+    reason: str
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a library, or None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Of all `LIBRARIES`."""
+    return {name: installed_version(name) for name in LIBRARIES}
+
+
+def check_versions() -> list[Finding]:
+    """Whether each library is there in a version that this package asks for."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires("megatron_psft") or []
+    except metadata.PackageNotFoundError:
+        return [
+            Finding(level="warning", text="megatron_psft is not installed, so no version is checked: pip install -e .")
+        ]
+    findings = []
+    for requirement in map(Requirement, lines):
+        found, wanted = installed_version(requirement.name), requirement.specifier
+        is_wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if found is None and is_wanted:
+            findings.append(
+                Finding(level="problem", text=f"{requirement} is not installed: pip install '{requirement}'")
+            )
+        elif found is not None and not wanted.contains(found, prereleases=True):
+            remedy = f"pip install '{requirement.name}{wanted}'"
+            text = f"{requirement.name} {found} is not in the range that is supported, {wanted}: {remedy}"
+            findings.append(Finding(level="problem", text=text))
+    return findings or [Finding(level="ok", text="all libraries that are needed are there, in supported versions")]
+
+
+def check_device(is_gpu: bool) -> list[Finding]:
+    """Whether a GPU lies idle beside a torch that cannot use it."""
+    import torch
+
+    if is_gpu or not _GPU_DEVICE.exists():
+        return []
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and not hidden.strip():
+        return [Finding(level="warning", text="CUDA_VISIBLE_DEVICES is empty: runs ignore the GPUs; unset it")]
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    text = (
+        f"{_GPU_DEVICE} exists, but torch {torch.__version__}, built {built}, sees no GPU: runs would go to the CPU. "
+        "Install torch for this driver (https://pytorch.org), or see what nvidia-smi says"
+    )
+    return [Finding(level="problem", text=text)]
+
+
+def check_environment(is_gpu: bool, environment: Mapping[str, str]) -> list[Finding]:
+    """Variables that turn a GPU's run slow; `environment` is as it was before anything was set here."""
+    if not is_gpu:
+        return []
+    findings = []
+    connections = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # what a run sets where it is absent
+    if connections != "1":
+        text = (
+            f"CUDA_DEVICE_MAX_CONNECTIONS is {connections}: with tensor_model_parallel_size or context_parallel_size "
+            "above 1, computation starts before the communication that it should hide; unset it, or set it to 1"
+        )
+        findings.append(Finding(level="warning", text=text))
+    if environment.get("TRITON_INTERPRET") == "1":
+        text = "TRITON_INTERPRET is 1: kernels are interpreted on the CPU, thousands of times as slow; unset it"
+        findings.append(Finding(level="problem", text=text))
+    return findings
+
+
+def check_bf16(is_gpu: bool) -> list[Finding]:
+    """Whether `--bf16` is worth its name here."""
+    import torch
+
+    if is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return [Finding(level="warning", text="this GPU has no bf16 arithmetic: --bf16 is emulated, and slow")]
+    if not is_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        text = "this CPU has no bf16 instructions: --bf16 is hundreds of times as slow as fp32, which is the default"
+        return [Finding(level="warning", text=text)]
+    return [Finding(level="ok", text="bf16 has instructions of its own: --bf16 is worth a try")]
+
+
+def check_apex() -> list[Finding]:
+    """PyPI's `apex` is a toolkit for web sites. The one with fused optimizers is NVIDIA's and is built from source."""
+    spec = importlib.util.find_spec("apex")  # not imported: the other one needs a web server's libraries
+    if spec is None:
+        return []
+    folders = spec.submodule_search_locations or []
+    if any((Path(folder) / "optimizers").is_dir() for folder in folders):
+        return []
+    text = (
+        "apex is installed, but it is not NVIDIA's: PyPI has another project of that name. pip uninstall apex; the "
+        "fused optimizer comes with Transformer Engine, or with github.com/NVIDIA/apex built from source"
+    )
+    return [Finding(level="warning", text=text)]
+
+
+def check_shared_memory() -> list[Finding]:
+    """Ranks of one node exchange data through shared memory."""
+    if not _SHARED_MEMORY.is_dir():
+        return []
+    size = shutil.disk_usage(_SHARED_MEMORY).total / 2**30
+    if size >= _SHARED_MEMORY_GIB:
+        return [Finding(level="ok", text=f"{_SHARED_MEMORY} has {size:.1f} GiB")]
+    text = (
+        f"{_SHARED_MEMORY} has {size * 1024:.0f} MiB, in which NCCL and vLLM share buffers between the processes of a "
+        f"node; give at least {_SHARED_MEMORY_GIB} GiB: docker run --shm-size 8g, or --ipc host"
+    )
+    return [Finding(level="warning", text=text)]
+
+
+def check_model(folder: Path) -> list[Finding]:
+    """Whether a model can be trained."""
+    from megatron_psft.model.shape import read_shape
+
+    try:
+        shape = read_shape(folder)
+    except UserError as error:
+        return [Finding(level="problem", text=str(error))]
+    return [Finding(level="ok", text=f"{folder} is a {shape.model_type} model of {shape.num_layers} layers")]
+
+
+def check_tokenizer(folder: Path) -> list[Finding]:
+    """transformers 5 replaces parts of some tokenizers, such as one beside a config.json of model_type qwen2, by those
+    that the family was published with, whatever tokenizer.json says."""
+    from tokenizers import Tokenizer
+
+    from megatron_psft.hf import hub
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return [Finding(level="problem", text=f"{folder} has no tokenizer.json, and so no fast tokenizer")]
+    loaded = hub.load_tokenizer(folder)(_PROBE, add_special_tokens=False)["input_ids"]
+    stated = Tokenizer.from_file(str(file)).encode(_PROBE, add_special_tokens=False).ids
+    if loaded == stated:
+        return [Finding(level="ok", text=f"the tokenizer of {folder} splits text as its tokenizer.json says")]
+    text = (
+        f"transformers splits text otherwise than {file} says: it replaces the pre-tokenizer of what lies beside a "
+        "config.json of such a model_type. Put the tokenizer into a folder of its own, with tokenizer_class "
+        "PreTrainedTokenizerFast in its tokenizer_config.json, and name that by --tokenizer"
+    )
+    return [Finding(level="problem", text=text)]
+
+
+def attempt(what: str, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
+    """The result of `action`, or a problem that names what it raised."""
+    try:
+        return action(), []
+    except Exception as error:  # whatever a library raises on this machine is what is looked for
+        first = next(iter(str(error).strip().splitlines()), "no reason given")
+        text = f"{what} fails, and so would a run: {type(error).__name__}: {first}"
+        return None, [Finding(level="problem", text=text)]
+
+
+def check_imports(platform: "Platform") -> list[Finding]:
+    """Whether what a run will import can be imported: a binary for another torch is installed, but fails here."""
+    if not platform.has_transformer_engine:
+        return []
+    return attempt("import transformer_engine.pytorch", lambda: importlib.import_module("transformer_engine.pytorch"))[
+        1
+    ]
+
+
+def describe_machine(platform: "Platform") -> dict[str, str]:
+    """What there is: one line per device, and the libraries that move data between them."""
+    import torch
+    import torch.distributed as dist
+
+    lines = {
+        "python": sys.version.split()[0],
+        "CPU": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use",
+    }
+    if platform.is_gpu:
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            size = found.total_memory / 2**30
+            lines[f"GPU {index}"] = f"{found.name}, {size:.0f} GiB, compute capability {found.major}.{found.minor}"
+        lines["CUDA"] = str(torch.version.cuda)
+    has_nccl = platform.is_gpu and dist.is_nccl_available()
+    lines["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "not usable without a GPU"
+    lines["gloo"] = "available" if dist.is_gloo_available() else "not in this torch"
+    return lines
+
+
+def what_is_used(platform: "Platform", made_with: Mapping[str, str]) -> list[Choice]:
+    """What `trial.trial_step` has found at work, with the reason for each."""
+    gpu = "torch sees a GPU" if platform.is_gpu else "torch sees no GPU"
+    if platform.has_transformer_engine:
+        engine = "Transformer Engine is installed"
+    else:
+        engine = "Transformer Engine is not installed" if platform.is_gpu else "Transformer Engine needs a GPU"
+    reasons = {
+        "collectives": gpu,
+        "attention": engine,
+        "norm": engine,
+        "loss kernels": "Triton runs on GPUs" if platform.is_gpu else "Triton needs a GPU",
+        "optimizer": "Megatron-Core takes Transformer Engine's, or else Apex's, or else torch's",
+        "fusions": f"{gpu}; {engine}",
+    }
+    device = Choice(what="device", chosen=platform.describe().split(";")[0], reason=gpu)
+    return [device, *(Choice(what=name, chosen=made_with[name], reason=reason) for name, reason in reasons.items())]

@@ -1,0 +1,59 @@
+"""The report through its command line."""
+
+import os
+import subprocess
+import sys
+
+from tests.support import tiny
+from tests.support.cli import REPOSITORY, Exit, call_main
+from tools import doctor
+
+
+def run_doctor(pool, *flags: object) -> Exit:
+    """In a pool worker, as the command answers `torch.cuda` for the CPU."""
+    (exit,) = pool.run(call_main, 1, doctor.main, [str(flag) for flag in flags])
+    return exit
+
+
+def test_a_machine_that_trains_is_found_well(pool, tmp_path):
+    tokenizer = tiny.build_tokenizer(tmp_path / "tokenizer")
+    model = tiny.build_model(tmp_path / "model", "llama")
+    exit = run_doctor(pool, "--model", model, "--tokenizer", tokenizer)
+    assert exit.code == 0, exit.out + exit.err
+    sections = [
+        "versions\n  megatron_psft ",
+        "\nmachine\n  python ",
+        "\nwhat a run uses here\n  device ",
+        "\nchecks\n  ok: ",
+    ]
+    places = [exit.out.index(section) for section in sections]
+    assert places == sorted(places)
+    assert "  collectives   gloo (torch sees no GPU)\n" in exit.out
+    assert "  optimizer     torch.optim.adamw.AdamW (" in exit.out
+    assert "  ok:       a toy model has made an optimizer step with all of these\n" in exit.out
+    assert "is a llama model of 4 layers\n" in exit.out
+    assert "problem:" not in exit.out
+
+
+def test_what_would_break_a_run_ends_in_code_1(pool, tmp_path):
+    model = tiny.build_model(tmp_path / "model", "llama")  # without a tokenizer
+    exit = run_doctor(pool, "--model", model)
+    assert exit.code == 1, exit.out + exit.err
+    assert exit.out.splitlines()[-1] == f"  problem:  {model} has no tokenizer.json, and so no fast tokenizer"
+
+
+def test_mistakes_are_one_line_and_code_2(pool):
+    exit = run_doctor(pool, "--tokenizer", "x")
+    assert (exit.code, exit.err) == (2, "error: tokenizer (x) has no effect without model; name both\n")
+    exit = run_doctor(pool, "--model", "./nowhere")
+    assert exit.code == 2
+    assert exit.err == "error: model (./nowhere) must be an existing folder or a hub ID; check the path\n"
+    assert "machine" not in exit.out  # the answer comes before anything that takes seconds
+
+
+def test_help_has_an_example_and_needs_no_torch():
+    command = [sys.executable, "-X", "importtime", "tools/doctor.py", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert "    python tools/doctor.py --model Qwen/Qwen2.5-7B-Instruct" in done.stdout
+    assert " torch\n" not in done.stderr
