@@ -45,7 +45,7 @@ setup(
         "nemo": ["megatron-bridge"],
         "track": ["mlflow-skinny", "wandb"],
         "rl": ["trl", "math-verify"],
-        "eval": ["lm-eval", "math-verify"],
+        "eval": ["lm-eval[hf,ifeval]", "math-verify"],
         "demo": ["matplotlib"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "bench": ["cut-cross-entropy", "liger-kernel", "trl"],  # the peers that benchmarks/ measures

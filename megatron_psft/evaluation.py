@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
 
 log = logging.getLogger(__name__)
 
+_PARTS = ("train", "valid", "validation", "dev", "test")
 _FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 _LAYOUTS = (
     ("prompt", "reward_model.ground_truth"),  # verl's
@@ -108,19 +109,20 @@ class Evaluation:
     out: str
 
     def settings(self, model_folder: Path) -> dict[str, Any]:
-        """What must not change within one folder of results. JSON values."""
+        """What must not change within one folder of results. JSON values.
+
+        What the answers themselves tell is left out, as are sizes, which may change so that an answer fits into memory.
+        """
         stats = [(path.name, path.stat()) for path in sorted(model_folder.glob("*.safetensors"))]
         weights = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-        sampling = asdict(self.sampling)
-        for name in ("batch_size", "vllm_tensor_parallel_size"):  # they may change so that an answer fits into memory
-            sampling.pop(name)
+        tasks, sampling = self.tasks, self.sampling
         return {
             "model": str(model_folder.resolve()),
             "weights": hashlib.sha256(weights.encode()).hexdigest()[:12],
             "tokenizer": self.model.tokenizer,
-            **{name: value for name, value in asdict(self.tasks).items() if name not in ("tasks", "include_path")},
-            **sampling,
-            "engine": "vllm" if self.sampling.uses_vllm else "transformers",
+            **{name: getattr(tasks, name) for name in ("limit", "verifier", "system_prompt", "apply_chat_template")},
+            **{name: getattr(sampling, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")},
+            "engine": "vllm" if sampling.uses_vllm else "transformers",
         }
 
 
@@ -193,15 +195,22 @@ def read_questions(path: str, tasks: TaskConfig, num_samples: int | None, verifi
             f"tasks ({path}) repeats its questions {repeats[0]} to {repeats[-1]} times; say by num_samples how often "
             "each is to be answered"
         )
-    return QuestionSet(name=Path(path).stem, source=path, questions=questions, num_samples=num_samples or repeats[0])
+    return QuestionSet(name=_set_name(path), source=path, questions=questions, num_samples=num_samples or repeats[0])
 
 
 def _is_file(task: str) -> bool:
     return "/" in task or Path(task).suffix in _FILE_SUFFIXES
 
 
+def _set_name(path: str) -> str:
+    """The file's name without its ending; of one that is named for its part of a set, such as gsm8k/test.jsonl, with
+    the folder's."""
+    file = Path(path).absolute()
+    return f"{file.parent.name}-{file.stem}" if file.stem in _PARTS else file.stem
+
+
 def _check_names(tasks: TaskConfig) -> None:
-    counts = Counter([*(Path(file).stem for file in tasks.files), *tasks.names])
+    counts = Counter([*map(_set_name, tasks.files), *tasks.names])
     for name, count in counts.items():
         if count > 1:
             raise UserError(
@@ -235,7 +244,8 @@ def _identity(row: Row | BadRecord, keys: tuple[str, str]) -> str:
     """What two rows share that ask the same question."""
     if not isinstance(row, Row) or not isinstance(row.value, dict):
         return row.source
-    return json.dumps([row.value.get(keys[0], row.value.get("messages")), find_answer(row.value, keys[1])])
+    question = row.value.get(keys[0], row.value.get("messages"))
+    return json.dumps([question, find_answer(row.value, keys[1])], default=str)  # Parquet has types that JSON has not
 
 
 def _answer_sets(

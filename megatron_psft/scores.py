@@ -191,7 +191,7 @@ class ResultsFolder:
 
     def add_results(self, found: dict[str, TaskResult]) -> None:
         """Keeps results beside those there are, and writes the table anew."""
-        results = {**self.results(), **found}
+        results = dict(sorted({**self.results(), **found}.items()))
         content = {name: asdict(result) for name, result in results.items()}
         replace_file(self.path / _TABLE, results_table(results) + "\n")
         replace_file(self.path / _RESULTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -219,9 +219,11 @@ class ResultsFolder:
 
 
 def results_table(results: dict[str, TaskResult]) -> str:
-    """All tasks in Markdown, mean@n and pass@n of each, or the metrics of lm-evaluation-harness."""
+    """All tasks in Markdown: mean@n and pass@n of each, or the metrics of lm-evaluation-harness. The other pass@k are
+    in results.json only."""
     rows = [["task", "questions", "metric", "value", "95 % interval", "unfinished", "mean tokens"]]
     for name, result in results.items():
+        others = {f"pass@{k}" for k in known_ks(result.samples_per_question)[:-1]}
         rows += [
             [
                 name,
@@ -233,6 +235,7 @@ def results_table(results: dict[str, TaskResult]) -> str:
                 "" if result.mean_tokens is None else f"{result.mean_tokens:.0f}",
             ]
             for metric, found in result.metrics.items()
+            if metric not in others
         ]
     note = (
         "Means over questions; 95 % intervals are normal ones of the questions' values (Wilson's where all are equal)."

@@ -19,6 +19,8 @@ def levels(findings: list[Finding]) -> list[str]:
 
 
 def test_versions_here_are_in_range():
+    if doctor.installed_version("megatron_psft") is None:
+        pytest.skip("runs from the source folder alone")
     assert levels(doctor.check_versions()) == ["ok"]
     assert doctor.installed_versions()["torch"] == metadata.version("torch")
     assert doctor.installed_version("no-such-library") is None

@@ -23,6 +23,7 @@ from megatron_psft.scores import (
     normal_estimate,
     pass_at_k,
     question_passes,
+    results_table,
     summarize,
 )
 
@@ -139,6 +140,12 @@ def test_a_folder_gives_back_what_was_written(tmp_path):
     table = (tmp_path / "new" / "results" / "results.md").read_text()
     assert "| toy | 1 | mean@2 | 0.5000 |  | 50.0% | 15 |\n" in table
     assert "| other | 4 | acc | 0.5000 |  |  |  |\n" in table
+    assert table.index("| other |") < table.index("| toy |")
+
+
+def test_the_table_has_the_mean_and_all_samples():
+    table = results_table({"toy": summarize("toy.jsonl", answers([1, 0, 0, 1], [0, 0, 1, 1]))})
+    assert [line.split(" | ")[2] for line in table.splitlines()[2:4]] == ["mean@4", "pass@4"]
 
 
 def test_a_folder_takes_one_set_of_settings(tmp_path):

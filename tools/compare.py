@@ -157,15 +157,21 @@ def results_of(name: str, config: CompareConfig) -> ResultsFolder:
 
 
 def pairs_of(first: ResultsFolder, second: ResultsFolder, task: str) -> list[Pair]:
-    """The questions of `task` that both were asked, told by their text and known answer."""
-    sides = [
-        {
-            json.dumps([group[0].prompt, group[0].answer]): group
-            for group in group_by_question(side.read_generations(task))
-        }
+    """The questions of `task` that both were asked."""
+    ours, theirs = (
+        {identity(group[0]): group for group in group_by_question(side.read_generations(task))}
         for side in (first, second)
-    ]
-    return [Pair(first=group, second=sides[1][key]) for key, group in sides[0].items() if key in sides[1]]
+    )
+    return [Pair(first=group, second=theirs[key]) for key, group in ours.items() if key in theirs]
+
+
+def identity(generation: Generation) -> str:
+    """What two answers share that are to the same question: its messages and its known answer. The system message is
+    each side's own affair; so is all of the text that lm-eval makes with the model's template, and there the number
+    counts."""
+    prompt = generation.prompt
+    asked = generation.question if isinstance(prompt, str) else [m for m in prompt if m["role"] != "system"]
+    return json.dumps([asked, generation.answer])
 
 
 def difference_rows(first: ResultsFolder, second: ResultsFolder, pairs: dict[str, list[Pair]]) -> list[list[str]]:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,17 @@ def test_questions_are_matched_by_what_they_ask(run, tmp_path):
     assert row(report, "toy", "mean@2 and mean@4")[:4] == ["2", "0.5000", "0.7500", "+0.2500"]
     assert row(report, "toy", "pass@2")[:4] == ["2", "0.5000", "1.0000", "+0.5000"]
     assert "pass@4" not in report
+
+
+def test_system_messages_and_templates_are_each_sides_own(run, tmp_path):
+    for name in ("first", "second"):
+        system = {"role": "system", "content": name}
+        maths = [replace(answer, prompt=[system, *answer.prompt]) for answer in answers([1], [0])]
+        harness = [replace(answer, prompt=f"<{name}> what?") for answer in answers([1], [0], [0])]
+        write_results(tmp_path / name, {"maths": maths, "harness": harness})
+    _, report = run()
+    assert row(report, "maths", "mean@1")[0] == "2"
+    assert row(report, "harness", "mean@1")[0] == "3"
 
 
 def test_settings_that_differ_are_shown(run, tmp_path):

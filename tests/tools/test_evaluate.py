@@ -92,6 +92,7 @@ def test_figures_are_those_of_the_answers_that_are_kept(run, inputs, tmp_path):
     assert found["pass@2"]["value"] == pytest.approx(fmean(1 - count / 12 * (count - 1) / 11 for count in wrong))
     assert results["toy"]["versions"]["torch"]
     assert f"| toy | 3 | mean@12 | {fmean(means):.4f} | " in exit.out
+    assert "pass@4" not in exit.out
     assert exit.out.startswith((tmp_path / "out" / "results.md").read_text().rstrip("\n"))
 
 
@@ -104,6 +105,12 @@ def test_a_set_of_questions_alone_gets_as_many_answers_as_asked_for(run, inputs,
     assert [line["scores"]["correct"] for line in kept] == [float(line["text"] == "17") for line in kept]
     run("--tasks", inputs / "gsm.jsonl", "--out", tmp_path / "once")
     assert len(read_lines(tmp_path / "once" / "generations" / "gsm.jsonl")) == 3
+
+
+def test_a_file_that_is_named_for_its_part_of_a_set_has_the_name_of_the_folder_too(run, tmp_path):
+    (tmp_path / "gsm").mkdir()
+    path = write_lines(tmp_path / "gsm" / "test.jsonl", [{"question": "add one", "answer": "3"}])
+    assert "| gsm-test | 1 | mean@1 | " in run("--tasks", path).out
 
 
 def test_keys_and_verifier_are_chosen(run, tmp_path):
@@ -145,8 +152,8 @@ def test_a_run_goes_on_where_it_was(run, inputs, tmp_path, monkeypatch):
     for name in ("results.json", "generations/toy.jsonl", "generations/gsm.jsonl"):
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
     # A third set joins the two.
-    run("--tasks", write_verl(tmp_path / "more.parquet", QUESTIONS[:1], repeats=2))
-    assert list(json.loads((tmp_path / "out" / "results.json").read_text())) == ["toy", "gsm", "more"]
+    run("--tasks", write_verl(tmp_path / "more.parquet", QUESTIONS[:1], repeats=2), "--num-samples", "3")
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())) == ["gsm", "more", "toy"]
 
 
 def evaluate_sampler() -> type:
