@@ -1,0 +1,1 @@
+"""Reports of runs, from the files that they leave: reading them (runs), drawing them (charts), the HTML page (page)."""

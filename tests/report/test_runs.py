@@ -1,0 +1,132 @@
+"""Reading of run folders, good and bad."""
+
+import json
+import math
+
+import pytest
+
+from megatron_psft import clipped_tokens, metrics
+from megatron_psft.errors import UserError
+from megatron_psft.report import runs as report_runs
+from megatron_psft.report.runs import read_runs
+
+
+def write(folder, text: str):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text(text)
+    return str(folder)
+
+
+def lines(*rows: dict) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_the_files_are_those_that_the_trainer_writes():
+    assert report_runs.METRICS_FILE == metrics.METRICS_FILE
+    assert report_runs.CLIPPED_TOKENS_FILE == clipped_tokens.CLIPPED_TOKENS_FILE
+
+
+def test_what_the_writer_wrote_is_read(tmp_path):
+    with metrics.Report(tmp_path, first_step=1, train_iters=2, log_interval=9, tensorboard_dir=None) as report:
+        values = {"loss": 1.0, "entropy": 0.1, "clip_fraction": 0.0, "tokens_per_second": 9.0}
+        report.record(1, values)
+        report.record(2, {**values, "loss": 0.5, "valid_nll": 0.25})
+    (run,) = read_runs([str(tmp_path)])
+    assert run.steps.tolist() == [1, 2]
+    assert run.metrics["loss"].tolist() == [1.0, 0.5]
+    assert math.isnan(run.metrics["valid_nll"][0])
+    assert run.metrics["valid_nll"][1] == 0.25
+    assert (run.config, run.clipped_tokens, run.not_finite) == ({}, None, {})
+
+
+def test_the_half_written_line_of_a_live_run_is_left_out(tmp_path):
+    whole = lines({"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0})
+    for end in ("", '{"step": 3, "lo', '{"step": 3, "loss": 3.0}'):
+        (run,) = read_runs([write(tmp_path, whole + end)])
+        assert run.steps.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n', "metrics.jsonl:2 is not JSON"),
+        ('{"step": 1}\n\n{"step": 3}\n', "metrics.jsonl:2 is not JSON"),
+        ('{"step": 1}\n[2]\n', "metrics.jsonl:2 must be an object of numbers"),
+        ('{"loss": 1}\n', "metrics.jsonl:1 must be an object of numbers with a whole number as step"),
+        ('{"step": 1, "loss": "low"}\n', "metrics.jsonl:1 must be an object of numbers"),
+        ('{"step": 1, "loss": null}\n', "metrics.jsonl:1 must be an object of numbers"),
+        ('{"step": 5}\n{"step": 5}\n', "metrics.jsonl:2: step (5) must be above the one before"),
+        ("", "metrics.jsonl has no step yet"),
+        ('{"step": 1', "metrics.jsonl has no step yet"),
+    ],
+)
+def test_damage_is_named_by_file_and_line(tmp_path, text, message):
+    with pytest.raises(UserError) as caught:
+        read_runs([write(tmp_path / "run", text)])
+    assert message in str(caught.value)
+    assert str(tmp_path / "run") in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["lr: [1\n", "- lr\n", "\x00"])
+def test_a_damaged_configuration_is_named(tmp_path, text):
+    folder = write(tmp_path, lines({"step": 1}))
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        read_runs([folder])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"tokens": 3}', '{"tokens": [{"id": 1}]}'])
+def test_damaged_clipped_tokens_are_named(tmp_path, text):
+    folder = write(tmp_path, lines({"step": 1}))
+    (tmp_path / "clipped_tokens.json").write_text(text)
+    with pytest.raises(UserError, match=r"clipped_tokens\.json is damaged"):
+        read_runs([folder])
+
+
+def test_a_folder_of_runs_is_told_from_a_run(tmp_path):
+    inner = [write(tmp_path / name, lines({"step": 1})) for name in ("a", "b")]
+    with pytest.raises(UserError) as caught:
+        read_runs([str(tmp_path)])
+    assert str(caught.value).endswith(f"name its runs: {inner[0]} {inner[1]}")
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        (["one"], ["one"]),
+        (["x/sft", "x/psft"], ["sft", "psft"]),
+        (["x/seed-0/run", "x/seed-1/run"], ["seed-0", "seed-1"]),
+        (["x/a/lr/run", "x/b/lr/run", "x/b/k/run"], ["a/lr", "b/lr", "b/k"]),
+        (["x", "x/inner"], ["x", "x/inner"]),
+    ],
+)
+def test_labels_are_what_differs_in_the_paths(tmp_path, folders, labels):
+    paths = [write(tmp_path / folder, lines({"step": 1})) for folder in folders]
+    assert [run.label for run in read_runs(paths)] == labels
+
+
+def test_a_run_is_read_once(tmp_path):
+    folder = write(tmp_path, lines({"step": 1}))
+    with pytest.raises(UserError, match="is given 2 times; keep one"):
+        read_runs([folder, folder + "/."])
+
+
+@pytest.mark.parametrize(
+    ("ratios", "syncs", "interval"),
+    [
+        ([1, 1.1, 1.2, 1, 1.1, 1.2, 1], [1, 4], 3),  # windows of three; the last has but begun
+        ([1, 1, 1, 1.1, 1, 1.2], [3, 5], 2),  # two steps of warm-up
+        ([1, 1.5, 2.5, 0.9], [1], 1),  # fixed
+        ([1, 1, 1], [], 1),  # SFT, or windows of one step
+    ],
+)
+def test_syncs_are_where_the_ratios_start_anew(tmp_path, ratios, syncs, interval):
+    rows = [{"step": step, "ratio_max": value} for step, value in enumerate(ratios, 1)]
+    (run,) = read_runs([write(tmp_path, lines(*rows))])
+    assert (run.syncs, run.interval) == (syncs, interval)
+    assert run.has_old_policy == bool(syncs)
+
+
+def test_a_run_without_ratios_has_no_old_policy(tmp_path):
+    (run,) = read_runs([write(tmp_path, lines({"step": 1}, {"step": 2}))])
+    assert (run.syncs, run.interval, run.has_old_policy) == ([], 1, False)
