@@ -24,6 +24,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_psft", "megatron_psft.*"]),
     py_modules=["pretrain_psft"],
+    package_data={"megatron_psft.report": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "argcomplete",
         "megatron-core>=0.16.1,<0.20",
@@ -47,6 +48,7 @@ setup(
         "rl": ["trl", "math-verify"],
         "eval": ["lm-eval[hf,ifeval]", "math-verify"],
         "demo": ["matplotlib"],
+        "plot": ["matplotlib"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "bench": ["cut-cross-entropy", "liger-kernel", "trl"],  # the peers that benchmarks/ measures
         "dev": [
@@ -59,6 +61,7 @@ setup(
             "pre-commit-hooks",
             "pytest",
             "ruff",
+            "selenium",  # drives a Debian chromium in the tests of reports
             "trl",
             # A torch for CPUs comes without it; its interpreter runs the kernels in tests.
             "triton; platform_system == 'Linux'",

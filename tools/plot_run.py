@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: shells with argcomplete's global completion complete its flags
 """Draws what runs have left in their folders: one HTML page that needs nothing else, and a PNG of each chart.
 
 A run may still be going on: the same command again draws its new steps, and the open page is reloaded.
