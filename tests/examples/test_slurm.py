@@ -1,0 +1,239 @@
+"""The batch script under stand-ins for Slurm and torchrun: what it would run, and when it goes back into the queue."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from megatron_psft.config import parse_config
+from megatron_psft.validation import validate
+from tests.support import tiny
+from tests.support.cli import REPOSITORY
+from tests.support.scripts import installed
+
+SCRIPT = REPOSITORY / "examples" / "slurm" / "psft.sbatch"
+NODES, GPUS = 2, 8
+
+# srun starts the task of one node, in the background as slurmstepd would, so that a signal can find it.
+STUBS = {
+    "srun": """
+        printf '%s\\n' "$@" > "$CALLS/srun"
+        while [[ $1 == --* ]]; do case $1 in *=*) shift ;; *) shift 2 ;; esac; done
+        SLURM_NODEID=$NODE SLURM_GPUS_ON_NODE=$GPUS "$@" &
+        echo $! > "$CALLS/task"
+        wait $!
+        code=$?
+        while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
+        exit $code
+    """,
+    "scontrol": """
+        printf '%s\\n' "$*" >> "$CALLS/scontrol"
+        if [[ $1 == show ]]; then printf '%s\\n' $SLURM_JOB_NODELIST; fi
+    """,
+    "scancel": """
+        printf '%s\\n' "$*" >> "$CALLS/scancel"
+        kill -TERM "$(cat "$CALLS/task")"
+    """,
+    # As torchrun: one exit code for a signal and for a failure.
+    "torchrun": """
+        printf '%s\\n' "$@" > "$CALLS/torchrun.part"
+        env > "$CALLS/environment"
+        mv "$CALLS/torchrun.part" "$CALLS/torchrun"
+        trap 'echo TERM >> "$CALLS/signals"; exit 1' TERM
+        while [[ $TORCHRUN_ENDS_WITH == never ]]; do sleep 0.05; done
+        exit "$TORCHRUN_ENDS_WITH"
+    """,
+}
+
+
+class Job:
+    """The script, running."""
+
+    def __init__(self, folder: Path, *arguments: str, torchrun_ends_with: str | None, **environment: str) -> None:
+        """With torchrun itself where it is not told how to end."""
+        self.calls, programs = folder / "calls", folder / "bin"
+        for made in (self.calls, programs):
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+        real = (
+            {"torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"'} if torchrun_ends_with is None else {}
+        )
+        for name, body in {**STUBS, **real}.items():
+            (programs / name).write_text("#!/usr/bin/env bash\n" + body)
+            (programs / name).chmod(0o755)
+        slurm = {
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "node-a node-b",
+            "SLURM_JOB_NUM_NODES": str(NODES),
+            "SLURM_SUBMIT_DIR": str(REPOSITORY),
+            "HOME": str(folder),
+            "CALLS": str(self.calls),
+            "NODE": "1",
+            "GPUS": str(GPUS),
+            "TORCHRUN_ENDS_WITH": torchrun_ends_with or "",
+            "PATH": f"{programs}:{os.environ['PATH']}",
+        }
+        self.process = subprocess.Popen(
+            ["bash", str(SCRIPT), *arguments], env={**slurm, **environment}, stderr=subprocess.PIPE, text=True
+        )
+
+    def called(self, program: str) -> list[str]:
+        """Lines that a stand-in has left: its arguments one by one, or call by call."""
+        path = self.calls / program
+        return path.read_text().splitlines() if path.exists() else []
+
+    def preempt(self) -> None:
+        """Slurm signals the tasks; the script sees nothing but their exit code."""
+        os.kill(int(self.called("task")[0]), signal.SIGTERM)
+
+    def wait_for_torchrun(self) -> None:
+        wait_until((self.calls / "torchrun").exists, 20)
+
+    def end(self) -> int:
+        _, error = self.process.communicate(timeout=20)
+        assert error == ""
+        return self.process.returncode
+
+    @property
+    def was_requeued(self) -> bool:
+        return "requeue 123456" in self.called("scontrol")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def start(tmp_path):
+    jobs = []
+
+    def run(*arguments: str, torchrun_ends_with: str | None = "0", **environment: str) -> Job:
+        jobs.append(Job(tmp_path, *arguments, torchrun_ends_with=torchrun_ends_with, **environment))
+        return jobs[-1]
+
+    yield run
+    for job in jobs:
+        job.process.kill()
+
+
+def test_bash_and_shellcheck_find_nothing():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    done = subprocess.run([installed("shellcheck"), str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_each_node_runs_a_command_that_torchrun_and_the_trainer_understand(start):
+    recipe = "examples/recipes/qwen2.5-7b-instruct-8xh100.yaml"
+    job = start("--config", recipe, "--data", "/shared/a b.jsonl", "--save", "/shared/run", "--global-batch-size", "16")
+    assert job.end() == 0
+    launch = get_args_parser().parse_args(job.called("torchrun"))
+    assert (launch.nnodes, launch.node_rank, launch.nproc_per_node) == (str(NODES), 1, str(GPUS))
+    assert (launch.master_addr, launch.master_port) == ("node-a", 20000 + 123456 % 20000)
+    assert launch.training_script == "pretrain_psft.py"
+    config = parse_config(launch.training_script_args)
+    validate(config, NODES * GPUS)
+    assert config.data.data == ("/shared/a b.jsonl",)
+    assert config.weights.save == "/shared/run"
+    assert config.data.data_cache_dir == f"{job.calls.parent}/.cache/megatron_psft"
+    assert not job.was_requeued
+
+
+def test_torchrun_waits_for_a_checkpoint_but_less_long_than_slurm(start):
+    job = start()
+    job.end()
+    patience = get_args_parser().parse_args(job.called("torchrun")).shutdown_timeout
+    notice = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", SCRIPT.read_text(), re.MULTILINE)
+    assert 30 < patience < int(notice[1])
+
+
+def test_the_network_and_the_caches_are_where_the_job_says(start):
+    job = start(NETWORK_INTERFACE="ib0", SHARED_CACHE="/shared/cache")
+    job.end()
+    environment = dict(line.split("=", 1) for line in job.called("environment") if "=" in line)
+    assert environment["NCCL_SOCKET_IFNAME"] == environment["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert environment["HF_HOME"] == "/shared/cache/huggingface"
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "/shared/cache/megatron_psft" in job.called("torchrun")
+
+
+def test_a_container_sees_the_code_and_the_caches(start):
+    job = start(CONTAINER_IMAGE="psft.sqsh", CONTAINER_MOUNTS="/data:/data", SHARED_CACHE="/shared/cache")
+    job.end()
+    options = job.called("srun")
+    assert options[options.index("--container-image") + 1] == "psft.sqsh"
+    mounts = options[options.index("--container-mounts") + 1].split(",")
+    assert mounts == [f"{REPOSITORY}:{REPOSITORY}", "/shared/cache:/shared/cache", "/data:/data"]
+
+
+def test_a_failure_ends_the_job(start):
+    job = start(torchrun_ends_with="1")
+    assert job.end() == 1
+    assert not job.was_requeued
+
+
+def test_a_preempted_job_saves_and_goes_back_into_the_queue(start):
+    job = start(torchrun_ends_with="never")
+    job.wait_for_torchrun()
+    job.preempt()
+    assert job.end() == 143
+    assert job.called("signals") == ["TERM"]  # a second one would end the trainer before it has saved
+    assert job.was_requeued
+
+
+def test_near_the_end_of_its_time_a_job_saves_and_goes_back_into_the_queue(start):
+    job = start(torchrun_ends_with="never")
+    job.wait_for_torchrun()
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end() == 143
+    assert job.called("scancel") == ["--signal=TERM 123456"]
+    assert job.called("signals") == ["TERM"]
+    assert job.was_requeued
+
+
+def test_a_cancelled_job_stays_away(start):
+    """Slurm then signals the script as well as the tasks."""
+    job = start(torchrun_ends_with="never")
+    job.wait_for_torchrun()
+    job.process.send_signal(signal.SIGTERM)
+    job.preempt()
+    assert job.end() == 143
+    assert not job.was_requeued
+
+
+@pytest.mark.slow
+def test_a_preempted_run_goes_on_where_it_was(start, tmp_path):
+    """With torchrun and the trainer themselves, on one node, whose job is preempted twice."""
+    flags = f"--load-hf {tiny.build_model(tmp_path / 'model', 'qwen2', num_hidden_layers=1)} --train-iters 100000"
+    flags += f" --tokenizer {tiny.build_tokenizer(tmp_path / 'tokenizer')} --save {tmp_path / 'run'}"
+    flags += f" --data {tiny.write_records(tmp_path / 'data.jsonl', 16)} --seq-length 256 --global-batch-size 2"
+    node = {"SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_NUM_NODES": "1", "NODE": "0", "GPUS": "2"}
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def steps() -> list[int]:
+        path = tmp_path / "run" / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+    for _ in range(2):
+        before = len(steps())
+        job = start(*flags.split(), torchrun_ends_with=None, **node, **cpu)
+        wait_until(lambda before=before: len(steps()) > before + 2, 120)
+        job.preempt()
+        _, error = job.process.communicate(timeout=60)
+        assert job.process.returncode == 143, error
+        assert job.was_requeued
+        assert "ended by SIGTERM" in error
+    assert "resumed from" in error
+    assert steps() == list(range(1, len(steps()) + 1))
