@@ -1,0 +1,155 @@
+"""Every YAML file of the repository is read by the command that it is for, and fits the GPUs that its name says."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_psft.config import Config, parse_config
+from megatron_psft.flags import parse_flags
+from megatron_psft.model.shape import ModelShape, shape_from_config
+from megatron_psft.plan import GIB, Plan, smallest_layout
+from megatron_psft.platform import Platform
+from megatron_psft.validation import validate
+from tests.support.cli import REPOSITORY
+from tools.rollout import RolloutConfig
+
+RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("*.yaml"))
+ROOM_GIB = 80 - 6
+PARTS = ("weights", "gradients", "optimizer", "activations", "working")
+
+_DENSE = {"hidden_act": "silu", "tie_word_embeddings": False}
+SHAPES = {
+    "Qwen/Qwen2.5-7B-Instruct": {
+        **_DENSE,
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "meta-llama/Llama-3.1-8B-Instruct": {
+        **_DENSE,
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "Qwen/Qwen3-4B-Base": {
+        **_DENSE,
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+}
+"""What the models' config.json say of their sizes."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The command that reads a YAML file, as far as the file leaves things to its command line."""
+
+    root: type
+    flags: str = ""
+
+
+TRAINING = Reader(Config, "--load-hf model --data train.jsonl --save run")
+READERS = {
+    "examples/demo": Reader(Config, f"{TRAINING.flags} --valid-data valid.jsonl"),
+    "examples/miniature/grpo.yaml": TRAINING,
+    "examples/miniature": Reader(Config, f"{TRAINING.flags} --train-iters 100"),
+    "examples/mixed/train.yaml": TRAINING,
+    "examples/mixed/rollout.yaml": Reader(RolloutConfig, "--model model --prompts prompts.jsonl --out out.jsonl"),
+    "examples/recipes": Reader(Config, "--data train.jsonl --save run"),
+}
+OTHERS = {".pre-commit-config.yaml", "examples/rl_cold_start/nemo_rl_grpo.yaml", "mkdocs.yml"}
+"""Read by other projects' programs."""
+
+
+def shipped() -> list[str]:
+    hidden = {".venv", ".git", "runs", "build", "dist"}
+    paths = [path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*.y*ml")]
+    return sorted(str(path) for path in paths if not hidden & set(path.parts))
+
+
+def reader_of(name: str) -> Reader:
+    return next(reader for place, reader in READERS.items() if name == place or name.startswith(place + "/"))
+
+
+def ranks_of(name: str) -> int:
+    """A recipe's name says its GPUs."""
+    match = re.search(r"-(\d+)xh100\.yaml$", name)
+    return int(match[1]) if match else 1
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_yaml_file_is_read_by_its_command(name):
+    if name in OTHERS:
+        assert isinstance(yaml.safe_load((REPOSITORY / name).read_text()), dict)
+        return
+    reader = reader_of(name)
+    config = parse_flags(reader.root, [*reader.flags.split(), "--config", str(REPOSITORY / name)])
+    if isinstance(config, Config):
+        validate(config, ranks_of(name))
+
+
+@cache
+def plan_of(path: Path) -> Plan:
+    config = parse_config([*READERS["examples/recipes"].flags.split(), "--config", str(path)])
+    return Plan(
+        config=config,
+        shape=shape_of(config.weights.load_hf),
+        world_size=ranks_of(path.name),
+        platform=Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=True),
+    )
+
+
+def shape_of(name: str) -> ModelShape:
+    return shape_from_config(SHAPES[name], name)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_and_says_how(path):
+    """Its comment has the arithmetic of the plan, to the decimal."""
+    peak = plan_of(path).peak
+    assert peak.total < ROOM_GIB * GIB
+    said = re.search(r"# GiB per GPU of 80, as tools/plan.py counts them: ([\d.]+)\n#   = (.+)\n", path.read_text())
+    terms = dict(reversed(term.split(" ")) for term in said[2].split(" + "))
+    assert terms == {part: f"{getattr(peak, part) / GIB:.1f}" for part in PARTS}
+    assert said[1] == f"{peak.total / GIB:.1f}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_has_the_smallest_layout_that_fits(path):
+    found = smallest_layout(plan_of(path), bytes_per_rank=ROOM_GIB * GIB, ranks_per_node=8)
+    assert found.config.parallel.model_parallel_size == plan_of(path).config.parallel.model_parallel_size
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_has_the_papers_objective(path):
+    config = plan_of(path).config
+    assert (config.objective.objective, config.objective.clip_ratio_high) == ("psft", 0.28)
+    assert (config.objective.old_policy_interval, config.objective.loss_aggregation) == (8, "token-mean")
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.clip_grad) == (1e-6, 0.1, 1.0)
+
+
+def test_each_model_has_recipes_for_8_64_and_512_gpus():
+    sizes = {}
+    for path in RECIPES:
+        sizes.setdefault(plan_of(path).config.weights.load_hf, set()).add(ranks_of(path.name))
+    assert sizes == {name: {8, 64, 512} for name in SHAPES}
