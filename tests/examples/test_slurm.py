@@ -76,7 +76,6 @@ class Job:
             "SLURM_JOB_NUM_NODES": str(NODES),
             "SLURM_SUBMIT_DIR": str(REPOSITORY),
             "HOME": str(folder),
-            "USER": "somebody",
             "CALLS": str(self.calls),
             "NODE": "1",
             "GPUS": str(GPUS),
