@@ -30,6 +30,10 @@ GPU_SHAPE = {
     "num_key_value_heads": 2,
     "vocab_size": 151_936,
 }
+EXTRA: dict[str, dict[str, int]] = {
+    "qwen3": {"head_dim": 64},
+    "qwen3_moe": {"head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 672},
+}
 DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
 SPECS: dict[str, list[dict[str, Any]]] = {
@@ -56,6 +60,13 @@ SPECS: dict[str, list[dict[str, Any]]] = {
             "seq_length": 2048,
             "flags": [*DISTRIBUTED, *FULL],
         },
+        {
+            "name": "experts",
+            "family": "qwen3_moe",
+            "ranks": 2,
+            "seq_length": 1024,
+            "flags": ["--expert-model-parallel-size", 2, *DISTRIBUTED],
+        },
     ],
     "gpu": [
         {"name": "one_rank", "family": "qwen2", "ranks": 1, "seq_length": 8192, "flags": ["--bf16"]},
@@ -71,6 +82,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_psft import build, parallel, platform
     from megatron_psft.config import parse_config
+    from megatron_psft.inputs import read_inputs
     from megatron_psft.plan import Plan
     from megatron_psft.trainer import train_step
 
@@ -79,7 +91,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     config, place = parse_config([str(value) for value in spec["argv"]]), platform.detect(int(os.environ["LOCAL_RANK"]))
     with parallel.process_group(place, spec["ranks"]):
-        inputs = build.read_inputs(config, show_progress=False)
+        inputs = read_inputs(config, show_progress=False)
         before = resident_bytes()
         run = build.build_run(config, inputs, place)
         built = resident_bytes()
@@ -94,10 +106,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 def prepared(spec: dict[str, Any], shape: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The spec with the command line of a run, for which the files are written."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-    family = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[spec["family"]]
-    extra = {"head_dim": 64} if spec["family"] == "qwen3" else {}
+    families = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+    family, extra = families[spec["family"]], EXTRA.get(spec["family"], {})
     family(**shape, **extra, tie_word_embeddings=spec["family"] == "qwen3").save_pretrained(folder / "model")
     argv = ["--load-hf", folder / "model", "--random-init", "--tokenizer", write_tokenizer(folder / "tokenizer")]
     argv += ["--data", write_texts(folder / "texts.jsonl", 16, words=2 * spec["seq_length"])]

