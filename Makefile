@@ -43,6 +43,8 @@ lint: install ## Check format, style, types, spelling and file sizes
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck examples/slurm/psft.sbatch
 	git ls-files -z | xargs -0 -r $(BIN)/check-added-large-files --enforce-all --maxkb=500
 
 format: install ## Format the code and fix what can be fixed
@@ -56,7 +58,7 @@ $(VENV)/.installed-docs: $(STAMP)
 docs: $(VENV)/.installed-docs ## Build the documentation into build/site, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-BENCHMARKS = head psft_overhead scaling vs_trl
+BENCHMARKS = head psft_overhead scaling vs_trl plan
 
 $(VENV)/.installed-bench: $(STAMP)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[bench]'

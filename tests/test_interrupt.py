@@ -1,4 +1,4 @@
-"""Signals: the first is a request, the second acts, and helper processes see none."""
+"""Signals: they are requests, a second Ctrl-C acts, and helper processes see none."""
 
 import os
 import signal
@@ -37,15 +37,25 @@ def test_a_signal_to_one_rank_stops_all(pool, to_rank, signum):
     assert pool.run(_check_after_signal, 2, to_rank, signum) == [[0, signum, signum]] * 2
 
 
-def test_a_second_signal_acts_at_once():
-    with StopSignals():
-        os.kill(os.getpid(), signal.SIGINT)
-        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
+def test_a_second_ctrl_c_acts_at_once():
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop._received == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_is_never_more_than_a_request(first):
+    """Slurm may signal every process, and torchrun then signals its own once more."""
+    with StopSignals() as stop:
+        for signum in (first, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+            assert stop._received == signum
 
 
 def test_helpers_outlive_what_the_trainer_receives():
