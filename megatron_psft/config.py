@@ -294,7 +294,7 @@ class RecomputeConfig:
     """Activation recomputation: memory bought with a second forward pass."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers or attention only; nothing where absent."""
+    """Recompute whole layers, or `recompute_modules` of each; nothing where absent."""
     recompute_method: Literal["uniform", "block"] | None = None
     """Keep the input of each group of layers, or recompute only the first layers of each pipeline stage. Goes with
     recompute_granularity full."""
@@ -302,8 +302,15 @@ class RecomputeConfig:
     """Layers per group (uniform), or recomputed layers per pipeline stage (block). Goes with recompute_granularity
     full."""
 
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """What of a layer is recomputed: core_attn (attention itself), mlp (a plain MLP), moe (router and experts). Goes
+    with recompute_granularity selective."""
+
     def __post_init__(self) -> None:
         require_at_least(1, self, "recompute_num_layers")
+        odd = [module for module in self.recompute_modules if module not in ("core_attn", "mlp", "moe")]
+        if odd or not self.recompute_modules:
+            raise UserError(f"recompute_modules ({' '.join(odd)}) must be some of core_attn, mlp, moe")
 
 
 @dataclass(frozen=True, kw_only=True)

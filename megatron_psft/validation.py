@@ -166,6 +166,8 @@ def _validate_effects(config: Config) -> None:
     if recompute.recompute_granularity != "full":
         reason = "without recompute_granularity full"
         _refuse_if_set(recompute, reason, "recompute_method", "recompute_num_layers")
+    if recompute.recompute_granularity != "selective":
+        _refuse_if_set(recompute, "without recompute_granularity selective", "recompute_modules")
 
 
 def _validate_parallel(parallel: ParallelConfig) -> None:

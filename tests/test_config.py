@@ -50,7 +50,7 @@ def other_value(field: Field) -> Any:
         choices = get_args(field.type) if isinstance(kind, str) else get_args(kind)
         return next(choice for choice in choices if choice != field.default)
     if get_origin(field.type) is tuple:
-        return ("a.jsonl", "b.jsonl")
+        return ("mlp", "moe") if field.name == "recompute_modules" else ("a.jsonl", "b.jsonl")
     if kind is bool:
         return not field.default
     if kind is int:
@@ -282,6 +282,7 @@ def test_all_missing_fields_are_named_at_once() -> None:
         ("--pipeline-model-parallel-size 0", "pipeline_model_parallel_size (0) must be at least 1"),
         ("--context-parallel-size 0", "context_parallel_size (0) must be at least 1"),
         ("--num-layers-per-virtual-pipeline-stage 0", "num_layers_per_virtual_pipeline_stage (0) must be at least 1"),
+        ("--recompute-modules mlp attention", "recompute_modules (attention) must be some of core_attn, mlp, moe"),
         ("--recompute-num-layers 0", "recompute_num_layers (0) must be at least 1"),
         ("--log-interval 0", "log_interval (0) must be at least 1"),
         ("--log-clipped-tokens 0", "log_clipped_tokens (0) must be at least 1"),

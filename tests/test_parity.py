@@ -285,6 +285,14 @@ def test_recomputation_changes_nothing(pool, inputs, tmp_path, family, layout, f
     assert_same_run(found, wanted)
 
 
+@pytest.mark.parametrize(("family", "modules"), [("qwen3_moe", ["core_attn", "mlp", "moe"]), slow("qwen3", ["mlp"])])
+def test_recomputation_of_parts_of_a_layer_changes_nothing(pool, inputs, tmp_path, family, modules):
+    wanted, _ = expected(inputs, family, **PSFT)
+    flags = ["--old-policy-interval", "4", "--recompute-granularity", "selective", "--recompute-modules", *modules]
+    found = train(pool, inputs, family, tmp_path, *flags, layout="ep2-pp2" if family == "qwen3_moe" else "pp2")
+    assert_same_run(found, wanted)
+
+
 def test_bf16_follows_fp32_at_its_own_precision(pool, inputs, tmp_path):
     wanted, _ = expected(inputs, "llama", **PSFT)
     found = train(

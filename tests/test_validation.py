@@ -21,6 +21,7 @@ from tests.test_config import parse
         (1, "--train-iters 10 --clip-ratio-low 0.1 --log-clipped-tokens 20"),
         (1, "--train-iters 10 --lr-decay-style WSD --lr-warmup-iters 4 --lr-wsd-decay-iters 6"),
         (1, "--train-iters 10 --recompute-granularity selective"),
+        (1, "--train-iters 10 --recompute-granularity selective --recompute-modules core_attn moe"),
         (1, "--train-iters 10 --recompute-granularity full --recompute-method block --recompute-num-layers 1"),
         (8, "--train-iters 10 --micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
         (8, "--train-iters 10 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
@@ -139,6 +140,10 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
         ),
         ("--overlap-param-gather --overlap-grad-reduce", "overlap_param_gather (True) has no effect without use_dist"),
         ("--overlap-param-gather --use-distributed-optimizer", "overlap_param_gather (True) has no effect without"),
+        (
+            "--recompute-modules mlp",
+            "recompute_modules (('mlp',)) has no effect without recompute_granularity selective",
+        ),
         ("--recompute-method block", "recompute_method (block) has no effect without recompute_granularity full"),
         ("--recompute-granularity selective --recompute-num-layers 2", "recompute_num_layers (2) has no effect"),
         (

@@ -92,8 +92,19 @@ def check_layout(shape: ModelShape, config: Config) -> None:
             f"num_layers_per_virtual_pipeline_stage ({per_chunk}) must be a proper divisor of the layers per stage "
             f"({per_stage}); change it or leave it away"
         )
+    _check_recomputed(shape, config)
     check_expert_layout(shape, config)
     check_dimensions(shape, config)
+
+
+def _check_recomputed(shape: ModelShape, config: Config) -> None:
+    has_experts = {shape.has_experts(layer) for layer in range(shape.num_layers)}
+    for module, is_there in (("mlp", False in has_experts), ("moe", True in has_experts)):
+        if module in config.recompute.recompute_modules and not is_there:
+            raise UserError(
+                f"recompute_modules ({module}) has no effect, as no layer of this {shape.model_type} model has it; "
+                "leave it away"
+            )
 
 
 def transformer_config(shape: ModelShape, config: Config, platform: Platform) -> TransformerConfig:
@@ -142,6 +153,7 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         recompute_granularity=config.recompute.recompute_granularity,
         recompute_method=config.recompute.recompute_method,
         recompute_num_layers=config.recompute.recompute_num_layers,
+        recompute_modules=list(config.recompute.recompute_modules),
         **expert_options(shape, config, platform),
         **fp8_options(config.precision),
     )

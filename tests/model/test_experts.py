@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_psft.config import RecomputeConfig
 from megatron_psft.errors import UserError
 from megatron_psft.model.experts import expert_options
 from megatron_psft.model.gpt import check_layout
@@ -140,6 +141,15 @@ def test_every_stage_has_experts(dense_layers, layout, stage):
     else:
         with pytest.raises(UserError, match=rf"must leave each stage a layer with experts, and stage {stage} has none"):
             check_layout(shape, make_config(layout))
+
+
+@pytest.mark.parametrize(("module", "experts"), [("mlp", SHAPE.experts), ("moe", None)])
+def test_what_is_recomputed_must_be_there(module, experts):
+    recompute = RecomputeConfig(recompute_granularity="selective", recompute_modules=("core_attn", module))
+    config = replace(make_config(Layout()), recompute=recompute)
+    with pytest.raises(UserError, match=rf"recompute_modules \({module}\) has no effect, as no layer"):
+        check_layout(replace(SHAPE, experts=experts), config)
+    check_layout(replace(SHAPE, experts=replace(SHAPE.experts, dense_layers=(2,))), config)
 
 
 def test_the_plain_mlp_counts_only_where_there_is_one():
