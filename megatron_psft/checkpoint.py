@@ -37,9 +37,8 @@ from megatron_psft.resume import VERSION, Identity
 
 log = logging.getLogger(__name__)
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-"""Of `sharded_state_dict`: the distributed optimizer's one format that any tensor, pipeline and data-parallel size can
-read."""
+# The distributed optimizer's one format that any tensor, pipeline and data-parallel size can read.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # Megatron-Core from 0.18 on would hand the writing to another package of NVIDIA's where it is not told otherwise.
 _HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
 _STRATEGY = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
@@ -106,7 +105,7 @@ class Saver:
             request = dist_checkpointing.save(
                 self._sharded_content(),
                 str(aside),
-                content_metadata=dict(METADATA),
+                content_metadata=dict(_METADATA),
                 async_sharded_save=True,
                 **_STRATEGY,
             )
@@ -248,7 +247,7 @@ def sharded_weights(model: GPTModel) -> dict[str, ShardedBase]:
 
     Modules' extra state is not among them: only FP8 has any, and which modules do depends on their implementation.
     """
-    state = model.sharded_state_dict(metadata=dict(METADATA))
+    state = model.sharded_state_dict(metadata=dict(_METADATA))
     return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
 
 
@@ -286,10 +285,10 @@ def _named_chunks(chunks: Sequence[DistributedDataParallel]) -> dict[str, GPTMod
 
 def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
     models = {
-        name: model.sharded_state_dict(metadata=dict(METADATA)) for name, model in _named_chunks(state.chunks).items()
+        name: model.sharded_state_dict(metadata=dict(_METADATA)) for name, model in _named_chunks(state.chunks).items()
     }
     own = models["model"] if len(models) == 1 else models
-    optimizer = state.optimizer.sharded_state_dict(own, is_loading=is_loading, metadata=dict(METADATA))
+    optimizer = state.optimizer.sharded_state_dict(own, is_loading=is_loading, metadata=dict(_METADATA))
     return {**models, "optimizer": optimizer}
 
 

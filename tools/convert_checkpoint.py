@@ -139,21 +139,21 @@ def convert(config: ConvertConfig) -> int:
     """Returns the exit code. Raises UserError for what cannot be read or written."""
     import torch
 
-    from megatron_psft.hf.conversion import lone_rank
+    from megatron_psft.hf.conversion import outline_of
     from megatron_psft.model.shape import read_shape
 
     folders = find_folders(config.source)
     shape = read_shape(folders.model, "load_hf" if config.source.from_hf is None else "from_hf")
-    with lone_rank(shape) as outline:
-        weights = open_source(config, folders, shape, outline)
+    outline = outline_of(shape)
+    weights = open_source(config, folders, shape, outline)
+    if config.target.dtype is not None:
+        dtype = export_dtype = getattr(torch, config.target.dtype)
+    else:
         export_dtype = weights.export_dtype
-        if config.target.dtype is not None:
-            dtype = export_dtype = getattr(torch, config.target.dtype)
-        else:
-            dtype = weights.dtype if config.target.to_hf is None else export_dtype
-        if config.target.check:
-            return compare(config.target, weights, outline, dtype)
-        write(config.target, weights, outline, dtype, export_dtype, folders)
+        dtype = weights.dtype if config.target.to_hf is None else export_dtype
+    if config.target.check:
+        return compare(config.target, weights, outline, dtype)
+    write(config.target, weights, outline, dtype, export_dtype, folders)
     return 0
 
 

@@ -1,20 +1,21 @@
 """Weights of a Hugging Face folder or of a Megatron-Core checkpoint, read and written one parameter at a time.
 
 A distributed checkpoint has whole tensors and does not say who held which part of them, so that it is read in any
-layout. Here the model is that of a lone rank, and takes no memory: it only says what a checkpoint calls its parameters.
+layout. Here the model is one rank's alone, on the meta device: it only says what a checkpoint calls its parameters.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
@@ -34,11 +35,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from tqdm import tqdm
 
 from megatron_psft import platform, step_folders
-from megatron_psft.checkpoint import METADATA, sharded_weights
-from megatron_psft.config import Config, DataConfig, ParallelConfig, WeightsConfig
+from megatron_psft.checkpoint import sharded_weights
+from megatron_psft.config import Config, DataConfig, WeightsConfig
 from megatron_psft.errors import UserError
 from megatron_psft.hf.export import copy_side_files
-from megatron_psft.hf.mapping import Piece, hf_tensors, pieces, scatter
+from megatron_psft.hf.mapping import Piece, hf_tensors, is_expert, pieces, scatter
 from megatron_psft.hf.weights import SafetensorsFolder, fill_shard, whole_name
 from megatron_psft.model.gpt import build_chunk, transformer_config
 from megatron_psft.model.shape import ModelShape, read_shape
@@ -47,7 +48,7 @@ from megatron_psft.resume import VERSION, WEIGHTS_STEP, Identity, weights_identi
 from megatron_psft.step_folders import DamageError
 
 Outline = dict[str, ShardedBase]
-"""Every parameter's place in a checkpoint, by its name in the whole model; its data is on the meta device."""
+"""Every parameter's place in a checkpoint, by its name in the whole model; it has no data."""
 
 
 class Weights(Protocol):
@@ -85,6 +86,7 @@ class HuggingFaceWeights:
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         for name, dims in hf_tensors(self.shape).items():
             yield name, self.files.read(Piece(name, (0, dims[0]))).to(dtype)
+        self.files.close()
 
 
 class MegatronWeights:
@@ -101,12 +103,12 @@ class MegatronWeights:
         stored = metadata.state_dict_metadata.items()
         self._stored = {key: value for key, value in stored if isinstance(value, TensorStorageMetadata)}
         self.dtype = self._stored[outline["embedding.word_embeddings.weight"].key].properties.dtype
-        is_half = self.dtype == torch.bfloat16
-        self.export_dtype = self.dtype if is_half else getattr(torch, shape.dtype)  # as build.run exports
+        # As the export at the end of a run has it.
+        self.export_dtype = self.dtype if self.dtype == torch.bfloat16 else getattr(torch, shape.dtype)
 
     def fill(self, name: str, parameter: Tensor) -> None:
         """By torch's reader: Megatron-Core's, in a world of one, has to read a parameter of all layers."""
-        parameter.zero_()  # what the vocabulary is padded with may be less than wanted
+        parameter.zero_()  # of a padded vocabulary, the checkpoint may have fewer rows
         items = []
         for shard in _shards(self._outline[name], parameter):
             stored = self._stored[shard.key]
@@ -150,19 +152,16 @@ def _check_model(folder: Path, field: str, identity: Identity, shape: ModelShape
             )
 
 
-@contextmanager
-def lone_rank(shape: ModelShape) -> Iterator[Outline]:
-    """Makes this process a world of one, in which Megatron-Core reads and writes checkpoints of a model."""
+def outline_of(shape: ModelShape) -> Outline:
+    """Builds the model in a world of one process, for as long as that takes."""
     here = platform.detect(0)
+    unused = str(Path())  # on these parts of a run's configuration no parameter depends
+    config = Config(weights=WeightsConfig(load_hf=unused, save=unused), data=DataConfig(data=(unused,)))
     with process_group(here, 1):
-        layout = ParallelConfig()
-        place = initialize_parallel(layout, virtual_size=None, seed=0, device=here.device)
-        # A model's parameters depend on nothing else of a run.
-        unused = str(Path())
-        config = Config(weights=WeightsConfig(load_hf=unused, save=unused), data=DataConfig(data=(unused,)))
+        place = initialize_parallel(config.parallel, virtual_size=None, seed=0, device=here.device)
         with torch.device("meta"):
             model = build_chunk(shape, config, transformer_config(shape, config, here), here, place, 0)
-        yield {whole_name(name, model): entry for name, entry in sharded_weights(model).items()}
+        return {whole_name(name, model): entry for name, entry in sharded_weights(model).items()}
 
 
 def write_checkpoint(
@@ -194,37 +193,43 @@ def write_checkpoint(
 def _write_parameters(folder: Path, source: Weights, outline: Outline, dtype: torch.dtype) -> None:
     """Writes what Megatron-Core's `dist_checkpointing.save` would, which wants all parameters in memory: torch's own
     writer, one file after the other."""
-    dist_checkpointing.save({}, str(folder), content_metadata=dict(METADATA))  # all but the tensors
-    begun = FileSystemReader(folder).read_metadata()
-    results = [[WriteResult(key, place.length, place) for key, place in begun.storage_data.items()]]
-    plans = [SavePlan([])] + [SavePlan(_write_items(entry, dtype)) for entry in outline.values()]
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    torch.save({}, folder / COMMON_STATE_FNAME)  # nothing that is no tensor, in the form that every release reads
+    files = [list(names) for _, names in groupby(outline, _file_of)]
+    plans = [SavePlan([item for name in names for item in _write_items(outline[name], dtype)]) for names in files]
     plans, metadata = create_default_global_save_plan(plans)
-    metadata.state_dict_metadata.update(begun.state_dict_metadata)
     writer = FileSystemWriter(folder)
-    plans = writer.prepare_global_plan(plans)  # one file each, called after their numbers; 0 is the file that is there
-    names = tqdm(outline, desc="convert", unit="parameter")
-    for number, (name, plan) in enumerate(zip(names, plans[1:], strict=True), 1):
-        results.append(_write_parameter(writer, plan, name, source, outline[name], dtype))
+    plans = writer.prepare_global_plan(plans)  # one file each, called after its number
+    planner = _Writing(source, outline, dtype)
+    results: list[list[WriteResult]] = []
+    for number, plan in enumerate(tqdm(plans, desc="convert", unit="file")):
+        results.append(writer.write_data(plan, planner).wait())
         step_folders.leave_sums(folder, number)
     writer.finish(metadata, results)
 
 
-def _write_parameter(
-    writer: FileSystemWriter, plan: SavePlan, name: str, source: Weights, entry: ShardedBase, dtype: torch.dtype
-) -> list[WriteResult]:
-    parameter = torch.empty(entry.data.shape, dtype=dtype)
-    source.fill(name, parameter)
-    return writer.write_data(plan, _Writing(entry, parameter)).wait()
+def _file_of(name: str) -> str:
+    """What the parameters in a file have in common: they are one, or all experts' of a layer. The writer holds the last
+    parameter of each kind that a file has."""
+    return name.partition(".mlp.experts.")[0] if is_expert(name) else name
 
 
 class _Writing(DefaultSavePlanner):
-    """Hands the parts of one parameter to torch's writer."""
+    """Hands the parts of parameters to torch's writer, and reads one parameter at a time for that."""
 
-    def __init__(self, entry: ShardedBase, parameter: Tensor) -> None:
+    def __init__(self, source: Weights, outline: Outline, dtype: torch.dtype) -> None:
         super().__init__()
-        self._parts = _parts(entry, parameter)
+        self._source, self._outline, self._dtype = source, outline, dtype
+        self._names = {_index(shard): name for name, it in outline.items() for shard in _shards(it, it.data)}
+        self._parts: dict[MetadataIndex, Tensor] = {}
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
+        if index not in self._parts:
+            self._parts = {}  # before there is another parameter
+            entry = self._outline[self._names[index]]
+            parameter = torch.empty(entry.data.shape, dtype=self._dtype)
+            self._source.fill(self._names[index], parameter)
+            self._parts = _parts(entry, parameter)
         return self._parts[index]
 
 

@@ -53,7 +53,7 @@ class SafetensorsFolder:
             size.
         """
         self._folder, self._field = folder, field
-        self._open_name: str | None = None
+        self._opened: tuple[str, safe_open] | None = None
         self._file_of: dict[str, str] = {}
         self._dims: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}  # as safetensors spells them
@@ -67,14 +67,17 @@ class SafetensorsFolder:
         self._check_tie(shape)
 
     def _open(self, name: str) -> safe_open:
-        if name != self._open_name:
+        if self._opened is None or self._opened[0] != name:
             try:
-                self._file = safe_open(self._folder / name, framework="pt")
+                self._opened = name, safe_open(self._folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 path = self._folder / name
                 raise UserError(f"{self._field}: {path} must be a readable safetensors file: {error}") from None
-            self._open_name = name
-        return self._file
+        return self._opened[1]
+
+    def close(self) -> None:
+        """Lets the open file go; what is read after this opens one again."""
+        self._opened = None
 
     def _check(self, expected: dict[str, tuple[int, ...]], shape: ModelShape) -> None:
         missing = [name for name in expected if name not in self._file_of]

@@ -8,6 +8,7 @@ import torch
 
 from megatron_psft.step_folders import step_folder
 from tests.support import tiny
+from tests.support.cli import run_cli
 from tests.support.marks import slow
 from tests.tools.converting import (
     Inputs,
@@ -33,7 +34,7 @@ BF16 = ("--bf16",)
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(1, ()), (2, TP2), (2, PP2), (2, DIST_OPT), slow(2, VPP), slow(4, (*TP2, *PP2))],
+    [(1, ()), (2, TP2), (2, PP2), slow(2, DIST_OPT), slow(2, VPP), slow(4, (*TP2, *PP2))],
     ids=["one", "TP2-SP", "PP2", "DP2-distopt", "PP2-VPP", "TP2-PP2"],
 )
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", False), slow("llama", False), ("qwen3", True)])
@@ -49,6 +50,20 @@ def test_a_checkpoint_that_is_converted_once_trains_in_any_layout(
     assert f"weights from {checkpoint}" in train(pool, world_size, argv)
     assert metrics_of(tmp_path / "found") == metrics_of(tmp_path / "expected")
     assert [line["step"] for line in metrics_of(tmp_path / "found")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", slow("mixtral")])
+def test_experts_spread_over_ranks_and_come_back(pool, converted, tmp_path, inputs, family):
+    source = tiny.build_model(tmp_path / "source", family)
+    checkpoint = converted("--from-hf", source, "--to-megatron", tmp_path / "ckpt")
+    layout = ("--expert-model-parallel-size", "2")
+    train(pool, 2, inputs.argv(source, tmp_path / "expected", *layout))
+    argv = inputs.argv(source, tmp_path / "found", "--random-init", "--load", checkpoint, *layout)
+    train(pool, 2, [*argv, "--export-hf", str(tmp_path / "exported")])
+    assert metrics_of(tmp_path / "found") == metrics_of(tmp_path / "expected")
+    assert_same_tensors(
+        converted("--from-megatron", tmp_path / "found", "--to-hf", tmp_path / "hf"), tmp_path / "exported"
+    )
 
 
 @pytest.mark.parametrize(("dtype", "flags"), [(torch.float32, BF16), (torch.bfloat16, ()), slow(torch.bfloat16, BF16)])
@@ -170,3 +185,14 @@ def test_a_run_that_has_lost_its_model_needs_one_named(pool, convert, converted,
     found = converted(*argv, "--load-hf", tmp_path / "moved", "--tokenizer", inputs.tokenizer)
     assert_same_tensors(found, exported)
     assert {path.name for path in found.iterdir()} == {path.name for path in exported.iterdir()}
+
+
+def test_weights_of_another_model_or_damaged_ones_do_not_train(pool, converted, tmp_path, inputs):
+    source = tiny.build_model(tmp_path / "source", "qwen2", num_hidden_layers=2)
+    other = tiny.build_model(tmp_path / "other", "qwen2", num_hidden_layers=3)
+    checkpoint = converted("--from-hf", source, "--to-megatron", tmp_path / "ckpt")
+    argv = inputs.argv(other, tmp_path / "run", "--load", checkpoint)
+    assert_refused(pool.run(run_cli, 1, argv)[0], f"{checkpoint}: ", "model num_layers (2), this one has (3)")
+    (checkpoint / "__2_0.distcp").unlink()
+    argv = inputs.argv(source, tmp_path / "run", "--load", checkpoint)
+    assert_refused(pool.run(run_cli, 1, argv)[0], f"load ({checkpoint}) must be an intact checkpoint", "__2_0.distcp")

@@ -1,0 +1,149 @@
+"""Converting a random model of 1.5 billion parameters to Megatron-Core and back: time, and by how much memory grows.
+
+    python benchmarks/convert.py [--layers 28] [--bridge]
+
+Prints one JSON object per figure. The model has the shape of Qwen2.5-1.5B, in bf16 and files of at most 1 GB; it is in
+the page cache, as it was written just before. Memory is the growth of the peak resident set, mapped files included, and
+imports count neither in time nor in memory. --bridge adds Megatron-Bridge's way to Megatron-Core, with the weights-only
+checkpoint and the low-memory save of its `AutoBridge.import_ckpt`, where it is installed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import GIB, FailedError, emit, in_fresh_process
+
+CONFIG = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+MAX_SHARD_BYTES = 10**9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28, help="of the model (28)")
+    parser.add_argument("--bridge", action="store_true", help="also measure Megatron-Bridge")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        source, checkpoint, target = (str(Path(name) / part) for part in ("source", "checkpoint", "target"))
+        in_fresh_process(write_model, {"folder": source, "num_hidden_layers": options.layers})
+        files = [path.stat().st_size for path in Path(source).glob("*.safetensors")]
+        emit("model", sum(files) / GIB, "GiB", files=len(files), largest_file_gib=round(max(files) / GIB, 3))
+        there = ["--from-hf", source, "--to-megatron", checkpoint]
+        back = ["--from-megatron", checkpoint, "--to-hf", target, "--max-shard-gb", str(MAX_SHARD_BYTES / 1e9)]
+        for figure, argv in (("to_megatron", there), ("to_hf", back), ("check", [*there, "--check"])):
+            emit_cost(figure, in_fresh_process(convert, {"argv": argv}))
+        if options.bridge:
+            try:
+                emit_cost("bridge_to_megatron", in_fresh_process(convert_by_bridge, {"source": source, "folder": name}))
+            except FailedError as error:
+                emit("bridge_to_megatron", None, "s", reason=str(error))
+
+
+def emit_cost(figure: str, cost: dict[str, float]) -> None:
+    emit(figure, cost["seconds"], "s", peak_gib=round(cost["peak_bytes"] / GIB, 3))
+
+
+def write_model(spec: dict[str, Any]) -> None:
+    """Writes random weights, tensor by tensor."""
+    import torch
+
+    from megatron_psft.hf.export import write_folder
+    from megatron_psft.hf.mapping import Piece, hf_tensors
+    from megatron_psft.hf.weights import RandomWeights
+    from megatron_psft.model.shape import shape_from_config
+
+    config = {**CONFIG, "num_hidden_layers": spec["num_hidden_layers"]}
+    shape = shape_from_config(config, "config")
+    weights = RandomWeights(shape, seed=0)
+    folder = Path(spec["folder"])
+    with tempfile.TemporaryDirectory() as beside:
+        (Path(beside) / "config.json").write_text(json.dumps(config))
+        write_folder(
+            folder,
+            ((name, weights.read(Piece(name, (0, dims[0])))) for name, dims in hf_tensors(shape).items()),
+            shape=shape,
+            dtype=torch.bfloat16,
+            model_folder=Path(beside),
+            tokenizer_folder=Path(beside),
+            max_shard_bytes=MAX_SHARD_BYTES,
+        )
+
+
+def convert(spec: dict[str, Any]) -> dict[str, float]:
+    """What the command line costs once everything is imported."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import megatron_psft.hf.conversion  # noqa: F401
+    from tools import convert_checkpoint
+
+    def run() -> None:
+        if convert_checkpoint.main(spec["argv"]):
+            raise FailedError("the command failed")
+
+    return cost_of(run)
+
+
+def convert_by_bridge(spec: dict[str, Any]) -> dict[str, float]:
+    """`AutoBridge.import_ckpt`, but for the layers: those that need no Transformer Engine where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        from tests.nemo import cpu
+
+        cpu.prepare()
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    def run() -> None:
+        with temporary_distributed_context(backend="gloo"):
+            bridge = AutoBridge.from_hf_pretrained(spec["source"], torch_dtype=torch.bfloat16)
+            provider = bridge.to_megatron_provider()
+            provider.transformer_layer_spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+            for name in ("apply_rope_fusion", "gradient_accumulation_fusion", "persist_layer_norm"):
+                setattr(provider, name, False)
+            provider.finalize()
+            model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+            bridge.save_megatron_model(model, Path(spec["folder"]) / "bridge", low_memory_save=True)
+
+    return cost_of(run)
+
+
+def cost_of(action: Callable[[], None]) -> dict[str, float]:
+    """Seconds, and growth of this process's memory at its highest."""
+    Path("/proc/self/clear_refs").write_text("5")  # the highest starts over at what is resident now
+    before, started = status_bytes("VmRSS"), time.perf_counter()
+    with open(os.devnull, "w") as nowhere:
+        out, sys.stdout = sys.stdout, nowhere  # whose last line is the result
+        try:
+            action()
+        finally:
+            sys.stdout = out
+    return {"seconds": time.perf_counter() - started, "peak_bytes": status_bytes("VmHWM") - before}
+
+
+def status_bytes(name: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":")]
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
