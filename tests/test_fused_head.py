@@ -198,7 +198,9 @@ def test_logits_of_ten_thousand(pool, world_size):
     weight = torch.zeros(8, 2)
     weight[:, 1] = 1.0
     weight[2, 0], weight[5, 0] = 1e4, -1e4
-    case = Case(hidden, weight, torch.tensor([2, 5, 5, 1, 1]), torch.ones(5), 7)
+    # The last two rows' gradients would cancel down to their rounding, which differs from one BLAS to another.
+    factors = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5])
+    case = Case(hidden, weight, torch.tensor([2, 5, 5, 1, 1]), factors, 7)
     (result,) = sharded(pool, world_size, case)
     assert_close(result, exact(case), 1e-6)
     assert result.log_probs[1].item() == -2e4
