@@ -22,8 +22,8 @@ class StopRequested(Exception):  # noqa: N818 (no error, as StopIteration is non
 class StopSignals:
     """Within this context SIGTERM and the first SIGINT are requests that `check` honours.
 
-    A SIGINT after any of them acts at once, as it would outside. SIGTERM may come again, as when a scheduler signals all
-    processes and torchrun its own once more.
+    A SIGINT after any of them acts at once, as it would outside. SIGTERM may come again, as when a scheduler signals
+    all processes and torchrun its own once more.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,131 @@
+"""A forward step for Megatron-Bridge's loops: theirs, ending in a token loss of ours."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.bridge.training.gpt_step import forward_step as gpt_forward_step
+from megatron.bridge.training.losses import masked_next_token_loss
+from megatron.bridge.training.state import GlobalState
+from torch import Tensor
+
+from megatron_psft.config import ObjectiveConfig
+from megatron_psft.errors import UserError
+from megatron_psft.nemo.config import PsftConfig
+from megatron_psft.nemo.policy import BridgePolicy, MarkedLabels, PolicyOutput, Question, policy_of
+from megatron_psft.objectives import BatchSums, Objective, batch_sums
+
+LOSS_KEY = "lm loss"
+"""Bridge's name of the loss that is trained on, or of an evaluation."""
+
+BridgeStep = Callable[..., tuple[Any, Any]]
+Metrics = dict[str, Tensor]
+"""Each `[2]`, a sum and its count, as Bridge adds them up over micro-batches and ranks before it divides."""
+
+
+class PsftForwardStep:
+    """Trains with PSFT, or another token loss; evaluates with cross-entropy.
+
+    Bridge's own step for the family of models reads the batch and calls the model. Only what the model is asked about
+    the labels is ours, so that packing, context parallelism and multimodal inputs are as Bridge has them.
+    """
+
+    def __init__(self, config: PsftConfig, bridge_step: BridgeStep = gpt_forward_step) -> None:
+        """Wraps `bridge_step`, e.g. `megatron.bridge.training.vlm_step.forward_step`."""
+        self._config = config
+        self._bridge_step = bridge_step
+        self._objective = config.objective_at(0)
+        self._scored: Sequence[Tensor] | None = None
+        self._next = 0
+
+    def begin_step(self, objective: Objective, scored: Sequence[Tensor] | None) -> None:
+        """Says what the coming optimizer step trains with.
+
+        Args:
+            objective: the token loss.
+            scored: what the old policy said of each of this rank's micro-batches, in their order; None where the old
+                policy is the current one. Any sequence will do on ranks without the output layer.
+        """
+        self._objective, self._scored, self._next = objective, scored, 0
+
+    def __call__(
+        self,
+        state: GlobalState,
+        data_iterator: Iterator[dict[str, Any]],
+        model: torch.nn.Module,
+        return_schedule_plan: bool = False,
+    ) -> tuple[Any, partial[Any]]:
+        """Bridge's contract: the output of the model, and what makes its loss and metrics."""
+        if return_schedule_plan:
+            raise UserError("model.overlap_moe_expert_parallel_comm (True) must be False: PSFT has no schedule plan")
+        policy = self._policy(state, model)
+        objective = self._objective if model.training else None
+        policy.question = Question(objective=objective, scored=self._scored_of_next(policy) if objective else None)
+        output, _ = self._bridge_step(state, MarkedLabels(data_iterator), model)
+        checks = state.cfg.rerun_state_machine
+        return output, partial(
+            _loss_of,
+            config=None if objective is None else objective.config,
+            check_for_nan_in_loss=checks.check_for_nan_in_loss,
+            check_for_spiky_loss=checks.check_for_spiky_loss,
+        )
+
+    def score(
+        self, state: GlobalState, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
+    ) -> tuple[Any, Callable[..., Tensor]]:
+        """The forward step of a pass that only scores; what it collects is `PolicyOutput.scored`."""
+        self._policy(state, model).question = Question()
+        output, _ = self._bridge_step(state, MarkedLabels(data_iterator), model)
+        return output, _scored_of
+
+    def _policy(self, state: GlobalState, model: torch.nn.Module) -> BridgePolicy:
+        return policy_of(model, vocab_size=state.cfg.model.vocab_size, fused_head=self._config.fused_head)
+
+    def _scored_of_next(self, policy: BridgePolicy) -> Tensor | None:
+        """Of the micro-batch at hand. Bridge may run the micro-batches of a step again, from the first one on."""
+        if self._scored is None or not policy.post_process:
+            return None
+        index = self._next % len(self._scored)
+        self._next += 1
+        return self._scored[index]
+
+
+def _scored_of(output: PolicyOutput, non_loss_data: bool) -> Tensor:
+    assert non_loss_data
+    return output.scored
+
+
+def _loss_of(
+    output: PolicyOutput, *, config: ObjectiveConfig | None, check_for_nan_in_loss: bool, check_for_spiky_loss: bool
+) -> tuple[Tensor, Tensor, Metrics]:
+    """Sum of the losses of a micro-batch, its label tokens, and its metrics; `config` is None in an evaluation."""
+    stats = output.stats
+    if config is None:
+        nll, count = -stats.log_probs.sum(), stats.log_probs.new_full((), len(stats.log_probs))
+        return nll, count.int(), _paired(count, {LOSS_KEY: nll, "entropy": stats.entropy.sum()})
+    assert output.loss is not None
+    # Bridge's checks of the loss, with what follows from them: a sum is a batch of one token.
+    loss, _, _ = masked_next_token_loss(
+        output.loss.new_ones(1), output.loss.view(1), check_for_nan_in_loss, check_for_spiky_loss
+    )
+    sums = batch_sums(loss.detach(), stats, output.context, config, labelled_records=0)
+    return loss, sums.denominator.int(), _metrics_of(sums)
+
+
+def _metrics_of(sums: BatchSums) -> Metrics:
+    return _paired(
+        sums.denominator,
+        {
+            LOSS_KEY: sums.loss,
+            "nll": sums.nll,
+            "entropy": sums.entropy,
+            "ratio_mean": sums.ratio,
+            "clip_fraction": sums.clipped,
+            "approx_kl": sums.approx_kl,
+        },
+    )
+
+
+def _paired(count: Tensor, sums: dict[str, Tensor]) -> Metrics:
+    return {name: torch.stack([value, count]) for name, value in sums.items()}

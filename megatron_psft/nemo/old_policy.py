@@ -1,0 +1,106 @@
+"""The old policy of a Megatron-Bridge run, as a callback: scores a window of global batches ahead of training."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.utils.pg_utils import get_pg_collection
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_psft.nemo.batches import BatchesAhead
+from megatron_psft.nemo.config import PsftConfig
+from megatron_psft.nemo.forward_step import PsftForwardStep
+from megatron_psft.nemo.window_files import WindowFiles
+from megatron_psft.old_policy import OldPolicyWindow
+from megatron_psft.parallel import together
+
+
+class OldPolicyCallback(Callback):
+    """Makes the old policy the current one every `old_policy_interval` steps, before the step is made.
+
+    One forward-only pass, sharded like training, scores the global batches of the rest of the window. What it says of
+    the labels lies in host memory of the ranks of the last pipeline stage, beside the labels' ids, and is never
+    gathered. With `checkpoint.save` it also lies there, so that a run resumes within a window.
+    """
+
+    def __init__(self, config: PsftConfig, forward_step: PsftForwardStep) -> None:
+        """`forward_step` is the one that Bridge trains with, made from the same settings."""
+        self._config = config
+        self._forward_step = forward_step
+        self._window: OldPolicyWindow | None = None
+        self._files: WindowFiles | None = None
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        """Opens the loader, and takes up the window that a checkpoint is from; collective."""
+        state, chunks = context.state, context.model
+        step, train_iters = state.train_state.step, state.cfg.train.train_iters
+        groups = get_pg_collection(chunks)
+        interval = train_iters if self._config.old_policy_interval == "fixed" else int(self._config.old_policy_interval)
+        # An objective without an old policy is warm-up all the way.
+        has_old_policy = "old" in self._config.objective_at(train_iters).needs
+        warmup_iters = self._config.sft_warmup_iters if has_old_policy else train_iters
+        self._window = OldPolicyWindow(
+            interval=interval,
+            warmup_iters=warmup_iters,
+            train_iters=train_iters,
+            score=partial(self._score, context, BatchesAhead(state, chunks, groups), groups),
+            show_progress=dist.get_rank() == 0,
+        )
+        sizes = (dist.get_world_size(), groups.tp.size(), groups.pp.size(), groups.cp.size())
+        layout = (*sizes, state.cfg.train.micro_batch_size)
+        self._files = WindowFiles(layout=layout, interval=interval, rank=dist.get_rank())
+        if step > warmup_iters and (step - warmup_iters) % interval:
+            load = Path(state.cfg.checkpoint.load)
+            self._window.stored.update(together(partial(self._files.read, load, step)))
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        """Scores ahead where a window begins, and says what the step trains with; collective."""
+        assert self._window is not None
+        assert self._files is not None
+        config, step = context.state.cfg, context.state.train_state.step
+        begins = self._window.begins_at(step)
+        if begins and config.ddp.overlap_param_gather:
+            # The last update reaches other ranks only during the next forward pass, driven by hooks.
+            assert context.optimizer is not None
+            context.optimizer.prepare_model_params_for_param_sync()
+            for chunk in context.model:
+                chunk.start_param_sync(force_sync=True)
+        self._forward_step.begin_step(self._config.objective_at(step), self._window.old_log_probs(step))
+        if begins and config.checkpoint.save is not None:
+            self._files.write(Path(config.checkpoint.save), step, self._window.stored)
+
+    def _score(
+        self, context: CallbackContext, batches: BatchesAhead, groups: ProcessGroupCollection, step: int
+    ) -> list[Tensor]:
+        """One tensor per micro-batch on the last pipeline stage, as `PolicyOutput.scored` has it; none elsewhere."""
+        state, chunks = context.state, context.model
+        model_config = get_model_config(chunks[0])
+        micro_batches, seq_length = batches.micro_batches(step)
+        run_schedule = get_forward_backward_func(
+            pp_size=groups.pp.size(), vp_size=state.cfg.model.virtual_pipeline_model_parallel_size
+        )
+        # All parameters are current, and the schedule must not gather them as it does while training.
+        param_sync_func, model_config.param_sync_func = model_config.param_sync_func, None
+        with torch.no_grad():
+            scored = run_schedule(
+                forward_step_func=partial(self._forward_step.score, state),
+                data_iterator=micro_batches,
+                model=chunks,
+                num_microbatches=get_num_microbatches(),
+                seq_length=seq_length,
+                decoder_seq_length=seq_length,
+                micro_batch_size=state.cfg.train.micro_batch_size,
+                forward_only=True,
+                collect_non_loss_data=True,
+                p2p_communicator=P2PCommunicator(pp_group=groups.pp, config=model_config),
+                pg_collection=groups,
+            )
+        model_config.param_sync_func = param_sync_func
+        return scored

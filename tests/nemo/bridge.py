@@ -1,0 +1,28 @@
+"""Runs Megatron-Bridge on the CPU, each time in processes of its own: it changes torch for good (cpu.py)."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cli import run_torchrun
+
+SEQ_LENGTH = 256
+
+needs_bridge = pytest.mark.skipif(find_spec("megatron.bridge") is None, reason="megatron-bridge is not installed")
+
+
+def run_bridge(
+    save: Path, *, model: Path, tokenizer: Path, data: Path, overrides: list[str], nproc: int = 1
+) -> list[dict[str, Any]]:
+    """Fine-tunes as run_bridge.py does and returns what the last rank's steps report, since the start of the run."""
+    job = {"model": str(model), "tokenizer": str(tokenizer), "data": str(data), "save": str(save)}
+    save.mkdir(parents=True, exist_ok=True)
+    path = save / "job.json"
+    path.write_text(json.dumps({**job, "seq_length": SEQ_LENGTH, "overrides": overrides}))
+    done = run_torchrun(["-m", "tests.nemo.cpu", "tests.nemo.run_bridge", path], nproc, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    lines = (save / f"bridge_{nproc - 1}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

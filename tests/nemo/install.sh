@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs what tests/nemo needs into a virtual environment of Python 3.12: tests/nemo/install.sh VENV/bin/python
+set -euo pipefail
+python=$1
+here=$(cd "$(dirname "$0")" && pwd)
+
+"$python" -m pip install -c "$here/constraints.txt" torch transformers \
+    accelerate av datasets diffusers einops hydra-core megatron-energon nvidia-modelopt omegaconf peft pillow psutil pyyaml \
+    qwen-vl-utils regex rich tensorboard tqdm wandb \
+    hypothesis math-verify pytest trl
+# Without what they require: Transformer Engine and nvidia-resiliency-ext have no build for a machine without CUDA, and
+# cpu.py has stand-ins for them.
+"$python" -m pip install --no-deps megatron-core==0.19.2 megatron-bridge==0.6.2
+"$python" -m pip install --no-deps -e "$here/../.."

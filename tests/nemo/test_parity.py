@@ -1,0 +1,162 @@
+"""Megatron-Bridge's loop with PSFT against pretrain_psft.py: the same records, the same trajectory."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.nemo.bridge import SEQ_LENGTH, needs_bridge, run_bridge
+from tests.support import reference, tiny
+from tests.support.cli import run_cli
+
+pytestmark = [needs_bridge, pytest.mark.slow]
+
+STEPS, GLOBAL_BATCH_SIZE = 12, 8
+COMPARED = {"lm loss": "loss", **{name: name for name in ("nll", "entropy", "grad_norm", "clip_fraction")}}
+COMPARED |= {name: name for name in ("ratio_mean", "approx_kl")}
+VOCAB_SIZE = 212  # Bridge pads no vocabulary that a model brings along: two ranks must divide it
+TP2, PP2 = (f"model.{name}_model_parallel_size=2" for name in ("tensor", "pipeline"))
+SP = "model.sequence_parallel=true"
+OVERLAPPED = [f"{name}.use_distributed_optimizer=true" for name in ("ddp", "optimizer")]
+OVERLAPPED += ["ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"]
+LAYOUTS = {
+    "1": (1, []),
+    "tp2": (2, [TP2]),
+    "tp2-sp": (2, [TP2, SP]),
+    "pp2": (2, [PP2, "dataset.dataset_kwargs.pad_to_max_length=true"]),
+    "dp2": (2, []),
+    "dp2-overlapped": (2, OVERLAPPED),
+}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """With a template that says where labels are: without, Bridge's labels go on to the line's end after a turn's."""
+    path = tiny.build_tokenizer(folder) / "chat_template.jinja"
+    turn = "{{ message['content'] }}<|im_end|>"
+    labelled = f"{{% if message['role'] == 'assistant' %}}{{% generation %}}{turn}{{% endgeneration %}}"
+    template = tiny.CHATML.replace(turn, f"{labelled}{{% else %}}{turn}{{% endif %}}")
+    assert path.read_text() == tiny.CHATML
+    path.write_text(template)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """A model per family, a tokenizer, and the records of all steps, where Bridge looks for them."""
+    folder = tmp_path_factory.mktemp("nemo")
+    for family in ("qwen2", "qwen3"):
+        tiny.build_model(folder / family, family, tied=family == "qwen3", vocab_size=VOCAB_SIZE)
+    write_tokenizer(folder / "tokenizer")
+    (folder / "data").mkdir()
+    tiny.write_records(folder / "data" / "training.jsonl", STEPS * GLOBAL_BATCH_SIZE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(pool, inputs, tmp_path_factory):
+    """What pretrain_psft.py says of each step, for a family of models."""
+
+    @functools.cache
+    def train(family: str, *flags: str) -> list[dict[str, float]]:
+        save = tmp_path_factory.mktemp(family)
+        argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--save", save]
+        argv += ["--data", inputs / "data" / "training.jsonl", "--train-iters", STEPS, "--no-shuffle", "--no-packing"]
+        argv += ["--global-batch-size", GLOBAL_BATCH_SIZE, "--micro-batch-size", 2]
+        argv += ["--lr", reference.PARITY_LR, "--lr-decay-style", "constant", "--seq-length", SEQ_LENGTH]
+        argv += [] if "--objective" in flags else ["--old-policy-interval", 4]  # no use otherwise
+        argv += flags
+        (exit,) = pool.run(run_cli, 1, [str(value) for value in argv])
+        assert exit.code == 0, exit.err
+        return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+    return train
+
+
+def bridge_run(inputs: Path, save: Path, family: str, *overrides: str, layout: str = "1") -> list[dict[str, float]]:
+    nproc, layout_overrides = LAYOUTS[layout]
+    own = [f"train.train_iters={STEPS}", f"train.global_batch_size={GLOBAL_BATCH_SIZE}", "train.micro_batch_size=2"]
+    own += ["psft.old_policy_interval=4", f"optimizer.lr={reference.PARITY_LR}", "checkpoint.save=null"]
+    paths = {"model": inputs / family, "tokenizer": inputs / "tokenizer", "data": inputs / "data"}
+    return run_bridge(save, **paths, overrides=[*own, *layout_overrides, *overrides], nproc=nproc)
+
+
+def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    for line, wanted_line in zip(found, wanted, strict=True):
+        for bridge_name, name in COMPARED.items():
+            assert line[bridge_name] == pytest.approx(wanted_line[name], rel=1e-4), (line["step"], name)
+
+
+CASES = [("qwen2", "1"), *(("qwen3", layout) for layout in LAYOUTS)]
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_bridge_follows_the_trainer(inputs, expected, tmp_path, family, layout):
+    wanted = expected(family)
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
+    assert_same_run(bridge_run(inputs, tmp_path, family, layout=layout), wanted)
+
+
+OTHERS = {
+    "warm-up": ("--sft-warmup-iters 3", "psft.sft_warmup_iters=3"),
+    "fixed": ("--old-policy-interval fixed", "psft.old_policy_interval=fixed"),
+    "plain head": ("--no-fused-head", "psft.fused_head=false"),
+    "dft": ("--objective dft", "psft.objective=dft"),
+    "eaft": ("--objective eaft", "psft.objective=eaft"),
+    "wider clip": ("--clip-ratio-high 0.5", "psft.clip_ratio_high=0.5"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_settings_mean_what_they_mean_to_the_trainer(inputs, expected, tmp_path, name):
+    flags, override = OTHERS[name]
+    wanted = expected("qwen2", *flags.split())
+    default = expected("qwen2")
+    if name != "plain head":
+        assert any(
+            line["loss"] != pytest.approx(other["loss"], rel=1e-3) for line, other in zip(wanted, default, strict=True)
+        )
+    assert_same_run(bridge_run(inputs, tmp_path, "qwen2", override), wanted)
+
+
+def test_shuffled_epochs_are_read_ahead_in_their_order(inputs, expected, tmp_path):
+    """Bridge's loader for fine-tuning, over two epochs, against the records in its order."""
+    records = (inputs / "data" / "training.jsonl").read_text().splitlines(keepends=True)
+    half = records[: len(records) // 2]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "training.jsonl").write_text("".join(half))
+    seed = 1234  # of GPTSFTDatasetConfig
+    orders = [torch.randperm(len(half), generator=torch.Generator().manual_seed(seed + epoch)) for epoch in (0, 1)]
+    (tmp_path / "in_order.jsonl").write_text("".join(half[index] for index in torch.cat(orders).tolist()))
+    wanted = expected("qwen2", "--data", str(tmp_path / "in_order.jsonl"))
+    overrides = ["dataset.dataloader_type=batch", f"dataset.dataset_root={tmp_path / 'data'}"]
+    assert_same_run(bridge_run(inputs, tmp_path, "qwen2", *overrides), wanted)
+
+
+@pytest.mark.parametrize("layout", ["1", "dp2"])
+def test_run_resumes_within_a_window(inputs, expected, tmp_path, layout):
+    """Two steps into a window of four; the weights of the window's begin are gone."""
+    overrides = [f"checkpoint.save={tmp_path}", f"checkpoint.load={tmp_path}"]
+    first = bridge_run(inputs, tmp_path, "qwen2", *overrides, "train.exit_interval=6", layout=layout)
+    assert len(first) == 6
+    assert_same_run(bridge_run(inputs, tmp_path, "qwen2", *overrides, layout=layout), expected("qwen2"))
+
+
+def test_evaluation_is_of_cross_entropy(inputs, expected, tmp_path):
+    """And training is none the wiser."""
+    records = (inputs / "data" / "training.jsonl").read_text().splitlines(keepends=True)[:GLOBAL_BATCH_SIZE]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "training.jsonl").symlink_to(inputs / "data" / "training.jsonl")
+    (data / "validation.jsonl").write_text("".join(records * 4))
+    flags = ["--valid-data", str(inputs / "valid.jsonl"), "--eval-interval", "6"]
+    (inputs / "valid.jsonl").write_text("".join(records))
+    overrides = [f"dataset.dataset_root={data}", "dataset.do_validation=true", "validation.eval_interval=6"]
+    found = bridge_run(inputs, tmp_path, "qwen2", *overrides, "validation.eval_iters=1")
+    wanted = expected("qwen2", *flags)
+    evaluations = [line for line in found if "valid" in line]
+    assert_same_run([line for line in found if "valid" not in line], wanted)
+    for line, wanted_line in zip(evaluations[:2], (wanted[5], wanted[11]), strict=True):
+        assert line["valid"] == pytest.approx(wanted_line["valid_nll"], rel=1e-5)
+        assert line["entropy"] == pytest.approx(wanted_line["valid_entropy"], rel=1e-5)
