@@ -57,6 +57,11 @@ class PolicyOutput(HeadOutput):
     """Of these labels."""
 
     @property
+    def device(self) -> torch.device:
+        """Asked for by Megatron-Core's schedules where the model has experts."""
+        return self.label_ids.device
+
+    @property
     def scored(self) -> Tensor:
         """`[2, n]` fp32, label ids and their log-probabilities; ids are below 2^24, and so exact."""
         return torch.stack([self.label_ids.to(torch.float32), self.stats.log_probs])

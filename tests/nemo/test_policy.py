@@ -38,3 +38,16 @@ def test_scores_of_other_labels_are_refused(label_ids):
     assert _log_probs_of(torch.tensor([3, 4, 5]), scored).tolist() == [-1.0, -2.0, -3.0]
     with pytest.raises(RuntimeError, match="other labels than training got"):
         _log_probs_of(torch.tensor(label_ids), scored)
+
+
+def test_schedules_find_the_device_of_what_is_scored():
+    """They ask for it after a pass that only scores, where the model has experts."""
+    from megatron.core.pipeline_parallel.schedules import get_tensor_device
+
+    from megatron_psft.labels import LabelContext, LabelStats
+    from megatron_psft.nemo.policy import PolicyOutput
+
+    ids, stats = torch.tensor([3, 4]), LabelStats(torch.tensor([-1.0, -2.0]), torch.zeros(2))
+    output = PolicyOutput(stats=stats, loss=None, label_ids=ids, context=LabelContext())
+    assert get_tensor_device(output) == torch.device("cpu")
+    assert output.scored.tolist() == [[3.0, 4.0], [-1.0, -2.0]]
