@@ -1,5 +1,6 @@
 # Every target sets up what it needs: `make test` on a clean checkout creates the virtual environment first.
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -8,7 +9,7 @@ PINS = $(shell $(BIN)/python -c 'import sys; print("py310-py311" if sys.version_
 CONSTRAINTS = constraints/$(PINS).txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo miniature test test-slow test-gpu lint format docs bench bench-gpu clean
+.PHONY: help install demo miniature test test-slow test-nemo test-gpu lint format docs bench bench-gpu clean
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -34,6 +35,14 @@ test: install ## Run the CPU tests that take seconds
 
 test-slow: install ## Run the CPU tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu" || { code=$$?; test $$code -eq 5 && echo "no slow test yet" || exit $$code; }
+
+$(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt
+	$(PYTHON312) -m venv $(VENV)312
+	tests/nemo/install.sh $(VENV)312/bin/python
+	touch $@
+
+test-nemo: $(VENV)312/.installed ## Run the tests of Megatron-Bridge, slow ones included, on Python 3.12
+	$(VENV)312/bin/python -m pytest -m "not gpu" tests/nemo
 
 test-gpu: install ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -20,7 +20,7 @@ from megatron_psft.errors import UserError
 # The trainer's modules that write these files load torch, which takes seconds.
 METRICS_FILE, CONFIG_FILE, CLIPPED_TOKENS_FILE = "metrics.jsonl", "config.yaml", "clipped_tokens.json"
 
-_VERSION = re.compile(r"^# (\S+) (\S+)$", re.MULTILINE)
+_VERSION = re.compile(r"^# (\S+) (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)

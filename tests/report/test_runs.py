@@ -6,9 +6,11 @@ import math
 import pytest
 
 from megatron_psft import clipped_tokens, metrics
+from megatron_psft.config import LoggingConfig
 from megatron_psft.errors import UserError
 from megatron_psft.report import runs as report_runs
 from megatron_psft.report.runs import read_runs
+from megatron_psft.trackers import Trackers
 
 
 def write(folder, text: str):
@@ -27,7 +29,8 @@ def test_the_files_are_those_that_the_trainer_writes():
 
 
 def test_what_the_writer_wrote_is_read(tmp_path):
-    with metrics.Report(tmp_path, first_step=1, train_iters=2, log_interval=9, tensorboard_dir=None) as report:
+    trackers = Trackers(LoggingConfig(), tmp_path, first_step=1)
+    with metrics.Report(tmp_path, trackers, first_step=1, train_iters=2, log_interval=9) as report:
         values = {"loss": 1.0, "entropy": 0.1, "clip_fraction": 0.0, "tokens_per_second": 9.0}
         report.record(1, values)
         report.record(2, {**values, "loss": 0.5, "valid_nll": 0.25})
