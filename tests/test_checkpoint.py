@@ -148,7 +148,7 @@ def test_the_last_update_of_every_rank_leaves_with_the_export(pool, tmp_path, in
 
 @pytest.mark.parametrize(
     ("optimizer", "packing", "second"),
-    [slow(ONE, ONE, PP2), (DIST_OPT, ONE, VPP), (ONE, PACKING, CP2)],
+    [slow(ONE, ONE, PP2), (DIST_OPT, ONE, VPP), slow(ONE, PACKING, CP2)],
     ids=["optimizer-PP2", "distopt-PP2-VPP", "packing-CP2"],
 )
 def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, packing, second):
@@ -182,7 +182,7 @@ def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, packing,
         torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("optimizer", [slow(ONE, id="optimizer"), pytest.param(DIST_OPT, id="distopt")])
+@pytest.mark.parametrize("optimizer", [slow(ONE, id="optimizer"), slow(DIST_OPT, id="distopt")])
 def test_experts_move_between_layouts(pool, tmp_path, inputs, optimizer):
     """Spread over two ranks, cut by two, over pipeline stages, and all on one."""
     model = tiny.build_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[])

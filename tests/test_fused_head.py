@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.marks import slow
+
 WORLD_SIZES = (1, 2, 4)
 MODES = ("loss", "stats")
 
@@ -141,7 +143,7 @@ def random_cases(draw, world_size: int) -> Case:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [slow(n) if n == 4 else n for n in WORLD_SIZES])
 def test_any_shape_in_any_chunks_equals_the_whole(pool, world_size, mode):
     @settings(max_examples=8, deadline=None)
     @given(st.lists(random_cases(world_size), min_size=1, max_size=4), st.integers(1, 6))

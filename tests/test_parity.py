@@ -56,7 +56,13 @@ EXPERT_LAYOUTS = {
     "ep2-pp2-interleaved": (4, [*EP2, *PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "ep2-tp2-pp2-overlapped": (8, [*EP2, *TP2, "--sequence-parallel", *PP2, *OVERLAPPED]),
 }
-SLOW_EXPERT_LAYOUTS = ("ep2-pp2", "ep2-tp2-pp2-overlapped")
+SLOW_EXPERT_LAYOUTS = (
+    "ep2-overlapped",
+    "ep2-within-tp2",
+    "ep2-pp2",
+    "ep2-pp2-interleaved",
+    "ep2-tp2-pp2-overlapped",
+)
 PACK_LENGTH = 256
 ALL_LAYOUTS = LAYOUTS | PACKED_LAYOUTS | EXPERT_LAYOUTS | {"cp2-ep2": (2, [*CP2, *EP2])}
 PSFT = {"old_policy_interval": 4}
@@ -278,14 +284,14 @@ def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
     ],
     ids=["selective", "uniform", "block"],
 )
-@pytest.mark.parametrize(("family", "layout"), [("qwen3", "tp2-sp"), ("qwen3_moe", "ep2-overlapped")])
+@pytest.mark.parametrize(("family", "layout"), [("qwen3", "tp2-sp"), slow("qwen3_moe", "ep2-overlapped")])
 def test_recomputation_changes_nothing(pool, inputs, tmp_path, family, layout, flags):
     wanted, _ = expected(inputs, family, **PSFT)
     found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", *flags, layout=layout)
     assert_same_run(found, wanted)
 
 
-@pytest.mark.parametrize(("family", "modules"), [("qwen3_moe", ["core_attn", "mlp", "moe"]), slow("qwen3", ["mlp"])])
+@pytest.mark.parametrize(("family", "modules"), [slow("qwen3_moe", ["core_attn", "mlp", "moe"]), ("qwen3", ["mlp"])])
 def test_recomputation_of_parts_of_a_layer_changes_nothing(pool, inputs, tmp_path, family, modules):
     wanted, _ = expected(inputs, family, **PSFT)
     flags = ["--old-policy-interval", "4", "--recompute-granularity", "selective", "--recompute-modules", *modules]
@@ -318,8 +324,8 @@ def test_ratio_is_one_after_every_sync(pool, inputs, tmp_path):
         slow("qwen2", "1"),
         slow("qwen2", "tp2-sp"),
         ("qwen2", "pp2-interleaved"),
-        ("qwen2", "dp2-overlapped"),
-        ("qwen3_moe", "ep2-overlapped"),
+        slow("qwen2", "dp2-overlapped"),
+        slow("qwen3_moe", "ep2-overlapped"),
         slow("mixtral", "ep2-tp2"),
     ],
 )

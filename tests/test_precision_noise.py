@@ -11,6 +11,7 @@ from megatron_psft.config import ObjectiveConfig
 from megatron_psft.precision_noise import PrecisionNoise
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
+from tests.support.marks import slow
 from tests.test_fp8 import make_config
 
 
@@ -55,7 +56,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [slow(name) if name == "tp2" else name for name in LAYOUTS])
 def test_each_window_says_what_precision_makes_of_the_ratio(pool, inputs, tmp_path, layout):
     """A scoring pass that is off by 0.1 makes every ratio exp(0.1), which is below the bound of the clip."""
     world_size, flags = LAYOUTS[layout]

@@ -241,6 +241,7 @@ def test_help_needs_no_torch_and_names_every_section():
     assert " torch\n" not in done.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_quietly_and_resumes(pool, inputs, tmp_path):
     argv = command_line(inputs, tmp_path / "run", train_iters=24, save_interval=4)
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -35,7 +35,7 @@ def evaluated(inputs) -> list[str]:
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [pytest.param(1, ONE, id="one"), slow(2, DIST_OPT, id="DP2-distopt"), slow(4, TP2_PP2, id="TP2-PP2")],
+    [slow(1, ONE, id="one"), slow(2, DIST_OPT, id="DP2-distopt"), slow(4, TP2_PP2, id="TP2-PP2")],
 )
 def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world_size, layout):
     """Within the window, at its borders, in warm-up, and where an epoch ends."""
@@ -77,6 +77,7 @@ def _draw_after_each_step(argv: list[str]) -> list[float]:
     return drawn
 
 
+@pytest.mark.slow
 def test_random_generators_go_on_where_they_were(pool, tmp_path, inputs):
     """On each rank its own; nothing that trains draws today, and what does tomorrow resumes."""
     argv = inputs.argv(tmp_path / "whole", *DIST_OPT, *EVERY_STEP)
@@ -130,7 +131,7 @@ def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, sig
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("layout", [slow(ONE, id="one"), pytest.param(DIST_OPT, id="DP2-distopt")])
+@pytest.mark.parametrize("layout", [pytest.param(ONE, id="one"), slow(DIST_OPT, id="DP2-distopt")])
 def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inputs, layout):
     world_size = 2 if layout else 1
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -250,7 +251,7 @@ def _run_with_small_files(argv: list[str]) -> Exit:
         Saver.save = original
 
 
-@pytest.mark.parametrize("background", [slow((), id="waiting"), pytest.param(("--async-save",), id="background")])
+@pytest.mark.parametrize("background", [pytest.param((), id="waiting"), slow(("--async-save",), id="background")])
 def test_a_checkpoint_that_cannot_be_written_costs_no_other(pool, tmp_path, inputs, background):
     whole, run = tmp_path / "whole", tmp_path / "run"
     flags = (*DIST_OPT, "--save-interval", "2", "--keep-last", "1")
@@ -338,6 +339,7 @@ def _run_with_a_peer_that(fate: str, argv: list[str]) -> Exit:
         Schedule.train = original
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_reported_with_collective_and_step(pool, tmp_path, inputs):
     argv = inputs.argv(tmp_path / "run", *TP2_SP, "--distributed-timeout-minutes", "0.05")
     hung = pool.run(_run_with_a_peer_that, 2, "hangs", argv)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_psft.vocab_parallel import label_stats
+from tests.support.marks import slow
 
 WORLD_SIZES = (1, 2, 4)
 
@@ -112,7 +113,7 @@ def cases(draw, world_size: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [slow(n) if n == 4 else n for n in WORLD_SIZES])
 def test_any_split_of_any_vocabulary_equals_the_whole(pool, world_size):
     @settings(max_examples=15, deadline=None)
     @given(st.lists(cases(world_size), min_size=1, max_size=4))
