@@ -134,7 +134,12 @@ def test_a_command_that_raises_shows_its_output_too(pool):
 
 def test_torchrun_starts_a_script_on_all_ranks(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import os, sys; print(os.environ['RANK'], sys.argv[1:]); sys.exit(sys.argv[1] == 'fail')")
+    # One write each: the parts of a `print` may come between those of another rank.
+    script.write_text(
+        "import os, sys\n"
+        "os.write(1, f\"{os.environ['RANK']} {sys.argv[1:]}\\n\".encode())\n"
+        "sys.exit(sys.argv[1] == 'fail')"
+    )
     done = run_torchrun([script, "--flag"], 2)
     assert (done.returncode, sorted(done.stdout.splitlines())) == (0, ["0 ['--flag']", "1 ['--flag']"])
     assert run_torchrun([script, "fail"], 2).returncode == 1

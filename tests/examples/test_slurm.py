@@ -45,10 +45,10 @@ STUBS = {
     """,
     # As torchrun: one exit code for a signal and for a failure.
     "torchrun": """
+        trap 'echo TERM >> "$CALLS/signals"; exit 1' TERM
         printf '%s\\n' "$@" > "$CALLS/torchrun.part"
         env > "$CALLS/environment"
         mv "$CALLS/torchrun.part" "$CALLS/torchrun"
-        trap 'echo TERM >> "$CALLS/signals"; exit 1' TERM
         while [[ $TORCHRUN_ENDS_WITH == never ]]; do sleep 0.05; done
         exit "$TORCHRUN_ENDS_WITH"
     """,
@@ -188,7 +188,7 @@ def test_a_preempted_job_saves_and_goes_back_into_the_queue(start):
     job.wait_for_torchrun()
     job.preempt()
     assert job.end() == 143
-    assert job.called("signals") == ["TERM"]  # a second one would end the trainer before it has saved
+    assert job.called("signals") == ["TERM"]
     assert job.was_requeued
 
 
