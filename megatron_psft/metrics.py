@@ -24,7 +24,8 @@ from megatron_psft.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
 
-_SUMMED = tuple(field.name for field in fields(BatchSums) if field.name not in ("ratio_max", "pairs"))
+_SUMMED = tuple(field.name for field in fields(BatchSums) if field.name not in ("ratios", "pairs"))
+_RATIO_PERCENTILES = {"ratio_p05": 5, "ratio_p50": 50, "ratio_p95": 95, "ratio_max": 100}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,11 @@ class StepMetrics:
     """Of the next-token distribution, nats."""
     ratio_mean: float
     """pi / pi_old; 1 where the step has no old policy."""
+    ratio_p05: float
+    """Percentiles of the ratio over label tokens, by nearest rank: each is the ratio of a token."""
+    ratio_p50: float
+    ratio_p95: float
     ratio_max: float
-    """Largest ratio of a label token."""
     clip_fraction: float
     """Share of label tokens that have no gradient, as their ratio is beyond the bound of the clip."""
     approx_kl: float
@@ -82,7 +86,8 @@ def reduce_metrics(
     """
     summed = (*_SUMMED, *PAIR_METRICS) if are_pairs else _SUMMED
     totals = {name: 0.0 for name in (*summed, "tokens", "sequences")}
-    ratio_max = bad_rank = 0.0
+    ratios = torch.empty(0, device=parallel.device)
+    bad_rank = 0.0
     if parallel.counts_batch:
         # One host copy per step. fp64: a sum of 10^7 fp32 losses would otherwise lose its last digits.
         columns = torch.stack([torch.stack(_values(entry)) for entry in sums]).double()
@@ -91,10 +96,10 @@ def reduce_metrics(
             # These are told of whole rows; losses are of each rank's own part.
             totals["tokens"] = float(sum(batch.num_tokens for batch in micro_batches))
             totals["sequences"] = float(sum(batch.num_sequences for batch in micro_batches))
-        ratio_max = float(torch.stack([entry.ratio_max for entry in sums]).max())
+        ratios = torch.cat([entry.ratios for entry in sums])
         bad_rank = 0.0 if math.isfinite(totals["loss"]) else parallel.rank + 1.0
     added = torch.tensor(list(totals.values()), dtype=torch.float64, device=parallel.device)
-    largest = torch.tensor([ratio_max, bad_rank], dtype=torch.float64, device=parallel.device)
+    largest = torch.tensor([len(ratios), bad_rank], dtype=torch.float64, device=parallel.device)
     dist.all_reduce(added)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     if largest[1] > 0:
@@ -102,21 +107,41 @@ def reduce_metrics(
             f"step {step}: the loss is not finite on rank {int(largest[1]) - 1}; nothing was updated; resume "
             "from the last checkpoint with a lower lr, or check the data of this step"
         )
-    return _means(dict(zip(totals, added.tolist(), strict=True)), float(largest[0]))
+    summed_up = dict(zip(totals, added.tolist(), strict=True))
+    return _means(summed_up, _ratio_percentiles(ratios, int(largest[0])))
 
 
 def _values(sums: BatchSums) -> list[Tensor]:
     return [*(getattr(sums, name) for name in _SUMMED), *(sums.pairs[name] for name in PAIR_METRICS if sums.pairs)]
 
 
-def _means(totals: Mapping[str, float], ratio_max: float) -> StepMetrics:
+def _ratio_percentiles(ratios: Tensor, most: int) -> dict[str, float]:
+    """Percentiles of the ratios of all ranks, by nearest rank; collective over the world.
+
+    Args:
+        ratios: of this rank.
+        most: that any rank has.
+    """
+    padded = ratios.new_full((most,), math.inf)
+    padded[: len(ratios)] = ratios
+    gathered = ratios.new_empty(most * dist.get_world_size())
+    dist.all_gather_into_tensor(gathered, padded)
+    ordered = gathered.sort().values
+    count = int((ordered < math.inf).sum())
+    if not count:
+        return dict.fromkeys(_RATIO_PERCENTILES, 0.0)
+    places = [max(math.ceil(percent * count / 100), 1) - 1 for percent in _RATIO_PERCENTILES.values()]
+    return dict(zip(_RATIO_PERCENTILES, ordered[places].tolist(), strict=True))
+
+
+def _means(totals: Mapping[str, float], percentiles: Mapping[str, float]) -> StepMetrics:
     count, denominator = max(totals["loss_tokens"], 1.0), max(totals["denominator"], 1.0)
     return StepMetrics(
         loss=totals["loss"] / denominator,
         nll=totals["nll"] / count,
         entropy=totals["entropy"] / count,
         ratio_mean=totals["ratio"] / count,
-        ratio_max=ratio_max,
+        **percentiles,
         clip_fraction=totals["clipped"] / count,
         approx_kl=totals["approx_kl"] / count,
         tokens=int(totals["tokens"]),

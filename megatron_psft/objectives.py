@@ -208,7 +208,8 @@ def is_clipped(ratio: Tensor, advantages: Tensor | None, config: ObjectiveConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSums:
-    """Sums over the label tokens of one micro-batch: scalars, fp32, on the device, without a gradient.
+    """Sums over the label tokens of one micro-batch: scalars, if not stated otherwise, fp32, on the device, without a
+    gradient.
 
     Sums, and not means, because micro-batches and data-parallel ranks hold different numbers of label tokens: the one
     division is by the tokens, or the records, of the global batch.
@@ -224,8 +225,8 @@ class BatchSums:
     approx_kl: Tensor
     """Sum of r - 1 - log r, the k3 estimate of KL(pi_old || pi) from samples of pi_old."""
     loss_tokens: Tensor
-    ratio_max: Tensor
-    """A maximum, not a sum."""
+    ratios: Tensor
+    """No sum: the ratio of each label token, `[n]`, for percentiles."""
     pairs: Mapping[str, Tensor]
     """Sums over pairs of `PAIR_METRICS`; empty where records are no pairs."""
 
@@ -266,7 +267,7 @@ def batch_sums(
         clipped=is_clipped(ratio, context.advantages, config).sum().to(log_probs.dtype),
         approx_kl=approx_kl.sum().to(log_probs.dtype),
         loss_tokens=loss_tokens,
-        ratio_max=ratio.max() if len(ratio) else ratio.new_zeros(()),
+        ratios=ratio,
         pairs=pairs,
     )
 

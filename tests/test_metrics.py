@@ -20,6 +20,7 @@ LAYOUTS = {"PP2 DP2": (1, 2), "TP2 DP2": (2, 1), "TP2 PP2": (2, 2), "DP4": (1, 1
 """Tensor and pipeline-parallel sizes on four ranks."""
 CLIP = 0.28
 PSFT = ObjectiveConfig(objective="psft", clip_ratio_high=CLIP)
+PERCENTILES = {"ratio_p05": 5, "ratio_p50": 50, "ratio_p95": 95, "ratio_max": 100}
 
 
 def micro_batch(seed: int, num_labels: int) -> tuple[MicroBatch, LabelStats, torch.Tensor]:
@@ -74,6 +75,11 @@ def _sums(entries) -> list[BatchSums]:
     return sums
 
 
+def nearest_rank(values: torch.Tensor, percent: int) -> float:
+    """The least of those that at least `percent` of all do not exceed."""
+    return min(value for value in values.tolist() if 100 * (values <= value).sum() >= percent * len(values))
+
+
 def _reduce(tensor_size: int, pipeline_size: int):
     with entered(tensor_size, pipeline_size) as place:
         entries = global_batch(place.data_size)[place.data_rank]
@@ -95,7 +101,7 @@ def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
         "nll": -log_probs.mean().item(),
         "entropy": entropy.mean().item(),
         "ratio_mean": ratio.mean().item(),
-        "ratio_max": ratio.max().item(),
+        **{name: nearest_rank(ratio, percent) for name, percent in PERCENTILES.items()},
         "clip_fraction": (ratio > 1 + CLIP).double().mean().item(),
         "approx_kl": (ratio - 1 - log_ratio).mean().item(),
         "tokens": sum(9 + seed for seed in range(12)),
@@ -111,10 +117,12 @@ def _reduce_big_numbers():
     """2**24 and 1 on each of two micro-batches of each rank: in fp32 their sum is 2**24."""
     with entered(1, 1) as place:
         entries = global_batch(4)[place.data_rank][:2]
-        values = {field.name: torch.tensor(0.0) for field in fields(BatchSums) if field.name != "pairs"}
+        values = {field.name: torch.tensor(0.0) for field in fields(BatchSums) if field.name not in ("ratios", "pairs")}
         sums = [
             BatchSums(
-                pairs={}, **{**values, **dict.fromkeys(("loss", "denominator", "loss_tokens"), torch.tensor(value))}
+                ratios=torch.ones(1),
+                pairs={},
+                **{**values, **dict.fromkeys(("loss", "denominator", "loss_tokens"), torch.tensor(value))},
             )
             for value in (2.0**24, 1.0)
         ]
@@ -135,7 +143,7 @@ def _reduce_nothing_but_prompts():
 
 def test_a_global_batch_without_labels_has_zero_means(pool):
     zero = dict.fromkeys(
-        ("loss", "nll", "entropy", "ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "loss_tokens"), 0.0
+        ("loss", "nll", "entropy", "ratio_mean", *PERCENTILES, "clip_fraction", "approx_kl", "loss_tokens"), 0.0
     )
     assert pool.run(_reduce_nothing_but_prompts, 4) == [zero | {"tokens": 28, "sequences": 4}] * 4
 

@@ -17,7 +17,7 @@ from megatron_psft.objectives import BatchSums, Objective, batch_sums, policy_ra
 from tests.support import reference
 
 OBJECTIVES = ("psft", "sft")
-SUMS = [field.name for field in fields(BatchSums) if field.name != "pairs"]
+SUMS = [field.name for field in fields(BatchSums) if field.name not in ("ratios", "pairs")]
 log_probability = st.floats(-30, 0, width=32)
 
 
@@ -141,9 +141,9 @@ def test_sums_equal_arithmetic_by_hand():
         "approx_kl": 5.75 - 4 - math.log(1.25 * 0.5 * 3),
         "loss_tokens": 4.0,
         "denominator": 4.0,
-        "ratio_max": 3.0,
     }
     assert numbers(sums) == pytest.approx({"loss": -(1.25 + 0.5 + 1.3 + 1), **shared}, rel=1e-6)
+    torch.testing.assert_close(sums.ratios, torch.tensor([1.25, 0.5, 3.0, 1.0]))
     torch.testing.assert_close(gradient, torch.tensor([-1.25, -0.5, 0.0, -1.0]))
 
     sums, gradient = sums_and_gradient("sft", *arguments, clip_ratio_high=0.3)
@@ -200,8 +200,8 @@ def test_sums_add_up_over_any_split_into_micro_batches(seed, sizes, objective, w
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     parts = [run(slice(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
     for name, value in numbers(whole).items():
-        combine = max if name == "ratio_max" else math.fsum
-        assert combine(numbers(sums)[name] for sums, _ in parts) == pytest.approx(value, rel=1e-5, abs=1e-5), name
+        assert math.fsum(numbers(sums)[name] for sums, _ in parts) == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert torch.equal(torch.cat([sums.ratios for sums, _ in parts]), whole.ratios)
     assert torch.equal(torch.cat([gradient for _, gradient in parts]), whole_gradient)
 
 
@@ -211,7 +211,7 @@ def test_no_value_is_copied_to_the_host():
     stats, context = LabelStats(values, values), LabelContext(old_log_probs=values)
     loss = Objective(config=ObjectiveConfig()).token_loss(stats, context).sum()
     sums = batch_sums(loss, stats, context, ObjectiveConfig(), labelled_records=3)
-    assert {getattr(sums, name).device.type for name in SUMS} == {"meta"}
+    assert {getattr(sums, name).device.type for name in (*SUMS, "ratios")} == {"meta"}
 
 
 def test_the_maths_knows_nothing_of_parallelism():

@@ -17,7 +17,8 @@ from tests.support.cli import run_cli
 from tests.support.marks import slow
 
 STEPS, GLOBAL_BATCH_SIZE = 12, 8
-COMPARED = ("loss", "nll", "entropy", "grad_norm", "clip_fraction")
+COMPARED = ("loss", "nll", "entropy", "clip_fraction", "grad_norm")
+PERCENTILES = ("ratio_p05", "ratio_p50", "ratio_p95")
 
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 CP2 = ["--context-parallel-size", "2"]
@@ -127,6 +128,8 @@ def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]
     for line, reference_line in zip(found, wanted, strict=True):
         for name in COMPARED:
             assert line[name] == pytest.approx(reference_line[name], rel=rel), (line["step"], name)
+        for name in PERCENTILES:  # a single token's, whose rounding no mean takes away
+            assert line[name] == pytest.approx(reference_line[name], rel=10 * rel), (line["step"], name)
         for name in ("tokens", "loss_tokens", "sequences"):
             assert line[name] == reference_line[name]
 

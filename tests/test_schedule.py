@@ -56,7 +56,7 @@ class Batch:
     gradients: dict[str, dict[str, Tensor]]
     """Objective -> Hugging Face name -> gradient of the mean over label tokens."""
     sums: dict[str, dict[str, float]]
-    """Objective -> field of `BatchSums` -> sum (of `ratio_max`: maximum) over the batch."""
+    """Objective -> field of `BatchSums` -> sum over the batch, and its largest ratio."""
 
 
 def make_batch(model: torch.nn.Module, labels: tuple[tuple[int, int], ...], seed: int = 0) -> Batch:
@@ -193,14 +193,13 @@ def objective_of(name: str, **settings) -> Objective:
     return Objective(config=ObjectiveConfig(objective=name, clip_ratio_high=CLIP, **settings))
 
 
-SUMS = [field.name for field in fields(BatchSums) if field.name != "pairs"]
+SUMS = [field.name for field in fields(BatchSums) if field.name not in ("ratios", "pairs")]
 
 
 def totals(per_rank: list[list[BatchSums]]) -> dict[str, float]:
     entries = [entry for sums in per_rank for entry in sums]
-    return {
-        name: (max if name == "ratio_max" else sum)(float(getattr(entry, name)) for entry in entries) for name in SUMS
-    }
+    sums = {name: sum(float(getattr(entry, name)) for entry in entries) for name in SUMS}
+    return {**sums, "ratio_max": max((ratio for entry in entries for ratio in entry.ratios.tolist()), default=0.0)}
 
 
 def _check_gradients(folder: Path, config: ParallelConfig, batches: dict[str, Batch]):
@@ -334,7 +333,7 @@ def _check_nothing_to_learn(folder: Path, config: ParallelConfig, batch: Batch):
 def test_a_global_batch_without_labels_has_no_gradient(pool, folder, batches, layout):
     world_size, config = LAYOUTS[layout]
     results = pool.run(_check_nothing_to_learn, world_size, folder, config, batches["uneven"])
-    assert totals(results) == dict.fromkeys(SUMS, 0.0)
+    assert totals(results) == dict.fromkeys((*SUMS, "ratio_max"), 0.0)
 
 
 def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:

@@ -105,6 +105,25 @@ SECTIONS = (
                 may_be_log=True,
             ),
             Chart(
+                name="ratio_p05",
+                title="Ratio, 5th percentile",
+                unit="π / π_old of a label token",
+                note="5 % of the label tokens have become less likely than by this factor.",
+            ),
+            Chart(
+                name="ratio_p50",
+                title="Ratio, median",
+                unit="π / π_old of a label token",
+                note="At 1 half of the label tokens hardly move: most of them are learned, or never get a gradient.",
+            ),
+            Chart(
+                name="ratio_p95",
+                title="Ratio, 95th percentile",
+                unit="π / π_old of a label token",
+                note="Beyond the bound of the clip, more than 5 % of the label tokens are clipped.",
+                may_be_log=True,
+            ),
+            Chart(
                 name="ratio_max",
                 title="Ratio, largest",
                 unit="π / π_old, largest of a label token",

@@ -7,6 +7,7 @@ packing or sharding to get wrong.
 import copy
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -113,6 +114,7 @@ def _accumulate_gradients(
     return {
         **{name: float(table[name].mean()) for name in ("loss", "nll", "entropy")},
         "ratio_mean": float(table["ratio"].mean()),
+        **{f"ratio_p{percent:02}": _nearest_rank(table["ratio"], percent) for percent in (5, 50, 95)},
         "ratio_max": float(table["ratio"].max()),
         "clip_fraction": float(table["clipped"].mean()),
         "approx_kl": float(table["kl"].mean()),
@@ -120,6 +122,10 @@ def _accumulate_gradients(
         "loss_tokens": loss_tokens,
         "sequences": len(batch),
     }
+
+
+def _nearest_rank(values: Tensor, percent: int) -> float:
+    return float(values.sort().values[math.ceil(percent * len(values) / 100) - 1])
 
 
 def label_statistics(model: torch.nn.Module, ids: list[int], label_mask: list[bool]) -> tuple[Tensor, Tensor]:

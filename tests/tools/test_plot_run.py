@@ -14,7 +14,8 @@ from tests.support.cli import REPOSITORY, Exit, run_cli
 from tools import plot_run
 
 ALWAYS = {"loss", "nll", "entropy", "grad_norm", "lr", "tokens_per_second", "step_seconds"}
-CLIP = {"clip_fraction", "ratio_mean", "ratio_max", "approx_kl", "old_policy_share"}
+CLIP = {"clip_fraction", "approx_kl", "old_policy_share"}
+CLIP |= {f"ratio_{name}" for name in ("mean", "p05", "p50", "p95", "max")}
 VALID = {"valid_nll", "valid_entropy"}
 PAIRS = {"margin", "accuracy", "chosen_log_probs", "rejected_log_probs"}
 
