@@ -146,6 +146,17 @@ def test_experts_are_gathered_from_wherever_they_are(pool, tmp_path, layout):
         assert torch.equal(logits_of(target), logits_of(source))
 
 
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, *tiny.MOE_FAMILIES))
+def test_vllm_knows_the_model_of_the_folder(pool, tmp_path, family):
+    vllm_config = pytest.importorskip("vllm.config")
+    source, target = tiny.build_model(tmp_path / "source", family), tmp_path / "target"
+    pool.run(import_and_export, 1, Layout(), [(source, target)])
+    model, wanted = vllm_config.ModelConfig(model=str(target)), AutoConfig.from_pretrained(source)
+    assert model.architectures == wanted.architectures
+    assert model.get_vocab_size() == wanted.vocab_size
+    assert model.get_total_num_kv_heads() == wanted.num_key_value_heads
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_random_weights_do_not_depend_on_the_layout(pool, tmp_path, dtype):
     source = tiny.build_model(tmp_path / "source", "qwen2", dtype=getattr(torch, dtype), vocab_size=VOCAB_SIZE)
