@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,20 +77,6 @@ def measure(run: trainer.Run, steps: int) -> None:
     steps_done = 0
     folder = Path(run.config.weights.save)
 
-    def train(save: Callable[[], None], poll: Callable[[], None]) -> tuple[float, float]:
-        """Seconds of a save and the steps after it, and how many of them went into `save` and `poll`."""
-        nonlocal steps_done
-        started = time.perf_counter()
-        save()
-        stalled = time.perf_counter() - started
-        for _ in range(steps):
-            trainer.train_step(run, steps_done)
-            steps_done += 1
-            before_poll = time.perf_counter()
-            poll()
-            stalled += time.perf_counter() - before_poll
-        return time.perf_counter() - started, stalled
-
     pass_started = time.perf_counter()
     trainer.train_step(run, steps_done)  # begins the window that all further steps are in
     pass_seconds = time.perf_counter() - pass_started
@@ -105,8 +92,9 @@ def measure(run: trainer.Run, steps: int) -> None:
         started = time.perf_counter()
         savers[0].save(2 * trial + 1)
         waiting.append(time.perf_counter() - started)
-        plain.append(train(lambda: None, lambda: None)[0])
-        seconds, stalled = train(lambda number=2 * trial + 2: savers[1].save(number), savers[1].poll)
+        plain.append(_train(run, steps_done, steps, None, 0)[0])
+        seconds, stalled = _train(run, steps_done + steps, steps, savers[1], 2 * trial + 2)
+        steps_done += 2 * steps
         savers[1].finish()
         polled.append(stalled)
         extra.append(seconds - plain[-1])
@@ -127,6 +115,29 @@ def measure(run: trainer.Run, steps: int) -> None:
     figures |= {name: (seconds, "s") for name, seconds in _load_seconds(run, newest).items()}
     for name, (value, unit) in figures.items():
         print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "steps_per_figure": steps}))
+
+
+def _train(run: trainer.Run, first: int, steps: int, saver: Saver | None, number: int) -> tuple[float, float]:
+    """Seconds of `steps` steps from `first` on, with a save of that number before them where there is a saver, and how
+    many of these seconds training waited for the saver."""
+    stalled = 0.0
+
+    def wait_for(work: Callable[[], None]) -> None:
+        nonlocal stalled
+        before = time.perf_counter()
+        work()
+        stalled += time.perf_counter() - before
+
+    started = time.perf_counter()
+    if saver is not None:
+        wait_for(partial(saver.save, number))
+    for step in range(first, first + steps):
+        if saver is None:
+            trainer.train_step(run, step)
+        else:
+            trainer.train_step(run, step, before_update=partial(wait_for, saver.wait_for_copy))
+            wait_for(saver.poll)
+    return time.perf_counter() - started, stalled
 
 
 def _saver(run: trainer.Run, *, in_background: bool) -> Saver:

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import pickle
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
@@ -36,6 +36,11 @@ class BackgroundCalls(AsyncCallsQueue):
         # What takes seconds to import is imported once, while training begins.
         multiprocessing.set_forkserver_preload(["megatron_psft.build"])
         forkserver.ensure_running()
+
+    def wait_for_copy(self) -> None:
+        """Returns when all is copied, and what was scheduled may change."""
+        for call in self.async_calls:
+            call.async_caller.wait_for_copy()
 
     def _get_async_caller(self) -> "_Caller":
         return _Caller(self._tensors, self._plan)
@@ -94,26 +99,41 @@ class SharedTensor:
 
 
 class _Caller(TemporalAsyncCaller):
-    """One writer."""
+    """One writer. What it writes is copied in a thread, next to the forward and backward pass, which change none of
+    it."""
 
     def __init__(self, tensors: SharedMemory, plan: SharedMemory) -> None:
         super().__init__()
         self._tensors, self._plan = tensors, plan
+        self._starting: Future[None] | None = None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         if async_req.async_fn is None:  # this rank has nothing to write
             return
         self.start_time = time()
-        rank, buckets, results = async_req.async_fn_args
+        thread = ThreadPoolExecutor(1)
+        self._starting = thread.submit(self._start, async_req)
+        thread.shutdown(wait=False)
+
+    def _start(self, request: AsyncRequest) -> None:
+        rank, buckets, results = request.async_fn_args
         copies = iter(self._tensors.copies(tensor for *_, (_, pairs) in buckets for _, tensor in pairs))
         buckets = _with_tensors(buckets, lambda _: next(copies))
         # Not as an argument: more than a pipe holds would have us wait until the process has imported the main script.
         pickled = torch.frombuffer(bytearray(pickle.dumps(buckets)), dtype=torch.uint8)
         plan = _Plan(memory=self._plan, pickled=self._plan.copies([pickled])[0])
         self.process = multiprocessing.get_context("forkserver").Process(
-            target=_write, args=(async_req.async_fn, self._tensors, plan, rank, results)
+            target=_write, args=(request.async_fn, self._tensors, plan, rank, results)
         )
         self.process.start()
+
+    def wait_for_copy(self) -> None:
+        if self._starting is not None:
+            self._starting.result()
+
+    def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
+        self.wait_for_copy()
+        return super().is_current_async_call_done(blocking, no_dist)
 
 
 @dataclass(frozen=True, kw_only=True)

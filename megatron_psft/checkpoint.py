@@ -82,7 +82,7 @@ class Saver:
             loader: of the training batches.
             parallel: this rank's place.
             keep_last: newest checkpoints to keep; all where None.
-            in_background: whether `save` returns as soon as the state is copied.
+            in_background: whether `save` returns at once; `wait_for_copy` has to come before the state changes.
         """
         self._folder, self._state, self._identity = folder, state, identity
         self._loader, self._parallel, self._keep_last = loader, parallel, keep_last
@@ -120,6 +120,12 @@ class Saver:
                 self._queue.schedule_async_request(request)
         if self._queue is None:
             self.finish()
+
+    def wait_for_copy(self) -> None:
+        """Returns when the state that `save` was called for is copied, and may change."""
+        if self._queue is not None:
+            with self._writing():
+                self._queue.wait_for_copy()
 
     def poll(self) -> None:
         """Has the checkpoint that is written in the background sealed, once all ranks are done with it."""

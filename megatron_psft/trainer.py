@@ -63,7 +63,7 @@ def train(run: Run) -> int:
             while completed < run.train_iters:
                 stop.check()
                 with naming_lost_peers(f"step {completed + 1}"):
-                    values = train_step(run, completed, between_batches=stop.check)
+                    values = train_step(run, completed, between_batches=stop.check, before_update=saver.wait_for_copy)
                     completed += 1
                     if _is_due(completed, run.config.data.eval_interval):
                         values |= evaluate(run)
@@ -81,10 +81,17 @@ def train(run: Run) -> int:
     return 0
 
 
-def train_step(run: Run, step: int, *, between_batches: Callable[[], None] = lambda: None) -> dict[str, float]:
+def train_step(
+    run: Run,
+    step: int,
+    *,
+    between_batches: Callable[[], None] = lambda: None,
+    before_update: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Makes optimizer step `step` (from 0) and returns its line of metrics.jsonl; collective.
 
-    `between_batches` is called between the batches of the old policy's pass, which comes before anything has changed.
+    `between_batches` is called between the batches of the old policy's pass, which comes before anything has changed,
+    `before_update` when weights and optimizer are about to.
     """
     schedule, state = run.schedule, run.state
     with _timer() as total:
@@ -99,6 +106,7 @@ def train_step(run: Run, step: int, *, between_batches: Callable[[], None] = lam
         are_pairs = run.config.objective.needs_pairs
         metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, are_pairs=are_pairs)
         lr = state.optimizer.param_groups[0]["lr"]
+        before_update()
         grad_norm = update(state.optimizer, step + 1)
         state.scheduler.step(increment=1)
     return {

@@ -146,6 +146,31 @@ def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inpu
         assert metrics_of(resumed) == metrics_of(whole)
 
 
+def _train_with_slow_copies(argv: list[str]):
+    from megatron_psft.background_save import SharedMemory
+
+    copies = SharedMemory.copies
+
+    def slow_copies(memory: SharedMemory, tensors):
+        time.sleep(0.5)  # longer than a step takes
+        return copies(memory, tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedMemory, "copies", slow_copies)
+        return run_cli(argv)
+
+
+def test_no_weight_changes_before_it_is_copied(pool, tmp_path, inputs):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(pool, 1, inputs.argv(whole, *ONE, *EVERY_STEP))
+    (exit,) = pool.run(_train_with_slow_copies, 1, inputs.argv(run, *ONE, *EVERY_STEP, "--async-save"))
+    assert exit.code == 0, exit.err
+    resumed = shutil.copytree(run, tmp_path / "resumed")
+    forget_steps_from(resumed, 6)
+    train(pool, 1, inputs.argv(resumed, *ONE))
+    assert metrics_of(resumed) == metrics_of(whole)
+
+
 def damage_newest(run: Path, harm: str) -> Path:
     """Does the harm to the largest file of the newest checkpoint and returns it."""
     path = max(step_folders(run)[-1].iterdir(), key=lambda path: path.stat().st_size)

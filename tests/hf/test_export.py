@@ -146,7 +146,7 @@ def test_experts_are_gathered_from_wherever_they_are(pool, tmp_path, layout):
         assert torch.equal(logits_of(target), logits_of(source))
 
 
-@pytest.mark.parametrize("family", (*tiny.FAMILIES, *tiny.MOE_FAMILIES))
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MOE_FAMILIES])
 def test_vllm_knows_the_model_of_the_folder(pool, tmp_path, family):
     vllm_config = pytest.importorskip("vllm.config")
     source, target = tiny.build_model(tmp_path / "source", family), tmp_path / "target"
