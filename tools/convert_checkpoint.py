@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,6 +37,10 @@ EXAMPLES = """examples:
     python tools/convert_checkpoint.py --from-megatron runs/first/step_0000100 --to-hf runs/first/hf-100
   its weights alone, which another run on other data can start from:
     python tools/convert_checkpoint.py --from-megatron runs/first --to-megatron models/first
+  a model that only Megatron-Bridge knows, for a recipe of megatron_psft.nemo, and back:
+    python tools/convert_checkpoint.py --via-bridge --from-hf Qwen/Qwen2.5-VL-7B-Instruct --to-megatron models/vl
+    python tools/convert_checkpoint.py --via-bridge --from-megatron runs/vl --load-hf Qwen/Qwen2.5-VL-7B-Instruct \\
+        --to-hf runs/vl/hf
   whether both sides still hold the same:
     python tools/convert_checkpoint.py --from-megatron runs/first --to-hf runs/first/hf --check
 
@@ -80,6 +85,9 @@ class TargetConfig:
     that config.json names, as in its run's own export."""
     max_shard_gb: float | None = None
     """Size limit of one file of `to_hf`, in 10^9 bytes; 5 where absent. A tensor that is larger has its own file."""
+    via_bridge: bool = False
+    """Convert with Megatron-Bridge's AutoBridge, in its own checkpoint format, and so every family of models that it
+    knows. It has the whole model in memory; `from_megatron` needs `load_hf`."""
     check: bool = False
     """Write nothing, but compare what would be written with what is there, tensor by tensor by SHA-256, and say which
     differ."""
@@ -90,6 +98,9 @@ class TargetConfig:
             raise UserError(f"{name} ({path}) must be an existing folder to be checked")
         if not self.check:
             require_absent(self, name, "folder")
+        for name in ("dtype", "max_shard_gb", "check"):
+            if self.via_bridge and getattr(self, name):
+                raise UserError(f"{name} ({getattr(self, name)}) has no effect with via_bridge; leave it away")
         if self.max_shard_gb is not None:
             require_positive(self, "max_shard_gb")
             if self.to_hf is None or self.check:
@@ -131,12 +142,15 @@ class Folders:
 def main(argv: Sequence[str]) -> int:
     """Converts or compares, and returns the exit code: 0, 1 after a difference, or 2 after a user's mistake."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what only passes through needs no GPU
     return run_command(ConvertConfig, convert, argv, epilog=EXAMPLES)
 
 
 def convert(config: ConvertConfig) -> int:
     """Returns the exit code. Raises UserError for what cannot be read or written."""
+    if config.target.via_bridge:
+        convert_by_bridge(config)
+        return 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what only passes through needs no GPU
     import torch
 
     from megatron_psft.hf.conversion import outline_of
@@ -155,6 +169,30 @@ def convert(config: ConvertConfig) -> int:
         return compare(config.target, weights, outline, dtype)
     write(config.target, weights, outline, dtype, export_dtype, folders)
     return 0
+
+
+def convert_by_bridge(config: ConvertConfig) -> None:
+    """Raises UserError for what Megatron-Bridge cannot do, or where it is not installed."""
+    source, (field, target) = config.source, config.target.place
+    if (source.from_hf is None) == (config.target.to_hf is None):
+        raise UserError(f"{field} ({target}) must be the other format than the source's with via_bridge")
+    if source.tokenizer is not None:
+        raise UserError(f"tokenizer ({source.tokenizer}) has no effect with via_bridge; leave it away")
+    if source.from_hf is None and source.load_hf is None:
+        raise UserError("load_hf must be given with via_bridge: the Hugging Face model that the checkpoint is of")
+    if find_spec("megatron.bridge") is None:
+        raise UserError("via_bridge needs megatron-bridge: pip install 'megatron_psft[nemo]'")
+    from megatron_psft.hf.hub import model_folder
+    from megatron_psft.nemo.conversion import export_weights, import_weights
+
+    if source.from_hf is not None:
+        import_weights(model_folder("from_hf", source.from_hf, with_weights=True), target)
+    else:
+        assert source.from_megatron is not None
+        assert source.load_hf is not None
+        model = model_folder("load_hf", source.load_hf, with_weights=True)
+        export_weights(Path(source.from_megatron), model, target)
+    print(f"{target} by Megatron-Bridge")
 
 
 def find_folders(source: SourceConfig) -> Folders:

@@ -5,7 +5,7 @@ python=$1
 here=$(cd "$(dirname "$0")" && pwd)
 
 "$python" -m pip install -c "$here/constraints.txt" torch transformers \
-    accelerate av datasets diffusers einops hydra-core megatron-energon nvidia-modelopt omegaconf peft pillow psutil pyyaml \
+    accelerate argcomplete av datasets diffusers einops hydra-core megatron-energon nvidia-modelopt omegaconf peft pillow psutil pyyaml \
     qwen-vl-utils regex rich tensorboard tqdm wandb \
     hypothesis math-verify pytest trl
 # Without what they require: Transformer Engine and nvidia-resiliency-ext have no build for a machine without CUDA, and

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,12 @@ MISTAKES = {
     "--from-hf {model} --to-megatron {model} --check": "to_megatron ({model}) must be an intact checkpoint",
     "--from-hf {model} --to-megatron {new} --max-shard-gb 1": "max_shard_gb (1.0) goes with writing to_hf",
     "--from-hf {model} --to-hf {new} --max-shard-gb 0": "max_shard_gb (0.0) must be greater than 0",
+    "--via-bridge --from-hf {model} --to-hf {new}": "to_hf ({new}) must be the other format",
+    "--via-bridge --from-megatron {checkpoint} --to-megatron {new}": "to_megatron ({new}) must be the other format",
+    "--via-bridge --from-megatron {checkpoint} --to-hf {new}": "load_hf must be given with via_bridge",
+    "--via-bridge --from-hf {model} --to-megatron {new} --dtype float16": "dtype (float16) has no effect with",
+    "--via-bridge --from-hf {model} --tokenizer {model} --to-megatron {new}": "tokenizer ({model}) has no effect with",
+    "--via-bridge --from-hf {model} --to-megatron {model} --check": "check (True) has no effect with via_bridge",
     "--from-hf {model} --to-hf {new} --dtype int8": "dtype ('int8') must be one of float32, bfloat16, float16",
 }
 
@@ -177,6 +184,12 @@ def test_mistakes_are_one_line_and_code_2(convert, places, tmp_path):
     for argv, message in MISTAKES.items():
         assert_refused(convert(*argv.format(**names).split()), message.format(**names))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "empty", "model", "other"]
+
+
+@pytest.mark.skipif(find_spec("megatron.bridge") is not None, reason="megatron-bridge is installed")
+def test_without_megatron_bridge_it_is_asked_for(convert, places, tmp_path):
+    result = convert("--via-bridge", "--from-hf", places.model, "--to-megatron", tmp_path / "new")
+    assert_refused(result, "via_bridge needs megatron-bridge: pip install 'megatron_psft[nemo]'")
 
 
 def truncate(path: Path) -> None:

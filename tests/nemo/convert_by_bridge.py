@@ -1,0 +1,26 @@
+"""`tools/convert_checkpoint.py` where Bridge's models have no layers of Transformer Engine:
+`torchrun -m tests.nemo.cpu tests.nemo.convert_by_bridge FLAGS`."""
+
+from collections.abc import Sequence
+
+from megatron.bridge.models import gpt_provider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+from tools import convert_checkpoint
+
+FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "persist_layer_norm")
+
+
+def main(argv: Sequence[str]) -> int:
+    provide = gpt_provider.GPTModelProvider.provide
+
+    def provide_portable(provider, *args, **kwargs):
+        for name in FUSIONS:
+            setattr(provider, name, False)
+        return provide(provider, *args, **kwargs)
+
+    gpt_provider.GPTModelProvider.provide = provide_portable
+    gpt_provider.transformer_engine_layer_spec = lambda config, **_: get_gpt_layer_local_spec(
+        normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
+    return convert_checkpoint.main(argv)

@@ -1,0 +1,53 @@
+"""`tools/convert_checkpoint.py --via-bridge`, there and back."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.nemo.bridge import needs_bridge
+from tests.support import tiny
+from tests.support.cli import run_torchrun
+
+pytestmark = needs_bridge
+
+
+def convert(*flags: object) -> subprocess.CompletedProcess[str]:
+    return run_torchrun(
+        ["-m", "tests.nemo.cpu", "tests.nemo.convert_by_bridge", "--via-bridge", *map(str, flags)], 1, timeout=600
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_there_and_back_nothing_changes(tmp_path, family):
+    source = tiny.build_model(tmp_path / "source", family, dtype=torch.bfloat16)
+    tiny.build_tokenizer(source)
+    for flags in (
+        ("--from-hf", source, "--to-megatron", tmp_path / "megatron"),
+        ("--from-megatron", tmp_path / "megatron", "--load-hf", source, "--to-hf", tmp_path / "back"),
+    ):
+        done = convert(*flags)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-9000:]
+    expected, found = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "megatron", "source"]
+
+
+@pytest.mark.slow
+def test_what_bridge_does_not_know_is_one_line(tmp_path):
+    source = tiny.build_model(tmp_path / "source", "qwen2")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    for flags, message in (
+        (("--from-hf", source, "--to-megatron", tmp_path / "new"), f"error: from_hf ({source}) must be of a family"),
+        (
+            ("--from-megatron", source, "--load-hf", source, "--to-hf", tmp_path / "new"),
+            f"error: load_hf ({source}) must be of a family",
+        ),
+    ):
+        assert message in convert(*flags).stderr
+    assert not (tmp_path / "new").exists()
