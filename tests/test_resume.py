@@ -160,6 +160,7 @@ def _train_with_slow_copies(argv: list[str]):
         return run_cli(argv)
 
 
+@pytest.mark.slow
 def test_no_weight_changes_before_it_is_copied(pool, tmp_path, inputs):
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(pool, 1, inputs.argv(whole, *ONE, *EVERY_STEP))
