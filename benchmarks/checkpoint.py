@@ -92,8 +92,8 @@ def measure(run: trainer.Run, steps: int) -> None:
         started = time.perf_counter()
         savers[0].save(2 * trial + 1)
         waiting.append(time.perf_counter() - started)
-        plain.append(_train(run, steps_done, steps, None, 0)[0])
-        seconds, stalled = _train(run, steps_done + steps, steps, savers[1], 2 * trial + 2)
+        plain.append(_train(run, steps_done, steps, savers[0])[0])
+        seconds, stalled = _train(run, steps_done + steps, steps, savers[1], number=2 * trial + 2)
         steps_done += 2 * steps
         savers[1].finish()
         polled.append(stalled)
@@ -117,9 +117,9 @@ def measure(run: trainer.Run, steps: int) -> None:
         print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "steps_per_figure": steps}))
 
 
-def _train(run: trainer.Run, first: int, steps: int, saver: Saver | None, number: int) -> tuple[float, float]:
-    """Seconds of `steps` steps from `first` on, with a save of that number before them where there is a saver, and how
-    many of these seconds training waited for the saver."""
+def _train(run: trainer.Run, first: int, steps: int, saver: Saver, *, number: int | None = None) -> tuple[float, float]:
+    """Seconds of `steps` steps from `first` on, after a save of that number if there is one, and how many of these
+    seconds training waited for the saver."""
     stalled = 0.0
 
     def wait_for(work: Callable[[], None]) -> None:
@@ -129,14 +129,11 @@ def _train(run: trainer.Run, first: int, steps: int, saver: Saver | None, number
         stalled += time.perf_counter() - before
 
     started = time.perf_counter()
-    if saver is not None:
+    if number is not None:
         wait_for(partial(saver.save, number))
     for step in range(first, first + steps):
-        if saver is None:
-            trainer.train_step(run, step)
-        else:
-            trainer.train_step(run, step, before_update=partial(wait_for, saver.wait_for_copy))
-            wait_for(saver.poll)
+        trainer.train_step(run, step, before_update=partial(wait_for, saver.wait_for_copy))
+        wait_for(saver.poll)
     return time.perf_counter() - started, stalled
 
 

@@ -85,7 +85,7 @@ def reduce_metrics(
         UserError: on every rank, where the loss of any rank is not finite; names step and rank.
     """
     summed = (*_SUMMED, *PAIR_METRICS) if are_pairs else _SUMMED
-    totals = {name: 0.0 for name in (*summed, "tokens", "sequences")}
+    totals = {name: 0.0 for name in (*summed, "tokens", "sequences", "ratios")}
     ratios = torch.empty(0, device=parallel.device)
     bad_rank = 0.0
     if parallel.counts_batch:
@@ -97,6 +97,7 @@ def reduce_metrics(
             totals["tokens"] = float(sum(batch.num_tokens for batch in micro_batches))
             totals["sequences"] = float(sum(batch.num_sequences for batch in micro_batches))
         ratios = torch.cat([entry.ratios for entry in sums])
+        totals["ratios"] = float(len(ratios))
         bad_rank = 0.0 if math.isfinite(totals["loss"]) else parallel.rank + 1.0
     added = torch.tensor(list(totals.values()), dtype=torch.float64, device=parallel.device)
     largest = torch.tensor([len(ratios), bad_rank], dtype=torch.float64, device=parallel.device)
@@ -108,29 +109,28 @@ def reduce_metrics(
             "from the last checkpoint with a lower lr, or check the data of this step"
         )
     summed_up = dict(zip(totals, added.tolist(), strict=True))
-    return _means(summed_up, _ratio_percentiles(ratios, int(largest[0])))
+    return _means(summed_up, _ratio_percentiles(ratios, most=int(largest[0]), count=int(summed_up["ratios"])))
 
 
 def _values(sums: BatchSums) -> list[Tensor]:
     return [*(getattr(sums, name) for name in _SUMMED), *(sums.pairs[name] for name in PAIR_METRICS if sums.pairs)]
 
 
-def _ratio_percentiles(ratios: Tensor, most: int) -> dict[str, float]:
+def _ratio_percentiles(ratios: Tensor, *, most: int, count: int) -> dict[str, float]:
     """Percentiles of the ratios of all ranks, by nearest rank; collective over the world.
 
     Args:
         ratios: of this rank.
         most: that any rank has.
+        count: that all ranks have.
     """
-    padded = ratios.new_full((most,), math.inf)
-    padded[: len(ratios)] = ratios
+    if not count:
+        return dict.fromkeys(_RATIO_PERCENTILES, 0.0)
+    padded = torch.nn.functional.pad(ratios, (0, most - len(ratios)), value=math.inf)
     gathered = ratios.new_empty(most * dist.get_world_size())
     dist.all_gather_into_tensor(gathered, padded)
     ordered = gathered.sort().values
-    count = int((ordered < math.inf).sum())
-    if not count:
-        return dict.fromkeys(_RATIO_PERCENTILES, 0.0)
-    places = [max(math.ceil(percent * count / 100), 1) - 1 for percent in _RATIO_PERCENTILES.values()]
+    places = [math.ceil(percent * count / 100) - 1 for percent in _RATIO_PERCENTILES.values()]
     return dict(zip(_RATIO_PERCENTILES, ordered[places].tolist(), strict=True))
 
 

@@ -15,6 +15,7 @@ from megatron_psft.labels import LabelContext, LabelStats
 from megatron_psft.metrics import METRICS_FILE, EvalSums, Report, reduce_metrics
 from megatron_psft.objectives import BatchSums, Objective, batch_sums
 from megatron_psft.trackers import Trackers
+from tests.support import reference
 
 LAYOUTS = {"PP2 DP2": (1, 2), "TP2 DP2": (2, 1), "TP2 PP2": (2, 2), "DP4": (1, 1)}
 """Tensor and pipeline-parallel sizes on four ranks."""
@@ -75,11 +76,6 @@ def _sums(entries) -> list[BatchSums]:
     return sums
 
 
-def nearest_rank(values: torch.Tensor, percent: int) -> float:
-    """The least of those that at least `percent` of all do not exceed."""
-    return min(value for value in values.tolist() if 100 * (values <= value).sum() >= percent * len(values))
-
-
 def _reduce(tensor_size: int, pipeline_size: int):
     with entered(tensor_size, pipeline_size) as place:
         entries = global_batch(place.data_size)[place.data_rank]
@@ -101,7 +97,7 @@ def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
         "nll": -log_probs.mean().item(),
         "entropy": entropy.mean().item(),
         "ratio_mean": ratio.mean().item(),
-        **{name: nearest_rank(ratio, percent) for name, percent in PERCENTILES.items()},
+        **{name: reference.nearest_rank(ratio, percent) for name, percent in PERCENTILES.items()},
         "clip_fraction": (ratio > 1 + CLIP).double().mean().item(),
         "approx_kl": (ratio - 1 - log_ratio).mean().item(),
         "tokens": sum(9 + seed for seed in range(12)),

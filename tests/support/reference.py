@@ -114,7 +114,7 @@ def _accumulate_gradients(
     return {
         **{name: float(table[name].mean()) for name in ("loss", "nll", "entropy")},
         "ratio_mean": float(table["ratio"].mean()),
-        **{f"ratio_p{percent:02}": _nearest_rank(table["ratio"], percent) for percent in (5, 50, 95)},
+        **{f"ratio_p{percent:02}": nearest_rank(table["ratio"], percent) for percent in (5, 50, 95)},
         "ratio_max": float(table["ratio"].max()),
         "clip_fraction": float(table["clipped"].mean()),
         "approx_kl": float(table["kl"].mean()),
@@ -124,7 +124,8 @@ def _accumulate_gradients(
     }
 
 
-def _nearest_rank(values: Tensor, percent: int) -> float:
+def nearest_rank(values: Tensor, percent: int) -> float:
+    """The least of the values that at least `percent` % of them do not exceed."""
     return float(values.sort().values[math.ceil(percent * len(values) / 100) - 1])
 
 
