@@ -102,29 +102,19 @@ def convert(spec: dict[str, Any]) -> dict[str, float]:
 
 
 def convert_by_bridge(spec: dict[str, Any]) -> dict[str, float]:
-    """`AutoBridge.import_ckpt`, but for the layers: those that need no Transformer Engine where there is no GPU."""
+    """By `AutoBridge.import_ckpt`, with layers that need no Transformer Engine where there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():
         from tests.nemo import cpu
 
         cpu.prepare()
-    from megatron.bridge import AutoBridge
-    from megatron.bridge.training.model_load_save import temporary_distributed_context
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from tests.nemo import convert_by_bridge
 
-    def run() -> None:
-        with temporary_distributed_context(backend="gloo"):
-            bridge = AutoBridge.from_hf_pretrained(spec["source"], torch_dtype=torch.bfloat16)
-            provider = bridge.to_megatron_provider()
-            provider.transformer_layer_spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-            for name in ("apply_rope_fusion", "gradient_accumulation_fusion", "persist_layer_norm"):
-                setattr(provider, name, False)
-            provider.finalize()
-            model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-            bridge.save_megatron_model(model, Path(spec["folder"]) / "bridge", low_memory_save=True)
+        convert_by_bridge.use_portable_layers()
+    from megatron_psft.nemo.conversion import import_weights
 
-    return cost_of(run)
+    return cost_of(lambda: import_weights(Path(spec["source"]), Path(spec["folder"]) / "bridge"))
 
 
 def cost_of(action: Callable[[], None]) -> dict[str, float]:

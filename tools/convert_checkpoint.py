@@ -185,12 +185,12 @@ def convert_by_bridge(config: ConvertConfig) -> None:
     from megatron_psft.hf.hub import model_folder
     from megatron_psft.nemo.conversion import export_weights, import_weights
 
-    if source.from_hf is not None:
-        import_weights(model_folder("from_hf", source.from_hf, with_weights=True), target)
+    name = "load_hf" if source.from_hf is None else "from_hf"
+    model = model_folder(name, getattr(source, name), with_weights=True)
+    require_room(field, target, sum(path.stat().st_size for path in model.glob("*.safetensors")))
+    if source.from_megatron is None:
+        import_weights(model, target)
     else:
-        assert source.from_megatron is not None
-        assert source.load_hf is not None
-        model = model_folder("load_hf", source.load_hf, with_weights=True)
         export_weights(Path(source.from_megatron), model, target)
     print(f"{target} by Megatron-Bridge")
 

@@ -1,6 +1,5 @@
 """Weights by Megatron-Bridge's `AutoBridge`, which knows many families of models that this trainer does not."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import temporary_distributed_context
 
+from megatron_psft import step_folders
 from megatron_psft.errors import UserError
 
 
@@ -39,12 +39,10 @@ def _check_model(field: str, folder: Path) -> None:
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """A folder to write in, which gets its name when it is complete."""
-    folder = target.with_name(f"{target.name}.incomplete")
-    target.resolve().parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
+    folder = step_folders.begin(target)
     try:
         yield folder
         folder.rename(target)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        step_folders.discard(target)
         raise

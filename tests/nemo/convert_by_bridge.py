@@ -11,7 +11,8 @@ from tools import convert_checkpoint
 FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "persist_layer_norm")
 
 
-def main(argv: Sequence[str]) -> int:
+def use_portable_layers() -> None:
+    """Gives all models of Bridge's Megatron-Core's own layers."""
     provide = gpt_provider.GPTModelProvider.provide
 
     def provide_portable(provider, *args, **kwargs):
@@ -23,4 +24,8 @@ def main(argv: Sequence[str]) -> int:
     gpt_provider.transformer_engine_layer_spec = lambda config, **_: get_gpt_layer_local_spec(
         normalization="RMSNorm", qk_layernorm=config.qk_layernorm
     )
+
+
+def main(argv: Sequence[str]) -> int:
+    use_portable_layers()
     return convert_checkpoint.main(argv)

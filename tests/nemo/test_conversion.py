@@ -38,8 +38,10 @@ def test_there_and_back_nothing_changes(tmp_path, family):
 
 
 @pytest.mark.slow
-def test_what_bridge_does_not_know_is_one_line(tmp_path):
+def test_mistakes_are_one_line(tmp_path):
     source = tiny.build_model(tmp_path / "source", "qwen2")
+    nowhere = convert("--from-hf", source, "--to-megatron", "/dev/null/x")
+    assert "error: to_megatron (/dev/null/x) must be a folder that can be written" in nowhere.stderr
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
     for flags, message in (
