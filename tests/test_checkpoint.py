@@ -92,7 +92,7 @@ def forget_steps_from(save: Path, step: int) -> None:
     [
         (1, ONE),
         slow(2, TP2_SP),
-        (2, DIST_OPT),
+        slow(2, DIST_OPT),
         (2, VPP),
         slow(1, BF16),
         (2, (*BF16, *OVERLAP)),
