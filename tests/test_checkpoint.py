@@ -90,13 +90,13 @@ def forget_steps_from(save: Path, step: int) -> None:
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
-        (1, ONE),
+        slow(1, ONE),
         slow(2, TP2_SP),
         slow(2, DIST_OPT),
         (2, VPP),
         slow(1, BF16),
         (2, (*BF16, *OVERLAP)),
-        (2, (*CP2, *PACKING)),
+        slow(2, (*CP2, *PACKING)),
     ],
     ids=["one", "TP2-SP", "DP2-distopt", "PP2-VPP", "bf16", "DP2-distopt-overlap-bf16", "CP2-packing"],
 )
@@ -250,8 +250,8 @@ def test_a_finished_run_has_nothing_left_to_do(pool, tmp_path, inputs, finished)
     "flags",
     [
         ("--lr", "5e-4"),
-        ("--min-lr", "5e-4"),
-        ("--lr-decay-style", "constant"),
+        slow(("--min-lr", "5e-4")),
+        slow(("--lr-decay-style", "constant")),
         ("--train-iters", "10"),
     ],
     ids=lambda flags: flags[0][2:],

@@ -16,6 +16,7 @@ from megatron_psft.metrics import METRICS_FILE, EvalSums, Report, reduce_metrics
 from megatron_psft.objectives import BatchSums, Objective, batch_sums
 from megatron_psft.trackers import Trackers
 from tests.support import reference
+from tests.support.marks import slow
 
 LAYOUTS = {"PP2 DP2": (1, 2), "TP2 DP2": (2, 1), "TP2 PP2": (2, 2), "DP4": (1, 1)}
 """Tensor and pipeline-parallel sizes on four ranks."""
@@ -159,7 +160,7 @@ def _reduce_bad_loss(tensor_size: int, pipeline_size: int, bad_data_ranks: list[
 
 @pytest.mark.parametrize(
     ("layout", "bad_data_ranks", "culprits"),
-    [("PP2 DP2", [0], (2,)), ("PP2 DP2", [0, 1], (2, 3)), ("TP2 DP2", [1], (2,)), ("DP4", [0], (0,))],
+    [("PP2 DP2", [0], (2,)), slow("PP2 DP2", [0, 1], (2, 3)), ("TP2 DP2", [1], (2,)), slow("DP4", [0], (0,))],
 )
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_rank(pool, layout, bad_data_ranks, culprits):
     for value in (math.nan, math.inf, -math.inf):

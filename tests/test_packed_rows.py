@@ -16,6 +16,7 @@ from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from tests.support import reference, tiny
+from tests.support.marks import slow
 from tests.test_schedule import GradientSource, _by_autograd, gradients_of, objective_of, ready, totals
 
 CAPACITY = 64
@@ -190,9 +191,10 @@ def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str,
 
 
 CASES = [(layout, 1) for layout in LAYOUTS] + [(layout, 2) for layout in ("one", "PP2", "CP2 TP2 SP")]
+QUICK = (("one", 1), ("TP2 SP", 1), ("PP2 interleaved", 1), ("CP2", 1), ("CP2 DP2 overlapped", 1), ("PP2", 2))
 
 
-@pytest.mark.parametrize(("layout", "micro_batch_size"), CASES)
+@pytest.mark.parametrize(("layout", "micro_batch_size"), [case if case in QUICK else slow(*case) for case in CASES])
 def test_every_gradient_is_that_of_the_records_one_at_a_time(pool, folder, every_data, layout, micro_batch_size):
     world_size, config = LAYOUTS[layout]
     results = pool.run(_check_gradients, world_size, folder, config, every_data, micro_batch_size)

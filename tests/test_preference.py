@@ -148,7 +148,7 @@ ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
     [
         ("1", UNPACKED),
         slow("1", (*UNPACKED, "--no-fused-head")),
-        ("1", ONE_PACK),
+        slow("1", ONE_PACK),
         ("dp2-overlapped", UNPACKED),
         slow("tp2-pp2", UNPACKED),
         ("cp2-tp2", ONE_PACK),

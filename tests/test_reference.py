@@ -150,7 +150,9 @@ def forget_steps(save: Path) -> None:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("layout", ["one", slow("TP2-SP"), "PP2-packed", slow("CP2-packed"), "DP2-packed-overlapped"])
+@pytest.mark.parametrize(
+    "layout", ["one", slow("TP2-SP"), "PP2-packed", slow("CP2-packed"), slow("DP2-packed-overlapped")]
+)
 def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tmp_path, inputs, layout):
     """In the file in the order of the records; in a shuffled training batch of the layout at each label."""
     world_size, flags = LAYOUTS[layout]
@@ -284,7 +286,7 @@ def test_a_resumed_run_reads_what_the_weights_at_its_start_have_said(pool, tmp_p
     assert found.difference > 1e-3, "the weights of step 1 are not those of the start"
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "gone", "no folder", "of other data"])
+@pytest.mark.parametrize("harm", [slow("truncated"), "flipped", slow("gone"), "no folder", "of other data"])
 def test_a_damaged_file_is_an_error_that_names_it(pool, tmp_path, inputs, finished, harm):
     run = resumable(finished, tmp_path / "run")
     folder = run / "ref_log_probs"

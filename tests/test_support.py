@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import reference, tiny
 from tests.support.cli import Exit, call_main, run_torchrun
+from tests.support.marks import slow
 from tests.support.pool import WorkerError
 
 
@@ -256,7 +257,7 @@ def test_windows_start_after_warm_up_and_a_fixed_one_never_ends(tmp_path, batche
     assert steps_at_ratio_one("fixed") == [1, 2]
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("llama", False), ("qwen3", True)])
+@pytest.mark.parametrize(("family", "tied"), [slow("qwen2", True), slow("llama", False), ("qwen3", True)])
 def test_parity_over_twelve_steps_means_something(tmp_path, batches, monkeypatch, family, tied):
     """Much is clipped, nothing is near uniform, and a rounding error in the weights stays one in the metrics."""
     hf_dir = tiny.build_model(tmp_path, family, tied=tied)

@@ -26,11 +26,11 @@ from tests.support.marks import slow
 
 LAYOUTS = [
     Layout(),
-    Layout(data=2),
-    Layout(data=2, expert=2),
+    slow(Layout(data=2)),
+    slow(Layout(data=2, expert=2)),
     slow(Layout(tensor=2)),
     slow(Layout(tensor=2, expert_tensor=1)),
-    Layout(tensor=2, expert=2, expert_tensor=1),
+    slow(Layout(tensor=2, expert=2, expert_tensor=1)),
     Layout(tensor=2, data=2, expert=2),
     slow(Layout(tensor=2, data=2, expert=4, expert_tensor=1)),
     Layout(pipeline=2, data=2, expert=2),

@@ -33,11 +33,18 @@ BF16 = ("--bf16",)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layout"),
-    [(1, ()), (2, TP2), (2, PP2), slow(2, DIST_OPT), slow(2, VPP), slow(4, (*TP2, *PP2))],
-    ids=["one", "TP2-SP", "PP2", "DP2-distopt", "PP2-VPP", "TP2-PP2"],
+    ("family", "tied", "world_size", "layout"),
+    [
+        ("qwen3", True, 1, ()),
+        ("qwen2", False, 2, TP2),
+        slow("llama", False, 2, PP2),
+        slow("qwen3", True, 2, DIST_OPT),
+        slow("qwen2", False, 2, VPP),
+        slow("qwen3", True, 4, (*TP2, *PP2)),
+        slow("llama", False, 4, (*TP2, *PP2)),
+    ],
+    ids=["one", "TP2-SP", "PP2", "DP2-distopt", "PP2-VPP", "TP2-PP2-tied", "TP2-PP2"],
 )
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), slow("llama", False), ("qwen3", True)])
 def test_a_checkpoint_that_is_converted_once_trains_in_any_layout(
     pool, converted, tmp_path, inputs, family, tied, world_size, layout
 ):
@@ -66,7 +73,9 @@ def test_experts_spread_over_ranks_and_come_back(pool, converted, tmp_path, inpu
     )
 
 
-@pytest.mark.parametrize(("dtype", "flags"), [(torch.float32, BF16), (torch.bfloat16, ()), slow(torch.bfloat16, BF16)])
+@pytest.mark.parametrize(
+    ("dtype", "flags"), [(torch.float32, BF16), slow(torch.bfloat16, ()), slow(torch.bfloat16, BF16)]
+)
 def test_a_run_may_compute_in_another_precision(pool, converted, tmp_path, inputs, dtype, flags):
     source = tiny.build_model(tmp_path / "source", "qwen2", dtype=dtype)
     checkpoint = converted("--from-hf", source, "--to-megatron", tmp_path / "ckpt")
@@ -75,7 +84,7 @@ def test_a_run_may_compute_in_another_precision(pool, converted, tmp_path, input
     assert metrics_of(tmp_path / "found") == metrics_of(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("tensor_size", [slow(1), 3])
+@pytest.mark.parametrize("tensor_size", [slow(1), slow(3)])
 def test_a_vocabulary_that_is_padded_otherwise_loads_too(pool, converted, tmp_path, inputs, tensor_size):
     """Three ranks split no multiple of 8 x 128 evenly."""
     shape = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96, "num_hidden_layers": 2}
@@ -109,7 +118,7 @@ def test_the_run_that_starts_from_it_resumes_as_itself(pool, converted, tmp_path
         (1, (), torch.float32, False),
         slow(1, (), torch.bfloat16, True),
         (2, (*TP2, *DIST_OPT), torch.bfloat16, True),
-        (2, (*PP2, *BF16), torch.float32, False),
+        slow(2, (*PP2, *BF16), torch.float32, False),
         slow(4, (*TP2, *VPP, *DIST_OPT), torch.float32, True),
     ],
     ids=["one", "bf16 files", "TP2-SP-distopt bf16 files", "PP2-bf16", "TP2-PP2-VPP-distopt"],
