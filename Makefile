@@ -7,9 +7,12 @@ STAMP := $(VENV)/.installed
 # Megatron-Core has one line for Python up to 3.11 and one from 3.12 on, and the pins go with them.
 PINS = $(shell $(BIN)/python -c 'import sys; print("py310-py311" if sys.version_info < (3, 12) else "py312")')
 CONSTRAINTS = constraints/$(PINS).txt
+# How many tests run at a time: a test on one process leaves a core idle, and one on several waits for messages.
+TEST_WORKERS ?= 2
+PYTEST = -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo miniature test test-slow test-nemo test-gpu lint format docs bench bench-gpu clean
+.PHONY: help install demo miniature test test-slow test-py312 test-gpu lint format docs bench bench-gpu clean
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -31,18 +34,19 @@ miniature: install ## Compare SFT, PSFT and relatives on small models: target, g
 	$(BIN)/python examples/miniature/run.py
 
 test: install ## Run the CPU tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python $(PYTEST) -m "not slow and not gpu"
 
 test-slow: install ## Run the CPU tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu" || { code=$$?; test $$code -eq 5 && echo "no slow test yet" || exit $$code; }
+	$(BIN)/python $(PYTEST) -m "slow and not gpu"
 
 $(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt
 	$(PYTHON312) -m venv $(VENV)312
 	tests/nemo/install.sh $(VENV)312/bin/python
 	touch $@
 
-test-nemo: $(VENV)312/.installed ## Run the tests of Megatron-Bridge, slow ones included, on Python 3.12
-	$(VENV)312/bin/python -m pytest -m "not gpu" tests/nemo
+test-py312: $(VENV)312/.installed ## Run the tests of `make test`, and those of Megatron-Bridge, on Python 3.12 and its Megatron-Core
+	$(VENV)312/bin/python $(PYTEST) -m "not slow and not gpu"
+	$(VENV)312/bin/python $(PYTEST) -m slow tests/nemo
 
 test-gpu: install ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

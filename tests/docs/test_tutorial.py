@@ -18,7 +18,7 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def checkout(tmp_path_factory):
     """What a stranger has, but for the virtual environment, which is the tests' own."""
     folder = tmp_path_factory.mktemp("clone") / "megatron_psft"
-    skipped = shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__", ".*_cache", ".hypothesis")
+    skipped = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(REPOSITORY, folder, ignore=skipped)
     (folder / ".venv").symlink_to(sys.prefix)
     for path in (folder / "setup.py", *(folder / "constraints").iterdir()):
