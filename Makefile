@@ -7,9 +7,9 @@ STAMP := $(VENV)/.installed
 # Megatron-Core has one line for Python up to 3.11 and one from 3.12 on, and the pins go with them.
 PINS = $(shell $(BIN)/python -c 'import sys; print("py310-py311" if sys.version_info < (3, 12) else "py312")')
 CONSTRAINTS = constraints/$(PINS).txt
-# How many tests run at a time: a test on one process leaves a core idle, and one on several waits for messages.
-TEST_WORKERS ?= 2
-PYTEST = -m pytest -n $(TEST_WORKERS) --dist worksteal
+# Most quick tests are of one process, so two run at a time. Slow ones are of several, which wait for each other: beside
+# another such test each collective waits for its turn, and make demo, for one, took five times as long.
+TWO_AT_A_TIME = -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo miniature test test-slow test-py312 test-gpu lint format docs bench bench-gpu clean
@@ -34,10 +34,10 @@ miniature: install ## Compare SFT, PSFT and relatives on small models: target, g
 	$(BIN)/python examples/miniature/run.py
 
 test: install ## Run the CPU tests that take seconds
-	$(BIN)/python $(PYTEST) -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not slow and not gpu"
 
 test-slow: install ## Run the CPU tests that take minutes
-	$(BIN)/python $(PYTEST) -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 $(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt
 	$(PYTHON312) -m venv $(VENV)312
@@ -45,8 +45,8 @@ $(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt
 	touch $@
 
 test-py312: $(VENV)312/.installed ## Run the tests of `make test`, and those of Megatron-Bridge, on Python 3.12 and its Megatron-Core
-	$(VENV)312/bin/python $(PYTEST) -m "not slow and not gpu"
-	$(VENV)312/bin/python $(PYTEST) -m slow tests/nemo
+	$(VENV)312/bin/python -m pytest $(TWO_AT_A_TIME) -m "not slow and not gpu"
+	$(VENV)312/bin/python -m pytest -m slow tests/nemo
 
 test-gpu: install ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
