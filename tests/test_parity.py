@@ -143,6 +143,12 @@ def assert_same_logits(exported: Path, model: torch.nn.Module) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
 
 
+OF_ONE_FAMILY = ("cp2", "dp2-overlapped-reduction", "dp2-overlapped", "pp2-interleaved-dp2-overlapped")
+CASES = [
+    (family, layout)
+    for family, layout in itertools.product(tiny.FAMILIES, LAYOUTS)
+    if family == "qwen3" or layout not in OF_ONE_FAMILY
+]
 QUICK_LAYOUTS = ("1", "tp2-sp", "pp2-interleaved", "dp2-distributed-optimizer", "dp2-overlapped", "tp2-pp2")
 QUICK = {("qwen2", "1"), ("llama", "1"), *(("qwen3", layout) for layout in QUICK_LAYOUTS)}
 QUICK_PACKED_LAYOUTS = ("1", "tp2-sp", "pp2", "dp2-overlapped", "cp2", "cp2-tp2")
@@ -150,7 +156,7 @@ QUICK_PACKED_LAYOUTS = ("1", "tp2-sp", "pp2", "dp2-overlapped", "cp2", "cp2-tp2"
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [case if case in QUICK else slow(*case) for case in itertools.product(tiny.FAMILIES, LAYOUTS)],
+    [case if case in QUICK else slow(*case) for case in CASES],
 )
 def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
@@ -253,7 +259,7 @@ def test_a_relative_follows_the_reference(pool, inputs, tmp_path, objective, lay
     assert {(line["ratio_mean"], line["clip_fraction"]) for line in found} == {(1.0, 0.0)}
 
 
-@pytest.mark.parametrize(("family", "layout"), [("qwen2", "1"), slow("qwen3", "tp2-sp"), slow("qwen3", "tp2-pp2-dp2")])
+@pytest.mark.parametrize(("family", "layout"), [("qwen2", "1"), slow("qwen3", "tp2-pp2-dp2")])
 def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
     flags = ["--old-policy-interval", "4", "--no-fused-head"]

@@ -35,7 +35,7 @@ def evaluated(inputs) -> list[str]:
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [slow(1, ONE, id="one"), slow(2, DIST_OPT, id="DP2-distopt"), slow(4, TP2_PP2, id="TP2-PP2")],
+    [slow(2, DIST_OPT, id="DP2-distopt"), slow(4, TP2_PP2, id="TP2-PP2")],
 )
 def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world_size, layout):
     """Within the window, at its borders, in warm-up, and where an epoch ends."""
