@@ -1,5 +1,6 @@
 """The batch script under stand-ins for Slurm and torchrun: what it would run, and when it goes back into the queue."""
 
+import argparse
 import json
 import os
 import re
@@ -45,6 +46,7 @@ STUBS = {
     """,
     # As torchrun: one exit code for a signal and for a failure.
     "torchrun": """
+        if [[ $1 == --help ]]; then echo "$TORCHRUN_KNOWS"; exit; fi
         trap 'echo TERM >> "$CALLS/signals"; exit 1' TERM
         printf '%s\\n' "$@" > "$CALLS/torchrun.part"
         env > "$CALLS/environment"
@@ -80,6 +82,7 @@ class Job:
             "NODE": "1",
             "GPUS": str(GPUS),
             "TORCHRUN_ENDS_WITH": torchrun_ends_with or "",
+            "TORCHRUN_KNOWS": "--shutdown-timeout",
             "PATH": f"{programs}:{os.environ['PATH']}",
         }
         self.process = subprocess.Popen(
@@ -134,11 +137,19 @@ def test_bash_and_shellcheck_find_nothing():
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def as_torchrun_reads(arguments: list[str]) -> argparse.Namespace:
+    """By the parser of the installed torch, and with what newer ones have."""
+    parser = get_args_parser()
+    if "--shutdown-timeout" not in parser.format_help():
+        parser.add_argument("--shutdown-timeout", type=int)
+    return parser.parse_args(arguments)
+
+
 def test_each_node_runs_a_command_that_torchrun_and_the_trainer_understand(start):
     recipe = "examples/recipes/qwen2.5-7b-instruct-8xh100.yaml"
     job = start("--config", recipe, "--data", "/shared/a b.jsonl", "--save", "/shared/run", "--global-batch-size", "16")
     assert job.end() == 0
-    launch = get_args_parser().parse_args(job.called("torchrun"))
+    launch = as_torchrun_reads(job.called("torchrun"))
     assert (launch.nnodes, launch.node_rank, launch.nproc_per_node) == (str(NODES), 1, str(GPUS))
     assert (launch.master_addr, launch.master_port) == ("node-a", 20000 + 123456 % 20000)
     assert launch.training_script == "pretrain_psft.py"
@@ -153,9 +164,17 @@ def test_each_node_runs_a_command_that_torchrun_and_the_trainer_understand(start
 def test_torchrun_waits_for_a_checkpoint_but_less_long_than_slurm(start):
     job = start()
     job.end()
-    patience = get_args_parser().parse_args(job.called("torchrun")).shutdown_timeout
+    patience = as_torchrun_reads(job.called("torchrun")).shutdown_timeout
     notice = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", SCRIPT.read_text(), re.MULTILINE)
     assert 30 < patience < int(notice[1])
+
+
+def test_a_torchrun_that_cannot_wait_is_not_asked_to(start):
+    job = start(TORCHRUN_KNOWS="--max-restarts")
+    _, error = job.process.communicate(timeout=20)
+    assert job.process.returncode == 0
+    assert error.startswith("this torchrun kills what has not ended 30 seconds after a signal")
+    assert "--shutdown-timeout" not in job.called("torchrun")
 
 
 def test_the_network_and_the_caches_are_where_the_job_says(start):
