@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import socket
 import tempfile
@@ -26,6 +27,7 @@ MAX_WORKERS = 8
 GRACE_SECONDS = 10.0
 """How long the other ranks may go on after one has failed: they usually fail too, as its sockets close."""
 
+_PORTS = range(10_000, 32_000)
 _PRELOAD = [
     "pytest",
     "transformers.models.auto.modeling_auto",
@@ -183,9 +185,12 @@ def _stacks(workers: Mapping[int, _Worker]) -> dict[int, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the system hands out: gloo of another pool's ranks would take such a one before ours bind it."""
+    while True:
+        port = _PORTS.start + secrets.randbelow(len(_PORTS))  # hypothesis seeds `random`, alike in every process
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
