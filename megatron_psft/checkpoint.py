@@ -32,7 +32,7 @@ from megatron_psft.errors import RankError, UserError
 from megatron_psft.hf.weights import is_first_replica, named_parameters
 from megatron_psft.interrupt import helpers_outlive_signals
 from megatron_psft.old_policy import OldPolicyWindow
-from megatron_psft.optimizer import load_optimizer_state
+from megatron_psft.optimizer import load_optimizer_state, sharded_optimizer_state
 from megatron_psft.parallel import Parallel, naming_lost_peers, on_main, sum_over_context
 from megatron_psft.resume import VERSION, Identity
 
@@ -224,9 +224,9 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     if is_same_layout:
         content["rng"] = _sharded_rng(parallel)
     loaded = dist_checkpointing.load(content, str(checkpoint))
+    load_optimizer_state(state.optimizer, loaded["optimizer"])
     for name, chunk in _named_chunks(state.chunks).items():
         chunk.load_state_dict(loaded[name])
-    load_optimizer_state(state.optimizer, loaded["optimizer"])
     state.scheduler.load_state_dict(common["scheduler"])
     if state.clipped_tokens is not None and "clipped_tokens" in common:  # else counting starts with this run
         state.clipped_tokens.load_state(common["clipped_tokens"])
@@ -294,7 +294,7 @@ def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
         name: model.sharded_state_dict(metadata=dict(_METADATA)) for name, model in _named_chunks(state.chunks).items()
     }
     own = models["model"] if len(models) == 1 else models
-    optimizer = state.optimizer.sharded_state_dict(own, is_loading=is_loading, metadata=dict(_METADATA))
+    optimizer = sharded_optimizer_state(state.optimizer, own, is_loading=is_loading, metadata=dict(_METADATA))
     return {**models, "optimizer": optimizer}
 
 

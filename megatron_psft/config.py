@@ -213,6 +213,11 @@ class OptimizerConfig:
     """Adam's addend in the denominator."""
     clip_grad: float = 1.0
     """Gradients are scaled down to this norm over all parameters where theirs is larger."""
+    optimizer_cpu_offload: bool = False
+    """Keep Adam's averages and the fp32 weights in the host's memory, and update there. Needs bf16 and
+    `use_distributed_optimizer`."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the parameters that `optimizer_cpu_offload` takes."""
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "lr", "min_lr", "lr_warmup_iters", "weight_decay")
@@ -221,6 +226,10 @@ class OptimizerConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1")
+        if not 0 < self.optimizer_offload_fraction <= 1:
+            raise UserError(
+                f"optimizer_offload_fraction ({self.optimizer_offload_fraction}) must be above 0 and at most 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Megatron-Core's AdamW and learning-rate schedule, and the one update that refuses bad numbers."""
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,14 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_psft.config import Config
 from megatron_psft.errors import UserError
+
+# What a parameter group of the optimizer that offloads says of where and how it is updated.
+_PLACEMENT = {"fused", *inspect.signature(HybridDeviceOptimizer.__init__).parameters} - {"self", "params", "kwargs"}
 
 
 def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
@@ -32,11 +37,14 @@ def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -
         params_dtype=dtype,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        optimizer_cpu_offload=options.optimizer_cpu_offload,
+        optimizer_offload_fraction=options.optimizer_offload_fraction,
+        use_precision_aware_optimizer=options.optimizer_cpu_offload,
     )
     overrides = get_standard_config_overrides(megatron_config)  # no weight decay on 1-D parameters
     optimizer = get_megatron_optimizer(megatron_config, list(chunks), config_overrides=overrides)
-    for adam in _torch_adams(optimizer):
-        _create_state(adam)
+    for chained in optimizer.chained_optimizers:
+        _create_state(chained.optimizer)
     return optimizer
 
 
@@ -92,7 +100,8 @@ def _rank_to_blame(optimizer: MegatronOptimizer, norm: float) -> int | None:
     blame = 2 * world_size
     if not math.isfinite(norm):
         # Squares overflow before gradients do, and a bad gradient makes the norm bad on its neighbours.
-        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [getattr(parameter, "decoupled_grad", parameter.grad) for parameter in parameters]  # if offloaded
         is_finite = all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)
         blame = rank + world_size if is_finite else rank
     lowest = torch.tensor(blame, device="cuda")  # the CPU where there is no GPU, see platform.py
@@ -100,45 +109,64 @@ def _rank_to_blame(optimizer: MegatronOptimizer, norm: float) -> int | None:
     return int(lowest) % world_size if lowest < 2 * world_size else None
 
 
+def sharded_optimizer_state(optimizer: MegatronOptimizer, weights: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """`optimizer.sharded_state_dict(weights, **options)`, which any run can load, whether it offloads or not."""
+    state = optimizer.sharded_state_dict(weights, **options)
+    for group in _saved_groups(optimizer, state):
+        for name in _PLACEMENT & group.keys():
+            del group[name]
+    return state
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Fills the optimizer from what `dist_checkpointing` loaded for its sharded state."""
-    # A model with experts has an optimizer for these and one for the rest, and the state of each under its number.
-    parts = [loaded] if len(optimizer.chained_optimizers) == 1 else [loaded[i] for i in sorted(loaded)]
+    """Fills the optimizer from what `dist_checkpointing` loaded for its sharded state. May change the model's weights,
+    which are to be loaded after it."""
     # The distributed optimizer copies every tensor of Adam's state from the checkpoint. torch's `step`, the same for
     # all parameters, is not among them: it is set aside meanwhile.
-    parameter_states = [part.pop("param_state", None) for part in parts]
+    parameter_states = [part.pop("param_state", None) for part in _saved_parts(optimizer, loaded)]
     # What a flag sets is this run's affair: "resume with a lower lr" has to work.
     own = optimizer.param_groups[0]
-    for part in parts:
-        for group in part.get("optimizer", part)["param_groups"]:
-            group.update({name: own[name] for name in ("max_lr", "min_lr", "betas", "eps") if name in own})
+    for group in _saved_groups(optimizer, loaded):
+        group.update({name: own[name] for name in {"max_lr", "min_lr", "betas", "eps"} | _PLACEMENT if name in own})
     optimizer.load_state_dict(loaded)
-    states = [state for adam in _torch_adams(optimizer) for state in adam.state.values()]
+    inner = [chained.optimizer for chained in optimizer.chained_optimizers]
+    # The fused Adams count steps per group.
+    states = [state for each in inner for state in each.state.values() if "step" in state]
     steps = [state.pop("step") for state in states]
-    for inner, parameter_state in zip(optimizer.chained_optimizers, parameter_states, strict=True):
+    for chained, parameter_state in zip(optimizer.chained_optimizers, parameter_states, strict=True):
         if parameter_state is not None:
-            inner.load_parameter_state_from_fully_reshardable(parameter_state)
+            chained.load_parameter_state_from_fully_reshardable(parameter_state)
     for state, step in zip(states, steps, strict=True):
         # Megatron-Core hands the same tensor to all parameters, each of which would advance it.
         state["step"] = step.clone()
 
 
-def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
-    """The optimizers in use where neither Transformer Engine nor Apex brings its fused Adam."""
-    inner = [chained.optimizer for chained in optimizer.chained_optimizers]
-    return [adam for adam in inner if isinstance(adam, torch.optim.AdamW)]
+def _saved_parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """A model with experts has an optimizer for these and one for the rest, and the state of each under its number."""
+    return [state] if len(optimizer.chained_optimizers) == 1 else [state[i] for i in sorted(state)]
 
 
-def _create_state(adam: torch.optim.AdamW) -> None:
-    """Creates all of Adam's state up front, as the fused Adams do.
+def _saved_groups(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+    for part in _saved_parts(optimizer, state):
+        yield from part.get("optimizer", part)["param_groups"]
+
+
+def _create_state(adam: torch.optim.Optimizer) -> None:
+    """Creates all of a torch Adam's state up front, as the fused Adams of Transformer Engine and Apex do.
 
     torch creates it in the first step, but a checkpoint is loaded before that, and Megatron-Core reads the state's
     `step` to do so.
     """
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            adam.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    parts = adam.sub_optimizers if isinstance(adam, HybridDeviceOptimizer) else [adam]
+    if not all(isinstance(part, torch.optim.AdamW) for part in parts):
+        return  # Megatron-Core creates what a hybrid with a fused Adam lacks
+    for part in parts:
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                part.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+    if isinstance(adam, HybridDeviceOptimizer):
+        adam._sync_sub_optimizers_state_to_hdo()

@@ -238,6 +238,13 @@ class Plan:
 
     # Moments
 
+    @property
+    def _optimizer_bytes(self) -> float:
+        """Per parameter; what is offloaded is not on the rank's device."""
+        optimizer = self.config.optimizer
+        offloaded = optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0
+        return FP32 * (3 if self.config.precision.bf16 else 2) * (1 - offloaded)
+
     def memory(self, stage: int) -> Memory:
         """On a rank of `stage`."""
         count = self.num_parameters(stage)
@@ -247,7 +254,7 @@ class Plan:
             moment=moment,
             weights=count * self._itemsize,
             gradients=count * FP32,
-            optimizer=sum(self._optimized(stage)) * FP32 * (3 if self.config.precision.bf16 else 2),
+            optimizer=sum(self._optimized(stage)) * self._optimizer_bytes,
             activations=activations,
             working=working,
         )

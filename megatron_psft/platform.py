@@ -75,7 +75,7 @@ def detect(local_rank: int) -> Platform:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         has_engine = _is_importable("transformer_engine")
         if not has_engine:
-            _complete_router()
+            _do_without_engine()
         return Platform(
             device=torch.device("cuda", local_rank),
             backend="nccl",
@@ -100,16 +100,19 @@ def adapt_to_cpu() -> None:
     _answer_random_state()
     _answer_gradient_norm()
     _answer_token_counts()
-    _complete_router()
+    _answer_offloading()
+    _do_without_engine()
     _CudaIsCpu().__enter__()  # for good: Megatron-Core names the device in many places
 
 
-def _complete_router() -> None:
-    """Defines a name that Megatron-Core's router of experts asks for and, without Transformer Engine, lacks (0.16)."""
+def _do_without_engine() -> None:
+    """Answers what Megatron-Core asks for in vain where Transformer Engine is absent (0.16)."""
+    import megatron.core.optimizer.optimizer_config as optimizer_config
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         _replace(moe_utils, te_general_gemm=None)
+    _replace(optimizer_config, is_te_min_version=lambda version, check_equality=True: False)
 
 
 class _CudaIsCpu(TorchFunctionMode):
@@ -123,14 +126,34 @@ class _CudaIsCpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
             # The optimizers recognize parameters by `param.type() == "torch.cuda.FloatTensor"`.
             return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+class _HostIsNoDevice(TorchFunctionMode):
+    """Takes tensors for CUDA's, but not those that were moved to the host nor what is made of them.
+
+    Megatron-Core's optimizer that offloads tells by this which tensors have a copy on the host.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        is_on_host = func is torch.Tensor.cpu or any(getattr(arg, "is_on_host", False) for arg in args)
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined] # a new object each time
+            return not is_on_host
+        result = func(*args, **kwargs or {})
+        if is_on_host and isinstance(result, torch.Tensor):
+            result.is_on_host = True  # type: ignore[attr-defined]
         return result
 
 
@@ -207,6 +230,19 @@ def _answer_token_counts() -> None:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     _replace(token_dispatcher, maybe_move_tensor_to_cpu=to_host)
+
+
+def _answer_offloading() -> None:
+    """Which parameters Megatron-Core's optimizer updates on the host, where all of them are."""
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    divide = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def divide_parameters(optimizer: Any, offload_fraction: float) -> Any:
+        with _HostIsNoDevice():
+            return divide(optimizer, offload_fraction)
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = divide_parameters
 
 
 def _l2_norm(

@@ -137,13 +137,22 @@ def _validate_needs(config: Config) -> None:
         raise UserError(f"min_lr ({optimizer.min_lr}) must be at most lr ({optimizer.lr}); change one of them")
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
         raise UserError("lr_decay_style (WSD) needs lr_wsd_decay_iters; set it or choose another style")
-    precision = config.precision
-    if precision.fp8_format is not None and not precision.bf16:
-        raise UserError(f"fp8_format ({precision.fp8_format}) needs bf16; set it, or leave fp8_format away")
+    _validate_precision(config)
     if recompute.recompute_granularity == "full":
         for name in ("recompute_method", "recompute_num_layers"):
             if getattr(recompute, name) is None:
                 raise UserError(f"recompute_granularity (full) needs {name}; set it or choose selective")
+
+
+def _validate_precision(config: Config) -> None:
+    """Refuses what bf16 is lacking for."""
+    precision = config.precision
+    if precision.fp8_format is not None and not precision.bf16:
+        raise UserError(f"fp8_format ({precision.fp8_format}) needs bf16; set it, or leave fp8_format away")
+    if config.optimizer.optimizer_cpu_offload and not (precision.bf16 and config.parallel.use_distributed_optimizer):
+        raise UserError(
+            "optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or leave it away"
+        )
 
 
 def _validate_effects(config: Config) -> None:
@@ -160,6 +169,8 @@ def _validate_effects(config: Config) -> None:
         _refuse_if_set(optimizer, "with lr_decay_style constant", "min_lr")
     if optimizer.lr_decay_style != "WSD":
         _refuse_if_set(optimizer, f"with lr_decay_style {optimizer.lr_decay_style}", "lr_wsd_decay_iters")
+    if not optimizer.optimizer_cpu_offload:
+        _refuse_if_set(optimizer, "without optimizer_cpu_offload", "optimizer_offload_fraction")
     _validate_parallel(parallel)
     if config.precision.fp8_format is None:
         _refuse_if_set(config.precision, "without fp8_format", "fp8_recipe")

@@ -23,6 +23,7 @@ VPP = (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")
 DIST_OPT = ("--use-distributed-optimizer",)
 OVERLAP = (*DIST_OPT, "--overlap-grad-reduce", "--overlap-param-gather")
 BF16 = ("--bf16",)
+OFFLOAD = (*BF16, *DIST_OPT, "--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5")
 CP2 = ("--context-parallel-size", "2")
 PACKING = ("--packing",)
 
@@ -96,8 +97,9 @@ def forget_steps_from(save: Path, step: int) -> None:
         (2, VPP),
         (2, (*BF16, *OVERLAP)),
         slow(2, (*CP2, *PACKING)),
+        (2, OFFLOAD),
     ],
-    ids=["one", "TP2-SP", "DP2-distopt", "PP2-VPP", "DP2-distopt-overlap-bf16", "CP2-packing"],
+    ids=["one", "TP2-SP", "DP2-distopt", "PP2-VPP", "DP2-distopt-overlap-bf16", "CP2-packing", "DP2-offload"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, inputs, world_size, layout):
     """Killed within a window, whose old log-probabilities come from weights that are gone."""
@@ -179,6 +181,20 @@ def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, packing,
     for name, tensor in whole.items():
         # Adam divides by the gradient's size: where that is next to nothing, rounding moves a weight by a share of lr.
         torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+def test_a_run_may_begin_and_end_to_offload_its_optimizer(pool, tmp_path, inputs):
+    """The host's Adam rounds otherwise in fp32, which seldom shows in a weight's bf16."""
+    stations = [("half", 2, OFFLOAD, 2), ("plain", 2, (*BF16, *DIST_OPT), 4), ("all", 1, OFFLOAD[:-2], 8)]
+    found: list[dict[str, float]] = []
+    load: tuple[str, ...] = ()
+    for name, world_size, flags, stop in stations:
+        train(pool, world_size, inputs.argv(tmp_path / name, *flags, *load, "--save-interval", "2"))
+        found += [line for line in metrics_of(tmp_path / name) if len(found) < line["step"] <= stop]
+        load = ("--load", str(step_folder(tmp_path / name, stop)))
+    train(pool, 2, inputs.argv(tmp_path / "whole", *BF16, *DIST_OPT))
+    expected = metrics_of(tmp_path / "whole")
+    assert found == [{name: pytest.approx(value, rel=1e-6) for name, value in line.items()} for line in expected]
 
 
 @pytest.mark.slow

@@ -127,7 +127,9 @@ def adamw(before: dict[str, Tensor], scales: list[float], rates: list[float], op
     return after
 
 
+BF16 = PrecisionConfig(bf16=True)
 DISTRIBUTED = ParallelConfig(use_distributed_optimizer=True)
+HALF = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -157,11 +159,16 @@ def test_updates_are_adamw_on_clipped_gradients_without_decay_of_1d_parameters(p
             torch.testing.assert_close(weight.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_updates_too_small_for_bf16_add_up(pool):
-    options = OptimizerConfig(lr=2e-4, lr_decay_style="constant", weight_decay=0.0)
-    config = make_config(options, precision=PrecisionConfig(bf16=True))
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "offloading"),
+    [(1, ParallelConfig(), {}), (2, DISTRIBUTED, HALF), (1, DISTRIBUTED, {"optimizer_cpu_offload": True})],
+    ids=["plain", "half offloaded", "offloaded"],
+)
+def test_updates_too_small_for_bf16_add_up(pool, world_size, parallel, offloading):
+    options = OptimizerConfig(lr=2e-4, lr_decay_style="constant", weight_decay=0.0, **offloading)
+    config = make_config(options, precision=BF16, parallel=parallel)
     scales = [1.0] * 12
-    ((before, after, _, rates),) = pool.run(_train, 1, config, 1, scales)
+    before, after, _, rates = pool.run(_train, world_size, config, world_size, scales)[0]
     expected = adamw(before, scales, rates, options)
     equal, moved = [], []
     for name, weight in after.items():
@@ -220,6 +227,21 @@ def test_the_norm_counts_a_matrix_that_two_stages_share_once(pool, optimizer_is_
     assert [norms for _, _, norms, _ in results] == [[pytest.approx(math.sqrt(squares), rel=1e-5)]] * 2
 
 
+def _sizes_on_host(config: Config) -> tuple[int, int]:
+    """Elements whose averages and fp32 weights a rank's host has, and of all that the rank updates."""
+    with built(config, 2) as run:
+        (chained,) = run.optimizer.chained_optimizers
+        own = sum(parameter.numel() for group in chained.optimizer.param_groups for parameter in group["params"])
+        offloaded = [group for adam in chained.optimizer.cpu_optimizers for group in adam.param_groups]
+        return sum(parameter.numel() for group in offloaded for parameter in group["params"]), own
+
+
+def test_the_share_that_was_asked_for_is_offloaded(pool):
+    options = OptimizerConfig(lr=0.01, **HALF)
+    for on_host, own in pool.run(_sizes_on_host, 2, make_config(options, parallel=DISTRIBUTED, precision=BF16)):
+        assert own / 2 <= on_host < own  # whole parameters, until the half is reached
+
+
 def _update_with_bad_gradient(config: Config, world_size: int, bad_rank: int, name: str, value: float):
     """The message that stopped this rank, and whether all it holds is as before."""
     from megatron_psft.optimizer import update
@@ -249,20 +271,22 @@ FC1, EMBEDDING = "decoder.layers.1.mlp.linear_fc1.weight", "embedding.word_embed
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    ("parallel", "bf16", "name"),
+    ("parallel", "bf16", "offloading", "name"),
     [
-        (ParallelConfig(), False, FC1),
-        (DISTRIBUTED, False, EMBEDDING),  # the second rank updates the second half of what backward reaches last
-        (DISTRIBUTED, True, EMBEDDING),
-        (ParallelConfig(tensor_model_parallel_size=2), False, FC1),
-        (ParallelConfig(pipeline_model_parallel_size=2), True, FC1),
+        (ParallelConfig(), False, {}, FC1),
+        (DISTRIBUTED, False, {}, EMBEDDING),  # the second rank updates the second half of what backward reaches last
+        (DISTRIBUTED, True, {}, EMBEDDING),
+        (DISTRIBUTED, True, HALF, EMBEDDING),
+        (ParallelConfig(tensor_model_parallel_size=2), False, {}, FC1),
+        (ParallelConfig(pipeline_model_parallel_size=2), True, {}, FC1),
     ],
-    ids=["DP2", "DP2 distributed", "DP2 distributed bf16", "TP2", "PP2 bf16"],
+    ids=["DP2", "DP2 distributed", "DP2 distributed bf16", "DP2 half offloaded", "TP2", "PP2 bf16"],
 )
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_any_weight_changes(
-    pool, parallel, bf16, name, value
+    pool, parallel, bf16, offloading, name, value
 ):
-    config = make_config(parallel=parallel, precision=PrecisionConfig(bf16=bf16))
+    options = OptimizerConfig(lr=0.01, lr_decay_style="constant", **offloading)
+    config = make_config(options, parallel=parallel, precision=PrecisionConfig(bf16=bf16))
     results = pool.run(_update_with_bad_gradient, 2, config, 2, 1, name, value, timeout=30)
     message = results[0][0]
     assert message is not None

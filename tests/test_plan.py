@@ -11,6 +11,7 @@ from megatron_psft.config import (
     BatchConfig,
     DataConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -97,6 +98,13 @@ def test_the_distributed_optimizer_spreads_its_states_over_data_and_context_rank
     assert plan.data_size == 4
     assert plan.peak.optimizer == 12 * plan.num_parameters(0) / 8
     assert make_plan(8, context_parallel_size=2).peak.optimizer == 12 * plan.num_parameters(0)
+
+
+def test_what_is_offloaded_of_the_optimizer_is_not_on_the_device():
+    for fraction in (0.25, 1.0):
+        optimizer = OptimizerConfig(optimizer_cpu_offload=True, optimizer_offload_fraction=fraction)
+        plan = make_plan(8, use_distributed_optimizer=True, sections={"optimizer": optimizer})
+        assert plan.peak.optimizer == 12 * plan.num_parameters(0) / 8 * (1 - fraction)
 
 
 def test_activations_by_hand():

@@ -144,6 +144,14 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
             "--recompute-modules mlp",
             "recompute_modules (('mlp',)) has no effect without recompute_granularity selective",
         ),
+        (
+            "--optimizer-cpu-offload --bf16",
+            "optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or leave it away",
+        ),
+        (
+            "--optimizer-offload-fraction 0.5",
+            "optimizer_offload_fraction (0.5) has no effect without optimizer_cpu_offload",
+        ),
         ("--recompute-method block", "recompute_method (block) has no effect without recompute_granularity full"),
         ("--recompute-granularity selective --recompute-num-layers 2", "recompute_num_layers (2) has no effect"),
         (

@@ -98,3 +98,11 @@ def test_a_resumed_run_goes_on_as_an_uninterrupted_one(inputs):
     flags = ["--bf16", "--lr-decay-style", "constant", "--save-interval", "6"]
     train(inputs, "parts", *flags, "--train-iters", "6")
     assert_near(train(inputs, "parts", *flags), whole, 1e-3)
+
+
+def test_an_offloaded_optimizer_trains_and_resumes_as_one_on_the_device(inputs):
+    flags = ["--bf16", "--use-distributed-optimizer", "--lr-decay-style", "constant"]
+    whole = train(inputs, "on-device", *flags)
+    flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5", "--save-interval", "6"]
+    train(inputs, "offloaded", *flags, "--train-iters", "6")
+    assert_near(train(inputs, "offloaded", *flags), whole, 1e-3)
