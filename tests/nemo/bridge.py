@@ -1,4 +1,4 @@
-"""Runs Megatron-Bridge on the CPU, each time in processes of its own: it changes torch for good (cpu.py)."""
+"""Runs Megatron-Bridge on the CPU."""
 
 import json
 from importlib.util import find_spec
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.cli import run_torchrun
+from tests.nemo import cpu
+from tests.support.pool import Pool
 
 SEQ_LENGTH = 256
 
@@ -15,14 +16,14 @@ needs_bridge = pytest.mark.skipif(find_spec("megatron.bridge") is None, reason="
 
 
 def run_bridge(
-    save: Path, *, model: Path, tokenizer: Path, data: Path, overrides: list[str], nproc: int = 1
+    pool: Pool, save: Path, *, model: Path, tokenizer: Path, data: Path, overrides: list[str], nproc: int = 1
 ) -> list[dict[str, Any]]:
     """Fine-tunes as run_bridge.py does and returns what the last rank's steps report, since the start of the run."""
     job = {"model": str(model), "tokenizer": str(tokenizer), "data": str(data), "save": str(save)}
     save.mkdir(parents=True, exist_ok=True)
     path = save / "job.json"
     path.write_text(json.dumps({**job, "seq_length": SEQ_LENGTH, "overrides": overrides}))
-    done = run_torchrun(["-m", "tests.nemo.cpu", "tests.nemo.run_bridge", path], nproc, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    for exit in pool.run(cpu.run, nproc, "tests.nemo.run_bridge", [str(path)]):
+        assert exit.code == 0, exit.out[-2000:] + exit.err[-8000:]
     lines = (save / f"bridge_{nproc - 1}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

@@ -1,6 +1,7 @@
 """`tools/convert_checkpoint.py` where Bridge's models have no layers of Transformer Engine:
-`torchrun -m tests.nemo.cpu tests.nemo.convert_by_bridge FLAGS`."""
+`cpu.run("tests.nemo.convert_by_bridge", FLAGS)`."""
 
+import functools
 from collections.abc import Sequence
 
 from megatron.bridge.models import gpt_provider
@@ -11,6 +12,7 @@ from tools import convert_checkpoint
 FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "persist_layer_norm")
 
 
+@functools.cache
 def use_portable_layers() -> None:
     """Gives all models of Bridge's Megatron-Core's own layers."""
     provide = gpt_provider.GPTModelProvider.provide

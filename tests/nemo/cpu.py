@@ -1,19 +1,21 @@
-"""Runs a module that uses Megatron-Bridge on the CPU: `torchrun -m tests.nemo.cpu MODULE ARGUMENTS`.
+"""Runs a module that uses Megatron-Bridge on the CPU: on the ranks of a pool, or in a process of its own by
+`python -m tests.nemo.cpu MODULE ARGUMENTS`.
 
 Bridge, unlike Megatron-Core, cannot be imported without Transformer Engine and nvidia-resiliency-ext, and asks for CUDA
 by name. The two get stand-ins, once Megatron-Core has seen that they are not there, and CUDA's questions the CPU's
 answers, beyond those of megatron_psft.platform.
 """
 
+import functools
 import importlib
 import importlib.machinery
-import os
 import sys
 import types
 
 import torch
 
 from megatron_psft import platform
+from tests.support.cli import Exit, call_main
 
 _ENGINE = ("", ".common", ".common.recipe", ".pytorch", ".pytorch.fp8", ".pytorch.ops")
 _STAND_INS = [*(f"transformer_engine{name}" for name in _ENGINE), "nvidia_resiliency_ext"]
@@ -30,9 +32,16 @@ class _StandIn(types.ModuleType):
         return type(name, (torch.nn.Module,), {})
 
 
+def run(module: str, argv: list[str]) -> Exit:
+    """What the module's `main` does on this rank; for `pool.run` of a pool that runs nothing else."""
+    prepare()
+    return call_main(importlib.import_module(module).main, argv)
+
+
+@functools.cache
 def prepare() -> None:
     """Changes torch and `sys.modules` for the whole process, before Megatron-Bridge is imported."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # what Megatron-Core compiles would need a C++ compiler
+    torch.compiler.set_stance("force_eager")  # what Megatron-Core compiles would need a C++ compiler
     platform.adapt_to_cpu()
     for name in _MEGATRON:
         importlib.import_module(f"megatron.core.{name}")

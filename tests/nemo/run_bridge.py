@@ -1,5 +1,4 @@
-"""Fine-tunes a tiny model with Megatron-Bridge:
-`torchrun -m tests.nemo.cpu tests.nemo.run_bridge JOB.json`.
+"""Fine-tunes a tiny model with Megatron-Bridge: `cpu.run("tests.nemo.run_bridge", ["JOB.json"])`.
 
 The job names the model, the tokenizer, the data and the overrides. Rank by rank, what Bridge reports of each step goes
 to `<save>/bridge_<rank>.jsonl`.

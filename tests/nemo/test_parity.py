@@ -73,12 +73,18 @@ def expected(pool, inputs, tmp_path_factory):
     return train
 
 
-def bridge_run(inputs: Path, save: Path, family: str, *overrides: str, layout: str = "1") -> list[dict[str, float]]:
-    nproc, layout_overrides = LAYOUTS[layout]
-    own = [f"train.train_iters={STEPS}", f"train.global_batch_size={GLOBAL_BATCH_SIZE}", "train.micro_batch_size=2"]
-    own += ["psft.old_policy_interval=4", f"optimizer.lr={reference.PARITY_LR}", "checkpoint.save=null"]
-    paths = {"model": inputs / family, "tokenizer": inputs / "tokenizer", "data": inputs / "data"}
-    return run_bridge(save, **paths, overrides=[*own, *layout_overrides, *overrides], nproc=nproc)
+@pytest.fixture
+def bridge_run(bridge_pool, inputs, tmp_path):
+    """What Bridge says of each step, of a run that saves below `tmp_path`."""
+
+    def train(family: str, *overrides: str, layout: str = "1") -> list[dict[str, float]]:
+        nproc, layout_overrides = LAYOUTS[layout]
+        own = [f"train.train_iters={STEPS}", f"train.global_batch_size={GLOBAL_BATCH_SIZE}", "train.micro_batch_size=2"]
+        own += ["psft.old_policy_interval=4", f"optimizer.lr={reference.PARITY_LR}", "checkpoint.save=null"]
+        paths = {"model": inputs / family, "tokenizer": inputs / "tokenizer", "data": inputs / "data"}
+        return run_bridge(bridge_pool, tmp_path, **paths, overrides=[*own, *layout_overrides, *overrides], nproc=nproc)
+
+    return train
 
 
 def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
@@ -92,10 +98,10 @@ CASES = [("qwen2", "1"), *(("qwen3", layout) for layout in LAYOUTS)]
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_bridge_follows_the_trainer(inputs, expected, tmp_path, family, layout):
+def test_bridge_follows_the_trainer(bridge_run, expected, family, layout):
     wanted = expected(family)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
-    assert_same_run(bridge_run(inputs, tmp_path, family, layout=layout), wanted)
+    assert_same_run(bridge_run(family, layout=layout), wanted)
 
 
 OTHERS = {
@@ -109,7 +115,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_settings_mean_what_they_mean_to_the_trainer(inputs, expected, tmp_path, name):
+def test_settings_mean_what_they_mean_to_the_trainer(bridge_run, expected, name):
     flags, override = OTHERS[name]
     wanted = expected("qwen2", *flags.split())
     default = expected("qwen2")
@@ -117,10 +123,10 @@ def test_settings_mean_what_they_mean_to_the_trainer(inputs, expected, tmp_path,
         assert any(
             line["loss"] != pytest.approx(other["loss"], rel=1e-3) for line, other in zip(wanted, default, strict=True)
         )
-    assert_same_run(bridge_run(inputs, tmp_path, "qwen2", override), wanted)
+    assert_same_run(bridge_run("qwen2", override), wanted)
 
 
-def test_shuffled_epochs_are_read_ahead_in_their_order(inputs, expected, tmp_path):
+def test_shuffled_epochs_are_read_ahead_in_their_order(bridge_run, inputs, expected, tmp_path):
     """Bridge's loader for fine-tuning, over two epochs, against the records in its order."""
     records = (inputs / "data" / "training.jsonl").read_text().splitlines(keepends=True)
     half = records[: len(records) // 2]
@@ -131,19 +137,19 @@ def test_shuffled_epochs_are_read_ahead_in_their_order(inputs, expected, tmp_pat
     (tmp_path / "in_order.jsonl").write_text("".join(half[index] for index in torch.cat(orders).tolist()))
     wanted = expected("qwen2", "--data", str(tmp_path / "in_order.jsonl"))
     overrides = ["dataset.dataloader_type=batch", f"dataset.dataset_root={tmp_path / 'data'}"]
-    assert_same_run(bridge_run(inputs, tmp_path, "qwen2", *overrides), wanted)
+    assert_same_run(bridge_run("qwen2", *overrides), wanted)
 
 
 @pytest.mark.parametrize("layout", ["1", "dp2"])
-def test_run_resumes_within_a_window(inputs, expected, tmp_path, layout):
+def test_run_resumes_within_a_window(bridge_run, expected, tmp_path, layout):
     """Two steps into a window of four; the weights of the window's begin are gone."""
     overrides = [f"checkpoint.save={tmp_path}", f"checkpoint.load={tmp_path}"]
-    first = bridge_run(inputs, tmp_path, "qwen2", *overrides, "train.exit_interval=6", layout=layout)
+    first = bridge_run("qwen2", *overrides, "train.exit_interval=6", layout=layout)
     assert len(first) == 6
-    assert_same_run(bridge_run(inputs, tmp_path, "qwen2", *overrides, layout=layout), expected("qwen2"))
+    assert_same_run(bridge_run("qwen2", *overrides, layout=layout), expected("qwen2"))
 
 
-def test_evaluation_is_of_cross_entropy(inputs, expected, tmp_path):
+def test_evaluation_is_of_cross_entropy(bridge_run, inputs, expected, tmp_path):
     """And training is none the wiser."""
     records = (inputs / "data" / "training.jsonl").read_text().splitlines(keepends=True)[:GLOBAL_BATCH_SIZE]
     data = tmp_path / "data"
@@ -153,7 +159,7 @@ def test_evaluation_is_of_cross_entropy(inputs, expected, tmp_path):
     flags = ["--valid-data", str(inputs / "valid.jsonl"), "--eval-interval", "6"]
     (inputs / "valid.jsonl").write_text("".join(records))
     overrides = [f"dataset.dataset_root={data}", "dataset.do_validation=true", "validation.eval_interval=6"]
-    found = bridge_run(inputs, tmp_path, "qwen2", *overrides, "validation.eval_iters=1")
+    found = bridge_run("qwen2", *overrides, "validation.eval_iters=1")
     wanted = expected("qwen2", *flags)
     evaluations = [line for line in found if "valid" in line]
     assert_same_run([line for line in found if "valid" not in line], wanted)
