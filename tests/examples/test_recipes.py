@@ -97,9 +97,10 @@ OTHERS = {".pre-commit-config.yaml", "examples/rl_cold_start/nemo_rl_grpo.yaml",
 
 
 def shipped() -> list[str]:
-    hidden = {".venv", ".git", "runs", "build", "dist"}
-    paths = [path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*.y*ml")]
-    return sorted(str(path) for path in paths if not hidden & set(path.parts))
+    """But for what make has put into a checkout."""
+    made = re.compile(r"\.venv|\.git$|runs$|build$|dist$")
+    paths = [path for top in REPOSITORY.iterdir() if not made.match(top.name) for path in [top, *top.rglob("*")]]
+    return sorted(str(path.relative_to(REPOSITORY)) for path in paths if path.suffix in (".yml", ".yaml"))
 
 
 def reader_of(name: str) -> Reader:
