@@ -43,8 +43,6 @@ def qwen25_vl_7b_psft_config() -> PsftConfigContainer:
 def qwen3_30b_a3b_psft_config() -> PsftConfigContainer:
     """Qwen3-30B-A3B on eight GPUs (TP4, PP2, EP4)."""
     recipe = psft_recipe(qwen3_30b_a3b_sft_8gpu_h100_bf16_config())
-    # The auxiliary loss is not clipped: it would go on to move the policy after PSFT has stopped.
-    recipe.model.moe_aux_loss_coeff = 0.0
     # Bridge's recipe starts anew where a checkpoint lies.
     recipe.checkpoint.load = recipe.checkpoint.save
     return recipe
@@ -70,4 +68,6 @@ def psft_recipe(sft: ConfigContainer, tokenizer: str | None = None) -> PsftConfi
     scheduler.lr_decay_iters = None  # the length of the run
     recipe.train.global_batch_size = 64
     recipe.ddp.grad_reduce_in_fp32 = True
+    # The auxiliary loss of a mixture of experts is not clipped: it would go on to move the policy after PSFT has stopped.
+    recipe.model.moe_aux_loss_coeff = 0.0
     return recipe

@@ -26,6 +26,7 @@ from megatron_psft.platform import Platform
 FP32 = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32, "autocast_dtype": torch.float32}
 FUSIONS = ("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion")
 FUSIONS += ("cross_entropy_loss_fusion", "masked_softmax_fusion", "persist_layer_norm")
+FUSIONS += ("moe_permute_fusion", "moe_grouped_gemm")
 
 
 class Recorder(Callback):

@@ -29,6 +29,7 @@ LAYOUTS = {
     "dp2": (2, []),
     "dp2-overlapped": (2, OVERLAPPED),
 }
+EXPERT_LAYOUTS = {"ep2": (2, ["model.expert_model_parallel_size=2"])}
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -47,6 +48,8 @@ def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("nemo")
     for family in ("qwen2", "qwen3"):
         tiny.build_model(folder / family, family, tied=family == "qwen3", vocab_size=VOCAB_SIZE)
+    # Bridge does not read which layers have no experts.
+    tiny.build_model(folder / "qwen3_moe", "qwen3_moe", mlp_only_layers=[], vocab_size=VOCAB_SIZE)
     write_tokenizer(folder / "tokenizer")
     (folder / "data").mkdir()
     tiny.write_records(folder / "data" / "training.jsonl", STEPS * GLOBAL_BATCH_SIZE)
@@ -78,7 +81,7 @@ def bridge_run(bridge_pool, inputs, tmp_path):
     """What Bridge says of each step, of a run that saves below `tmp_path`."""
 
     def train(family: str, *overrides: str, layout: str = "1") -> list[dict[str, float]]:
-        nproc, layout_overrides = LAYOUTS[layout]
+        nproc, layout_overrides = (LAYOUTS | EXPERT_LAYOUTS)[layout]
         own = [f"train.train_iters={STEPS}", f"train.global_batch_size={GLOBAL_BATCH_SIZE}", "train.micro_batch_size=2"]
         own += ["psft.old_policy_interval=4", f"optimizer.lr={reference.PARITY_LR}", "checkpoint.save=null"]
         paths = {"model": inputs / family, "tokenizer": inputs / "tokenizer", "data": inputs / "data"}
@@ -94,7 +97,7 @@ def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]
             assert line[bridge_name] == pytest.approx(wanted_line[name], rel=1e-4), (line["step"], name)
 
 
-CASES = [("qwen2", "1"), *(("qwen3", layout) for layout in LAYOUTS)]
+CASES = [("qwen2", "1"), *(("qwen3", layout) for layout in LAYOUTS), ("qwen3_moe", "1"), ("qwen3_moe", "ep2")]
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
