@@ -68,6 +68,6 @@ def psft_recipe(sft: ConfigContainer, tokenizer: str | None = None) -> PsftConfi
     scheduler.lr_decay_iters = None  # the length of the run
     recipe.train.global_batch_size = 64
     recipe.ddp.grad_reduce_in_fp32 = True
-    # The auxiliary loss of a mixture of experts is not clipped: it would go on to move the policy after PSFT has stopped.
+    # The auxiliary loss of experts is not clipped: it would go on to move the policy after PSFT has stopped.
     recipe.model.moe_aux_loss_coeff = 0.0
     return recipe
