@@ -29,7 +29,7 @@ from megatron_psft.resume import find_checkpoint
 from megatron_psft.step_folders import step_folders
 
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-_TRIALS = 5  # of which medians are taken
+_TRIALS = 15  # of which medians are taken, as the time of a step varies by more than a save costs
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, parallel.process_group(here, 1):
         folder = Path(name)
         write_inputs(folder, options.hidden_size)
-        window = 2 * _TRIALS * options.steps + 1
+        window = _TRIALS * (2 * options.steps + 1) + 1
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
             --train-iters 1000 --global-batch-size 1 --no-packing --old-policy-interval {window}"""
         config = parse_config(flags.split())
@@ -92,6 +92,8 @@ def measure(run: trainer.Run, steps: int) -> None:
         started = time.perf_counter()
         savers[0].save(2 * trial + 1)
         waiting.append(time.perf_counter() - started)
+        trainer.train_step(run, steps_done)  # which what was just saved may slow down
+        steps_done += 1
         plain.append(_train(run, steps_done, steps, savers[0])[0])
         seconds, stalled = _train(run, steps_done + steps, steps, savers[1], number=2 * trial + 2)
         steps_done += 2 * steps
