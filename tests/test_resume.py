@@ -44,7 +44,7 @@ def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world
     for stop in range(1, 6):
         resumed = shutil.copytree(whole, tmp_path / f"after-{stop}")
         forget_steps_from(resumed, stop + 1)
-        said = train(pool, world_size, inputs.argv(resumed, *layout, *EVERY_STEP))
+        said = train(pool, world_size, inputs.argv(resumed, *layout))
         assert f"resumed from {step_folder(resumed, stop)}" in said
         assert metrics_of(resumed) == metrics_of(whole)
 
@@ -84,7 +84,7 @@ def test_random_generators_go_on_where_they_were(pool, tmp_path, inputs):
     whole = pool.run(_draw_after_each_step, 2, argv)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     forget_steps_from(tmp_path / "resumed", 4)
-    resumed = pool.run(_draw_after_each_step, 2, inputs.argv(tmp_path / "resumed", *DIST_OPT, *EVERY_STEP))
+    resumed = pool.run(_draw_after_each_step, 2, inputs.argv(tmp_path / "resumed", *DIST_OPT))
     assert resumed == [drawn[3:] for drawn in whole]
     assert len({number for drawn in whole for number in drawn}) >= 8
 
