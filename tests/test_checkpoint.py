@@ -251,6 +251,16 @@ def test_only_the_newest_checkpoints_are_kept(finished):
     assert [path.name for path in step_folders(finished)] == folders
 
 
+def test_a_save_leaves_torch_to_take_its_checksums_elsewhere(pool, tmp_path, inputs):
+    assert pool.run(takes_crc32_after, 1, inputs.argv(tmp_path / "run")) == [True]
+
+
+def takes_crc32_after(argv: list[str]) -> bool:
+    """Whether `torch.save` does, after a run in this process."""
+    assert run_cli(argv).code == 0
+    return torch.serialization.get_crc32_options()
+
+
 def test_a_finished_run_has_nothing_left_to_do(pool, tmp_path, inputs, finished):
     save = shutil.copytree(finished, tmp_path / "run")
     said = train(pool, 1, inputs.argv(save, "--export-hf", str(tmp_path / "export")))
