@@ -22,7 +22,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch import Tensor
 
 _ALIGNMENT_BYTES = 64
-_LOWEST_PRIORITY = 19  # on a CPU a writer would take its time from training
 
 
 class BackgroundCalls(AsyncCallsQueue):
@@ -148,7 +147,8 @@ class _Plan:
 
 
 def _write(write: Callable[..., None], tensors: SharedMemory, plan: _Plan, rank: int, results: Any) -> None:
-    os.nice(_LOWEST_PRIORITY)
+    # Takes what training leaves of a CPU. At the lowest `nice` its two processes still delay the trainer's.
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     torch.set_num_threads(1)
     write(rank, _with_tensors(plan.buckets(), tensors.open), results)
 
