@@ -1,12 +1,13 @@
 """What a checkpoint costs a run: waiting for it, writing it in the background, checking and loading it.
 
 Trains a small model on records of random letters and prints one JSON line per figure. One thread trains, so that on two
-cores the background writer has one for itself, as it has on a machine with GPUs.
+cores the background writer has one for itself, and the allocator keeps what is freed, both as on a machine with GPUs.
 
     python benchmarks/checkpoint.py [--hidden-size 512] [--steps 4]
 """
 
 import argparse
+import ctypes
 import json
 import logging
 import random
@@ -29,7 +30,8 @@ from megatron_psft.resume import find_checkpoint
 from megatron_psft.step_folders import step_folders
 
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-_TRIALS = 15  # of which medians are taken, as the time of a step varies by more than a save costs
+_TRIALS = 30  # of which medians are taken, as the time of a step varies by more than a save costs
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -39,12 +41,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps per figure (4)")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     logging.disable()
     here = platform.detect(0)
     with tempfile.TemporaryDirectory() as name, parallel.process_group(here, 1):
         folder = Path(name)
         write_inputs(folder, options.hidden_size)
-        window = _TRIALS * (2 * options.steps + 1) + 1
+        window = 2 * options.steps + 1  # one per trial
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
             --train-iters 1000 --global-batch-size 1 --no-packing --old-policy-interval {window}"""
         config = parse_config(flags.split())
@@ -52,8 +55,19 @@ def main() -> None:
         measure(run, options.steps)
 
 
+def keep_freed_memory() -> None:
+    """Has the C library keep memory for the next step.
+
+    By default it returns much of it to the kernel, by chance of where blocks lie, and a step takes up to half as long
+    again to get it back: with a save and without one, and most where a virtual machine's host has to find it.
+    """
+    library = ctypes.CDLL(None)
+    if not (library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, -1)):
+        raise RuntimeError("mallopt changed nothing")
+
+
 def write_inputs(folder: Path, hidden_size: int) -> None:
-    """A Qwen2-shaped config, a tokenizer of letters, and records of 256 of them."""
+    """A Qwen2-shaped config, a tokenizer of letters, and records of 64 of them."""
     shape = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": 8}
     heads = {"num_attention_heads": hidden_size // 64, "num_key_value_heads": hidden_size // 64}
     other = {"model_type": "qwen2", "vocab_size": 65536, "tie_word_embeddings": True, "torch_dtype": "float32"}
@@ -67,49 +81,30 @@ def write_inputs(folder: Path, hidden_size: int) -> None:
     rng = random.Random(0)
     with (folder / "records.jsonl").open("w") as file:
         for _ in range(64):
-            prompt, completion = ("".join(rng.choices(_LETTERS, k=128)) for _ in range(2))
+            prompt, completion = ("".join(rng.choices(_LETTERS, k=32)) for _ in range(2))
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
 
 
 def measure(run: trainer.Run, steps: int) -> None:
-    """Prints all figures; steps with a save in the background are compared with the plain ones right before them, as
-    the machine's speed drifts."""
-    steps_done = 0
-    folder = Path(run.config.weights.save)
-
-    pass_started = time.perf_counter()
-    trainer.train_step(run, steps_done)  # begins the window that all further steps are in
-    pass_seconds = time.perf_counter() - pass_started
+    """Prints all figures."""
+    started = time.perf_counter()
+    trainer.train_step(run, 0)
+    pass_seconds = time.perf_counter() - started
     stored_bytes = sum(tensor.nbytes for tensors in run.state.window.stored.values() for tensor in tensors)
-    steps_done += 1
-    savers = [_saver(run, in_background=in_background) for in_background in (False, True)]
-    savers[0].save(1_000_000)  # starts the helper process that all saves share
-    plain: list[float] = []
-    waiting: list[float] = []
-    extra: list[float] = []
-    polled: list[float] = []
-    for trial in range(_TRIALS):
-        started = time.perf_counter()
-        savers[0].save(2 * trial + 1)
-        waiting.append(time.perf_counter() - started)
-        trainer.train_step(run, steps_done)  # which what was just saved may slow down
-        steps_done += 1
-        plain.append(_train(run, steps_done, steps, savers[0])[0])
-        seconds, stalled = _train(run, steps_done + steps, steps, savers[1], number=2 * trial + 2)
-        steps_done += 2 * steps
-        savers[1].finish()
-        polled.append(stalled)
-        extra.append(seconds - plain[-1])
-    stall = statistics.median(waiting)
-    newest = step_folders(folder)[-1]
+    next_window = 2 * steps + 1
+    for step in range(1, next_window):
+        trainer.train_step(run, step)
+    seconds = _save_seconds(run, next_window, steps)
+    stall = seconds["waiting"]
+    newest = step_folders(Path(run.config.weights.save))[-1]
     figures = {
         "checkpoint_bytes": (sum(path.stat().st_size for path in newest.iterdir()), "bytes"),
-        "step_seconds": (statistics.median(plain) / steps, "s"),
+        "step_seconds": (seconds["plain"] / steps, "s"),
         "save_stall_seconds": (stall, "s"),
-        "async_save_stall_seconds": (statistics.median(polled), "s"),
-        "async_save_stall_ratio": (statistics.median(polled) / stall, "ratio"),
-        "async_save_extra_seconds": (statistics.median(extra), "s"),
-        "async_save_extra_ratio": (statistics.median(extra) / stall, "ratio"),
+        "async_save_stall_seconds": (seconds["stalled"], "s"),
+        "async_save_stall_ratio": (seconds["stalled"] / stall, "ratio"),
+        "async_save_extra_seconds": (seconds["extra"], "s"),
+        "async_save_extra_ratio": (seconds["extra"] / stall, "ratio"),
         "old_log_probs_bytes": (stored_bytes, "bytes"),
         "old_policy_pass_seconds": (pass_seconds, "s"),
         "old_weights_bytes": (sum(p.numel() * 4 for chunk in run.state.chunks for p in chunk.parameters()), "bytes"),
@@ -117,6 +112,28 @@ def measure(run: trainer.Run, steps: int) -> None:
     figures |= {name: (seconds, "s") for name, seconds in _load_seconds(run, newest).items()}
     for name, (value, unit) in figures.items():
         print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "steps_per_figure": steps}))
+
+
+def _save_seconds(run: trainer.Run, first: int, steps: int) -> dict[str, float]:
+    """Medians of: `waiting` for a save, `plain` steps, how much longer (`extra`) as many take from a save in the
+    background on, and how long they `stalled` for it. They are compared with the plain ones right before them, as the
+    machine's speed drifts."""
+    waited, background = (_saver(run, in_background=in_background) for in_background in (False, True))
+    waited.save(0)  # starts the helper process that all saves share
+    trials: list[dict[str, float]] = []
+    for trial in range(_TRIALS):
+        started = time.perf_counter()
+        waited.save(3 * trial + 1)
+        waiting = time.perf_counter() - started
+        # Not timed: a window's first step; and a save that is waited for forks this process, which slows what follows.
+        _train(run, first, 1, background, number=3 * trial + 2)
+        background.finish()
+        plain, _ = _train(run, first + 1, steps, waited)
+        beside, stalled = _train(run, first + 1 + steps, steps, background, number=3 * trial + 3)
+        background.finish()
+        first += 1 + 2 * steps
+        trials.append({"waiting": waiting, "plain": plain, "extra": beside - plain, "stalled": stalled})
+    return {name: statistics.median(trial[name] for trial in trials) for name in trials[0]}
 
 
 def _train(run: trainer.Run, first: int, steps: int, saver: Saver, *, number: int | None = None) -> tuple[float, float]:
