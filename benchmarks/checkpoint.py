@@ -47,9 +47,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, parallel.process_group(here, 1):
         folder = Path(name)
         write_inputs(folder, options.hidden_size)
-        window = 2 * options.steps + 1  # one per trial
+        window = 1 + 2 * options.steps  # one per trial, after one that warms up
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
-            --train-iters 1000 --global-batch-size 1 --no-packing --old-policy-interval {window}"""
+            --train-iters {window * (1 + _TRIALS)} --global-batch-size 1 --no-packing --old-policy-interval {window}"""
         config = parse_config(flags.split())
         run = build.build_run(config, read_inputs(config, show_progress=False), here)
         measure(run, options.steps)
@@ -58,8 +58,8 @@ def main() -> None:
 def keep_freed_memory() -> None:
     """Has the C library keep memory for the next step.
 
-    By default it returns much of it to the kernel, by chance of where blocks lie, and a step takes up to half as long
-    again to get it back: with a save and without one, and most where a virtual machine's host has to find it.
+    By default it returns much of it to the kernel, by chance of where blocks lie, and a step that gets it back may
+    take 1.6 times as long: with a save and without one, and most where a virtual machine's host has to find it.
     """
     library = ctypes.CDLL(None)
     if not (library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, -1)):
@@ -91,10 +91,10 @@ def measure(run: trainer.Run, steps: int) -> None:
     trainer.train_step(run, 0)
     pass_seconds = time.perf_counter() - started
     stored_bytes = sum(tensor.nbytes for tensors in run.state.window.stored.values() for tensor in tensors)
-    next_window = 2 * steps + 1
-    for step in range(1, next_window):
+    window = run.config.objective.old_policy_interval
+    for step in range(1, window):
         trainer.train_step(run, step)
-    seconds = _save_seconds(run, next_window, steps)
+    seconds = _save_seconds(run, window, steps)
     stall = seconds["waiting"]
     newest = step_folders(Path(run.config.weights.save))[-1]
     figures = {
@@ -109,19 +109,20 @@ def measure(run: trainer.Run, steps: int) -> None:
         "old_policy_pass_seconds": (pass_seconds, "s"),
         "old_weights_bytes": (sum(p.numel() * 4 for chunk in run.state.chunks for p in chunk.parameters()), "bytes"),
     }
-    figures |= {name: (seconds, "s") for name, seconds in _load_seconds(run, newest).items()}
+    figures |= {name: (value, "s") for name, value in _load_seconds(run, newest).items()}
     for name, (value, unit) in figures.items():
         print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "steps_per_figure": steps}))
 
 
-def _save_seconds(run: trainer.Run, first: int, steps: int) -> dict[str, float]:
-    """Medians of: `waiting` for a save, `plain` steps, how much longer (`extra`) as many take from a save in the
-    background on, and how long they `stalled` for it. They are compared with the plain ones right before them, as the
-    machine's speed drifts."""
+def _save_seconds(run: trainer.Run, window: int, steps: int) -> dict[str, float]:
+    """Medians over the windows after the first: seconds of `waiting` for a save, of `plain` steps, how much longer
+    (`extra`) as many take from a save in the background on, and how long they `stalled` for it. They are compared with
+    the plain ones right before them, as the machine's speed drifts."""
     waited, background = (_saver(run, in_background=in_background) for in_background in (False, True))
     waited.save(0)  # starts the helper process that all saves share
     trials: list[dict[str, float]] = []
     for trial in range(_TRIALS):
+        first = window * (1 + trial)
         started = time.perf_counter()
         waited.save(3 * trial + 1)
         waiting = time.perf_counter() - started
@@ -131,7 +132,6 @@ def _save_seconds(run: trainer.Run, first: int, steps: int) -> dict[str, float]:
         plain, _ = _train(run, first + 1, steps, waited)
         beside, stalled = _train(run, first + 1 + steps, steps, background, number=3 * trial + 3)
         background.finish()
-        first += 1 + 2 * steps
         trials.append({"waiting": waiting, "plain": plain, "extra": beside - plain, "stalled": stalled})
     return {name: statistics.median(trial[name] for trial in trials) for name in trials[0]}
 
