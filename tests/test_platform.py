@@ -5,6 +5,7 @@ import importlib.util
 import os
 from importlib.machinery import ModuleSpec
 
+import megatron.core.optimizer  # by itself it adds names to `torch`, when it is first imported
 import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
@@ -203,8 +204,6 @@ def test_a_gpu_is_chosen_and_nothing_is_patched(pretended_gpu, monkeypatch, engi
     [("transformer_engine.pytorch.optimizers.fused_adam", "Transformer Engine"), ("apex.optimizers", "Apex")],
 )
 def test_whose_adam_it_is_is_said(monkeypatch, module, source):
-    import megatron.core.optimizer
-
     adam = type("FusedAdam", (), {"__module__": module})
     monkeypatch.setattr(megatron.core.optimizer, "Adam", adam)
     here = Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
