@@ -1,6 +1,5 @@
 """Saves and resumes a run through Megatron-Core's distributed checkpoints, in the same or another parallel layout."""
 
-import inspect
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,15 +34,13 @@ from megatron_psft.interrupt import helpers_outlive_signals
 from megatron_psft.old_policy import OldPolicyWindow
 from megatron_psft.optimizer import load_optimizer_state, sharded_optimizer_state
 from megatron_psft.parallel import Parallel, naming_lost_peers, on_main, sum_over_context
+from megatron_psft.platform import save_options
 from megatron_psft.resume import VERSION, Identity
 
 log = logging.getLogger(__name__)
 
 # The distributed optimizer's one format that any tensor, pipeline and data-parallel size can read.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-# Megatron-Core from 0.18 on would hand the writing to another package of NVIDIA's where it is not told otherwise.
-_HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-_STRATEGY = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
 _ADAM_BYTES, _MASTER_BYTES = 8, 4  # per parameter: two fp32 moments, and the fp32 copy of a bf16 weight
 
 
@@ -109,7 +106,7 @@ class Saver:
                 str(aside),
                 content_metadata=dict(_METADATA),
                 async_sharded_save=True,
-                **_STRATEGY,
+                **save_options(),
             )
             if request.async_fn is not None:  # there may be nothing to write on this rank
                 write = partial(_write, request.async_fn, aside, self._parallel.rank)

@@ -2,13 +2,14 @@
 
 Megatron-Core is written against `torch.cuda`. Where CUDA is absent, `adapt_to_cpu` answers those calls for the CPU, so
 that the trainer's code is the same on a laptop and on a cluster. Where CUDA is present nothing of that is touched. No
-other file of this package patches another library.
+other file of this package patches another library, or knows where 0.16 and 0.19 of Megatron-Core differ.
 """
 
 import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,6 +104,15 @@ def adapt_to_cpu() -> None:
     _answer_offloading()
     _do_without_engine()
     _CudaIsCpu().__enter__()  # for good: Megatron-Core names the device in many places
+
+
+def save_options() -> dict[str, str]:
+    """What Megatron-Core's `dist_checkpointing.save` has to be told: from 0.18 on it would hand the writing to another
+    package of NVIDIA's."""
+    from megatron.core import dist_checkpointing
+
+    knows_strategies = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if knows_strategies else {}
 
 
 def _do_without_engine() -> None:
