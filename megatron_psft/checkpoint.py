@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -34,7 +36,7 @@ from megatron_psft.interrupt import helpers_outlive_signals
 from megatron_psft.old_policy import OldPolicyWindow
 from megatron_psft.optimizer import load_optimizer_state, sharded_optimizer_state
 from megatron_psft.parallel import Parallel, naming_lost_peers, on_main, sum_over_context
-from megatron_psft.platform import save_options
+from megatron_psft.platform import plain_operations, save_options
 from megatron_psft.resume import VERSION, Identity
 
 log = logging.getLogger(__name__)
@@ -101,13 +103,7 @@ class Saver:
         needed_bytes = self._state_bytes()
         aside = on_main(lambda: _begin(target, needed_bytes))
         with self._writing(), naming_lost_peers(f"checkpoint {target}"), helpers_outlive_signals():
-            request = dist_checkpointing.save(
-                self._sharded_content(),
-                str(aside),
-                content_metadata=dict(_METADATA),
-                async_sharded_save=True,
-                **save_options(),
-            )
+            request = _plan(self._sharded_content(), aside)
             if request.async_fn is not None:  # there may be nothing to write on this rank
                 write = partial(_write, request.async_fn, aside, self._parallel.rank)
                 request = request._replace(async_fn=write)
@@ -273,6 +269,24 @@ def _write_failed(cause: str, target: Path) -> str:
         f"save: a checkpoint could not be written ({cause}); those before it are intact; mend the folder, or make room "
         f"in it, and start again: {target}"
     )
+
+
+def _plan(content: dict[str, Any], aside: Path) -> AsyncRequest:
+    """What each rank is to write into which of its files: the tensors themselves, which must not change until then."""
+    with plain_operations():
+        _own_storages(content)
+        return dist_checkpointing.save(
+            content, str(aside), content_metadata=dict(_METADATA), async_sharded_save=True, **save_options()
+        )
+
+
+def _own_storages(content: dict[str, Any]) -> None:
+    """Makes what is part of a tensor on the CPU one of its own, over the same memory: Megatron-Core would copy it, of a
+    gated MLP's weights and moments all, while training waits."""
+    apply_factories(content)  # which divide such weights
+    for value in nested_values(content):
+        if isinstance(value, ShardedTensor) and value.data is not None and value.data.device.type == "cpu":
+            value.data = torch.from_dlpack(value.data.detach())
 
 
 def _write(write: Callable[..., None], aside: Path, rank: int, *args: Any, **kwargs: Any) -> None:

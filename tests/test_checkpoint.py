@@ -4,9 +4,11 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from megatron_psft.step_folders import MARKER, step_folder, step_folders
@@ -259,6 +261,29 @@ def takes_crc32_after(argv: list[str]) -> bool:
     """Whether `torch.save` does, after a run in this process."""
     assert run_cli(argv).code == 0
     return torch.serialization.get_crc32_options()
+
+
+def test_a_save_copies_nothing_of_a_cpu_before_it_writes(pool, tmp_path, inputs):
+    """Gated MLPs, which it divides, included."""
+    assert pool.run(bytes_copied_by_plans, 1, inputs.argv(tmp_path / "run")) == [[0]]
+
+
+def bytes_copied_by_plans(argv: list[str]) -> list[int]:
+    """How much Megatron-Core copies while it plans each checkpoint of a run, here of one."""
+    plan, clone, copied = dist_checkpointing.save, torch.Tensor.clone, []
+
+    def counted_clone(tensor: torch.Tensor) -> torch.Tensor:
+        copied[-1] += tensor.nbytes
+        return clone(tensor)
+
+    def counted_plan(*args, **kwargs):
+        copied.append(0)
+        with mock.patch.object(torch.Tensor, "clone", counted_clone):
+            return plan(*args, **kwargs)
+
+    with mock.patch.object(dist_checkpointing, "save", counted_plan):
+        assert run_cli(argv).code == 0
+    return copied
 
 
 def test_a_finished_run_has_nothing_left_to_do(pool, tmp_path, inputs, finished):
