@@ -1,7 +1,8 @@
 """What a checkpoint costs a run: waiting for it, writing it in the background, checking and loading it.
 
-Trains a small model on records of random letters and prints one JSON line per figure. One thread trains, so that on two
-cores the background writer has one for itself, and the allocator keeps what is freed, both as on a machine with GPUs.
+Trains a small model on records of random letters and prints one JSON line per figure, in about ten minutes. One thread
+trains, so that on two cores the background writer has one for itself, and the allocator keeps what is freed, both as on
+a machine with GPUs.
 
     python benchmarks/checkpoint.py [--hidden-size 512] [--steps 4]
 """
@@ -10,16 +11,20 @@ import argparse
 import ctypes
 import json
 import logging
+import math
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from common import emit
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from megatron_psft import build, parallel, platform, trainer
@@ -47,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, parallel.process_group(here, 1):
         folder = Path(name)
         write_inputs(folder, options.hidden_size)
-        window = 1 + 2 * options.steps  # one per trial, after one that warms up
+        window = 1 + 3 * options.steps  # one per trial, after one that warms up
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
             --train-iters {window * (1 + _TRIALS)} --global-batch-size 1 --no-packing --old-policy-interval {window}"""
         config = parse_config(flags.split())
@@ -94,34 +99,50 @@ def measure(run: trainer.Run, steps: int) -> None:
     window = run.config.objective.old_policy_interval
     for step in range(1, window):
         trainer.train_step(run, step)
-    seconds = _save_seconds(run, window, steps)
-    stall = seconds["waiting"]
+    trials = _trials(run, window, steps)
+    emit_median("step_seconds", [trial.plain / steps for trial in trials], "s")
+    emit_median("save_stall_seconds", [trial.waiting for trial in trials], "s")
+    emit_median("async_save_stall_seconds", [trial.stalled for trial in trials], "s")
+    emit_median("async_save_stall_ratio", [trial.stalled / trial.waiting for trial in trials], "ratio")
+    emit_median("async_save_extra_seconds", [trial.extra for trial in trials], "s", steps=steps)
+    emit_median("async_save_extra_ratio", [trial.extra / trial.waiting for trial in trials], "ratio", steps=steps)
     newest = step_folders(Path(run.config.weights.save))[-1]
-    figures = {
-        "checkpoint_bytes": (sum(path.stat().st_size for path in newest.iterdir()), "bytes"),
-        "step_seconds": (seconds["plain"] / steps, "s"),
-        "save_stall_seconds": (stall, "s"),
-        "async_save_stall_seconds": (seconds["stalled"], "s"),
-        "async_save_stall_ratio": (seconds["stalled"] / stall, "ratio"),
-        "async_save_extra_seconds": (seconds["extra"], "s"),
-        "async_save_extra_ratio": (seconds["extra"] / stall, "ratio"),
-        "old_log_probs_bytes": (stored_bytes, "bytes"),
-        "old_policy_pass_seconds": (pass_seconds, "s"),
-        "old_weights_bytes": (sum(p.numel() * 4 for chunk in run.state.chunks for p in chunk.parameters()), "bytes"),
-    }
-    figures |= {name: (value, "s") for name, value in _load_seconds(run, newest).items()}
-    for name, (value, unit) in figures.items():
-        print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "steps_per_figure": steps}))
+    emit("checkpoint_bytes", sum(path.stat().st_size for path in newest.iterdir()), "bytes")
+    emit("old_log_probs_bytes", stored_bytes, "bytes")
+    emit("old_policy_pass_seconds", pass_seconds, "s")
+    emit("old_weights_bytes", sum(p.numel() * 4 for chunk in run.state.chunks for p in chunk.parameters()), "bytes")
+    emit_load_seconds(run, newest)
 
 
-def _save_seconds(run: trainer.Run, window: int, steps: int) -> dict[str, float]:
-    """Medians over the windows after the first: seconds of `waiting` for a save, of `plain` steps, how much longer
-    (`extra`) as many take from a save in the background on, and how long they `stalled` for it. They are compared with
-    the plain ones right before them, as the machine's speed drifts."""
+def emit_median(name: str, values: Sequence[float], unit: str, **details: int) -> None:
+    """Prints a median, and where it lies with 95 % confidence: between two of the values, whatever they are
+    distributed like (Conover, Practical Nonparametric Statistics, 3rd ed., 3.2)."""
+    ordered, count = sorted(values), len(values)
+    outside = math.floor(count / 2 - 1.96 * math.sqrt(count) / 2)  # how many lie below a median is binomial
+    interval = [round(ordered[outside], 4), round(ordered[-1 - outside], 4)]
+    emit(name, statistics.median(ordered), unit, interval=interval, **details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Seconds that belong together, as the machine's speed drifts."""
+
+    waiting: float
+    """What a save takes that is waited for."""
+    plain: float
+    """Steps without a save: the mean of as many before and after those with one."""
+    extra: float
+    """How much longer the steps from a save in the background on take, that save included."""
+    stalled: float
+    """What of it training waited for."""
+
+
+def _trials(run: trainer.Run, window: int, steps: int) -> list[Trial]:
+    """One per window after the first."""
     waited, background = (_saver(run, in_background=in_background) for in_background in (False, True))
     waited.save(0)  # starts the helper process that all saves share
-    trials: list[dict[str, float]] = []
-    for trial in range(_TRIALS):
+    trials = []
+    for trial in tqdm(range(_TRIALS), unit="trial"):
         first = window * (1 + trial)
         started = time.perf_counter()
         waited.save(3 * trial + 1)
@@ -129,11 +150,13 @@ def _save_seconds(run: trainer.Run, window: int, steps: int) -> dict[str, float]
         # Not timed: a window's first step; and a save that is waited for forks this process, which slows what follows.
         _train(run, first, 1, background, number=3 * trial + 2)
         background.finish()
-        plain, _ = _train(run, first + 1, steps, waited)
+        before, _ = _train(run, first + 1, steps, waited)
         beside, stalled = _train(run, first + 1 + steps, steps, background, number=3 * trial + 3)
         background.finish()
-        trials.append({"waiting": waiting, "plain": plain, "extra": beside - plain, "stalled": stalled})
-    return {name: statistics.median(trial[name] for trial in trials) for name in trials[0]}
+        after, _ = _train(run, first + 1 + 2 * steps, steps, waited)
+        plain = (before + after) / 2
+        trials.append(Trial(waiting=waiting, plain=plain, extra=beside - plain, stalled=stalled))
+    return trials
 
 
 def _train(run: trainer.Run, first: int, steps: int, saver: Saver, *, number: int | None = None) -> tuple[float, float]:
@@ -161,12 +184,14 @@ def _saver(run: trainer.Run, *, in_background: bool) -> Saver:
     return Saver(folder, run.state, run.identity, run.loader, run.parallel, keep_last=1, in_background=in_background)
 
 
-def _load_seconds(run: trainer.Run, newest: Path) -> dict[str, float]:
+def emit_load_seconds(run: trainer.Run, newest: Path) -> None:
+    """Prints what checking and loading a checkpoint take."""
     started = time.perf_counter()
     find_checkpoint(Path(run.config.weights.save), None, run.identity)
     checked = time.perf_counter()
     load_checkpoint(newest, run.state, run.loader, run.parallel)
-    return {"check_seconds": checked - started, "load_seconds": time.perf_counter() - checked}
+    emit("check_seconds", checked - started, "s")
+    emit("load_seconds", time.perf_counter() - checked, "s")
 
 
 if __name__ == "__main__":
