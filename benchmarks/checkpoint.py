@@ -1,8 +1,8 @@
 """What a checkpoint costs a run: waiting for it, writing it in the background, checking and loading it.
 
-Trains a small model on records of random letters and prints one JSON line per figure, in about ten minutes. One thread
-trains, so that on two cores the background writer has one for itself, and the allocator keeps what is freed, both as on
-a machine with GPUs.
+Trains a small model on records of random letters and prints one JSON line per figure, in some twenty minutes. One
+thread trains, so that on two cores the background writer has one for itself, and the allocator keeps what is freed,
+both as on a machine with GPUs.
 
     python benchmarks/checkpoint.py [--hidden-size 512] [--steps 4]
 """
@@ -35,7 +35,7 @@ from megatron_psft.resume import find_checkpoint
 from megatron_psft.step_folders import step_folders
 
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-_TRIALS = 30  # of which medians are taken, as the time of a step varies by more than a save costs
+_TRIALS = 60  # of which medians are taken, as the time of a step varies by more than a save costs
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
