@@ -282,11 +282,13 @@ def _plan(content: dict[str, Any], aside: Path) -> AsyncRequest:
 
 def _own_storages(content: dict[str, Any]) -> None:
     """Makes what is part of a tensor on the CPU one of its own, over the same memory: Megatron-Core would copy it, of a
-    gated MLP's weights and moments all, while training waits."""
+    gated MLP's weights and moments all, while training waits. Pinned memory, which DLPack takes for CUDA's, stays as it
+    is."""
     apply_factories(content)  # which divide such weights
     for value in nested_values(content):
-        if isinstance(value, ShardedTensor) and value.data is not None and value.data.device.type == "cpu":
-            value.data = torch.from_dlpack(value.data.detach())
+        data = value.data if isinstance(value, ShardedTensor) else None
+        if data is not None and data.device.type == "cpu" and not data.is_pinned():
+            value.data = torch.from_dlpack(data.detach())
 
 
 def _write(write: Callable[..., None], aside: Path, rank: int, *args: Any, **kwargs: Any) -> None:

@@ -128,7 +128,7 @@ def _do_without_engine() -> None:
 
 
 def plain_operations() -> contextlib.AbstractContextManager[None]:
-    """For work of thousands of operations that names no device: without a GPU most of its time would be spent on answers
+    """For work of thousands of operations that names no device: without a GPU most of its time would go into answers
     that it does not need."""
     return contextlib.nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()
 
