@@ -59,7 +59,8 @@ def helpers_outlive_signals() -> Iterator[None]:
     """Processes that are started in this context never see SIGTERM or SIGINT.
 
     torchrun sends its signal to the whole process group. The helpers by which Megatron-Core writes checkpoints would
-    die of it while the trainer is about to save. What arrives for this process meanwhile is delivered at the end.
+    die of it while the trainer is about to save. What arrives for this process meanwhile is noted at the end, or at
+    once where another thread runs that does not block it.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

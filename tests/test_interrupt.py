@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch.distributed as dist
@@ -59,13 +60,14 @@ def test_sigterm_is_never_more_than_a_request(first):
 
 
 def test_helpers_outlive_what_the_trainer_receives():
-    """The signal reaches this process when the context ends, and the helper never."""
+    """The signal reaches this thread when the context ends, and the helper never."""
     with StopSignals() as stop:
         with helpers_outlive_signals():
             script = "import sys; print('up', flush=True); sys.stdin.read(); print('still here')"
             pipe = subprocess.PIPE
             helper = subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, text=True)
-            os.kill(os.getpid(), signal.SIGTERM)
+            # To this thread: one to the process might go to another thread, of pytest's, which does not block it.
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
             assert stop._received == 0
         assert stop._received == signal.SIGTERM
     assert helper.stdout.readline() == "up\n"
