@@ -1,5 +1,6 @@
 """A run that is resumed is the run that was not interrupted: to the bit in its layout, to rounding in another."""
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass
@@ -276,6 +277,7 @@ def bytes_copied_by_plans(argv: list[str]) -> list[int]:
         copied[-1] += tensor.nbytes
         return clone(tensor)
 
+    @functools.wraps(plan)  # its signature says which Megatron-Core it is of
     def counted_plan(*args, **kwargs):
         copied.append(0)
         with mock.patch.object(torch.Tensor, "clone", counted_clone):
