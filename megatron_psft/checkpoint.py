@@ -272,7 +272,8 @@ def _write_failed(cause: str, target: Path) -> str:
 
 
 def _plan(content: dict[str, Any], aside: Path) -> AsyncRequest:
-    """What each rank is to write into which of its files: the tensors themselves, which must not change until then."""
+    """What each rank is to write into which of its files: the tensors themselves, which must not change until they are
+    copied or written."""
     with plain_operations():
         _own_storages(content)
         return dist_checkpointing.save(
