@@ -8,9 +8,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megatron_psft.config import parse_config
+from megatron_psft.config.rules import validate
+from megatron_psft.config.schema import parse_config
 from megatron_psft.errors import RankError, UserError
-from megatron_psft.validation import validate
 
 EXIT_USER_ERROR = 2
 EXIT_SIGNALLED = 128  # plus the signal's number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM

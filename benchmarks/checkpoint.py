@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_psft import build, parallel, platform, trainer
 from megatron_psft.checkpoint import Saver, load_checkpoint
-from megatron_psft.config import parse_config
+from megatron_psft.config.schema import parse_config
 from megatron_psft.inputs import read_inputs
 from megatron_psft.resume import find_checkpoint
 from megatron_psft.step_folders import step_folders

@@ -23,7 +23,7 @@ Path = Callable[[Tensor, torch.nn.Parameter, Tensor, Tensor], Tensor]
 
 
 def _ours(spec: dict[str, Any]) -> Path:
-    from megatron_psft.config import ObjectiveConfig
+    from megatron_psft.config.schema import ObjectiveConfig
     from megatron_psft.labels import LabelContext
     from megatron_psft.model.head import HeadInputs, OutputLayer, label_positions
     from megatron_psft.objectives import Objective
@@ -121,7 +121,7 @@ def _dtype(spec: dict[str, Any]) -> torch.dtype:
 def measure(spec: dict[str, Any]) -> dict[str, float]:
     """One path, measured in this process; collective over its ranks."""
     from megatron_psft import parallel, platform
-    from megatron_psft.config import ParallelConfig
+    from megatron_psft.config.schema import ParallelConfig
 
     place = platform.detect(int(os.environ["LOCAL_RANK"]))
     with parallel.process_group(place, spec["ranks"]):

@@ -81,7 +81,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megatron_psft import build, parallel, platform
-    from megatron_psft.config import parse_config
+    from megatron_psft.config.schema import parse_config
     from megatron_psft.inputs import read_inputs
     from megatron_psft.plan import Plan
     from megatron_psft.trainer import train_step

@@ -39,7 +39,7 @@ LR = 1e-4
 
 def prepare(spec: dict[str, Any]) -> dict[str, Any]:
     """Writes model, tokenizer, records and the records' tokens into the folder that `spec` names."""
-    from megatron_psft.config import parse_config
+    from megatron_psft.config.schema import parse_config
     from megatron_psft.inputs import read_inputs
 
     folder = Path(spec["folder"])

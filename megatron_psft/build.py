@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_psft.checkpoint import TrainState, load_checkpoint, load_weights
 from megatron_psft.clipped_tokens import ClippedTokens
-from megatron_psft.config import Config, config_to_yaml
+from megatron_psft.config.schema import Config, config_to_yaml
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of

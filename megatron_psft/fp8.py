@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_psft.config import Config, PrecisionConfig
+from megatron_psft.config.schema import Config, PrecisionConfig
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.platform import Platform

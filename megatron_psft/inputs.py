@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_psft.config import Config
+from megatron_psft.config.rules import validate_advantages, validate_train_iters
+from megatron_psft.config.schema import Config
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.packing import PackPlan, plan_of
@@ -19,7 +20,6 @@ from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.gpt import check_layout
 from megatron_psft.model.shape import ModelShape, read_shape
 from megatron_psft.parallel import together
-from megatron_psft.validation import validate_advantages, validate_train_iters
 
 log = logging.getLogger(__name__)
 

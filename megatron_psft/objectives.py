@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_psft.config import ObjectiveConfig
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.labels import ExtraStat, LabelContext, LabelStats
 from megatron_psft.preference import PAIR_METRICS, dpo_loss, pair_metrics
 

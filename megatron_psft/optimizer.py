@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_psft.config import Config
+from megatron_psft.config.schema import Config
 from megatron_psft.errors import UserError
 
 # What a parameter group of the optimizer that offloads says of where and how it is updated.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_psft.config import ParallelConfig
+from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.errors import RankError, UserError
 from megatron_psft.platform import Platform
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
-from megatron_psft.config import Config
+from megatron_psft.config.rules import validate
+from megatron_psft.config.schema import Config
 from megatron_psft.errors import UserError
 from megatron_psft.fused_head import CHUNK_BYTES
 from megatron_psft.model.gpt import check_layout, padded_vocab_size, virtual_size
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.platform import Platform
 from megatron_psft.throughput import forward_flops
-from megatron_psft.validation import validate
 
 GIB = 2**30
 FP32 = 4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megatron_psft.config import ObjectiveConfig
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.labels import LabelContext, LabelStats
 
 PAIR_METRICS = ("margin", "accuracy", "chosen_log_probs", "rejected_log_probs")

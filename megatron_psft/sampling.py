@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from megatron_psft.config.flags import require_at_least, require_positive
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.errors import UserError
-from megatron_psft.flags import require_at_least, require_positive
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
     from transformers import PreTrainedTokenizerBase

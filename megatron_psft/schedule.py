@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_psft.clipped_tokens import ClippedTokens
-from megatron_psft.config import ObjectiveConfig
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.labels import LabelContext, LabelStats, Records
 from megatron_psft.model.head import HeadInputs, HeadOutput, label_positions, place_labels, select_labels

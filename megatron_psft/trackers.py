@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_psft.config import LoggingConfig
+from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import RankError
 from megatron_psft.step_folders import replace_file
 

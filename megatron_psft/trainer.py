@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from megatron_psft import throughput
 from megatron_psft.checkpoint import Saver, TrainState
-from megatron_psft.config import Config
+from megatron_psft.config.schema import Config
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.interrupt import StopRequested, StopSignals
 from megatron_psft.metrics import EvalSums, Report, reduce_metrics

@@ -15,7 +15,7 @@ def _count(folder: Path) -> dict:
     """Four ranks, two of which compute the same: adds before and after a call of `gather`."""
     from megatron_psft import parallel, platform
     from megatron_psft.clipped_tokens import ClippedTokens
-    from megatron_psft.config import ParallelConfig
+    from megatron_psft.config.schema import ParallelConfig
 
     here, config = platform.detect(0), ParallelConfig(tensor_model_parallel_size=2)
     with parallel.process_group(here, 4):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_psft.config import Config, DataConfig, ParallelConfig, PrecisionConfig, WeightsConfig
+from megatron_psft.config.schema import Config, DataConfig, ParallelConfig, PrecisionConfig, WeightsConfig
 from megatron_psft.errors import UserError
 from megatron_psft.fp8 import check_dimensions, check_machine, row_multiple
 from megatron_psft.model.gpt import check_layout, transformer_config

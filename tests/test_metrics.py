@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from megatron_psft.config import LoggingConfig, ObjectiveConfig
+from megatron_psft.config.schema import LoggingConfig, ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
 from megatron_psft.labels import LabelContext, LabelStats
@@ -59,7 +59,7 @@ def global_batch(data_size: int) -> list[list[tuple[MicroBatch, LabelStats, torc
 def entered(tensor_size: int, pipeline_size: int):
     """The process group of four ranks, for the length of a block, and this rank's place in it."""
     from megatron_psft import parallel, platform
-    from megatron_psft.config import ParallelConfig
+    from megatron_psft.config.schema import ParallelConfig
 
     here = platform.detect(0)
     config = ParallelConfig(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)

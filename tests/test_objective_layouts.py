@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_psft.config import ObjectiveConfig, ObjectiveName, ParallelConfig
+from megatron_psft.config.schema import ObjectiveConfig, ObjectiveName, ParallelConfig
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, MicroBatch
 from megatron_psft.data.packing import PackPlan, best_fit

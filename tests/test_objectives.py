@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_psft import objectives
-from megatron_psft.config import LossAggregation, ObjectiveConfig, ObjectiveName
+from megatron_psft.config.schema import LossAggregation, ObjectiveConfig, ObjectiveName
 from megatron_psft.labels import LabelContext, LabelStats, Records
 from megatron_psft.objectives import BatchSums, Objective, batch_sums, policy_ratio
 from tests.support import reference
@@ -221,7 +221,7 @@ def test_the_maths_knows_nothing_of_parallelism():
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert {name for name in imported if "." in name} == {
         "collections.abc",
-        "megatron_psft.config",
+        "megatron_psft.config.schema",
         "megatron_psft.labels",
         "megatron_psft.preference",
     }

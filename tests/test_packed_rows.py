@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_psft.config import ParallelConfig
+from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_psft import parallel, platform
-from megatron_psft.config import ParallelConfig
+from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.errors import UserError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_psft.config import (
+from megatron_psft.config.schema import (
     BatchConfig,
     DataConfig,
     ObjectiveConfig,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_psft.build import _precision_noise
-from megatron_psft.config import ObjectiveConfig
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.precision_noise import PrecisionNoise
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megatron_psft.config import ObjectiveConfig
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.labels import LabelContext, LabelStats, Records
 from megatron_psft.preference import dpo_loss, pair_metrics
 from tests.support import reference, tiny

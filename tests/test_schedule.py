@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_psft.config import (
+from megatron_psft.config.schema import (
     BatchConfig,
     Config,
     DataConfig,

@@ -5,11 +5,11 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_psft.config import LoggingConfig
+from megatron_psft.config.rules import validate
+from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import RankError, UserError
 from megatron_psft.trackers import Trackers
-from megatron_psft.validation import validate
-from tests.test_config import parse
+from tests.config.test_schema import parse
 
 NAMES = ("loss", "grad_norm")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_psft import step_folders
-from megatron_psft.config import WeightsConfig, parse_config
+from megatron_psft.config.flags import require_absent, require_positive, run_command
+from megatron_psft.config.schema import WeightsConfig, parse_config
 from megatron_psft.errors import UserError
-from megatron_psft.flags import require_absent, require_positive, run_command
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     import torch

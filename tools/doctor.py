@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_psft import doctor
+from megatron_psft.config.flags import run_command
 from megatron_psft.doctor import Finding
 from megatron_psft.errors import UserError
-from megatron_psft.flags import run_command
 from megatron_psft.hf import hub
 
 EXAMPLES = """examples:

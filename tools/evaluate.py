@@ -16,8 +16,8 @@ if __name__ == "__main__":
     # lm-eval imports a library that is named `evaluate`, which this file would hide from it.
     sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
+from megatron_psft.config.flags import run_command
 from megatron_psft.evaluation import Evaluation, EvaluationSampling, TaskConfig, evaluate
-from megatron_psft.flags import run_command
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.scores import results_table
 

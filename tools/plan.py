@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_psft.config import Config, DataConfig, WeightsConfig
-from megatron_psft.flags import require_at_least, require_positive, run_command
+from megatron_psft.config.flags import require_at_least, require_positive, run_command
+from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
 
 if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once
     from megatron_psft.plan import Memory, Plan

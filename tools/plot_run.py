@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from megatron_psft.config.flags import require_at_least, run_command
 from megatron_psft.errors import UserError
-from megatron_psft.flags import require_at_least, run_command
 
 EXAMPLES = """examples:
   one run, while it trains or after it:

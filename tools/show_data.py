@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Literal
 
-from megatron_psft.config import Config, WeightsConfig
+from megatron_psft.config.flags import require_at_least, run_command
+from megatron_psft.config.schema import Config, WeightsConfig
 from megatron_psft.errors import UserError
-from megatron_psft.flags import require_at_least, run_command
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     from transformers import PreTrainedTokenizerBase

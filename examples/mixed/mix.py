@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.data.files import Row, open_rows
 from megatron_psft.data.records import Record, RecordKeys, raise_or_report, read_records
 from megatron_psft.errors import UserError
-from megatron_psft.flags import require_absent, run_command
 from megatron_psft.rewards import group_advantages
 
 EXAMPLES = """example:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from megatron_psft.config.flags import run_command
 from megatron_psft.errors import UserError
-from megatron_psft.flags import run_command
 
 if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once
     from megatron_psft.nemo.config import PsftConfigContainer

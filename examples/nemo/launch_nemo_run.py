@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_psft.config.flags import require_at_least, run_command
 from megatron_psft.errors import UserError
-from megatron_psft.flags import require_at_least, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).resolve().with_name("finetune_psft.py")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.data.prompts import Prompt, PromptConfig, read_prompts
 from megatron_psft.errors import UserError
-from megatron_psft.flags import require_absent, run_command
 from megatron_psft.rewards import MathVerifier, bare_answer
 
 EXAMPLES = """examples:

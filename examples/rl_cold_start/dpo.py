@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from trl_run import TrainConfig, train_and_save
 
+from megatron_psft.config.flags import require_at_least, require_positive, run_command
 from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.data.records import Message, RecordKeys, parse_row
 from megatron_psft.errors import UserError
-from megatron_psft.flags import require_at_least, require_positive, run_command
 from megatron_psft.hf.hub import ModelConfig
 
 EXAMPLES = """example:

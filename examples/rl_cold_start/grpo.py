@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from trl_run import TrainConfig, train_and_save
 
+from megatron_psft.config.flags import run_command
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.prompts import PromptConfig, read_prompts
 from megatron_psft.errors import UserError
-from megatron_psft.flags import run_command
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rewards import VerifierName, build_verifier
 

@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_psft.config.flags import require_absent, require_at_least
 from megatron_psft.errors import UserError
-from megatron_psft.flags import require_absent, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_psft.config import DataConfig
+from megatron_psft.config.schema import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from megatron_psft import platform, step_folders
 from megatron_psft.checkpoint import sharded_weights
-from megatron_psft.config import Config, DataConfig, WeightsConfig
+from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
 from megatron_psft.errors import UserError
 from megatron_psft.hf.export import copy_side_files
 from megatron_psft.hf.mapping import Piece, hf_tensors, is_expert, pieces, scatter

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_psft.config import Config
+from megatron_psft.config.schema import Config
 from megatron_psft.errors import UserError
 from megatron_psft.fp8 import check_dimensions, fp8_options
 from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.cuda_graph import is_full_iteration_cuda_graph
 
-from megatron_psft.config import ObjectiveConfig
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.errors import UserError
 from megatron_psft.objectives import Objective
 
@@ -19,7 +19,7 @@ REPEATABLE_LOADERS = ("single", "cyclic", "batch")
 
 @dataclass(kw_only=True)
 class PsftConfig:
-    """What megatron_psft.config.ObjectiveConfig says of the token loss, as far as Bridge's batches carry what it needs.
+    """What megatron_psft.config.schema.ObjectiveConfig says of the token loss, as far as Bridge's batches carry what it needs.
 
     Not frozen, as none of Bridge's sections is: recipes and command lines assign to fields.
     """

@@ -10,7 +10,7 @@ from megatron.bridge.training.losses import masked_next_token_loss
 from megatron.bridge.training.state import GlobalState
 from torch import Tensor
 
-from megatron_psft.config import ObjectiveConfig
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.errors import UserError
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.policy import BridgePolicy, MarkedLabels, PolicyOutput, Question, policy_of

@@ -11,7 +11,7 @@ from megatron.bridge.recipes.qwen.qwen3 import qwen3_4b_sft_config
 from megatron.bridge.recipes.qwen_vl.qwen25_vl import qwen25_vl_7b_sft_config
 from megatron.bridge.training.config import ConfigContainer
 
-from megatron_psft.config import OptimizerConfig
+from megatron_psft.config.schema import OptimizerConfig
 from megatron_psft.nemo.config import PsftConfigContainer
 
 _LR_WARMUP_ITERS = 10

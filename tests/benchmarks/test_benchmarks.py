@@ -22,7 +22,7 @@ def importable():
 
 def _gradients_of(name: str, labels_percent: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from megatron_psft import parallel, platform
-    from megatron_psft.config import ParallelConfig
+    from megatron_psft.config.schema import ParallelConfig
 
     with importable():
         import head

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_psft.config import DataConfig
+from megatron_psft.config.schema import DataConfig
 from megatron_psft.data import cache as cache_module
 from megatron_psft.data import tokenizing
 from megatron_psft.data.cache import DamagedCacheError

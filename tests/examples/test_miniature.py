@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_psft.config import parse_config
-from megatron_psft.validation import validate
+from megatron_psft.config.rules import validate
+from megatron_psft.config.schema import parse_config
 from tests.support.cli import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "examples" / "demo"))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from examples.mixed import grpo, mix
-from megatron_psft.config import parse_config
-from megatron_psft.flags import parse_flags
+from megatron_psft.config.flags import parse_flags
+from megatron_psft.config.schema import parse_config
 from tests.support import tiny
 from tests.support.cli import REPOSITORY
 from tools import rollout

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from megatron_psft.config import parse_config
-from megatron_psft.validation import validate
+from megatron_psft.config.rules import validate
+from megatron_psft.config.schema import parse_config
 from tests.support import tiny
 from tests.support.cli import REPOSITORY
 from tests.support.scripts import installed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_psft.config import Config, DataConfig, ParallelConfig, PrecisionConfig, WeightsConfig
+from megatron_psft.config.schema import Config, DataConfig, ParallelConfig, PrecisionConfig, WeightsConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_psft.config import RecomputeConfig
+from megatron_psft.config.schema import RecomputeConfig
 from megatron_psft.errors import UserError
 from megatron_psft.model.experts import expert_options
 from megatron_psft.model.gpt import check_layout

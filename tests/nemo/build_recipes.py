@@ -12,8 +12,8 @@ from typing import Any
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 
 from examples.nemo import finetune_psft
+from megatron_psft.config.flags import parse_flags
 from megatron_psft.errors import UserError
-from megatron_psft.flags import parse_flags
 from megatron_psft.nemo import recipes
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from megatron_psft import clipped_tokens, metrics
-from megatron_psft.config import LoggingConfig
+from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import UserError
 from megatron_psft.report import runs as report_runs
 from megatron_psft.report.runs import read_runs

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from megatron_psft.flags import parse_flags
+from megatron_psft.config.flags import parse_flags
 from megatron_psft.sampling import Answer
 from tests.data import toys
 from tests.support import tiny

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_psft.config import ObjectiveConfig
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit

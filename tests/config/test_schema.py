@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_psft.config import Config, WeightsConfig, config_to_yaml, parse_config
+from megatron_psft.config.schema import Config, WeightsConfig, config_to_yaml, parse_config
 from megatron_psft.errors import UserError
 from tests.support.cli import REPOSITORY
 
@@ -303,7 +303,7 @@ def test_ranges_hold_without_a_command_line_too() -> None:
 
 def test_importing_the_configuration_loads_no_numeric_library() -> None:
     heavy = {"torch", "numpy", "transformers", "megatron", "megatron.core", "datasets"}
-    script = f"import sys, megatron_psft.validation; print(*{heavy} & set(sys.modules))"
+    script = f"import sys, megatron_psft.config.rules; print(*{heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", script], text=True).split() == []
 
 

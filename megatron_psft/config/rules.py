@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from megatron_psft.config import Config, LoggingConfig, ObjectiveConfig, ParallelConfig
+from megatron_psft.config.schema import Config, LoggingConfig, ObjectiveConfig, ParallelConfig
 from megatron_psft.errors import UserError
 
 ADVANTAGE_OBJECTIVES = ("psft", "sft")

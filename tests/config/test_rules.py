@@ -2,9 +2,9 @@
 
 import pytest
 
+from megatron_psft.config.rules import validate, validate_advantages, validate_train_iters
 from megatron_psft.errors import UserError
-from megatron_psft.validation import validate, validate_advantages, validate_train_iters
-from tests.test_config import parse
+from tests.config.test_schema import parse
 
 
 @pytest.mark.parametrize(

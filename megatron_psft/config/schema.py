@@ -10,8 +10,8 @@ from typing import Literal
 
 import yaml
 
+from megatron_psft.config.flags import parse_flags, require_at_least, require_positive
 from megatron_psft.errors import UserError
-from megatron_psft.flags import parse_flags, require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
