@@ -18,8 +18,8 @@ from megatron_psft.fp8 import check_machine, row_multiple
 from megatron_psft.hf import export
 from megatron_psft.hf.weights import fill_parameters
 from megatron_psft.inputs import Inputs, describe, read_in_turn
+from megatron_psft.loss.objectives import Objective
 from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
-from megatron_psft.objectives import Objective
 from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
 from megatron_psft.parallel import Parallel, initialize_parallel, on_main, together

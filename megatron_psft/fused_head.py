@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.kernels import ShardPasses, shard_passes
-from megatron_psft.labels import ExtraStat, LabelStats
+from megatron_psft.loss.labels import ExtraStat, LabelStats
 from megatron_psft.vocab_parallel import ShardExtras, ShardSoftmax, join_shards, shard_width
 
 TokenLoss = Callable[[LabelStats, slice], Tensor]

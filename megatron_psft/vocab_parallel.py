@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.kernels.portable import ShardSums, shard_gradient_, shard_squares, shard_sums_, shard_top
-from megatron_psft.labels import TOP_TOKENS, ExtraStat, LabelStats
+from megatron_psft.loss.labels import TOP_TOKENS, ExtraStat, LabelStats
 
 
 class ShardSoftmax(NamedTuple):

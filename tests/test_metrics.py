@@ -11,9 +11,9 @@ import torch
 from megatron_psft.config.schema import LoggingConfig, ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
-from megatron_psft.labels import LabelContext, LabelStats
+from megatron_psft.loss.labels import LabelContext, LabelStats
+from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums
 from megatron_psft.metrics import METRICS_FILE, EvalSums, Report, reduce_metrics
-from megatron_psft.objectives import BatchSums, Objective, batch_sums
 from megatron_psft.trackers import Trackers
 from tests.support import reference
 from tests.support.marks import slow

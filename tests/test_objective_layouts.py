@@ -15,7 +15,7 @@ from megatron_psft.config.schema import ObjectiveConfig, ObjectiveName, Parallel
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, MicroBatch
 from megatron_psft.data.packing import PackPlan, best_fit
-from megatron_psft.objectives import Objective
+from megatron_psft.loss.objectives import Objective
 from tests.support import reference, tiny
 from tests.support.marks import slow
 from tests.test_packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.labels import LabelContext, LabelStats, Records
-from megatron_psft.preference import dpo_loss, pair_metrics
+from megatron_psft.loss.labels import LabelContext, LabelStats, Records
+from megatron_psft.loss.preference import dpo_loss, pair_metrics
 from tests.support import reference, tiny
 from tests.support.cli import run_cli
 from tests.support.marks import slow

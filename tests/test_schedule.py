@@ -22,7 +22,7 @@ from megatron_psft.config.schema import (
 )
 from megatron_psft.data.chat import Example
 from megatron_psft.data.loader import MicroBatch, collate
-from megatron_psft.objectives import BatchSums, Objective
+from megatron_psft.loss.objectives import BatchSums, Objective
 from tests.support import reference, tiny
 
 SEQ_LENGTH, ROWS, CLIP = 22, 2, 0.28

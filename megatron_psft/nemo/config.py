@@ -8,7 +8,7 @@ from megatron.bridge.utils.cuda_graph import is_full_iteration_cuda_graph
 
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.errors import UserError
-from megatron_psft.objectives import Objective
+from megatron_psft.loss.objectives import Objective
 
 OBJECTIVES = ("psft", "sft", "dft", "p-power", "eaft", "trsft", "profit", "deft")
 """Those that compare neither with the initial model nor tokens of a record with each other."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.errors import UserError
+from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.policy import BridgePolicy, MarkedLabels, PolicyOutput, Question, policy_of
-from megatron_psft.objectives import BatchSums, Objective, batch_sums
 
 LOSS_KEY = "lm loss"
 """Bridge's name of the loss that is trained on, or of an evaluation."""

@@ -10,10 +10,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_psft import objectives
 from megatron_psft.config.schema import LossAggregation, ObjectiveConfig, ObjectiveName
-from megatron_psft.labels import LabelContext, LabelStats, Records
-from megatron_psft.objectives import BatchSums, Objective, batch_sums, policy_ratio
+from megatron_psft.loss import objectives
+from megatron_psft.loss.labels import LabelContext, LabelStats, Records
+from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums, policy_ratio
 from tests.support import reference
 
 OBJECTIVES = ("psft", "sft")
@@ -222,8 +222,8 @@ def test_the_maths_knows_nothing_of_parallelism():
     assert {name for name in imported if "." in name} == {
         "collections.abc",
         "megatron_psft.config.schema",
-        "megatron_psft.labels",
-        "megatron_psft.preference",
+        "megatron_psft.loss.labels",
+        "megatron_psft.loss.preference",
     }
     assert {name for name in imported if "." not in name} == {"dataclasses", "typing", "torch"}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.labels import LabelContext, LabelStats
+from megatron_psft.loss.labels import LabelContext, LabelStats
 
 PAIR_METRICS = ("margin", "accuracy", "chosen_log_probs", "rejected_log_probs")
 """Means over pairs: `PairMetrics`."""

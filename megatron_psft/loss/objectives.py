@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.labels import ExtraStat, LabelContext, LabelStats
-from megatron_psft.preference import PAIR_METRICS, dpo_loss, pair_metrics
+from megatron_psft.loss.labels import ExtraStat, LabelContext, LabelStats
+from megatron_psft.loss.preference import PAIR_METRICS, dpo_loss, pair_metrics
 
 # exp(20) is far beyond any clip bound and far below the fp32 overflow at exp(88): a diverged policy gives large finite
 # numbers.
