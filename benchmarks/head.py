@@ -24,9 +24,9 @@ Path = Callable[[Tensor, torch.nn.Parameter, Tensor, Tensor], Tensor]
 
 def _ours(spec: dict[str, Any]) -> Path:
     from megatron_psft.config.schema import ObjectiveConfig
+    from megatron_psft.head.layer import HeadInputs, OutputLayer, label_positions
     from megatron_psft.loss.labels import LabelContext
     from megatron_psft.loss.objectives import Objective
-    from megatron_psft.model.head import HeadInputs, OutputLayer, label_positions
 
     layer = _layer(spec, OutputLayer)
     objective = Objective(config=ObjectiveConfig(objective="sft"))

@@ -244,7 +244,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_label_tokens(pool, folder, ba
 
 def _fused_calls(folder: Path, batch: Batch, fused_head: bool):
     """How often each function of the fused head was called in training and in scoring."""
-    from megatron_psft.model import head
+    from megatron_psft.head import layer as head
 
     calls = []
 

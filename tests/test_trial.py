@@ -18,7 +18,7 @@ def test_the_step_tells_what_runs_on_a_cpu_use(pool):
         "collectives": "gloo",
         "attention": "megatron_psft.model.layers.Attention",
         "norm": "megatron_psft.model.layers.RMSNorm",
-        "loss kernels": "megatron_psft.kernels._portable_sums",
+        "loss kernels": "megatron_psft.head.kernels._portable_sums",
         "optimizer": "torch.optim.adamw.AdamW",
         "fusions": "none",
     }

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from megatron_psft.config.schema import Config
 from megatron_psft.errors import UserError
 from megatron_psft.fp8 import check_dimensions, fp8_options
+from megatron_psft.head.layer import HeadInputs, HeadOutput, OutputLayer, plain_head
 from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts
-from megatron_psft.model.head import HeadInputs, HeadOutput, OutputLayer, plain_head
 from megatron_psft.model.layers import Attention, RMSNorm
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.parallel import Parallel

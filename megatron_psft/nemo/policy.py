@@ -11,10 +11,10 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_psft.errors import UserError
+from megatron_psft.head.layer import HeadInputs, HeadOutput, OutputLayer, label_positions
 from megatron_psft.loss.labels import LabelContext
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.model.gpt import PolicyModel
-from megatron_psft.model.head import HeadInputs, HeadOutput, OutputLayer, label_positions
 
 IGNORED = -100
 """In place of a label that does not count."""

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_psft.kernels import portable
-from megatron_psft.kernels.portable import ShardSums
+from megatron_psft.head.kernels import portable
+from megatron_psft.head.kernels.portable import ShardSums
 
 
 class ShardPasses(NamedTuple):
@@ -23,7 +23,7 @@ class ShardPasses(NamedTuple):
 def shard_passes(device: torch.device) -> ShardPasses:
     """The Triton kernels on CUDA, plain PyTorch elsewhere."""
     if device.type == "cuda":
-        from megatron_psft.kernels.fused import shard_gradient_, shard_sums  # Triton is there where CUDA is
+        from megatron_psft.head.kernels.fused import shard_gradient_, shard_sums  # Triton is there where CUDA is
 
         return ShardPasses(shard_sums, shard_gradient_)
     return ShardPasses(_portable_sums, portable.shard_gradient_)

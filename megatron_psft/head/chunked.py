@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_psft.kernels import ShardPasses, shard_passes
+from megatron_psft.head.kernels import ShardPasses, shard_passes
+from megatron_psft.head.plain import ShardExtras, ShardSoftmax, join_shards, shard_width
 from megatron_psft.loss.labels import ExtraStat, LabelStats
-from megatron_psft.vocab_parallel import ShardExtras, ShardSoftmax, join_shards, shard_width
 
 TokenLoss = Callable[[LabelStats, slice], Tensor]
 """Loss of each of some label tokens, `[m]`, from their statistics and from which of the n they are. It must not mix

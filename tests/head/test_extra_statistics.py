@@ -49,7 +49,7 @@ def _on_rank(cases: list[Case], path: str, world_size: int) -> list[LabelStats]:
 
 
 def _plain(case: Case, weight: Tensor) -> LabelStats:
-    from megatron_psft.vocab_parallel import label_stats
+    from megatron_psft.head.plain import label_stats
 
     logits = (case.hidden @ weight.t()).unsqueeze(1).requires_grad_()
     place = {"vocab_size": case.vocab_size, "group": dist.group.WORLD}
@@ -64,7 +64,7 @@ def _plain(case: Case, weight: Tensor) -> LabelStats:
 
 def _fused(case: Case, weight: Tensor) -> LabelStats:
     """By both functions of the fused head, in chunks of three rows; the loss sees the statistics of its own rows."""
-    from megatron_psft import fused_head
+    from megatron_psft.head import chunked as fused_head
 
     default = dict(fused_head.CHUNK_BYTES)
     fused_head.CHUNK_BYTES["cpu"] = 3 * 4 * len(weight)
@@ -95,8 +95,8 @@ def _fused(case: Case, weight: Tensor) -> LabelStats:
 
 
 def _triton(case: Case, weight: Tensor) -> LabelStats:
-    from megatron_psft import fused_head
-    from megatron_psft.kernels import ShardPasses, fused
+    from megatron_psft.head import chunked as fused_head
+    from megatron_psft.head.kernels import ShardPasses, fused
 
     default = fused_head.shard_passes
     fused_head.shard_passes = lambda device: ShardPasses(fused.shard_sums, fused.shard_gradient_)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_psft.kernels import portable
+from megatron_psft.head.kernels import portable
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def both(logits, label_index, scale, label_gradient):
     """Sums and gradients of the kernels and of PyTorch, in fp32."""
-    from megatron_psft.kernels import fused
+    from megatron_psft.head.kernels import fused
 
     logits, label_index, scale, label_gradient = (
         values.to(DEVICE) for values in (logits, label_index, scale, label_gradient)
@@ -75,7 +75,7 @@ def test_a_confident_label_leaves_the_sum_of_the_others_alone():
 
 def test_rows_of_any_stride():
     wide = torch.randn(4, 3001, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    from megatron_psft.kernels import fused
+    from megatron_psft.head.kernels import fused
 
     part, index = wide[:, :2500], torch.tensor([0, 1, 2499, 7], device=DEVICE)
     beyond = wide[:, 2500:].clone()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_psft.vocab_parallel import label_stats
+from megatron_psft.head.plain import label_stats
 from tests.support.marks import slow
 
 WORLD_SIZES = (1, 2, 4)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_psft.kernels.portable import ShardSums, shard_gradient_, shard_squares, shard_sums_, shard_top
+from megatron_psft.head.kernels.portable import ShardSums, shard_gradient_, shard_squares, shard_sums_, shard_top
 from megatron_psft.loss.labels import TOP_TOKENS, ExtraStat, LabelStats
 
 

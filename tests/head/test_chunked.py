@@ -36,7 +36,8 @@ class Result(NamedTuple):
 
 
 def _on_rank(cases: list[Case], mode: str, chunk_rows: int, world_size: int) -> list[Result]:
-    from megatron_psft import fused_head, parallel, platform
+    from megatron_psft import parallel, platform
+    from megatron_psft.head import chunked as fused_head
 
     default = dict(fused_head.CHUNK_BYTES)
     with parallel.process_group(platform.detect(0), world_size):
@@ -51,7 +52,7 @@ def _on_rank(cases: list[Case], mode: str, chunk_rows: int, world_size: int) -> 
 
 
 def _shard_of(case: Case, mode: str, rank: int, world_size: int) -> Result:
-    from megatron_psft.fused_head import fused_label_stats, fused_loss
+    from megatron_psft.head.chunked import fused_label_stats, fused_loss
 
     hidden = case.hidden.clone().requires_grad_()
     weight = case.weight.chunk(world_size)[rank].clone().requires_grad_()
@@ -94,7 +95,7 @@ def exact(case: Case) -> Result:
 
 def plain(case: Case) -> Result:
     """The path with all logits, on one rank."""
-    from megatron_psft.vocab_parallel import label_stats
+    from megatron_psft.head.plain import label_stats
 
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
     logits = (hidden @ weight.t()).unsqueeze(1)
@@ -242,7 +243,8 @@ def test_bf16_stays_within_its_rounding(pool, world_size, mode):
 
 
 def _main_grads(case: Case, attributes: dict[str, bool], mode: str):
-    from megatron_psft import fused_head, parallel, platform
+    from megatron_psft import parallel, platform
+    from megatron_psft.head import chunked as fused_head
 
     with parallel.process_group(platform.detect(0), 1):
         hidden = case.hidden.clone().requires_grad_()
@@ -293,7 +295,8 @@ def _memory_of(num_labels: int) -> tuple[int, int]:
     """Largest number of elements any tensor had in a forward and backward pass, and that of a chunk's logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from megatron_psft import fused_head, parallel, platform
+    from megatron_psft import parallel, platform
+    from megatron_psft.head import chunked as fused_head
 
     largest = 0
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_psft.kernels.portable import ShardSums
+from megatron_psft.head.kernels.portable import ShardSums
 
 # A program walks along one row. Wide blocks with many warps keep Hopper's memory busy with few rows, narrow ones leave
 # more programs to each multiprocessor; which is better depends on the number of columns. Not measured so far.

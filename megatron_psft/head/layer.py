@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_psft.fused_head import TokenLoss, fused_label_stats, fused_loss
+from megatron_psft.head.chunked import TokenLoss, fused_label_stats, fused_loss
+from megatron_psft.head.plain import label_stats
 from megatron_psft.loss.labels import ExtraStat, LabelStats
-from megatron_psft.vocab_parallel import label_stats
 
 
 @dataclass(frozen=True, kw_only=True)
