@@ -27,9 +27,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from megatron_psft import build, parallel, platform, trainer
+from megatron_psft import build, trainer
 from megatron_psft.checkpoint import Saver, load_checkpoint
 from megatron_psft.config.schema import parse_config
+from megatron_psft.distributed import cpu_shims as platform
+from megatron_psft.distributed import grid as parallel
 from megatron_psft.inputs import read_inputs
 from megatron_psft.resume import find_checkpoint
 from megatron_psft.step_folders import step_folders

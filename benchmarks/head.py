@@ -120,8 +120,9 @@ def _dtype(spec: dict[str, Any]) -> torch.dtype:
 
 def measure(spec: dict[str, Any]) -> dict[str, float]:
     """One path, measured in this process; collective over its ranks."""
-    from megatron_psft import parallel, platform
     from megatron_psft.config.schema import ParallelConfig
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     place = platform.detect(int(os.environ["LOCAL_RANK"]))
     with parallel.process_group(place, spec["ranks"]):

@@ -13,6 +13,8 @@ from megatron_psft.config.schema import Config, config_to_yaml
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of
+from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.grid import Parallel, initialize_parallel, on_main, together
 from megatron_psft.errors import UserError
 from megatron_psft.fp8 import check_machine, row_multiple
 from megatron_psft.hf import export
@@ -22,8 +24,6 @@ from megatron_psft.loss.objectives import Objective
 from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
 from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
-from megatron_psft.parallel import Parallel, initialize_parallel, on_main, together
-from megatron_psft.platform import Platform
 from megatron_psft.precision_noise import PrecisionNoise
 from megatron_psft.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
 from megatron_psft.resume import WEIGHTS_STEP, Identity, find_checkpoint, model_identity

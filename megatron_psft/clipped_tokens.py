@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_psft.parallel import Parallel
+from megatron_psft.distributed.grid import Parallel
 from megatron_psft.step_folders import replace_file
 
 CLIPPED_TOKENS_FILE = "clipped_tokens.json"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from megatron_psft.config.schema import Config, PrecisionConfig
+from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.platform import Platform
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_psft.data.loader import MicroBatch
+from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.loss.labels import LabelStats
 from megatron_psft.loss.objectives import BatchSums
 from megatron_psft.loss.preference import PAIR_METRICS
-from megatron_psft.parallel import Parallel
 from megatron_psft.step_folders import replace_file
 from megatron_psft.trackers import Trackers
 

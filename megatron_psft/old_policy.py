@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_psft.distributed.grid import Parallel, together
 from megatron_psft.errors import UserError
-from megatron_psft.parallel import Parallel, together
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_psft.distributed.grid import Parallel
 from megatron_psft.loss.objectives import policy_ratio
-from megatron_psft.parallel import Parallel
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from megatron_psft.config.schema import Config, DataConfig, PrecisionConfig, Wei
 from megatron_psft.data.chat import Example
 from megatron_psft.data.loader import MicroBatch, fill_rows
 from megatron_psft.data.rows import packed_row
+from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.head.kernels import shard_passes
 from megatron_psft.hf.weights import RandomWeights, fill_parameters
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.model.gpt import build_model
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.optimizer import build_optimizer, update
-from megatron_psft.parallel import initialize_parallel, process_group
-from megatron_psft.platform import Platform
 from megatron_psft.schedule import Schedule
 
 _SHAPE = ModelShape(

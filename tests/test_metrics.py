@@ -58,8 +58,9 @@ def global_batch(data_size: int) -> list[list[tuple[MicroBatch, LabelStats, torc
 @contextmanager
 def entered(tensor_size: int, pipeline_size: int):
     """The process group of four ranks, for the length of a block, and this rank's place in it."""
-    from megatron_psft import parallel, platform
     from megatron_psft.config.schema import ParallelConfig
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     here = platform.detect(0)
     config = ParallelConfig(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)

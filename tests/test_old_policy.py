@@ -171,8 +171,9 @@ def test_a_window_of_one_step_has_nothing_to_tell():
 
 
 def _check_memory(bytes_per_rank: int) -> str | None:
-    from megatron_psft import parallel, platform
     from megatron_psft.config.schema import ParallelConfig
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     here = platform.detect(0)
     with parallel.process_group(here, 2):

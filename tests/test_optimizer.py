@@ -56,7 +56,8 @@ def make_config(optimizer: OptimizerConfig | None = None, **sections) -> Config:
 @contextmanager
 def built(config: Config, world_size: int, shape: ModelShape = SHAPE):
     """Place, named parameters, optimizer and scheduler of this rank of a pool, for the length of a block."""
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
     from megatron_psft.hf.weights import RandomWeights, fill_parameters, named_parameters
     from megatron_psft.model.gpt import build_model
     from megatron_psft.optimizer import build_optimizer, build_scheduler

@@ -16,10 +16,10 @@ from megatron_psft.config.schema import (
     PrecisionConfig,
     RecomputeConfig,
 )
+from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import ExpertShape, ModelShape
 from megatron_psft.plan import GIB, Plan, smallest_layout
-from megatron_psft.platform import Platform
 from megatron_psft.throughput import forward_flops
 from tests.model.layouts import Layout, make_config, rank_of
 from tests.support import tiny

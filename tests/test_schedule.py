@@ -132,7 +132,8 @@ def batches(folder) -> dict[str, Batch]:
 @contextmanager
 def ready(folder: Path, parallel_config: ParallelConfig, *, fused_head: bool = True):
     """Place, model chunks, schedule and optimizer of this rank of a pool, for the length of a block."""
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
     from megatron_psft.hf.weights import SafetensorsFolder, fill_parameters
     from megatron_psft.model.gpt import build_model, virtual_size
     from megatron_psft.model.shape import read_shape

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_psft import platform
+from megatron_psft.distributed import cpu_shims as platform
 from megatron_psft.trial import trial_step
 
 

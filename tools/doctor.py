@@ -83,7 +83,7 @@ def examine(config: DoctorConfig) -> int:
 
 def examine_machine(environment: Mapping[str, str]) -> list[Finding]:
     """Prints what there is and what is used of it; returns what was found to be so or so."""
-    from megatron_psft import platform
+    from megatron_psft.distributed import cpu_shims as platform
 
     here = platform.detect(0)
     print_table("machine", doctor.describe_machine(here))

@@ -81,10 +81,10 @@ def plan(config: PlanConfig) -> int:
     """Prints the plan; returns 1 where it does not fit. Raises UserError for what training would refuse."""
     import torch
 
+    from megatron_psft.distributed.cpu_shims import Platform
     from megatron_psft.hf import hub
     from megatron_psft.model.shape import read_shape
     from megatron_psft.plan import GIB, Plan, smallest_layout
-    from megatron_psft.platform import Platform
 
     cluster = config.cluster
     shape = read_shape(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
 from megatron_psft.hf.weights import is_first_replica, named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.parallel import Parallel
 
 # transformers' own default; what rank 0 holds in memory at a time.
 MAX_SHARD_BYTES = 5 * 10**9

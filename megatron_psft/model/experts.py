@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from megatron_psft.config.schema import Config
+from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.platform import Platform
 
 
 def expert_options(shape: ModelShape, config: Config, platform: Platform) -> dict[str, Any]:

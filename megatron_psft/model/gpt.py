@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_psft.config.schema import Config
+from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.fp8 import check_dimensions, fp8_options
 from megatron_psft.head.layer import HeadInputs, HeadOutput, OutputLayer, plain_head
 from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts
 from megatron_psft.model.layers import Attention, RMSNorm
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.parallel import Parallel
-from megatron_psft.platform import Platform
 
 # Each rank's part of the vocabulary is a multiple of 128, which matrix units like. Padding for 8 ranks even on fewer
 # makes the padded size the same for every tensor-parallel size that divides 8, so that checkpoints move freely between

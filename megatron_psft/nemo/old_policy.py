@@ -14,12 +14,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_psft.distributed.grid import together
 from megatron_psft.nemo.batches import BatchesAhead
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.forward_step import PsftForwardStep
 from megatron_psft.nemo.window_files import WindowFiles
 from megatron_psft.old_policy import OldPolicyWindow
-from megatron_psft.parallel import together
 
 
 class OldPolicyCallback(Callback):

@@ -21,8 +21,9 @@ def importable():
 
 
 def _gradients_of(name: str, labels_percent: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from megatron_psft import parallel, platform
     from megatron_psft.config.schema import ParallelConfig
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     with importable():
         import head

@@ -36,7 +36,8 @@ class Result(NamedTuple):
 
 
 def _on_rank(cases: list[Case], mode: str, chunk_rows: int, world_size: int) -> list[Result]:
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
     from megatron_psft.head import chunked as fused_head
 
     default = dict(fused_head.CHUNK_BYTES)
@@ -167,7 +168,8 @@ def test_it_equals_the_plain_path_to_rounding(pool, world_size):
 
 
 def _plain_on_rank(case: Case) -> Result:
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     with parallel.process_group(platform.detect(0), 1):
         return plain(case)
@@ -243,7 +245,8 @@ def test_bf16_stays_within_its_rounding(pool, world_size, mode):
 
 
 def _main_grads(case: Case, attributes: dict[str, bool], mode: str):
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
     from megatron_psft.head import chunked as fused_head
 
     with parallel.process_group(platform.detect(0), 1):
@@ -295,7 +298,8 @@ def _memory_of(num_labels: int) -> tuple[int, int]:
     """Largest number of elements any tensor had in a forward and backward pass, and that of a chunk's logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
     from megatron_psft.head import chunked as fused_head
 
     largest = 0

@@ -42,7 +42,8 @@ CASES = {
 
 
 def _on_rank(cases: list[Case], path: str, world_size: int) -> list[LabelStats]:
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     with parallel.process_group(platform.detect(0), world_size):
         return [PATHS[path](case, case.weight.chunk(world_size)[dist.get_rank()]) for case in cases]

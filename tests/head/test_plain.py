@@ -34,7 +34,8 @@ class Result(NamedTuple):
 
 
 def _on_rank(cases: list[Case], world_size: int) -> list[Result]:
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     with parallel.process_group(platform.detect(0), world_size):
         return [_shard_of(case, dist.get_rank(), world_size) for case in cases]

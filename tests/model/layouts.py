@@ -85,7 +85,8 @@ class Rank:
 @contextmanager
 def rank_of(layout: Layout, *, num_layers: int = 4) -> Iterator[Rank]:
     """Joins the ranks of a `pool.run` to `layout`."""
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     here = platform.detect(0)
     with parallel.process_group(here, int(os.environ["WORLD_SIZE"])):

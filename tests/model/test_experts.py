@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_psft.config.schema import RecomputeConfig
+from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.experts import expert_options
 from megatron_psft.model.gpt import check_layout
 from megatron_psft.model.shape import ExpertShape, ModelShape, read_shape
-from megatron_psft.platform import Platform
 from tests.model.layouts import Layout, make_config
 from tests.model.test_gpt import (
     LENGTHS,

@@ -165,7 +165,8 @@ def test_bounds_of_a_packed_row_end_with_the_row_and_its_longest_segment_is_know
 def _attend_on_context_ranks(segments: tuple[int, ...], groups: int):
     import torch.distributed as dist
 
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     size = int(os.environ["WORLD_SIZE"])
     with parallel.process_group(platform.detect(0), size):

@@ -3,7 +3,7 @@
 
 Bridge, unlike Megatron-Core, cannot be imported without Transformer Engine and nvidia-resiliency-ext, and asks for CUDA
 by name. The two get stand-ins, once Megatron-Core has seen that they are not there, and CUDA's questions the CPU's
-answers, beyond those of megatron_psft.platform.
+answers, beyond those of megatron_psft.distributed.cpu_shims.
 """
 
 import functools
@@ -14,7 +14,7 @@ import types
 
 import torch
 
-from megatron_psft import platform
+from megatron_psft.distributed import cpu_shims as platform
 from tests.support.cli import Exit, call_main
 
 _ENGINE = ("", ".common", ".common.recipe", ".pytorch", ".pytorch.fp8", ".pytorch.ops")

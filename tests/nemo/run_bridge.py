@@ -16,12 +16,12 @@ from megatron.bridge.recipes.common import _sft_common
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
+from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.model import gpt
 from megatron_psft.model.shape import read_shape
 from megatron_psft.nemo.config import PsftConfigContainer
 from megatron_psft.nemo.recipes import psft_recipe
 from megatron_psft.nemo.train import finetune
-from megatron_psft.platform import Platform
 
 FP32 = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32, "autocast_dtype": torch.float32}
 FUSIONS = ("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion")

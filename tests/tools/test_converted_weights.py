@@ -162,7 +162,8 @@ def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The whole tensors of a checkpoint, as it names them."""
     from megatron.core import dist_checkpointing
 
-    from megatron_psft import parallel, platform
+    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed import grid as parallel
 
     with parallel.process_group(platform.detect(0), 1):
         tensors = dist_checkpointing.load_plain_tensors(str(folder))

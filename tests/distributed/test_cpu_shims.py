@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-from megatron_psft import platform
-from megatron_psft.platform import Platform
+from megatron_psft.distributed import cpu_shims as platform
+from megatron_psft.distributed.cpu_shims import Platform
 
 
 def _detect_twice():

@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from megatron_psft import parallel, platform
-from megatron_psft.interrupt import StopRequested, StopSignals, helpers_outlive_signals
+from megatron_psft.distributed import cpu_shims as platform
+from megatron_psft.distributed import grid as parallel
+from megatron_psft.distributed.signals import StopRequested, StopSignals, helpers_outlive_signals
 
 
 def _check_after_signal(to_rank: int, signum: int) -> list[int]:

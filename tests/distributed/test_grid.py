@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_psft import parallel, platform
 from megatron_psft.config.schema import ParallelConfig
+from megatron_psft.distributed import cpu_shims as platform
+from megatron_psft.distributed import grid as parallel
 from megatron_psft.errors import UserError
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_psft.config.schema import ParallelConfig
+from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.errors import RankError, UserError
-from megatron_psft.platform import Platform
 
 Result = TypeVar("Result")
 
