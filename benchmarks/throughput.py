@@ -54,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def measure(spec: dict[str, Any]) -> dict[str, float]:
     """Means over one window, after a first step that warms up."""
-    from megatron_psft import throughput
+    from megatron_psft.metrics import flops as throughput
     from megatron_psft.trainer import train_step
 
     with tempfile.TemporaryDirectory() as name, training_run(_argv(spec, Path(name))) as run:

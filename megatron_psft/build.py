@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from megatron_psft.checkpoint import TrainState, load_checkpoint, load_weights
-from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.config.schema import Config, config_to_yaml
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
@@ -21,6 +20,8 @@ from megatron_psft.hf import export
 from megatron_psft.hf.weights import fill_parameters
 from megatron_psft.inputs import Inputs, describe, read_in_turn
 from megatron_psft.loss.objectives import Objective
+from megatron_psft.metrics.clipped_tokens import ClippedTokens
+from megatron_psft.metrics.provenance import versions
 from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
 from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
@@ -29,7 +30,6 @@ from megatron_psft.reference import FOLDER, START, VALUES, RecordValues, Referen
 from megatron_psft.resume import WEIGHTS_STEP, Identity, find_checkpoint, model_identity
 from megatron_psft.schedule import Schedule
 from megatron_psft.trainer import Run, train
-from megatron_psft.versions import versions
 
 log = logging.getLogger(__name__)
 

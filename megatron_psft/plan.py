@@ -19,9 +19,9 @@ from megatron_psft.config.schema import Config
 from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.head.chunked import CHUNK_BYTES
+from megatron_psft.metrics.flops import forward_flops
 from megatron_psft.model.gpt import check_layout, padded_vocab_size, virtual_size
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.throughput import forward_flops
 
 GIB = 2**30
 FP32 = 4

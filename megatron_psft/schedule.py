@@ -10,13 +10,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_psft.clipped_tokens import ClippedTokens
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.grid import Parallel, sum_over_context
 from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, place_labels, select_labels
 from megatron_psft.loss.labels import LabelContext, LabelStats, Records
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums, is_clipped, policy_ratio
+from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model.layers import packed_row_params
 from megatron_psft.precision_noise import PrecisionNoise
 

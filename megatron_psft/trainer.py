@@ -9,22 +9,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_psft import throughput
 from megatron_psft.checkpoint import Saver, TrainState
 from megatron_psft.config.schema import Config
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.grid import Parallel, naming_lost_peers
 from megatron_psft.distributed.signals import StopRequested, StopSignals
 from megatron_psft.loss.objectives import Objective
-from megatron_psft.metrics import EvalSums, Report, reduce_metrics
+from megatron_psft.metrics import flops as throughput
+from megatron_psft.metrics.provenance import versions
+from megatron_psft.metrics.reduce import EvalSums, Report, reduce_metrics
+from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.old_policy import SHORT_SECONDS
 from megatron_psft.optimizer import update
 from megatron_psft.reference import ReferencePass
 from megatron_psft.resume import Identity
 from megatron_psft.schedule import Schedule
-from megatron_psft.trackers import Trackers
-from megatron_psft.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,7 +156,7 @@ def _check_gradients(
 ) -> dict[str, float]:
     """Compares the gradients of this rank's parameters, case by case; returns the losses that metrics report."""
     from megatron_psft.hf.weights import fill_parameters, named_parameters
-    from megatron_psft.metrics import reduce_metrics
+    from megatron_psft.metrics.reduce import reduce_metrics
 
     losses, found = {}, {}
     with ready(folder, config, fused_head=fused_head) as run:

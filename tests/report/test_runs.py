@@ -5,12 +5,13 @@ import math
 
 import pytest
 
-from megatron_psft import clipped_tokens, metrics
 from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import UserError
+from megatron_psft.metrics import clipped_tokens
+from megatron_psft.metrics import reduce as metrics
+from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.report import runs as report_runs
 from megatron_psft.report.runs import read_runs
-from megatron_psft.trackers import Trackers
 
 
 def write(folder, text: str):

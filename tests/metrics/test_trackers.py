@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import RankError, UserError
-from megatron_psft.trackers import Trackers
+from megatron_psft.metrics.trackers import Trackers
 from tests.config.test_schema import parse
 
 NAMES = ("loss", "grad_norm")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_psft import throughput
+from megatron_psft.metrics import flops as throughput
 from megatron_psft.model.shape import ExpertShape, ModelShape
 
 SHAPE = ModelShape(

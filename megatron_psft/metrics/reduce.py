@@ -19,8 +19,8 @@ from megatron_psft.errors import UserError
 from megatron_psft.loss.labels import LabelStats
 from megatron_psft.loss.objectives import BatchSums
 from megatron_psft.loss.preference import PAIR_METRICS
+from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.step_folders import replace_file
-from megatron_psft.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -13,10 +13,10 @@ from tests.support.cli import run_cli
 
 def _count(folder: Path) -> dict:
     """Four ranks, two of which compute the same: adds before and after a call of `gather`."""
-    from megatron_psft.clipped_tokens import ClippedTokens
     from megatron_psft.config.schema import ParallelConfig
     from megatron_psft.distributed import cpu_shims as platform
     from megatron_psft.distributed import grid as parallel
+    from megatron_psft.metrics.clipped_tokens import ClippedTokens
 
     here, config = platform.detect(0), ParallelConfig(tensor_model_parallel_size=2)
     with parallel.process_group(here, 4):

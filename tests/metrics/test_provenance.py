@@ -4,7 +4,8 @@ import subprocess
 
 import torch
 
-from megatron_psft import __version__, versions
+from megatron_psft import __version__
+from megatron_psft.metrics import provenance as versions
 
 
 def test_libraries_have_the_versions_that_they_say_themselves():

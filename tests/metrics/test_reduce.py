@@ -13,8 +13,8 @@ from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
 from megatron_psft.loss.labels import LabelContext, LabelStats
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums
-from megatron_psft.metrics import METRICS_FILE, EvalSums, Report, reduce_metrics
-from megatron_psft.trackers import Trackers
+from megatron_psft.metrics.reduce import METRICS_FILE, EvalSums, Report, reduce_metrics
+from megatron_psft.metrics.trackers import Trackers
 from tests.support import reference
 from tests.support.marks import slow
 
