@@ -76,7 +76,7 @@ def _argv(spec: dict[str, Any], folder: Path) -> list[Any]:
 
 
 def _with_window(run: Any, *, interval: int) -> Any:
-    from megatron_psft.old_policy import OldPolicyWindow
+    from megatron_psft.scoring.old_policy import OldPolicyWindow
 
     def score(step: int) -> list[Any]:
         return [stats.log_probs for stats in run.schedule.score(run.loader.micro_batches(step))]

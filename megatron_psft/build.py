@@ -23,12 +23,12 @@ from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.metrics.provenance import versions
 from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
-from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.optimizer import build_optimizer, build_scheduler
-from megatron_psft.precision_noise import PrecisionNoise
-from megatron_psft.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
 from megatron_psft.resume import WEIGHTS_STEP, Identity, find_checkpoint, model_identity
 from megatron_psft.schedule import Schedule
+from megatron_psft.scoring.agreement import PrecisionNoise
+from megatron_psft.scoring.old_policy import OldPolicyWindow, check_host_memory
+from megatron_psft.scoring.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
 from megatron_psft.trainer import Run, train
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from megatron_psft.loss.labels import LabelContext, LabelStats, Records
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums, is_clipped, policy_ratio
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model.layers import packed_row_params
-from megatron_psft.precision_noise import PrecisionNoise
+from megatron_psft.scoring.agreement import PrecisionNoise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -353,7 +353,7 @@ def test_passes_in_other_micro_batches_give_ratio_one_up_to_rounding(pool, input
 
 
 def _train_with_forced_passes(save: Path, inputs: Path, family: str, layout: list[str]) -> list[dict[str, float]]:
-    from megatron_psft.old_policy import OldPolicyWindow
+    from megatron_psft.scoring.old_policy import OldPolicyWindow
 
     shortcut = OldPolicyWindow.old_log_probs
 

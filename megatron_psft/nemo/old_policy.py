@@ -19,7 +19,7 @@ from megatron_psft.nemo.batches import BatchesAhead
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.forward_step import PsftForwardStep
 from megatron_psft.nemo.window_files import WindowFiles
-from megatron_psft.old_policy import OldPolicyWindow
+from megatron_psft.scoring.old_policy import OldPolicyWindow
 
 
 class OldPolicyCallback(Callback):

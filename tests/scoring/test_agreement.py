@@ -8,7 +8,7 @@ import pytest
 
 from megatron_psft.build import _precision_noise
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.precision_noise import PrecisionNoise
+from megatron_psft.scoring.agreement import PrecisionNoise
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
 from tests.support.marks import slow

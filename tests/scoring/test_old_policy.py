@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_psft.errors import UserError
-from megatron_psft.old_policy import OldPolicyWindow, check_host_memory
+from megatron_psft.scoring.old_policy import OldPolicyWindow, check_host_memory
 
 
 class Run:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from megatron_psft.reference import PROGRESS, VALUES
+from megatron_psft.scoring.reference import PROGRESS, VALUES
 from megatron_psft.step_folders import step_folders
 from tests.support import reference, tiny
 from tests.support.cli import Exit, run_cli
@@ -84,8 +84,8 @@ class Observed:
 
 def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, signum: int = 0) -> Observed:
     """The command line. In scoring pass `fail_at` (from 1) it raises, or gets the signal, on the last rank."""
-    from megatron_psft import reference as module
     from megatron_psft.schedule import Schedule
+    from megatron_psft.scoring import reference as module
 
     score, train, kept = Schedule.score, Schedule.train, module.BATCHES_PER_MARK
     calls: list[int] = []
@@ -239,7 +239,7 @@ def test_a_signal_ends_the_pass_in_good_order(pool, tmp_path, inputs):
 
 def _run_with_a_full_disk(argv: list[str]) -> Observed:
     """The last rank cannot write the second batch."""
-    from megatron_psft.reference import ReferencePass
+    from megatron_psft.scoring.reference import ReferencePass
 
     write = ReferencePass._write
 
