@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_psft.checkpoint import TrainState, load_checkpoint, load_weights
+from megatron_psft.checkpoint.find import WEIGHTS_STEP, Identity, find_checkpoint, model_identity
+from megatron_psft.checkpoint.saver import TrainState, load_checkpoint, load_weights
 from megatron_psft.config.schema import Config, config_to_yaml
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
@@ -24,7 +25,6 @@ from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.metrics.provenance import versions
 from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
 from megatron_psft.optimizer import build_optimizer, build_scheduler
-from megatron_psft.resume import WEIGHTS_STEP, Identity, find_checkpoint, model_identity
 from megatron_psft.schedule import Schedule
 from megatron_psft.scoring.agreement import PrecisionNoise
 from megatron_psft.scoring.old_policy import OldPolicyWindow, check_host_memory

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_psft.checkpoint.folders import replace_file
 from megatron_psft.errors import UserError
-from megatron_psft.step_folders import replace_file
 
 CORRECT = "correct"
 """The score that a verifier gives, 0 (wrong) to 1 (right)."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_psft.checkpoint import Saver, TrainState
+from megatron_psft.checkpoint.find import Identity
+from megatron_psft.checkpoint.saver import Saver, TrainState
 from megatron_psft.config.schema import Config
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.grid import Parallel, naming_lost_peers
@@ -21,7 +22,6 @@ from megatron_psft.metrics.reduce import EvalSums, Report, reduce_metrics
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.optimizer import update
-from megatron_psft.resume import Identity
 from megatron_psft.schedule import Schedule
 from megatron_psft.scoring.old_policy import SHORT_SECONDS
 from megatron_psft.scoring.reference import ReferencePass

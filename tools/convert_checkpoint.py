@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_psft import step_folders
+from megatron_psft.checkpoint import folders as step_folders
 from megatron_psft.config.flags import require_absent, require_positive, run_command
 from megatron_psft.config.schema import WeightsConfig, parse_config
 from megatron_psft.errors import UserError

@@ -34,8 +34,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from tqdm import tqdm
 
-from megatron_psft import step_folders
-from megatron_psft.checkpoint import sharded_weights
+from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft.checkpoint.find import VERSION, WEIGHTS_STEP, Identity, weights_identity
+from megatron_psft.checkpoint.folders import DamageError
+from megatron_psft.checkpoint.saver import sharded_weights
 from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
 from megatron_psft.distributed import cpu_shims as platform
 from megatron_psft.distributed.grid import initialize_parallel, process_group
@@ -45,8 +47,6 @@ from megatron_psft.hf.mapping import Piece, hf_tensors, is_expert, pieces, scatt
 from megatron_psft.hf.weights import SafetensorsFolder, fill_shard, whole_name
 from megatron_psft.model.gpt import build_chunk, transformer_config
 from megatron_psft.model.shape import ModelShape, read_shape
-from megatron_psft.resume import VERSION, WEIGHTS_STEP, Identity, weights_identity
-from megatron_psft.step_folders import DamageError
 
 Outline = dict[str, ShardedBase]
 """Every parameter's place in a checkpoint, by its name in the whole model; it has no data."""

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_psft.checkpoint.folders import replace_file
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.step_folders import replace_file
 
 CLIPPED_TOKENS_FILE = "clipped_tokens.json"
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_psft.checkpoint.folders import replace_file
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
@@ -20,7 +21,6 @@ from megatron_psft.loss.labels import LabelStats
 from megatron_psft.loss.objectives import BatchSums
 from megatron_psft.loss.preference import PAIR_METRICS
 from megatron_psft.metrics.trackers import Trackers
-from megatron_psft.step_folders import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_psft.checkpoint.folders import replace_file
 from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import RankError
-from megatron_psft.step_folders import replace_file
 
 _IDS_FILE = "trackers.json"
 _LONGEST_PARAMETER = 500  # characters; some MLflow servers refuse longer ones

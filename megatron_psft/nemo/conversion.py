@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import temporary_distributed_context
 
-from megatron_psft import step_folders
+from megatron_psft.checkpoint import folders as step_folders
 from megatron_psft.errors import UserError
 
 

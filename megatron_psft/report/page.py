@@ -9,11 +9,11 @@ import jinja2
 from markupsafe import Markup
 
 from megatron_psft import __version__
+from megatron_psft.checkpoint.folders import replace_file
 from megatron_psft.report.charts import SECTIONS, Chart, Section
 from megatron_psft.report.drawing import MAX_SYNCS, Curve, curves_of, draw, style_of, thinned, window_of
 from megatron_psft.report.runs import Run
 from megatron_psft.report.tables import END_STEPS, clipped_tokens, config_table, date, differing, number, summary_table
-from megatron_psft.step_folders import replace_file
 
 PAGE_FILE = "report.html"
 SAME_TASK = ("load_hf", "tokenizer", "data", "valid_data", "objective", "loss_on", "system_prompt")

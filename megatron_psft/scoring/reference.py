@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_psft import step_folders
+from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft.checkpoint.find import Identity, find_damage
+from megatron_psft.checkpoint.folders import DamageError
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.grid import Parallel, Result, on_main, sum_over_context, together
 from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.errors import UserError
-from megatron_psft.resume import Identity, find_damage
 from megatron_psft.schedule import Schedule
 from megatron_psft.scoring.old_policy import SHORT_SECONDS
-from megatron_psft.step_folders import DamageError
 
 FOLDER = "ref_log_probs"
 VALUES = "values.bin"

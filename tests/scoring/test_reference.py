@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.scoring.reference import PROGRESS, VALUES
-from megatron_psft.step_folders import step_folders
+from tests.checkpoint.test_saver import CP2, DIST_OPT, ONE, OVERLAP, PP2, TP2_SP
 from tests.support import reference, tiny
 from tests.support.cli import Exit, run_cli
 from tests.support.marks import slow
 from tests.support.pool import WorkerError
-from tests.test_checkpoint import CP2, DIST_OPT, ONE, OVERLAP, PP2, TP2_SP
 
 PACKED, SEPARATE = ("--packing",), ("--no-packing",)
 LAYOUTS = {

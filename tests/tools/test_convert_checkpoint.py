@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_psft.step_folders import MARKER
+from megatron_psft.checkpoint.folders import MARKER
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit, run_cli
 from tests.support.marks import slow
@@ -213,7 +213,7 @@ def change_type(path: Path) -> None:
 
 
 def newest_version(path: Path) -> None:
-    from megatron_psft import step_folders
+    from megatron_psft.checkpoint import folders as step_folders
 
     content = step_folders.read_content(path.parent)
     path.unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_psft.step_folders import step_folder
+from megatron_psft.checkpoint.folders import step_folder
 from tests.support import tiny
 from tests.support.cli import run_cli
 from tests.support.marks import slow

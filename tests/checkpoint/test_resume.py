@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_psft.step_folders import step_folder, step_folders
+from megatron_psft.checkpoint.folders import step_folder, step_folders
+from tests.checkpoint.test_saver import DIST_OPT, ONE, PP2, TP2_SP, forget_steps_from, inputs, metrics_of, refuse, train
 from tests.support.cli import Exit, run_cli
 from tests.support.marks import slow
 from tests.support.pool import WorkerError
-from tests.test_checkpoint import DIST_OPT, ONE, PP2, TP2_SP, forget_steps_from, inputs, metrics_of, refuse, train
 
 __all__ = ["inputs"]  # the fixture
 
@@ -146,7 +146,7 @@ def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inpu
 
 
 def _train_with_slow_copies(argv: list[str]):
-    from megatron_psft.background_save import SharedMemory
+    from megatron_psft.checkpoint.background import SharedMemory
 
     copies = SharedMemory.copies
 
@@ -173,7 +173,7 @@ def test_no_weight_changes_before_it_is_copied(pool, tmp_path, inputs):
 
 def _run_with_small_files(argv: list[str]) -> Exit:
     """The command line where from the second checkpoint on no file may grow beyond 64 KiB, as with a quota used up."""
-    from megatron_psft.checkpoint import Saver
+    from megatron_psft.checkpoint.saver import Saver
 
     original, (soft, hard) = Saver.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -211,7 +211,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_other(pool, tmp_path, inpu
 
 def _run_with_a_full_disk_on_rank_0(argv: list[str]) -> Exit:
     """What is small and first, rank 0 writes alone: the others learn of its failure only as it leaves."""
-    from megatron_psft.checkpoint import dist_checkpointing
+    from megatron_psft.checkpoint.saver import dist_checkpointing
 
     original = dist_checkpointing.save
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_psft import step_folders
+from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft.checkpoint.folders import DamageError
 from megatron_psft.distributed.grid import on_main, together
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.step_folders import DamageError
 
 log = logging.getLogger(__name__)
 

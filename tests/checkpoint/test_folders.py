@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_psft import step_folders
-from megatron_psft.step_folders import MARKER, DamageError, find_damage, read_content, step_folder
+from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft.checkpoint.folders import MARKER, DamageError, find_damage, read_content, step_folder
 
 CONTENT = {"step": 12, "identity": {"seed": 1, "rope": {"factor": 8.0}, "norm": 1e-5}}
 FILES = {

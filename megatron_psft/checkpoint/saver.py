@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_psft import step_folders
-from megatron_psft.background_save import BackgroundCalls
+from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft.checkpoint.background import BackgroundCalls
+from megatron_psft.checkpoint.find import VERSION, Identity
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.cpu_shims import plain_operations, save_options
 from megatron_psft.distributed.grid import Parallel, naming_lost_peers, on_main, sum_over_context
@@ -36,7 +37,6 @@ from megatron_psft.errors import RankError, UserError
 from megatron_psft.hf.weights import is_first_replica, named_parameters
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.optimizer import load_optimizer_state, sharded_optimizer_state
-from megatron_psft.resume import VERSION, Identity
 from megatron_psft.scoring.old_policy import OldPolicyWindow
 
 log = logging.getLogger(__name__)

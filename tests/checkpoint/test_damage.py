@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_psft.step_folders import MARKER, step_folder, step_folders
+from megatron_psft.checkpoint.folders import MARKER, step_folder, step_folders
+from tests.checkpoint.test_saver import DIST_OPT, inputs, metrics_of, refuse, train
 from tests.support.cli import Exit, run_cli
-from tests.test_checkpoint import DIST_OPT, inputs, metrics_of, refuse, train
 
 __all__ = ["inputs"]  # the fixture
 

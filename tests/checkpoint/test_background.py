@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_psft.background_save import SharedMemory, SharedTensor
+from megatron_psft.checkpoint.background import SharedMemory, SharedTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 tensors = st.lists(
