@@ -16,13 +16,13 @@ from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.distributed.grid import Parallel, initialize_parallel, on_main, together
 from megatron_psft.errors import UserError
-from megatron_psft.fp8 import check_machine, row_multiple
 from megatron_psft.hf import export
 from megatron_psft.hf.weights import fill_parameters
 from megatron_psft.inputs import Inputs, describe, read_in_turn
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.metrics.provenance import versions
+from megatron_psft.model.fp8 import check_machine, row_multiple
 from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
 from megatron_psft.optimizer import build_optimizer, build_scheduler
 from megatron_psft.schedule import Schedule

@@ -29,9 +29,9 @@ from megatron_psft.config.schema import Config
 from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
-from megatron_psft.fp8 import check_dimensions, fp8_options
 from megatron_psft.head.layer import HeadInputs, HeadOutput, OutputLayer, plain_head
 from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts
+from megatron_psft.model.fp8 import check_dimensions, fp8_options
 from megatron_psft.model.layers import Attention, RMSNorm
 from megatron_psft.model.shape import ModelShape
 

@@ -9,10 +9,10 @@ import pytest
 from megatron_psft.build import _precision_noise
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.scoring.agreement import PrecisionNoise
+from tests.model.test_fp8 import make_config
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
 from tests.support.marks import slow
-from tests.test_fp8 import make_config
 
 
 @pytest.fixture(scope="module")
