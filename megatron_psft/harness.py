@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_psft.doctor import installed_version, installed_versions
 from megatron_psft.errors import UserError, nearest_name_hint
-from megatron_psft.sampling import SamplingConfig
+from megatron_psft.rollout.sampling import SamplingConfig
 from megatron_psft.scores import Generation, ResultsFolder, TaskResult, estimate_share, normal_estimate
 
 log = logging.getLogger(__name__)

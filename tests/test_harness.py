@@ -10,7 +10,7 @@ import pytest
 
 from megatron_psft.errors import UserError
 from megatron_psft.harness import Harness, generations_of, result_of
-from megatron_psft.sampling import SamplingConfig
+from megatron_psft.rollout.sampling import SamplingConfig
 from megatron_psft.scores import Estimate, ResultsFolder, estimate_share
 from tests.support import tiny
 

@@ -24,12 +24,12 @@ from typing import Any
 from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row
-from megatron_psft.data.prompts import Prompt, PromptConfig, read_prompts
 from megatron_psft.data.records import RecordError, RecordKeys, parse_row
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
-from megatron_psft.rewards import AdvantageName, Verifier, VerifierName, build_verifier, group_advantages
-from megatron_psft.sampling import Answer, Sampler, SamplingConfig
+from megatron_psft.rollout.prompts import Prompt, PromptConfig, read_prompts
+from megatron_psft.rollout.rewards import AdvantageName, Verifier, VerifierName, build_verifier, group_advantages
+from megatron_psft.rollout.sampling import Answer, Sampler, SamplingConfig
 
 EXAMPLES = """examples:
   eight answers to each of GSM8K's questions, checked as maths:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from megatron_psft.config.flags import require_at_least, run_command
 from megatron_psft.data.files import Row, open_rows
-from megatron_psft.data.prompts import PromptConfig
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
+from megatron_psft.rollout.prompts import PromptConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent

@@ -25,7 +25,7 @@ from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.data.files import Row, open_rows
 from megatron_psft.data.records import Record, RecordKeys, raise_or_report, read_records
 from megatron_psft.errors import UserError
-from megatron_psft.rewards import group_advantages
+from megatron_psft.rollout.rewards import group_advantages
 
 EXAMPLES = """example:
     python tools/rollout.py --model runs/first/hf --prompts train.jsonl --keep-flat-groups --out rollouts.jsonl

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_psft.config.flags import require_absent, run_command
-from megatron_psft.data.prompts import Prompt, PromptConfig, read_prompts
 from megatron_psft.errors import UserError
-from megatron_psft.rewards import MathVerifier, bare_answer
+from megatron_psft.rollout.prompts import Prompt, PromptConfig, read_prompts
+from megatron_psft.rollout.rewards import MathVerifier, bare_answer
 
 EXAMPLES = """examples:
     python examples/rl_cold_start/convert_prompts.py --prompts gsm8k/train.jsonl --prompt-key question \\

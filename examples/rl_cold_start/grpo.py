@@ -10,10 +10,10 @@ from trl_run import TrainConfig, train_and_save
 
 from megatron_psft.config.flags import run_command
 from megatron_psft.data.chat import ChatRenderer
-from megatron_psft.data.prompts import PromptConfig, read_prompts
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
-from megatron_psft.rewards import VerifierName, build_verifier
+from megatron_psft.rollout.prompts import PromptConfig, read_prompts
+from megatron_psft.rollout.rewards import VerifierName, build_verifier
 
 EXAMPLES = """example:
     python examples/rl_cold_start/grpo.py --model runs/first/hf --prompts gsm8k/train.jsonl --prompt-key question \\

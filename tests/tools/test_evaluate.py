@@ -133,7 +133,7 @@ def test_a_run_goes_on_where_it_was(run, inputs, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_psft.rewards.MathVerifier.score", interrupt)
+        patch.setattr("megatron_psft.rollout.rewards.MathVerifier.score", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(*flags)
     kept = read_lines(tmp_path / "out" / "generations" / "toy.jsonl")
@@ -157,7 +157,7 @@ def test_a_run_goes_on_where_it_was(run, inputs, tmp_path, monkeypatch):
 
 
 def evaluate_sampler() -> type:
-    from megatron_psft.sampling import Sampler
+    from megatron_psft.rollout.sampling import Sampler
 
     return Sampler
 

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import pytest
 
 from megatron_psft.config.flags import parse_flags
-from megatron_psft.sampling import Answer
+from megatron_psft.rollout.sampling import Answer
 from tests.data import toys
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
@@ -143,7 +143,7 @@ def test_records_are_what_training_takes(sample, inputs, tmp_path):
 def group_of(answers: list[Answer], template: str) -> tuple[list[dict], rollout.Tally]:
     """The records of made-up answers to "Hi?" under a template."""
     from megatron_psft.data.chat import ChatRenderer
-    from megatron_psft.rewards import ExactVerifier
+    from megatron_psft.rollout.rewards import ExactVerifier
 
     prompt = rollout.Prompt(messages=({"role": "user", "content": "Hi?"},), answer="Yes.", source="toy:1")
     config = parse_flags(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.errors import UserError
-from megatron_psft.sampling import Sampler, SamplingConfig
+from megatron_psft.rollout.sampling import Sampler, SamplingConfig
 from tests.support import tiny
 
 PROMPTS = ["add one", "how many lemon or apple or pears plus one", "x"]

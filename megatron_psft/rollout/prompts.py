@@ -6,7 +6,7 @@ from typing import Any
 from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.data.records import Message, RecordError, RecordKeys, parse_row, parse_with
 from megatron_psft.errors import UserError
-from megatron_psft.rewards import Verifier
+from megatron_psft.rollout.rewards import Verifier
 
 
 @dataclass(frozen=True, kw_only=True)

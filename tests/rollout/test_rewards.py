@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_psft.errors import UserError
-from megatron_psft.rewards import ExactVerifier, MathVerifier, build_verifier, group_advantages
+from megatron_psft.rollout.rewards import ExactVerifier, MathVerifier, build_verifier, group_advantages
 
 
 @pytest.mark.parametrize(
