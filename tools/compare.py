@@ -21,9 +21,7 @@ if __name__ == "__main__":
 from megatron_psft.checkpoint.folders import replace_file
 from megatron_psft.config.flags import require_at_least, run_command
 from megatron_psft.errors import UserError
-from megatron_psft.evaluation import Evaluation, EvaluationSampling, TaskConfig, evaluate
-from megatron_psft.hf.hub import ModelConfig
-from megatron_psft.scores import (
+from megatron_psft.evaluation.results import (
     CORRECT,
     Generation,
     ResultsFolder,
@@ -34,6 +32,8 @@ from megatron_psft.scores import (
     question_means,
     question_passes,
 )
+from megatron_psft.evaluation.tasks import Evaluation, EvaluationSampling, TaskConfig, evaluate
+from megatron_psft.hf.hub import ModelConfig
 
 EXAMPLES = """examples:
   results that are there:

@@ -17,9 +17,9 @@ if __name__ == "__main__":
     sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 from megatron_psft.config.flags import run_command
-from megatron_psft.evaluation import Evaluation, EvaluationSampling, TaskConfig, evaluate
+from megatron_psft.evaluation.results import results_table
+from megatron_psft.evaluation.tasks import Evaluation, EvaluationSampling, TaskConfig, evaluate
 from megatron_psft.hf.hub import ModelConfig
-from megatron_psft.scores import results_table
 
 EXAMPLES = """examples:
   the paper's maths sets, whose files repeat each question 8 or 32 times, as verl has them:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_psft.scores import CORRECT, Estimate, Generation, ResultsFolder, TaskResult, summarize
+from megatron_psft.evaluation.results import CORRECT, Estimate, Generation, ResultsFolder, TaskResult, summarize
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
 from tools import compare

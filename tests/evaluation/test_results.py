@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_psft.errors import UserError
-from megatron_psft.scores import (
+from megatron_psft.evaluation.results import (
     CORRECT,
     Estimate,
     Generation,

@@ -19,12 +19,12 @@ from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.data.records import RecordError
 from megatron_psft.doctor import installed_versions
 from megatron_psft.errors import UserError, nearest_name_hint
-from megatron_psft.harness import Harness
+from megatron_psft.evaluation.lm_eval import Harness
+from megatron_psft.evaluation.results import CORRECT, Generation, ResultsFolder, summarize
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rollout.prompts import Prompt, PromptConfig, find_answer, parse_prompt
 from megatron_psft.rollout.rewards import Verifier, VerifierName, build_verifier
 from megatron_psft.rollout.sampling import Answer, Sampler, SamplingConfig
-from megatron_psft.scores import CORRECT, Generation, ResultsFolder, summarize
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
     from transformers import PreTrainedTokenizerBase

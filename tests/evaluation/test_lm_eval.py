@@ -9,9 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from megatron_psft.errors import UserError
-from megatron_psft.harness import Harness, generations_of, result_of
+from megatron_psft.evaluation.lm_eval import Harness, generations_of, result_of
+from megatron_psft.evaluation.results import Estimate, ResultsFolder, estimate_share
 from megatron_psft.rollout.sampling import SamplingConfig
-from megatron_psft.scores import Estimate, ResultsFolder, estimate_share
 from tests.support import tiny
 
 TASKS = {"toy_a": ["toy_a"], "toy_b": ["toy_b"], "toys": ["toy_a", "toy_b"], "ifeval": ["ifeval"], "unsafe": ["unsafe"]}
