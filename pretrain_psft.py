@@ -28,9 +28,9 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(error, rank, world_size)
 
     # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
-    from megatron_psft import build
     from megatron_psft.distributed import cpu_shims as platform
     from megatron_psft.distributed import grid as parallel
+    from megatron_psft.train import assemble as build
 
     here = platform.detect(local_rank)
     with parallel.process_group(here, world_size, config.parallel.distributed_timeout_minutes):

@@ -27,14 +27,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from megatron_psft import build, trainer
 from megatron_psft.checkpoint.find import find_checkpoint
 from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.checkpoint.saver import Saver, load_checkpoint
 from megatron_psft.config.schema import parse_config
 from megatron_psft.distributed import cpu_shims as platform
 from megatron_psft.distributed import grid as parallel
-from megatron_psft.inputs import read_inputs
+from megatron_psft.train import assemble as build
+from megatron_psft.train import loop as trainer
+from megatron_psft.train.inputs import read_inputs
 
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 _TRIALS = 60  # of which medians are taken, as the time of a step varies by more than a save costs

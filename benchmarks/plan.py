@@ -80,13 +80,13 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     import psutil
     import torch.distributed as dist
 
-    from megatron_psft import build
     from megatron_psft.config.schema import parse_config
     from megatron_psft.distributed import cpu_shims as platform
     from megatron_psft.distributed import grid as parallel
-    from megatron_psft.inputs import read_inputs
     from megatron_psft.plan import Plan
-    from megatron_psft.trainer import train_step
+    from megatron_psft.train import assemble as build
+    from megatron_psft.train.inputs import read_inputs
+    from megatron_psft.train.loop import train_step
 
     def resident_bytes() -> int:
         return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

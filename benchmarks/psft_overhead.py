@@ -37,7 +37,7 @@ SIZES = {
 
 def measure(spec: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Seconds per step of both objectives for each interval, over `rounds` windows."""
-    from megatron_psft.trainer import train_step
+    from megatron_psft.train.loop import train_step
 
     with tempfile.TemporaryDirectory() as folder, training_run(_argv(spec, Path(folder))) as run:
         train_step(_with_window(run, interval=1), 0)  # threads, buffers and Adam's state come to life

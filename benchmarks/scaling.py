@@ -31,7 +31,7 @@ SEQ_LENGTHS, ROWS, BASE_LENGTH, BASE_ROWS = (128, 256, 512, 1024), (1, 2, 4, 8),
 
 def measure_step(spec: dict[str, Any]) -> dict[str, float]:
     """Seconds and tokens of a training step over `rows` records of about `length` tokens."""
-    from megatron_psft.trainer import train_step
+    from megatron_psft.train.loop import train_step
 
     with tempfile.TemporaryDirectory() as name, training_run(_argv(spec, Path(name))) as run:
         train_step(run, 0)

@@ -55,7 +55,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def measure(spec: dict[str, Any]) -> dict[str, float]:
     """Means over one window, after a first step that warms up."""
     from megatron_psft.metrics import flops as throughput
-    from megatron_psft.trainer import train_step
+    from megatron_psft.train.loop import train_step
 
     with tempfile.TemporaryDirectory() as name, training_run(_argv(spec, Path(name))) as run:
         train_step(run, 0)

@@ -72,12 +72,12 @@ def write_texts(path: Path, count: int, *, words: int) -> Path:
 @contextmanager
 def training_run(argv: Sequence[Any]) -> Iterator[Any]:
     """A run of the command line `argv`, ready to make steps, in this process alone."""
-    from megatron_psft import build
     from megatron_psft.config.rules import validate
     from megatron_psft.config.schema import parse_config
     from megatron_psft.distributed import cpu_shims as platform
     from megatron_psft.distributed import grid as parallel
-    from megatron_psft.inputs import read_inputs
+    from megatron_psft.train import assemble as build
+    from megatron_psft.train.inputs import read_inputs
 
     config = parse_config([str(value) for value in argv])
     validate(config, 1)

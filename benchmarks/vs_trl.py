@@ -40,7 +40,7 @@ LR = 1e-4
 def prepare(spec: dict[str, Any]) -> dict[str, Any]:
     """Writes model, tokenizer, records and the records' tokens into the folder that `spec` names."""
     from megatron_psft.config.schema import parse_config
-    from megatron_psft.inputs import read_inputs
+    from megatron_psft.train.inputs import read_inputs
 
     folder = Path(spec["folder"])
     sizes = {name: spec[name] for name in ("hidden_size", "num_layers", "vocab_size")}
@@ -67,7 +67,7 @@ def _argv(spec: dict[str, Any]) -> list[Any]:
 
 
 def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    from megatron_psft.trainer import train_step
+    from megatron_psft.train.loop import train_step
 
     with training_run([*_argv(spec), "--global-batch-size", spec["packs"]]) as run:
         lines, marks = [], []

@@ -17,8 +17,8 @@ from megatron_psft.hf.weights import RandomWeights, fill_parameters
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.model.gpt import build_model
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.optimizer import build_optimizer, update
-from megatron_psft.schedule import Schedule
+from megatron_psft.train.optimizer import build_optimizer, update
+from megatron_psft.train.pipeline import Schedule
 
 _SHAPE = ModelShape(
     model_type="qwen3",

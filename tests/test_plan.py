@@ -157,7 +157,7 @@ def _saved_bytes(folder: Path, layers: int) -> tuple[float, int]:
                 sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        from megatron_psft.trainer import train_step
+        from megatron_psft.train.loop import train_step
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             train_step(run, 0)

@@ -91,7 +91,7 @@ def test_published_shapes_train_when_made_thin(pool, data_folder, tmp_path, name
 
 def _score(folder: Path, layout: Layout, example: Example) -> torch.Tensor:
     """Log-probabilities of a record's label tokens, by the weights of a Hugging Face folder in fp32."""
-    from megatron_psft.schedule import Schedule
+    from megatron_psft.train.pipeline import Schedule
 
     with rank_of(layout) as rank:
         chunks, _ = rank.build(folder)

@@ -32,7 +32,7 @@ class BackgroundCalls(AsyncCallsQueue):
         super().__init__()
         self._tensors, self._plan = SharedMemory(), SharedMemory()
         # What takes seconds to import is imported once, while training begins.
-        multiprocessing.set_forkserver_preload(["megatron_psft.build"])
+        multiprocessing.set_forkserver_preload(["megatron_psft.train.assemble"])
         forkserver.ensure_running()
 
     def wait_for_copy(self) -> None:

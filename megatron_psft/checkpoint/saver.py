@@ -36,8 +36,8 @@ from megatron_psft.distributed.signals import helpers_outlive_signals
 from megatron_psft.errors import RankError, UserError
 from megatron_psft.hf.weights import is_first_replica, named_parameters
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
-from megatron_psft.optimizer import load_optimizer_state, sharded_optimizer_state
 from megatron_psft.scoring.old_policy import OldPolicyWindow
+from megatron_psft.train.optimizer import load_optimizer_state, sharded_optimizer_state
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.grid import Parallel, Result, on_main, sum_over_context, together
 from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.errors import UserError
-from megatron_psft.schedule import Schedule
 from megatron_psft.scoring.old_policy import SHORT_SECONDS
+from megatron_psft.train.pipeline import Schedule
 
 FOLDER = "ref_log_probs"
 VALUES = "values.bin"

@@ -51,7 +51,7 @@ def test_every_file_of_a_checkpoint_is_watched(pool, tmp_path, inputs, finished)
 
 def _read_only(argv: list[str]) -> Exit:
     """The command line up to the moment when a model would be built: the checks, at the price of the checks."""
-    from megatron_psft import build
+    from megatron_psft.train import assemble as build
 
     def stop(*args, **kwargs):
         raise SystemExit(0)

@@ -60,7 +60,7 @@ def test_evaluation_leaves_no_trace_in_training(pool, tmp_path, inputs):
 
 def _draw_after_each_step(argv: list[str]) -> list[float]:
     """The command line, and a random number after each step that it makes."""
-    from megatron_psft import trainer
+    from megatron_psft.train import loop as trainer
 
     original, drawn = trainer.train_step, []
 
@@ -95,8 +95,8 @@ MOMENTS = {"in training": "train", "in the old policy's pass": "score", "in eval
 def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Exit:
     """The command line; `rank` gets the signal in the third training pass, the second scoring pass or the first
     evaluation."""
-    from megatron_psft import trainer
-    from megatron_psft.schedule import Schedule
+    from megatron_psft.train import loop as trainer
+    from megatron_psft.train.pipeline import Schedule
 
     owner = trainer if moment == "evaluate" else Schedule
     original, calls = getattr(owner, moment), []
@@ -263,7 +263,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(pool, tmp_path, input
 
 def _run_with_a_peer_that(fate: str, argv: list[str]) -> Exit:
     """The command line; rank 1 hangs, or is killed, in its third training pass."""
-    from megatron_psft.schedule import Schedule
+    from megatron_psft.train.pipeline import Schedule
 
     original, calls = Schedule.train, []
 

@@ -116,8 +116,8 @@ def measure_model(rank, folder: Path, bf16: bool) -> dict:
     from megatron_psft.hf.mapping import pieces
     from megatron_psft.hf.weights import named_parameters, shard_place
     from megatron_psft.loss.objectives import Objective
-    from megatron_psft.optimizer import build_optimizer
-    from megatron_psft.schedule import Schedule
+    from megatron_psft.train.optimizer import build_optimizer
+    from megatron_psft.train.pipeline import Schedule
 
     place = rank.parallel
     chunks, shape = rank.build(folder, bf16=bf16)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_psft.build import _precision_noise
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.scoring.agreement import PrecisionNoise
+from megatron_psft.train.assemble import _precision_noise
 from tests.model.test_fp8 import make_config
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
@@ -26,8 +26,8 @@ def inputs(tmp_path_factory):
 
 def _run_noisily(argv: list[str], noise: float) -> Exit:
     """The command line as if its numbers were as coarse as fp8: scoring adds `noise` to every log-probability."""
-    from megatron_psft import build
-    from megatron_psft.schedule import Schedule
+    from megatron_psft.train import assemble as build
+    from megatron_psft.train.pipeline import Schedule
 
     score, find = Schedule.score, build._precision_noise
 

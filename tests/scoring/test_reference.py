@@ -84,8 +84,8 @@ class Observed:
 
 def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, signum: int = 0) -> Observed:
     """The command line. In scoring pass `fail_at` (from 1) it raises, or gets the signal, on the last rank."""
-    from megatron_psft.schedule import Schedule
     from megatron_psft.scoring import reference as module
+    from megatron_psft.train.pipeline import Schedule
 
     score, train, kept = Schedule.score, Schedule.train, module.BATCHES_PER_MARK
     calls: list[int] = []

@@ -18,18 +18,18 @@ from megatron_psft.distributed.grid import Parallel, initialize_parallel, on_mai
 from megatron_psft.errors import UserError
 from megatron_psft.hf import export
 from megatron_psft.hf.weights import fill_parameters
-from megatron_psft.inputs import Inputs, describe, read_in_turn
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.metrics.provenance import versions
 from megatron_psft.model.fp8 import check_machine, row_multiple
 from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
-from megatron_psft.optimizer import build_optimizer, build_scheduler
-from megatron_psft.schedule import Schedule
 from megatron_psft.scoring.agreement import PrecisionNoise
 from megatron_psft.scoring.old_policy import OldPolicyWindow, check_host_memory
 from megatron_psft.scoring.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
-from megatron_psft.trainer import Run, train
+from megatron_psft.train.inputs import Inputs, describe, read_in_turn
+from megatron_psft.train.loop import Run, train
+from megatron_psft.train.optimizer import build_optimizer, build_scheduler
+from megatron_psft.train.pipeline import Schedule
 
 log = logging.getLogger(__name__)
 

@@ -60,7 +60,7 @@ def built(config: Config, world_size: int, shape: ModelShape = SHAPE):
     from megatron_psft.distributed import grid as parallel
     from megatron_psft.hf.weights import RandomWeights, fill_parameters, named_parameters
     from megatron_psft.model.gpt import build_model
-    from megatron_psft.optimizer import build_optimizer, build_scheduler
+    from megatron_psft.train.optimizer import build_optimizer, build_scheduler
 
     here = platform.detect(0)
     with parallel.process_group(here, world_size):
@@ -90,7 +90,7 @@ def set_gradients(run: SimpleNamespace, step: int, scale: float = 1.0) -> None:
 
 def _train(config: Config, world_size: int, scales: list[float], shape: ModelShape = SHAPE):
     """Updates with gradients of these sizes; returns parameters before and after, norms and learning rates."""
-    from megatron_psft.optimizer import update
+    from megatron_psft.train.optimizer import update
 
     with built(config, world_size, shape) as run:
         before = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
@@ -181,7 +181,7 @@ def test_updates_too_small_for_bf16_add_up(pool, world_size, parallel, offloadin
 
 
 def _decay_only(config: Config):
-    from megatron_psft.optimizer import update
+    from megatron_psft.train.optimizer import update
 
     with built(config, 1) as run:
         before = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
@@ -245,7 +245,7 @@ def test_the_share_that_was_asked_for_is_offloaded(pool):
 
 def _update_with_bad_gradient(config: Config, world_size: int, bad_rank: int, name: str, value: float):
     """The message that stopped this rank, and whether all it holds is as before."""
-    from megatron_psft.optimizer import update
+    from megatron_psft.train.optimizer import update
 
     with built(config, world_size) as run:
         set_gradients(run, 0)
@@ -306,7 +306,7 @@ def test_a_norm_that_overflows_is_refused_too(pool):
 
 def rates(train_iters: int, **options) -> list[float]:
     """Learning rate of each step of a run, by `build_scheduler`."""
-    from megatron_psft.optimizer import build_scheduler
+    from megatron_psft.train.optimizer import build_scheduler
 
     optimizer = SimpleNamespace(param_groups=[{"wd_mult": 1.0}, {"wd_mult": 0.0}])
     config = make_config(OptimizerConfig(weight_decay=0.2, **options))
@@ -345,7 +345,7 @@ def test_wsd_is_warm_up_stable_decay():
 
 
 def test_a_resumed_schedule_follows_its_own_flags_from_the_step_that_was_reached():
-    from megatron_psft.optimizer import build_scheduler
+    from megatron_psft.train.optimizer import build_scheduler
 
     def build(lr: float, train_iters: int):
         optimizer = SimpleNamespace(param_groups=[{"wd_mult": 1.0}])

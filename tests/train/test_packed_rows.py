@@ -17,7 +17,7 @@ from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from tests.support import reference, tiny
 from tests.support.marks import slow
-from tests.test_schedule import GradientSource, _by_autograd, gradients_of, objective_of, ready, totals
+from tests.train.test_pipeline import GradientSource, _by_autograd, gradients_of, objective_of, ready, totals
 
 CAPACITY = 64
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
@@ -213,8 +213,8 @@ def _score_copies(folder: Path, config: ParallelConfig, data: TokenizedDataset, 
     """Log-probabilities of the tokens of two equal records in one row; `leak` plants a mistake."""
     import torch.distributed as dist
 
-    from megatron_psft import schedule
     from megatron_psft.model.layers import packed_row_params
+    from megatron_psft.train import pipeline as schedule
 
     def one_segment(segments: tuple[int, ...], device: torch.device):
         return packed_row_params((sum(segments),), device)

@@ -18,8 +18,8 @@ from megatron_psft.data.packing import PackPlan, best_fit
 from megatron_psft.loss.objectives import Objective
 from tests.support import reference, tiny
 from tests.support.marks import slow
-from tests.test_packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
-from tests.test_schedule import GradientSource, gradients_of, ready
+from tests.train.test_packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
+from tests.train.test_pipeline import GradientSource, gradients_of, ready
 
 TOKEN_MEAN, SEQ_MEAN, SEQ_SUM = "token-mean", "seq-mean-token-mean", "seq-mean-token-sum"
 CASES: dict[str, dict] = {

@@ -21,10 +21,10 @@ from megatron_psft.metrics.provenance import versions
 from megatron_psft.metrics.reduce import EvalSums, Report, reduce_metrics
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.optimizer import update
-from megatron_psft.schedule import Schedule
 from megatron_psft.scoring.old_policy import SHORT_SECONDS
 from megatron_psft.scoring.reference import ReferencePass
+from megatron_psft.train.optimizer import update
+from megatron_psft.train.pipeline import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

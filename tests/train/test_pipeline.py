@@ -137,8 +137,8 @@ def ready(folder: Path, parallel_config: ParallelConfig, *, fused_head: bool = T
     from megatron_psft.hf.weights import SafetensorsFolder, fill_parameters
     from megatron_psft.model.gpt import build_model, virtual_size
     from megatron_psft.model.shape import read_shape
-    from megatron_psft.optimizer import build_optimizer
-    from megatron_psft.schedule import Schedule
+    from megatron_psft.train.optimizer import build_optimizer
+    from megatron_psft.train.pipeline import Schedule
 
     config = Config(
         weights=WeightsConfig(load_hf="unread", save="unwritten"),
@@ -340,7 +340,7 @@ def test_a_global_batch_without_labels_has_no_gradient(pool, folder, batches, la
 def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
     """Four steps in windows of two, as the trainer makes them; returns the scores, and the weights in the end."""
     from megatron_psft.hf.weights import named_parameters
-    from megatron_psft.optimizer import update
+    from megatron_psft.train.optimizer import update
 
     with ready(folder, config) as run:
         scores: list[Tensor] = []
