@@ -81,9 +81,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megatron_psft.config.schema import parse_config
+    from megatron_psft.diagnostics.plan import Plan
     from megatron_psft.distributed import cpu_shims as platform
     from megatron_psft.distributed import grid as parallel
-    from megatron_psft.plan import Plan
     from megatron_psft.train import assemble as build
     from megatron_psft.train.inputs import read_inputs
     from megatron_psft.train.loop import train_step

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_psft import doctor
 from megatron_psft.config.flags import run_command
-from megatron_psft.doctor import Finding
+from megatron_psft.diagnostics import doctor
+from megatron_psft.diagnostics.doctor import Finding
 from megatron_psft.errors import UserError
 from megatron_psft.hf import hub
 
@@ -93,7 +93,7 @@ def examine_machine(environment: Mapping[str, str]) -> list[Finding]:
     findings += bf16 + doctor.check_shared_memory()
 
     def step() -> dict[str, str]:
-        from megatron_psft.trial import trial_step
+        from megatron_psft.diagnostics.toy_step import trial_step
 
         return trial_step(here, bf16=here.is_gpu and bf16[0].level == "ok")
 

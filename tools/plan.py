@@ -13,7 +13,7 @@ from megatron_psft.config.flags import require_at_least, require_positive, run_c
 from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
 
 if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once
-    from megatron_psft.plan import Memory, Plan
+    from megatron_psft.diagnostics.plan import Memory, Plan
 
 EXAMPLES = """examples:
   a recipe, on the GPUs that it is made for:
@@ -81,10 +81,10 @@ def plan(config: PlanConfig) -> int:
     """Prints the plan; returns 1 where it does not fit. Raises UserError for what training would refuse."""
     import torch
 
+    from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
     from megatron_psft.distributed.cpu_shims import Platform
     from megatron_psft.hf import hub
     from megatron_psft.model.shape import read_shape
-    from megatron_psft.plan import GIB, Plan, smallest_layout
 
     cluster = config.cluster
     shape = read_shape(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))
@@ -121,7 +121,7 @@ def _layout(plan: "Plan") -> str:
 
 
 def _memory_lines(plan: "Plan", memory: "Memory") -> Iterator[str]:
-    from megatron_psft.plan import GIB
+    from megatron_psft.diagnostics.plan import GIB
 
     where = f", stage {memory.stage + 1} of {plan.stages}" if plan.stages > 1 else ""
     yield f"GiB of the fullest GPU at its peak ({memory.moment}{where})"
@@ -151,7 +151,7 @@ def _cost_lines(plan: "Plan") -> Iterator[str]:
 
 
 def _suggestion(smallest: "Plan | None") -> str:
-    from megatron_psft.plan import GIB
+    from megatron_psft.diagnostics.plan import GIB
 
     if smallest is None:
         return "none; recompute activations, shorten seq_length or take more GPUs"

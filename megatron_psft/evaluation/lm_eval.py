@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_psft.doctor import installed_version, installed_versions
+from megatron_psft.diagnostics.doctor import installed_version, installed_versions
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.evaluation.results import Generation, ResultsFolder, TaskResult, estimate_share, normal_estimate
 from megatron_psft.rollout.sampling import SamplingConfig

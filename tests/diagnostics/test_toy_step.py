@@ -4,8 +4,8 @@ from unittest import mock
 
 import pytest
 
+from megatron_psft.diagnostics.toy_step import trial_step
 from megatron_psft.distributed import cpu_shims as platform
-from megatron_psft.trial import trial_step
 
 
 def _trial():

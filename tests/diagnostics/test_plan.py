@@ -16,11 +16,11 @@ from megatron_psft.config.schema import (
     PrecisionConfig,
     RecomputeConfig,
 )
+from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
 from megatron_psft.distributed.cpu_shims import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.metrics.flops import forward_flops
 from megatron_psft.model.shape import ExpertShape, ModelShape
-from megatron_psft.plan import GIB, Plan, smallest_layout
 from tests.model.layouts import Layout, make_config, rank_of
 from tests.support import tiny
 from tests.support.marks import slow

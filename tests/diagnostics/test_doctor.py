@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_psft import doctor
-from megatron_psft.doctor import Finding
+from megatron_psft.diagnostics import doctor
+from megatron_psft.diagnostics.doctor import Finding
 from tests.support import tiny
 
 
