@@ -112,7 +112,7 @@ def convert_by_bridge(spec: dict[str, Any]) -> dict[str, float]:
         from tests.nemo import convert_by_bridge
 
         convert_by_bridge.use_portable_layers()
-    from megatron_psft.nemo.conversion import import_weights
+    from megatron_psft.nemo.bridge_weights import import_weights
 
     return cost_of(lambda: import_weights(Path(spec["source"]), Path(spec["folder"]) / "bridge"))
 

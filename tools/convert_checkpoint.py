@@ -183,7 +183,7 @@ def convert_by_bridge(config: ConvertConfig) -> None:
     if find_spec("megatron.bridge") is None:
         raise UserError("via_bridge needs megatron-bridge: pip install 'megatron_psft[nemo]'")
     from megatron_psft.hf.hub import model_folder
-    from megatron_psft.nemo.conversion import export_weights, import_weights
+    from megatron_psft.nemo.bridge_weights import export_weights, import_weights
 
     name = "load_hf" if source.from_hf is None else "from_hf"
     model = model_folder(name, getattr(source, name), with_weights=True)
