@@ -18,10 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_psft.checkpoint.folders import MARKER
-from tests.support import tiny
-from tests.support.cli import REPOSITORY, Exit, run_cli
-from tests.support.marks import slow
-from tests.tools.converting import (
+from tests.cli.converting import (
     assert_refused,
     assert_same_tensors,
     convert,
@@ -31,6 +28,9 @@ from tests.tools.converting import (
     run_convert,
     tensors_of,
 )
+from tests.support import tiny
+from tests.support.cli import REPOSITORY, Exit, run_cli
+from tests.support.marks import slow
 
 __all__ = ["convert", "converted", "inputs"]  # the fixtures
 

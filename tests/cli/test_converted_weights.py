@@ -7,10 +7,7 @@ import pytest
 import torch
 
 from megatron_psft.checkpoint.folders import step_folder
-from tests.support import tiny
-from tests.support.cli import run_cli
-from tests.support.marks import slow
-from tests.tools.converting import (
+from tests.cli.converting import (
     Inputs,
     assert_refused,
     assert_same_tensors,
@@ -22,6 +19,9 @@ from tests.tools.converting import (
     tensors_of,
     train,
 )
+from tests.support import tiny
+from tests.support.cli import run_cli
+from tests.support.marks import slow
 
 __all__ = ["convert", "converted", "inputs"]  # the fixtures
 
