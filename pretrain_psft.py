@@ -57,7 +57,7 @@ def _configure_output(rank: int) -> None:
     logging.getLogger("megatron_psft").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     # Megatron-Core warns at import of each fused library that is not installed; one line at start says what is used.
     # On the CPU some come in the name of platform.py, which its calls go through.
-    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_psft\.platform")
+    warnings.filterwarnings("ignore", module=r"megatron\.core|megatron_psft\.distributed\.cpu_shims")
     # Collectives that newer torch has renamed, called by Megatron-Core.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 

@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """The commit of the checkout that this package is in, `-dirty` where files differ from it; None elsewhere."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

@@ -5,19 +5,19 @@ import subprocess
 import torch
 
 from megatron_psft import __version__
-from megatron_psft.metrics import provenance as versions
+from megatron_psft.metrics import provenance
 
 
 def test_libraries_have_the_versions_that_they_say_themselves():
-    found, own = versions.versions()["torch"], torch.__version__
+    found, own = provenance.versions()["torch"], torch.__version__
     assert found.split("+")[0] == own.split("+")[0]  # some wheels leave out what they were built for
 
 
 def test_a_checkout_names_its_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
     package = tmp_path / "megatron_psft"
     package.mkdir()
-    monkeypatch.setattr(versions, "__file__", str(package / "versions.py"))
-    assert versions.versions()["megatron_psft"] == __version__
+    monkeypatch.setattr(provenance, "__file__", str(package / "metrics" / "provenance.py"))
+    assert provenance.versions()["megatron_psft"] == __version__
     (package / "versions.py").write_text("1\n")
 
     def git(*args: str) -> str:
@@ -28,6 +28,6 @@ def test_a_checkout_names_its_commit_and_whether_files_differ_from_it(tmp_path, 
     for args in (["init"], ["add", "."], ["commit", "-m", "first"]):
         git(*args)
     commit = git("rev-parse", "--short=12", "HEAD")
-    assert versions.versions()["megatron_psft"] == f"{__version__} (commit {commit})"
+    assert provenance.versions()["megatron_psft"] == f"{__version__} (commit {commit})"
     (package / "versions.py").write_text("2\n")
-    assert versions.versions()["megatron_psft"] == f"{__version__} (commit {commit}-dirty)"
+    assert provenance.versions()["megatron_psft"] == f"{__version__} (commit {commit}-dirty)"
