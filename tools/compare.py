@@ -18,7 +18,7 @@ if __name__ == "__main__":
     # As in evaluate.py, which lies beside this file: lm-eval imports another `evaluate`.
     sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
-from megatron_psft.checkpoint.folders import replace_file
+from megatron_psft.atomic import replace_file
 from megatron_psft.config.flags import require_at_least, run_command
 from megatron_psft.errors import UserError
 from megatron_psft.evaluation.results import (

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft.checkpoint import folders
 from megatron_psft.config.flags import require_absent, require_positive, run_command
 from megatron_psft.config.schema import WeightsConfig, parse_config
 from megatron_psft.errors import UserError
@@ -216,9 +216,9 @@ def find_folders(source: SourceConfig) -> Folders:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    if step_folders.is_step_folder(path):
+    if folders.is_step_folder(path):
         return path
-    found = step_folders.step_folders(path)
+    found = folders.step_folders(path)
     if not found:
         raise UserError(
             f"from_megatron ({path}) must be a complete step folder, a run folder that holds one, or a folder that "

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_psft.checkpoint import folders as step_folders
-from megatron_psft.checkpoint.folders import DamageError
+from megatron_psft import sealed
+from megatron_psft.checkpoint import folders
 from megatron_psft.distributed.grid import on_main, together
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import ModelShape
+from megatron_psft.sealed import DamageError
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def find_checkpoint(save: Path, load: Path | None, identity: Identity) -> tuple[
         damage = _find_damage(checkpoint, identity)
         if damage is None:
             return checkpoint, _step_of(checkpoint)
-        kept = on_main(partial(step_folders.set_aside, checkpoint))
+        kept = on_main(partial(folders.set_aside, checkpoint))
         log.warning("WARNING: %s: this checkpoint is damaged; it is now called %s and not used", damage, kept.name)
     if saved:
         raise UserError(f"save ({save}) holds no intact checkpoint any more; name another save folder to start anew")
@@ -72,7 +73,7 @@ def find_checkpoint(save: Path, load: Path | None, identity: Identity) -> tuple[
 
 def _see(folder: Path) -> list[Path]:
     """Checkpoints of a run folder, oldest first, which every rank must see as rank 0 does; collective."""
-    found = on_main(lambda: step_folders.step_folders(folder))
+    found = on_main(lambda: folders.step_folders(folder))
 
     def look() -> None:
         for checkpoint in found:
@@ -87,7 +88,7 @@ def _see(folder: Path) -> list[Path]:
 
 def _choose(load: Path) -> tuple[Path, list[Path]]:
     """The checkpoint that `load` names, and all of its run; collective."""
-    if on_main(lambda: step_folders.is_step_folder(load)):
+    if on_main(lambda: folders.is_step_folder(load)):
         return load, [other for other in _see(load.parent) if other != load]
     found = _see(load)
     if not found:
@@ -104,7 +105,7 @@ def _find_damage(checkpoint: Path, identity: Identity) -> str | None:
 
     def read() -> str | None:
         try:
-            content = step_folders.read_content(checkpoint)
+            content = sealed.read_content(checkpoint)
         except DamageError as error:
             return str(error)
         _check_identity(checkpoint, content, identity)
@@ -118,7 +119,7 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder, if anything is; every rank reads its share of the files. Collective."""
     world_size = dist.get_world_size()
     found: list[str | None] = [None] * world_size
-    dist.all_gather_object(found, step_folders.find_damage(folder, part=dist.get_rank(), parts=world_size))
+    dist.all_gather_object(found, sealed.find_damage(folder, part=dist.get_rank(), parts=world_size))
     return next((text for text in found if text is not None), None)
 
 
@@ -138,4 +139,4 @@ def _check_identity(checkpoint: Path, content: Mapping[str, Any], identity: Iden
 
 
 def _step_of(checkpoint: Path) -> int:
-    return on_main(lambda: int(step_folders.read_content(checkpoint)["step"]))
+    return on_main(lambda: int(sealed.read_content(checkpoint)["step"]))

@@ -1,30 +1,12 @@
-"""Checkpoints as folders: written aside, sealed with checksums, found again, checked, removed. Knows no tensors.
+"""Checkpoints of a run as folders: how they are called, found, and removed. Each is sealed, see sealed.py."""
 
-A checkpoint `step_0000012` is written as `step_0000012.partial` and gets its name only when it is whole: its last file,
-`complete.json`, lists size and SHA-256 of every other file. So a folder of that name either is what was saved or has
-been damaged since, and `find_damage` tells which.
-"""
-
-import hashlib
-import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-MARKER = "complete.json"
+from megatron_psft.sealed import MARKER
+
 _STEP_FOLDER = re.compile(r"step_\d+")  # and no copy that somebody keeps beside, such as step_0000012_good
-_SUMS = "sums_{rank}.json"
-_READ_BYTES = 1 << 20
-
-FileSums = dict[str, tuple[int, str]]
-"""File name to size in bytes and SHA-256."""
-
-
-class DamageError(Exception):
-    """A checkpoint is not what was written; the text names the file."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -41,88 +23,6 @@ def step_folders(folder: Path) -> list[Path]:
 def is_step_folder(path: Path) -> bool:
     """Whether `path` is one checkpoint, be it under another name, and not a run."""
     return path.is_dir() and (_STEP_FOLDER.fullmatch(path.name) is not None or (path / MARKER).exists())
-
-
-def begin(target: Path) -> Path:
-    """Returns the empty folder in which `target` is to be written."""
-    aside = partial_folder(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
-
-
-def discard(target: Path) -> None:
-    """Removes what was written of `target` before it failed, and held the room that a next try needs."""
-    shutil.rmtree(partial_folder(target), ignore_errors=True)
-
-
-def leave_sums(aside: Path, rank: int) -> None:
-    """Leaves checksums of the files that `rank` wrote beside them: hashing is shared out like writing."""
-    sums = {path.name: _sum(path) for path in sorted(aside.glob(f"__{rank}_*"))}
-    (aside / _SUMS.format(rank=rank)).write_text(json.dumps(sums), encoding="utf-8")
-
-
-def seal(target: Path, content: Mapping[str, Any]) -> None:
-    """Makes the finished folder of `begin` the checkpoint `target`, for good: its files have reached the disk.
-
-    Args:
-        target: the name; what had it is replaced.
-        content: what `read_content` is to return; JSON values.
-    """
-    aside = partial_folder(target)
-    sums: FileSums = {}
-    for path in aside.glob(_SUMS.format(rank="*")):
-        sums |= json.loads(path.read_text(encoding="utf-8"))
-        path.unlink()
-    for path in aside.iterdir():
-        if path.name not in sums:
-            _sync(path)
-            sums[path.name] = _sum(path)
-    marker = aside / MARKER
-    marker.write_text(_marker_text(dict(content), dict(sorted(sums.items()))), encoding="utf-8")
-    _sync(marker)
-    _sync(aside)
-    replaced = target.with_name(target.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    aside.rename(target)
-    _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file in one move: whoever reads it, after whatever interruption, finds the old text or the new."""
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    _sync(aside)
-    aside.rename(path)
-    _sync(path.parent)
-
-
-def marker_sum(checkpoint: Path) -> str:
-    """SHA-256 of the marker of an intact checkpoint: as it lists every file's, no two checkpoints share it."""
-    return _sum(checkpoint / MARKER)[1]
-
-
-def read_content(checkpoint: Path) -> dict[str, Any]:
-    """Returns what was sealed with the checkpoint.
-
-    Raises:
-        DamageError: the marker is missing or altered.
-    """
-    return _read_marker(checkpoint)["content"]
-
-
-def find_damage(checkpoint: Path, *, part: int, parts: int) -> str | None:
-    """Reads every `parts`-th file, from number `part` on, and says what is wrong with the first bad one, if any is."""
-    try:
-        files: FileSums = _read_marker(checkpoint)["files"]
-        for name in list(files)[part::parts]:
-            _check(checkpoint / name, *files[name])
-    except DamageError as error:
-        return str(error)
-    return None
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -142,58 +42,3 @@ def remove_older(folder: Path, keep_last: int | None) -> None:
         removed = old.with_name(old.name + ".removed")
         old.rename(removed)
         shutil.rmtree(removed)
-
-
-def partial_folder(target: Path) -> Path:
-    """Where `target` is written until it is whole."""
-    return target.with_name(target.name + ".partial")
-
-
-def _read_marker(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / MARKER
-    try:
-        text = path.read_text(encoding="utf-8")
-        marker = json.loads(text)
-        is_intact = text == _marker_text(marker["content"], marker["files"])
-    except FileNotFoundError:
-        raise DamageError(f"{path} is missing") from None
-    except (ValueError, TypeError, KeyError):  # no JSON, or not ours
-        is_intact = False
-    if not is_intact:
-        raise DamageError(f"{path} is not as it was written")
-    return marker
-
-
-def _check(path: Path, size_bytes: int, sha256: str) -> None:
-    if not path.is_file():
-        raise DamageError(f"{path} is missing")
-    found_bytes = path.stat().st_size
-    if found_bytes != size_bytes:
-        raise DamageError(f"{path} has {found_bytes} bytes, {size_bytes} were written")
-    if _sum(path)[1] != sha256:
-        raise DamageError(f"{path} is not as it was written")
-
-
-def _sum(path: Path) -> tuple[int, str]:
-    digest, size_bytes = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            size_bytes += len(block)
-    return size_bytes, digest.hexdigest()
-
-
-def _marker_text(content: Mapping[str, Any], files: FileSums) -> str:
-    """The marker carries its own checksum, so that it vouches for itself as well."""
-    body = {"content": content, "files": files}
-    checksum = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    return json.dumps({**body, "sha256": checksum}, indent=1)
-
-
-def _sync(path: Path) -> None:
-    """Has the file, or the names in a folder, reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

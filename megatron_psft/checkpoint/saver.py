@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft import sealed
+from megatron_psft.checkpoint import folders
 from megatron_psft.checkpoint.background import BackgroundCalls
 from megatron_psft.checkpoint.find import VERSION, Identity
 from megatron_psft.data.loader import BatchLoader
@@ -99,7 +100,7 @@ class Saver:
             UserError: it could not be written; the checkpoints before it are as they were.
         """
         self.finish()
-        self._target = target = step_folders.step_folder(self._folder, step)
+        self._target = target = folders.step_folder(self._folder, step)
         needed_bytes = self._state_bytes()
         aside = on_main(lambda: _begin(target, needed_bytes))
         with self._writing(), naming_lost_peers(f"checkpoint {target}"), helpers_outlive_signals():
@@ -180,10 +181,10 @@ class Saver:
 
         def seal() -> None:
             try:
-                step_folders.seal(target, content)
-                step_folders.remove_older(self._folder, self._keep_last)
+                sealed.seal(target, content)
+                folders.remove_older(self._folder, self._keep_last)
             except OSError as error:
-                step_folders.discard(target)
+                sealed.discard(target)
                 raise UserError(_write_failed(str(error), target)) from error
 
         if self._parallel.is_main:  # in a thread: the disk's confirmation and the removal of files take their time
@@ -201,7 +202,7 @@ class Saver:
             yield
         except CheckpointException as error:  # raised by all ranks, with the causes on rank 0
             causes = [str(cause) for cause, _ in error.failures.values()]
-            on_main(lambda: step_folders.discard(self._target))
+            on_main(lambda: sealed.discard(self._target))
             raise UserError(_write_failed("; ".join(causes[:1]), self._target)) from None
         except (OSError, RuntimeError) as error:  # torch.save answers a full disk with the latter
             raise RankError(f"rank {self._parallel.rank}: {_write_failed(str(error), self._target)}") from error
@@ -214,7 +215,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     steps: list[int] = common["window_steps"]
     if parallel.is_last_stage:
         content["old_log_probs"] = {str(step): _sharded_old_log_probs(step, None, loader, parallel) for step in steps}
-    is_same_layout = step_folders.read_content(checkpoint)["layout"] == _layout(parallel)
+    is_same_layout = sealed.read_content(checkpoint)["layout"] == _layout(parallel)
     if is_same_layout:
         content["rng"] = _sharded_rng(parallel)
     loaded = dist_checkpointing.load(content, str(checkpoint))
@@ -253,10 +254,10 @@ def sharded_weights(model: GPTModel) -> dict[str, ShardedBase]:
 
 def _begin(target: Path, needed_bytes: int) -> Path:
     """Makes the folder to write in, where there is room for what is to come."""
-    aside = step_folders.begin(target)
+    aside = sealed.begin(target)
     free_bytes = shutil.disk_usage(aside).free
     if free_bytes < needed_bytes:
-        step_folders.discard(target)
+        sealed.discard(target)
         raise UserError(
             f"save ({target.parent}) must have room for a checkpoint, about {needed_bytes / 2**30:.2g} GiB, and has "
             f"{free_bytes / 2**30:.2g} GiB; the checkpoints before it are intact; make room and start again"
@@ -296,7 +297,7 @@ def _write(write: Callable[..., None], aside: Path, rank: int, *args: Any, **kwa
     """Megatron-Core's writing of this rank's files, and their checksums; in the background both."""
     with _without_crc32():
         write(*args, **kwargs)
-    step_folders.leave_sums(aside, rank)
+    sealed.leave_sums(aside, rank)
 
 
 @contextmanager

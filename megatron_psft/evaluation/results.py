@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_psft.checkpoint.folders import replace_file
+from megatron_psft.atomic import replace_file
 from megatron_psft.errors import UserError
 
 CORRECT = "correct"

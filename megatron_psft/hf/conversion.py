@@ -34,9 +34,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from tqdm import tqdm
 
-from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft import sealed
 from megatron_psft.checkpoint.find import VERSION, WEIGHTS_STEP, Identity, weights_identity
-from megatron_psft.checkpoint.folders import DamageError
 from megatron_psft.checkpoint.saver import sharded_weights
 from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
 from megatron_psft.distributed import cpu_shims as platform
@@ -47,6 +46,7 @@ from megatron_psft.hf.mapping import Piece, hf_tensors, is_expert, pieces, scatt
 from megatron_psft.hf.weights import SafetensorsFolder, fill_shard, whole_name
 from megatron_psft.model.gpt import build_chunk, transformer_config
 from megatron_psft.model.shape import ModelShape, read_shape
+from megatron_psft.sealed import DamageError
 
 Outline = dict[str, ShardedBase]
 """Every parameter's place in a checkpoint, by its name in the whole model; it has no data."""
@@ -131,7 +131,7 @@ class MegatronWeights:
 
 def _check_intact(folder: Path, field: str, shape: ModelShape) -> None:
     try:
-        content = step_folders.read_content(folder)
+        content = sealed.read_content(folder)
     except DamageError as error:
         raise UserError(f"{field} ({folder}) must be an intact checkpoint: {error}") from None
     if content["version"] != VERSION:
@@ -139,7 +139,7 @@ def _check_intact(folder: Path, field: str, shape: ModelShape) -> None:
     _check_model(folder, field, content["identity"], shape)
     num_files = len(list(folder.iterdir()))
     for part in tqdm(range(num_files), desc="checksums", unit="file", leave=False):
-        damage = step_folders.find_damage(folder, part=part, parts=num_files)
+        damage = sealed.find_damage(folder, part=part, parts=num_files)
         if damage is not None:
             raise UserError(f"{field} ({folder}) must be an intact checkpoint: {damage}")
 
@@ -180,14 +180,14 @@ def write_checkpoint(
 
     The folder appears under its name only when it is complete.
     """
-    aside = step_folders.begin(target)
+    aside = sealed.begin(target)
     try:
         _write_parameters(aside, source, outline, dtype)
         copy_side_files(aside, model_folder, tokenizer_folder, export_dtype)
         content = {"version": VERSION, "step": WEIGHTS_STEP, "identity": weights_identity(source.shape)}
-        step_folders.seal(target, content)
+        sealed.seal(target, content)
     except BaseException:
-        step_folders.discard(target)
+        sealed.discard(target)
         raise
 
 
@@ -205,7 +205,7 @@ def _write_parameters(folder: Path, source: Weights, outline: Outline, dtype: to
     results: list[list[WriteResult]] = []
     for number, plan in enumerate(tqdm(plans, desc="convert", unit="file")):
         results.append(writer.write_data(plan, planner).wait())
-        step_folders.leave_sums(folder, number)
+        sealed.leave_sums(folder, number)
     writer.finish(metadata, results)
 
 

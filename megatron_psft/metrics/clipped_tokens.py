@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_psft.checkpoint.folders import replace_file
+from megatron_psft.atomic import replace_file
 from megatron_psft.distributed.grid import Parallel
 
 CLIPPED_TOKENS_FILE = "clipped_tokens.json"

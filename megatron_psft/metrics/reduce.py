@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_psft.checkpoint.folders import replace_file
+from megatron_psft.atomic import replace_file
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError

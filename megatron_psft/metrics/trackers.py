@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_psft.checkpoint.folders import replace_file
+from megatron_psft.atomic import replace_file
 from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import RankError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import temporary_distributed_context
 
-from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft import sealed
 from megatron_psft.errors import UserError
 
 
@@ -39,10 +39,10 @@ def _check_model(field: str, folder: Path) -> None:
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """A folder to write in, which gets its name when it is complete."""
-    folder = step_folders.begin(target)
+    folder = sealed.begin(target)
     try:
         yield folder
         folder.rename(target)
     except BaseException:
-        step_folders.discard(target)
+        sealed.discard(target)
         raise

@@ -9,7 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from megatron_psft import __version__
-from megatron_psft.checkpoint.folders import replace_file
+from megatron_psft.atomic import replace_file
 from megatron_psft.report.charts import SECTIONS, Chart, Section
 from megatron_psft.report.drawing import MAX_SYNCS, Curve, curves_of, draw, style_of, thinned, window_of
 from megatron_psft.report.runs import Run

@@ -26,14 +26,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_psft.checkpoint import folders as step_folders
+from megatron_psft import sealed
+from megatron_psft.atomic import replace_file
 from megatron_psft.checkpoint.find import Identity, find_damage
-from megatron_psft.checkpoint.folders import DamageError
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.grid import Parallel, Result, on_main, sum_over_context, together
 from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.errors import UserError
 from megatron_psft.scoring.old_policy import SHORT_SECONDS
+from megatron_psft.sealed import DamageError
 from megatron_psft.train.pipeline import Schedule
 
 FOLDER = "ref_log_probs"
@@ -131,7 +132,7 @@ class ReferencePass:
             if not self.folder.exists():
                 return f"there is no {self.folder}"
             try:
-                found = step_folders.read_content(self.folder)
+                found = sealed.read_content(self.folder)
             except DamageError as error:
                 return str(error)
             return self._find_difference(found)
@@ -172,11 +173,11 @@ class ReferencePass:
                 self._mark(done, file)
                 raise
             self._mark(done, file)
-        on_main(lambda: step_folders.seal(self.folder, self.identity))
+        on_main(lambda: sealed.seal(self.folder, self.identity))
 
     @property
     def _partial(self) -> Path:
-        return step_folders.partial_folder(self.folder)
+        return sealed.partial_folder(self.folder)
 
     def _begin(self) -> int:
         """Prepares the folder to write in; returns the batches that are done."""
@@ -190,10 +191,10 @@ class ReferencePass:
             if has_values and progress == {"identity": json.loads(json.dumps(self.identity))}:
                 return done
             log.info("reference: an unfinished pass of another run in %s is not used", self._partial)
-        partial = step_folders.begin(self.folder)
+        partial = sealed.begin(self.folder)
         free_bytes = shutil.disk_usage(partial).free
         if free_bytes < self.values.size_bytes:
-            step_folders.discard(self.folder)
+            sealed.discard(self.folder)
             raise UserError(
                 f"save ({self.folder.parent}) must have room for the reference's log-probabilities, "
                 f"{self.values.size_bytes / 2**30:.2g} GiB, and has {free_bytes / 2**30:.2g} GiB; make room and start "
@@ -206,7 +207,7 @@ class ReferencePass:
 
     def _write_progress(self, done: int) -> None:
         text = json.dumps({"identity": self.identity, "batches": done})
-        step_folders.replace_file(self._partial / PROGRESS, text)
+        replace_file(self._partial / PROGRESS, text)
 
     def _open_to_write(self) -> BinaryIO | nullcontext[None]:
         """The file, on the one rank of each data-parallel replica that writes its records."""
@@ -262,7 +263,7 @@ def describe_start(checkpoint: Path | None, model_folder: Path, seed: int | None
     """What tells the weights that a run starts from: a checkpoint, random ones of `seed`, or files of `model_folder` by
     size and time of change in nanoseconds. JSON values."""
     if checkpoint is not None:
-        return {"checkpoint": step_folders.marker_sum(checkpoint)}
+        return {"checkpoint": sealed.marker_sum(checkpoint)}
     if seed is not None:
         return {"seed": seed}
     stats = {path.name: path.stat() for path in sorted(model_folder.glob("*.safetensors"))}

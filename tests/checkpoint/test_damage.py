@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_psft.checkpoint.folders import MARKER, step_folder, step_folders
+from megatron_psft.checkpoint.folders import step_folder, step_folders
+from megatron_psft.sealed import MARKER
 from tests.checkpoint.test_saver import DIST_OPT, inputs, metrics_of, refuse, train
 from tests.support.cli import Exit, run_cli
 

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_psft.checkpoint import folders as step_folders
-from megatron_psft.checkpoint.folders import MARKER, DamageError, find_damage, read_content, step_folder
+from megatron_psft import sealed
+from megatron_psft.checkpoint import folders
+from megatron_psft.checkpoint.folders import step_folder
+from megatron_psft.sealed import MARKER, DamageError, find_damage, read_content
 
 CONTENT = {"step": 12, "identity": {"seed": 1, "rope": {"factor": 8.0}, "norm": 1e-5}}
 FILES = {
@@ -23,12 +25,12 @@ FILES = {
 def write_checkpoint(run: Path, step: int, content: dict = CONTENT, files: dict[str, bytes] = FILES) -> Path:
     """As two ranks do, one after the other."""
     target = step_folder(run, step)
-    aside = step_folders.begin(target)
+    aside = sealed.begin(target)
     for name, data in files.items():
         (aside / name).write_bytes(data)
     for rank in range(2):
-        step_folders.leave_sums(aside, rank)
-    step_folders.seal(target, content)
+        sealed.leave_sums(aside, rank)
+    sealed.seal(target, content)
     return target
 
 
@@ -93,33 +95,33 @@ def test_every_file_is_checked_by_one_of_the_ranks(tmp_path):
 def test_what_is_not_sealed_or_has_another_name_is_no_checkpoint(tmp_path):
     for step in (9, 10, 11, 10_000_000):
         write_checkpoint(tmp_path, step)
-    step_folders.begin(step_folder(tmp_path, 12))
+    sealed.begin(step_folder(tmp_path, 12))
     shutil.copytree(tmp_path / "step_0000009", tmp_path / "step_0000009_good")
     (tmp_path / "step_0000013").write_text("a file")
     (tmp_path / "step_").mkdir()
-    kept = step_folders.set_aside(tmp_path / "step_0000011")
+    kept = folders.set_aside(tmp_path / "step_0000011")
     assert kept == tmp_path / "step_0000011.damaged"
-    names = [path.name for path in step_folders.step_folders(tmp_path)]
+    names = [path.name for path in folders.step_folders(tmp_path)]
     assert names == ["step_0000009", "step_0000010", "step_10000000"]
-    assert step_folders.step_folders(tmp_path / "no-such-folder") == []
+    assert folders.step_folders(tmp_path / "no-such-folder") == []
 
 
 def test_a_step_folder_is_told_from_a_run_by_name_or_marker(tmp_path):
     checkpoint = write_checkpoint(tmp_path, 9)
     copy = shutil.copytree(checkpoint, tmp_path / "the_good_one")
     (checkpoint / MARKER).unlink()
-    assert step_folders.is_step_folder(checkpoint)
-    assert step_folders.is_step_folder(copy)
-    assert not step_folders.is_step_folder(tmp_path)
-    assert not step_folders.is_step_folder(tmp_path / "no-such-folder")
+    assert folders.is_step_folder(checkpoint)
+    assert folders.is_step_folder(copy)
+    assert not folders.is_step_folder(tmp_path)
+    assert not folders.is_step_folder(tmp_path / "no-such-folder")
 
 
 def test_a_write_that_failed_leaves_nothing_and_can_be_tried_again(tmp_path):
     target = step_folder(tmp_path, 5)
-    (step_folders.begin(target) / "__0_0.distcp").write_bytes(b"half")
-    step_folders.discard(target)
+    (sealed.begin(target) / "__0_0.distcp").write_bytes(b"half")
+    sealed.discard(target)
     assert list(tmp_path.iterdir()) == []
-    (step_folders.begin(target) / "__7_0.distcp").write_bytes(b"killed, not removed")
+    (sealed.begin(target) / "__7_0.distcp").write_bytes(b"killed, not removed")
     assert damages(write_checkpoint(tmp_path, 5)) == []
     assert not (target / "__7_0.distcp").exists()
 
@@ -128,5 +130,5 @@ def test_a_write_that_failed_leaves_nothing_and_can_be_tried_again(tmp_path):
 def test_the_newest_checkpoints_are_kept(tmp_path, keep_last, kept):
     for step in range(1, 5):
         write_checkpoint(tmp_path, step)
-    step_folders.remove_older(tmp_path, keep_last)
+    folders.remove_older(tmp_path, keep_last)
     assert sorted(tmp_path.iterdir()) == [step_folder(tmp_path, step) for step in kept]

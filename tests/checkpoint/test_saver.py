@@ -12,7 +12,8 @@ import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
-from megatron_psft.checkpoint.folders import MARKER, step_folder, step_folders
+from megatron_psft.checkpoint.folders import step_folder, step_folders
+from megatron_psft.sealed import MARKER
 from tests.support import tiny
 from tests.support.cli import run_cli
 from tests.support.marks import slow

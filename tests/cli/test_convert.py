@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_psft.checkpoint.folders import MARKER
+from megatron_psft.sealed import MARKER
 from tests.cli.converting import (
     assert_refused,
     assert_same_tensors,
@@ -213,12 +213,12 @@ def change_type(path: Path) -> None:
 
 
 def newest_version(path: Path) -> None:
-    from megatron_psft.checkpoint import folders as step_folders
+    from megatron_psft import sealed
 
-    content = step_folders.read_content(path.parent)
+    content = sealed.read_content(path.parent)
     path.unlink()
-    path.parent.rename(step_folders.partial_folder(path.parent))
-    step_folders.seal(path.parent, {**content, "version": 99})
+    path.parent.rename(sealed.partial_folder(path.parent))
+    sealed.seal(path.parent, {**content, "version": 99})
 
 
 HARM = {
