@@ -28,14 +28,14 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(error, rank, world_size)
 
     # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
-    from megatron_psft.train import assemble as build
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
+    from megatron_psft.train.run import run
 
-    here = platform.detect(local_rank)
-    with parallel.process_group(here, world_size, config.parallel.distributed_timeout_minutes):
+    here = detect(local_rank)
+    with process_group(here, world_size, config.parallel.distributed_timeout_minutes):
         try:
-            signum = build.run(config, here, rank, local_rank)
+            signum = run(config, here, rank, local_rank)
         except UserError as error:
             return _refuse(error, rank, world_size)
         except RankError as error:

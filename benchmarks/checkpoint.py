@@ -29,13 +29,14 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_psft.checkpoint.find import find_checkpoint
 from megatron_psft.checkpoint.folders import step_folders
-from megatron_psft.checkpoint.saver import Saver, load_checkpoint
+from megatron_psft.checkpoint.saver import Saver
+from megatron_psft.checkpoint.state import load_checkpoint
 from megatron_psft.config.schema import parse_config
-from megatron_psft.distributed import cpu_shims as platform
-from megatron_psft.distributed import grid as parallel
-from megatron_psft.train import assemble as build
-from megatron_psft.train import loop as trainer
+from megatron_psft.distributed.device import detect
+from megatron_psft.distributed.grid import process_group
+from megatron_psft.train.assemble import Run, build_run
 from megatron_psft.train.inputs import read_inputs
+from megatron_psft.train.loop import train_step
 
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 _TRIALS = 60  # of which medians are taken, as the time of a step varies by more than a save costs
@@ -51,15 +52,15 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     logging.disable()
-    here = platform.detect(0)
-    with tempfile.TemporaryDirectory() as name, parallel.process_group(here, 1):
+    here = detect(0)
+    with tempfile.TemporaryDirectory() as name, process_group(here, 1):
         folder = Path(name)
         write_inputs(folder, options.hidden_size)
         window = 1 + 3 * options.steps  # one per trial, after one that warms up
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
             --train-iters {window * (1 + _TRIALS)} --global-batch-size 1 --no-packing --old-policy-interval {window}"""
         config = parse_config(flags.split())
-        run = build.build_run(config, read_inputs(config, show_progress=False), here)
+        run = build_run(config, read_inputs(config, show_progress=False), here)
         measure(run, options.steps)
 
 
@@ -93,15 +94,15 @@ def write_inputs(folder: Path, hidden_size: int) -> None:
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
 
 
-def measure(run: trainer.Run, steps: int) -> None:
+def measure(run: Run, steps: int) -> None:
     """Prints all figures."""
     started = time.perf_counter()
-    trainer.train_step(run, 0)
+    train_step(run, 0)
     pass_seconds = time.perf_counter() - started
     stored_bytes = sum(tensor.nbytes for tensors in run.state.window.stored.values() for tensor in tensors)
     window = run.config.objective.old_policy_interval
     for step in range(1, window):
-        trainer.train_step(run, step)
+        train_step(run, step)
     trials = _trials(run, window, steps)
     emit_median("step_seconds", [trial.plain / steps for trial in trials], "s")
     emit_median("save_stall_seconds", [trial.waiting for trial in trials], "s")
@@ -140,7 +141,7 @@ class Trial:
     """What of it training waited for."""
 
 
-def _trials(run: trainer.Run, window: int, steps: int) -> list[Trial]:
+def _trials(run: Run, window: int, steps: int) -> list[Trial]:
     """One per window after the first."""
     waited, background = (_saver(run, in_background=in_background) for in_background in (False, True))
     waited.save(0)  # starts the helper process that all saves share
@@ -162,7 +163,7 @@ def _trials(run: trainer.Run, window: int, steps: int) -> list[Trial]:
     return trials
 
 
-def _train(run: trainer.Run, first: int, steps: int, saver: Saver, *, number: int | None = None) -> tuple[float, float]:
+def _train(run: Run, first: int, steps: int, saver: Saver, *, number: int | None = None) -> tuple[float, float]:
     """Seconds of `steps` steps from `first` on, after a save of that number if there is one, and how many of these
     seconds training waited for the saver."""
     stalled = 0.0
@@ -177,17 +178,17 @@ def _train(run: trainer.Run, first: int, steps: int, saver: Saver, *, number: in
     if number is not None:
         wait_for(partial(saver.save, number))
     for step in range(first, first + steps):
-        trainer.train_step(run, step, before_update=partial(wait_for, saver.wait_for_copy))
+        train_step(run, step, before_update=partial(wait_for, saver.wait_for_copy))
         wait_for(saver.poll)
     return time.perf_counter() - started, stalled
 
 
-def _saver(run: trainer.Run, *, in_background: bool) -> Saver:
+def _saver(run: Run, *, in_background: bool) -> Saver:
     folder = Path(run.config.weights.save)
     return Saver(folder, run.state, run.identity, run.loader, run.parallel, keep_last=1, in_background=in_background)
 
 
-def emit_load_seconds(run: trainer.Run, newest: Path) -> None:
+def emit_load_seconds(run: Run, newest: Path) -> None:
     """Prints what checking and loading a checkpoint take."""
     started = time.perf_counter()
     find_checkpoint(Path(run.config.weights.save), None, run.identity)

@@ -121,12 +121,12 @@ def _dtype(spec: dict[str, Any]) -> torch.dtype:
 def measure(spec: dict[str, Any]) -> dict[str, float]:
     """One path, measured in this process; collective over its ranks."""
     from megatron_psft.config.schema import ParallelConfig
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import initialize_parallel, process_group
 
-    place = platform.detect(int(os.environ["LOCAL_RANK"]))
-    with parallel.process_group(place, spec["ranks"]):
-        parallel.initialize_parallel(
+    place = detect(int(os.environ["LOCAL_RANK"]))
+    with process_group(place, spec["ranks"]):
+        initialize_parallel(
             ParallelConfig(tensor_model_parallel_size=spec["ranks"]), virtual_size=None, seed=1, device=place.device
         )
         path = PATHS[spec["path"]](spec)

@@ -82,20 +82,20 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_psft.config.schema import parse_config
     from megatron_psft.diagnostics.plan import Plan
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
-    from megatron_psft.train import assemble as build
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
+    from megatron_psft.train.assemble import build_run
     from megatron_psft.train.inputs import read_inputs
     from megatron_psft.train.loop import train_step
 
     def resident_bytes() -> int:
         return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
-    config, place = parse_config([str(value) for value in spec["argv"]]), platform.detect(int(os.environ["LOCAL_RANK"]))
-    with parallel.process_group(place, spec["ranks"]):
+    config, place = parse_config([str(value) for value in spec["argv"]]), detect(int(os.environ["LOCAL_RANK"]))
+    with process_group(place, spec["ranks"]):
         inputs = read_inputs(config, show_progress=False)
         before = resident_bytes()
-        run = build.build_run(config, inputs, place)
+        run = build_run(config, inputs, place)
         built = resident_bytes()
         with Meter() as meter:
             for step in range(STEPS):

@@ -54,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def measure(spec: dict[str, Any]) -> dict[str, float]:
     """Means over one window, after a first step that warms up."""
-    from megatron_psft.metrics import flops as throughput
+    from megatron_psft.metrics import flops
     from megatron_psft.train.loop import train_step
 
     with tempfile.TemporaryDirectory() as name, training_run(_argv(spec, Path(name))) as run:
@@ -63,9 +63,9 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
         lines = [train_step(run, step) for step in range(WINDOW, 2 * WINDOW)]
         seconds = time.perf_counter() - started
         lengths = [run.loader.lengths(step).tolist() for step in range(WINDOW, 2 * WINDOW)]
-        flops = 3 * sum(throughput.forward_flops(run.shape, own) for own in lengths) / seconds
+        flops = 3 * sum(flops.forward_flops(run.shape, own) for own in lengths) / seconds
         device = run.parallel.device
-        peak = throughput.peak_flops(device) if device.type == "cuda" else None
+        peak = flops.peak_flops(device) if device.type == "cuda" else None
     result = {"tokens_per_second": sum(line["tokens"] for line in lines) / seconds, "training_tflops": flops / 1e12}
     if device.type == "cuda":
         result["max_memory_gib"] = lines[-1]["max_memory_gib"]

@@ -74,13 +74,13 @@ def training_run(argv: Sequence[Any]) -> Iterator[Any]:
     """A run of the command line `argv`, ready to make steps, in this process alone."""
     from megatron_psft.config.rules import validate
     from megatron_psft.config.schema import parse_config
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
-    from megatron_psft.train import assemble as build
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
+    from megatron_psft.train.assemble import build_run
     from megatron_psft.train.inputs import read_inputs
 
     config = parse_config([str(value) for value in argv])
     validate(config, 1)
-    place = platform.detect(0)
-    with parallel.process_group(place, 1):
-        yield build.build_run(config, read_inputs(config, show_progress=False), place)
+    place = detect(0)
+    with process_group(place, 1):
+        yield build_run(config, read_inputs(config, show_progress=False), place)

@@ -1,8 +1,8 @@
 """Folders that are written aside and sealed with checksums: whole under their name, or not there. Knows no tensors.
 
-A folder is written as `NAME.partial` and gets its name only when it is whole: its last file, `complete.json`, the marker,
-lists size and SHA-256 of every other file. So a folder of that name either is what was written or has been damaged
-since, and `find_damage` tells which."""
+A folder is written as `NAME.partial` and gets its name only when it is whole: its last file, the marker
+`complete.json`, lists size and SHA-256 of every other file. So a folder of that name either is what
+was written or has been damaged since, and `find_damage` tells which."""
 
 import hashlib
 import json

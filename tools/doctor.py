@@ -83,9 +83,9 @@ def examine(config: DoctorConfig) -> int:
 
 def examine_machine(environment: Mapping[str, str]) -> list[Finding]:
     """Prints what there is and what is used of it; returns what was found to be so or so."""
-    from megatron_psft.distributed import cpu_shims as platform
+    from megatron_psft.distributed.device import detect
 
-    here = platform.detect(0)
+    here = detect(0)
     print_table("machine", doctor.describe_machine(here))
     findings = doctor.check_device(here.is_gpu) + doctor.check_imports(here)
     findings += doctor.check_apex() + doctor.check_environment(here.is_gpu, environment)

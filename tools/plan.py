@@ -82,7 +82,7 @@ def plan(config: PlanConfig) -> int:
     import torch
 
     from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
-    from megatron_psft.distributed.cpu_shims import Platform
+    from megatron_psft.distributed.device import Platform
     from megatron_psft.hf import hub
     from megatron_psft.model.shape import read_shape
 

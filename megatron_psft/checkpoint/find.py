@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
-from megatron_psft.distributed.grid import on_main, together
+from megatron_psft.distributed.collective import find_damage, on_main, together
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.sealed import DamageError
@@ -113,14 +113,6 @@ def _find_damage(checkpoint: Path, identity: Identity) -> str | None:
 
     damage = on_main(read)
     return find_damage(checkpoint) if damage is None else damage
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, if anything is; every rank reads its share of the files. Collective."""
-    world_size = dist.get_world_size()
-    found: list[str | None] = [None] * world_size
-    dist.all_gather_object(found, sealed.find_damage(folder, part=dist.get_rank(), parts=world_size))
-    return next((text for text in found if text is not None), None)
 
 
 def _check_identity(checkpoint: Path, content: Mapping[str, Any], identity: Identity) -> None:

@@ -2,10 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,16 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import unwrap_model
-from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.serialization import get_crc32_options, set_crc32_options
 
@@ -30,34 +23,26 @@ from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
 from megatron_psft.checkpoint.background import BackgroundCalls
 from megatron_psft.checkpoint.find import VERSION, Identity
+from megatron_psft.checkpoint.state import (
+    _METADATA,
+    TrainState,
+    _layout,
+    _sharded_old_log_probs,
+    _sharded_rng,
+    _sharded_state,
+)
 from megatron_psft.data.loader import BatchLoader
-from megatron_psft.distributed.cpu_shims import plain_operations, save_options
-from megatron_psft.distributed.grid import Parallel, naming_lost_peers, on_main, sum_over_context
+from megatron_psft.distributed.collective import naming_lost_peers, on_main, sum_over_context
+from megatron_psft.distributed.cpu_shims import plain_operations
+from megatron_psft.distributed.grid import Parallel
+from megatron_psft.distributed.megatron_lines import save_options
 from megatron_psft.distributed.signals import helpers_outlive_signals
 from megatron_psft.errors import RankError, UserError
-from megatron_psft.hf.weights import is_first_replica, named_parameters
-from megatron_psft.metrics.clipped_tokens import ClippedTokens
-from megatron_psft.scoring.old_policy import OldPolicyWindow
-from megatron_psft.train.optimizer import load_optimizer_state, sharded_optimizer_state
+from megatron_psft.model.parameters import is_first_replica, named_parameters
 
 log = logging.getLogger(__name__)
 
-# The distributed optimizer's one format that any tensor, pipeline and data-parallel size can read.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _ADAM_BYTES, _MASTER_BYTES = 8, 4  # per parameter: two fp32 moments, and the fp32 copy of a bf16 weight
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """Everything of a run that changes while it trains. The position in the data is the step: batches are a function of
-    it."""
-
-    chunks: Sequence[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
-    window: OldPolicyWindow
-    clipped_tokens: ClippedTokens | None = None
-    """Where the run counts them."""
 
 
 class Saver:
@@ -208,50 +193,6 @@ class Saver:
             raise RankError(f"rank {self._parallel.rank}: {_write_failed(str(error), self._target)}") from error
 
 
-def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, parallel: Parallel) -> None:
-    """Fills `state` from a step folder; collective."""
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-    content = _sharded_state(state, is_loading=True)
-    steps: list[int] = common["window_steps"]
-    if parallel.is_last_stage:
-        content["old_log_probs"] = {str(step): _sharded_old_log_probs(step, None, loader, parallel) for step in steps}
-    is_same_layout = sealed.read_content(checkpoint)["layout"] == _layout(parallel)
-    if is_same_layout:
-        content["rng"] = _sharded_rng(parallel)
-    loaded = dist_checkpointing.load(content, str(checkpoint))
-    load_optimizer_state(state.optimizer, loaded["optimizer"])
-    for name, chunk in _named_chunks(state.chunks).items():
-        chunk.load_state_dict(loaded[name])
-    state.scheduler.load_state_dict(common["scheduler"])
-    if state.clipped_tokens is not None and "clipped_tokens" in common:  # else counting starts with this run
-        state.clipped_tokens.load_state(common["clipped_tokens"])
-    for step in steps:
-        saved = loaded["old_log_probs"][str(step)] if parallel.is_last_stage else None
-        state.window.stored[step] = [] if saved is None else loader.from_packs(step, saved)
-    if is_same_layout:  # the generators of other ranks would mean nothing; nothing that trains draws from them today
-        _set_rng(loaded["rng"])
-
-
-def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Fills a model from any checkpoint's weights, whatever layout and precision these were saved in; collective."""
-    models = _named_chunks(chunks)
-    loaded = dist_checkpointing.load({name: sharded_weights(model) for name, model in models.items()}, str(checkpoint))
-    log.info("weights from %s", checkpoint)
-    for name, model in models.items():
-        missing, unexpected = model.load_state_dict(loaded[name], strict=False)
-        other = [*unexpected, *(key for key in missing if not key.endswith("_extra_state"))]
-        assert not other, f"{name} and {checkpoint} differ in {other}"
-
-
-def sharded_weights(model: GPTModel) -> dict[str, ShardedBase]:
-    """The parameters of a model chunk as a checkpoint has them, by their names in the chunk.
-
-    Modules' extra state is not among them: only FP8 has any, and which modules do depends on their implementation.
-    """
-    state = model.sharded_state_dict(metadata=dict(_METADATA))
-    return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
-
-
 def _begin(target: Path, needed_bytes: int) -> Path:
     """Makes the folder to write in, where there is room for what is to come."""
     aside = sealed.begin(target)
@@ -309,55 +250,3 @@ def _without_crc32() -> Iterator[None]:
         yield
     finally:
         set_crc32_options(takes_crc32)
-
-
-def _named_chunks(chunks: Sequence[DistributedDataParallel]) -> dict[str, GPTModel]:
-    """Model chunks under the names that Megatron-Core's optimizers expect."""
-    models = unwrap_model(list(chunks))
-    return {"model": models[0]} if len(models) == 1 else {f"model{i}": model for i, model in enumerate(models)}
-
-
-def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
-    models = {
-        name: model.sharded_state_dict(metadata=dict(_METADATA)) for name, model in _named_chunks(state.chunks).items()
-    }
-    own = models["model"] if len(models) == 1 else models
-    optimizer = sharded_optimizer_state(state.optimizer, own, is_loading=is_loading, metadata=dict(_METADATA))
-    return {**models, "optimizer": optimizer}
-
-
-def _sharded_old_log_probs(step: int, rows: Tensor | None, loader: BatchLoader, parallel: Parallel) -> ShardedTensor:
-    """The old log-probabilities of one global batch as a checkpoint tensor `[global batch, longest pack]`, this
-    replica's packs of it.
-
-    It holds no padding that a layout may add, and each pack whole, so that any layout can read it.
-    """
-    data = torch.zeros(loader.packs_per_rank, loader.unpadded_length(step)) if rows is None else rows
-    return ShardedTensor.from_rank_offsets(
-        f"old_log_probs.{step}",
-        data,
-        (0, parallel.data_rank, parallel.data_size),
-        replica_id=parallel.context_rank * parallel.tensor_size + parallel.tensor_rank,
-    )
-
-
-def _layout(parallel: Parallel) -> dict[str, int]:
-    """Which rank does what."""
-    names = ("tensor_size", "pipeline_size", "virtual_size", "context_size", "data_size")
-    return {name: getattr(parallel, name) for name in names}
-
-
-def _sharded_rng(parallel: Parallel) -> ShardedObject:
-    """The states of this rank's random generators."""
-    states = {
-        "cpu": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),  # the CPU's where there is no GPU, see platform.py
-        "tensor_parallel": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-    return ShardedObject("rng", states, (parallel.world_size,), (parallel.rank,))
-
-
-def _set_rng(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    torch.cuda.set_rng_state(states["device"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tensor_parallel"])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_psft.errors import UserError
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
-    from megatron_psft.distributed.cpu_shims import Platform
+    from megatron_psft.distributed.device import Platform
 
 Level = Literal["ok", "warning", "problem"]
 

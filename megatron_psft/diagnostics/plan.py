@@ -16,7 +16,7 @@ from itertools import product
 
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.head.chunked import CHUNK_BYTES
 from megatron_psft.metrics.flops import forward_flops

@@ -10,7 +10,7 @@ from megatron_psft.config.schema import Config, DataConfig, PrecisionConfig, Wei
 from megatron_psft.data.chat import Example
 from megatron_psft.data.loader import MicroBatch, fill_rows
 from megatron_psft.data.rows import packed_row
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.head.kernels import shard_passes
 from megatron_psft.hf.weights import RandomWeights, fill_parameters

@@ -7,88 +7,16 @@ other file of this package patches another library, or knows where 0.16 and 0.19
 
 import contextlib
 import functools
-import importlib.metadata
-import importlib.util
-import inspect
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 
+from megatron_psft.distributed.megatron_lines import do_without_engine
+
 _TO_DEVICE = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Platform:
-    """Device of this process, its collective backend, and which of NVIDIA's libraries are importable."""
-
-    device: torch.device
-    backend: str
-    has_transformer_engine: bool
-    transformer_engine_version: tuple[int, int] | None = None
-    """Major and minor, where it is known."""
-    fuses_gradients: bool = False
-    """Whether Apex's extension that adds to a weight's gradient within the product is importable."""
-
-    @property
-    def is_gpu(self) -> bool:
-        """True where computation happens on a CUDA device."""
-        return self.device.type == "cuda"
-
-    def describe(self) -> str:
-        """One line for the log: what was chosen."""
-        name = torch.cuda.get_device_name(self.device) if self.is_gpu else f"CPU, {torch.get_num_threads()} threads"
-        spec = "Transformer Engine" if self.has_transformer_engine else "portable PyTorch"
-        fused = "fused" if self.fuses_gradients else "not fused"
-        return (
-            f"{name}; {self.backend} collectives; {spec} layers; {_adam_source()} Adam; gradient accumulation {fused}"
-        )
-
-
-def _adam_source() -> str:
-    """Whose Adam Megatron-Core has chosen: on import it takes the first of these that is there."""
-    from megatron.core.optimizer import Adam
-
-    sources = {"transformer_engine": "Transformer Engine", "apex": "Apex", "torch": "PyTorch"}
-    return sources[Adam.__module__.split(".")[0]]
-
-
-def _is_importable(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def _engine_version() -> tuple[int, int] | None:
-    try:
-        version = Version(importlib.metadata.version("transformer_engine"))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return version.major, version.minor
-
-
-def detect(local_rank: int) -> Platform:
-    """Chooses the device of this process and prepares it; `local_rank` is the process's index on its node."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        # Megatron-Core's sequence parallelism relies on one hardware queue to order communication before computation.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        has_engine = _is_importable("transformer_engine")
-        if not has_engine:
-            _do_without_engine()
-        return Platform(
-            device=torch.device("cuda", local_rank),
-            backend="nccl",
-            has_transformer_engine=has_engine,
-            transformer_engine_version=_engine_version() if has_engine else None,
-            # Megatron-Core's own layers, of which the output layer is always one, have no other.
-            fuses_gradients=_is_importable("fused_weight_gradient_mlp_cuda"),
-        )
-    adapt_to_cpu()
-    return Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
 
 
 @functools.cache
@@ -104,27 +32,8 @@ def adapt_to_cpu() -> None:
     _answer_gradient_norm()
     _answer_token_counts()
     _answer_offloading()
-    _do_without_engine()
+    do_without_engine()
     _CudaIsCpu().__enter__()  # for good: Megatron-Core names the device in many places
-
-
-def save_options() -> dict[str, str]:
-    """What Megatron-Core's `dist_checkpointing.save` has to be told: from 0.18 on it would hand the writing to another
-    package of NVIDIA's."""
-    from megatron.core import dist_checkpointing
-
-    knows_strategies = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-    return {"async_strategy": "mcore"} if knows_strategies else {}
-
-
-def _do_without_engine() -> None:
-    """Answers what Megatron-Core asks for in vain where Transformer Engine is absent (0.16)."""
-    import megatron.core.optimizer.optimizer_config as optimizer_config
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        _replace(moe_utils, te_general_gemm=None)
-    _replace(optimizer_config, is_te_min_version=lambda version, check_equality=True: False)
 
 
 def plain_operations() -> contextlib.AbstractContextManager[None]:

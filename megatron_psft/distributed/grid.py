@@ -1,21 +1,16 @@
 """The only door to `megatron.core.parallel_state`: sets the process groups up and hands out ranks, sizes and groups."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_psft.config.schema import ParallelConfig
-from megatron_psft.distributed.cpu_shims import Platform
-from megatron_psft.errors import RankError, UserError
-
-Result = TypeVar("Result")
+from megatron_psft.distributed.device import Platform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,82 +102,6 @@ def initialize_parallel(
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         device=device,
     )
-
-
-def together(action: Callable[[], Result]) -> Result:
-    """Runs `action` on every rank and makes its failure everybody's.
-
-    A `UserError` on any rank, say a file missing on one node, raises on all ranks with the text of the lowest failing
-    rank, so that none waits in a collective for the others.
-    """
-    result, message = None, None
-    try:
-        result = action()
-    except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for found in messages:
-        if found is not None:
-            raise UserError(found)
-    return result  # type: ignore[return-value]
-
-
-def on_main(action: Callable[[], Result]) -> Result:
-    """Runs `action` on rank 0 and returns its result on every rank; its `UserError` or `OSError` is everybody's
-    `UserError`. Collective."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = action()
-        except (UserError, OSError) as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box)
-    result, message = box
-    if message is not None:
-        raise UserError(message)
-    return result
-
-
-def sum_over_context(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
-    """Adds up what each context-parallel rank has, on the rank's device and in the place of `values` where they are
-    there; collective over these ranks."""
-    if parallel.context_size == 1:
-        return values
-    values = values.to(parallel.device)
-    dist.all_reduce(values, group=parallel.context_group)
-    return values
-
-
-@contextmanager
-def naming_lost_peers(doing: str) -> Iterator[None]:
-    """Raises `RankError` where a collective fails, since a peer hangs or is gone: says which one, while doing what."""
-    try:
-        yield
-    except RuntimeError as error:
-        collective = _collective_in(error.__traceback__)
-        if collective is None:
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise RankError(
-            f"rank {dist.get_rank()}: {doing}: {collective} failed, as another rank hangs or is gone; see its output; "
-            f"distributed_timeout_minutes says how long to wait: {reason}"
-        ) from error
-
-
-_COLLECTIVES = "torch/distributed/distributed_c10d.py"
-_PIPELINE = "megatron/core/pipeline_parallel/p2p_communication.py"
-
-
-def _collective_in(trace: TracebackType | None) -> str | None:
-    """The innermost collective that a traceback went through, as `torch.distributed` names it."""
-    found = None
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if code.co_filename.endswith((_COLLECTIVES, _PIPELINE)):
-            found = code.co_name
-        trace = trace.tb_next
-    return found
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.head.kernels import ShardPasses, shard_passes
-from megatron_psft.head.plain import ShardExtras, ShardSoftmax, join_shards, shard_width
+from megatron_psft.head.shards import ShardExtras, ShardSoftmax, join_shards, shard_width
 from megatron_psft.loss.labels import ExtraStat, LabelStats
 
 TokenLoss = Callable[[LabelStats, slice], Tensor]

@@ -36,15 +36,16 @@ from tqdm import tqdm
 
 from megatron_psft import sealed
 from megatron_psft.checkpoint.find import VERSION, WEIGHTS_STEP, Identity, weights_identity
-from megatron_psft.checkpoint.saver import sharded_weights
+from megatron_psft.checkpoint.state import sharded_weights
 from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
-from megatron_psft.distributed import cpu_shims as platform
+from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError
 from megatron_psft.hf.export import copy_side_files
-from megatron_psft.hf.mapping import Piece, hf_tensors, is_expert, pieces, scatter
-from megatron_psft.hf.weights import SafetensorsFolder, fill_shard, whole_name
+from megatron_psft.hf.mapping import Piece, hf_tensors, pieces, scatter
+from megatron_psft.hf.weights import SafetensorsFolder, fill_shard
 from megatron_psft.model.gpt import build_chunk, transformer_config
+from megatron_psft.model.parameters import is_expert, whole_name
 from megatron_psft.model.shape import ModelShape, read_shape
 from megatron_psft.sealed import DamageError
 
@@ -155,7 +156,7 @@ def _check_model(folder: Path, field: str, identity: Identity, shape: ModelShape
 
 def outline_of(shape: ModelShape) -> Outline:
     """Builds the model in a world of one process, for as long as that takes."""
-    here = platform.detect(0)
+    here = detect(0)
     unused = str(Path())  # on these parts of a run's configuration no parameter depends
     config = Config(weights=WeightsConfig(load_hf=unused, save=unused), data=DataConfig(data=(unused,)))
     with process_group(here, 1):

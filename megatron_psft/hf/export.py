@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
-from megatron_psft.hf.weights import is_first_replica, named_parameters, shard_place
+from megatron_psft.model.parameters import is_first_replica, named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 
 # transformers' own default; what rank 0 holds in memory at a time.

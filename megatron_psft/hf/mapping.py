@@ -110,11 +110,6 @@ def _mlp_tensors(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     return block
 
 
-def is_expert(parameter: str) -> bool:
-    """Whether a parameter is an expert's, and so is cut and spread as experts are."""
-    return ".mlp.experts." in parameter
-
-
 def pieces(parameter: str, shape: ModelShape, *, tensor_rank: int, tensor_size: int, local_rows: int) -> list[Piece]:
     """Describes the shard of `parameter` on one tensor-parallel rank.
 

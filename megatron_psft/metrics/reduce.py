@@ -1,28 +1,19 @@
 """Reduces a step's sums over all ranks, and writes what a run reports."""
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
-from megatron_psft.atomic import replace_file
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.loss.labels import LabelStats
 from megatron_psft.loss.objectives import BatchSums
 from megatron_psft.loss.preference import PAIR_METRICS
-from megatron_psft.metrics.trackers import Trackers
-
-METRICS_FILE = "metrics.jsonl"
 
 _SUMMED = tuple(field.name for field in fields(BatchSums) if field.name not in ("ratios", "pairs"))
 _RATIO_PERCENTILES = {"ratio_p05": 5, "ratio_p50": 50, "ratio_p95": 95, "ratio_max": 100}
@@ -174,63 +165,3 @@ class EvalSums:
         dist.all_reduce(self._sums)
         nll, entropy, count = self._sums.tolist()
         return {"valid_nll": nll / max(count, 1.0), "valid_entropy": entropy / max(count, 1.0)}
-
-
-class Report:
-    """What rank 0 shows and keeps of a run: metrics.jsonl, its trackers, the progress bar and a line now and then."""
-
-    def __init__(
-        self, folder: Path, trackers: Trackers, *, first_step: int, train_iters: int, log_interval: int
-    ) -> None:
-        """Opens the file; lines of metrics.jsonl from `first_step` (from 1) on, left by a run that went further, are
-        dropped. `trackers` are closed with the report."""
-        self._path = folder / METRICS_FILE
-        _drop_from(self._path, first_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._trackers = trackers
-        self._log_interval = log_interval
-        self._bar = tqdm(total=train_iters, initial=first_step - 1, desc="train", unit="step", dynamic_ncols=True)
-
-    def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one step (from 1)."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        self._trackers.log(step, values)
-        shown = {name: f"{values[name]:.4g}" for name in ("loss", "entropy", "clip_fraction", "tokens_per_second")}
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
-        if step % self._log_interval == 0:
-            self.say(f"step {step}: " + ", ".join(f"{name} {values[name]:.4g}" for name in _PRINTED if name in values))
-
-    def sync(self) -> None:
-        """Has all lines reach the disk, so that no checkpoint is ahead of them."""
-        os.fsync(self._file.fileno())
-
-    def say(self, text: str) -> None:
-        """Prints a line above the progress bar."""
-        self._bar.write(text)
-
-    def __enter__(self) -> "Report":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._bar.close()
-        self._trackers.close(has_failed=error is not None)
-
-
-_PRINTED = ("loss", "nll", "entropy", "clip_fraction", "ratio_max", "grad_norm", "lr", "tokens_per_second", "valid_nll")
-
-
-def _drop_from(path: Path, first_step: int) -> None:
-    """Keeps the lines of earlier steps, so that a resumed run repeats none; the file is replaced in one move."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # The last line of a killed run may be half a line; its step is trained again.
-    whole = [line for line in lines if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] < first_step]
-    if len(kept) < len(lines):
-        replace_file(path, "".join(kept))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from megatron_psft.config.schema import Config
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import ModelShape
 

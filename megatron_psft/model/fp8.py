@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_psft.config.schema import Config, PrecisionConfig
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import ModelShape
 

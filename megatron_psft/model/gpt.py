@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_psft.config.schema import Config
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.head.layer import HeadInputs, HeadOutput, OutputLayer, plain_head

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_psft.data.rows import context_positions
+from megatron_psft.distributed.context_split import context_positions
 
 
 class RMSNorm(torch.nn.RMSNorm):

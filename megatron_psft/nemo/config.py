@@ -19,7 +19,7 @@ REPEATABLE_LOADERS = ("single", "cyclic", "batch")
 
 @dataclass(kw_only=True)
 class PsftConfig:
-    """What megatron_psft.config.schema.ObjectiveConfig says of the token loss, as far as Bridge's batches carry what it needs.
+    """What `ObjectiveConfig` (config/schema.py) says of the token loss, as far as Bridge's batches suffice.
 
     Not frozen, as none of Bridge's sections is: recipes and command lines assign to fields.
     """

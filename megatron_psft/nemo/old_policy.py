@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_psft.distributed.grid import together
+from megatron_psft.distributed.collective import together
 from megatron_psft.nemo.batches import BatchesAhead
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.forward_step import PsftForwardStep

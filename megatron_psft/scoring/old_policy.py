@@ -1,17 +1,11 @@
 """The old policy: the weights of every k-th optimizer step, kept as log-probabilities of the labels to come."""
 
 import logging
-import socket
 from collections.abc import Callable, Sequence
 
-import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-
-from megatron_psft.distributed.grid import Parallel, together
-from megatron_psft.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -102,35 +96,3 @@ def _to_host(log_probs: Tensor) -> Tensor:
     """A copy in host memory; pinned where it comes from a GPU, so that its way back does not hold up training."""
     host = torch.empty(log_probs.shape, dtype=log_probs.dtype, pin_memory=log_probs.is_cuda)
     return host.copy_(log_probs)
-
-
-def check_host_memory(bytes_per_rank: int, num_steps: int, parallel: Parallel) -> None:
-    """Says what a window keeps in host memory; collective.
-
-    Args:
-        bytes_per_rank: of one rank of the last pipeline stage, where the log-probabilities are.
-        num_steps: of the window that are scored ahead.
-        parallel: this rank's place.
-
-    Raises:
-        UserError: on every rank, where a machine has less memory left.
-    """
-    keepers: list[str | None] = [None] * parallel.world_size
-    dist.all_gather_object(keepers, socket.gethostname() if parallel.is_last_stage else None)
-    needed = bytes_per_rank * keepers.count(socket.gethostname()) / 2**30
-    log.info(
-        "old policy: log-probabilities of %d steps take %.3g GiB of host memory per rank of the last pipeline stage",
-        num_steps,
-        bytes_per_rank / 2**30,
-    )
-
-    def check() -> None:
-        available = psutil.virtual_memory().available / 2**30
-        if needed > available:
-            raise UserError(
-                f"old_policy_interval: the log-probabilities of {num_steps} steps need {needed:.3g} GiB of host memory "
-                f"on {socket.gethostname()}, which has {available:.3g} GiB left; lower it or global_batch_size, or use "
-                "more nodes"
-            )
-
-    together(check)

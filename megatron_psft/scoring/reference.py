@@ -19,72 +19,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_psft import sealed
 from megatron_psft.atomic import replace_file
-from megatron_psft.checkpoint.find import Identity, find_damage
+from megatron_psft.checkpoint.find import Identity
 from megatron_psft.data.loader import BatchLoader
-from megatron_psft.distributed.grid import Parallel, Result, on_main, sum_over_context, together
+from megatron_psft.distributed.collective import Result, find_damage, on_main, sum_over_context, together
+from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.errors import UserError
 from megatron_psft.scoring.old_policy import SHORT_SECONDS
+from megatron_psft.scoring.values import _DTYPE, VALUES, RecordValues
 from megatron_psft.sealed import DamageError
 from megatron_psft.train.pipeline import Schedule
 
 FOLDER = "ref_log_probs"
-VALUES = "values.bin"
 PROGRESS = "progress.json"
 BATCHES_PER_MARK = 16
 """How many a killed pass does again at most: each mark waits for disks."""
 START = "the weights at the start"
 """The field of the identity that only a run that has not begun to train can compare."""
 
-_DTYPE = np.dtype("<f4")
 
 log = logging.getLogger(__name__)
-
-
-class RecordValues:
-    """A file of fp32 values, one for each token that the model reads, record after record; mapped into memory.
-
-    Holds 8 bytes per record.
-    """
-
-    def __init__(self, path: Path, lengths: NDArray[np.int64]) -> None:
-        """`lengths`: the values of each record, int64 [records]."""
-        self._path = path
-        self._ends = np.cumsum(lengths)
-        self._values: NDArray[np.float32] | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the complete file."""
-        return int(self._ends[-1]) * _DTYPE.itemsize
-
-    def start(self, record: int) -> int:
-        """How many values lie before a record's first."""
-        return int(self._ends[record - 1]) if record else 0
-
-    def open(self) -> None:
-        """Maps the complete file. Raises UserError where it is not there."""
-        found = self._path.stat().st_size if self._path.is_file() else 0
-        if found != self.size_bytes:
-            raise UserError(
-                f"save must be a folder that all nodes share: rank {dist.get_rank()} finds {found} bytes in "
-                f"{self._path} instead of {self.size_bytes}"
-            )
-        self._values = np.memmap(self._path, _DTYPE, mode="r").view(np.ndarray)  # whose slices are quicker
-
-    def __call__(self, record: int) -> NDArray[np.float32]:
-        """The values of a record, [length]."""
-        assert self._values is not None
-        return self._values[self.start(record) : int(self._ends[record])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,71 +1,60 @@
 """Turns a configuration into a run that is ready to train, and a trained run into a Hugging Face folder."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_psft.checkpoint.find import WEIGHTS_STEP, Identity, find_checkpoint, model_identity
-from megatron_psft.checkpoint.saver import TrainState, load_checkpoint, load_weights
-from megatron_psft.config.schema import Config, config_to_yaml
+from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_weights
+from megatron_psft.config.schema import Config
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of
-from megatron_psft.distributed.cpu_shims import Platform
-from megatron_psft.distributed.grid import Parallel, initialize_parallel, on_main, together
+from megatron_psft.distributed.collective import on_main
+from megatron_psft.distributed.device import Platform
+from megatron_psft.distributed.grid import Parallel, initialize_parallel
 from megatron_psft.errors import UserError
-from megatron_psft.hf import export
 from megatron_psft.hf.weights import fill_parameters
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
-from megatron_psft.metrics.provenance import versions
-from megatron_psft.model.fp8 import check_machine, row_multiple
+from megatron_psft.model.fp8 import row_multiple
 from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
+from megatron_psft.model.shape import ModelShape
 from megatron_psft.scoring.agreement import PrecisionNoise
-from megatron_psft.scoring.old_policy import OldPolicyWindow, check_host_memory
-from megatron_psft.scoring.reference import FOLDER, START, VALUES, RecordValues, ReferencePass, describe_start
-from megatron_psft.train.inputs import Inputs, describe, read_in_turn
-from megatron_psft.train.loop import Run, train
+from megatron_psft.scoring.host_memory import check_host_memory
+from megatron_psft.scoring.old_policy import OldPolicyWindow
+from megatron_psft.scoring.reference import FOLDER, START, ReferencePass, describe_start
+from megatron_psft.scoring.values import VALUES, RecordValues
+from megatron_psft.train.inputs import Inputs
 from megatron_psft.train.optimizer import build_optimizer, build_scheduler
 from megatron_psft.train.pipeline import Schedule
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
-    """Trains as `config` says, on all ranks of the default process group; `local_rank` counts those of a node.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run, ready to train."""
 
-    Returns:
-        0, or the number of the signal that ended the run early; then the same command goes on from there.
-
-    Raises:
-        UserError: on every rank alike.
-        RankError: on this rank, whatever the others do.
-    """
-    together(lambda: check_machine(config.precision, platform))
-    inputs = read_in_turn(config, rank, local_rank)
-    log.info("%s", platform.describe())
-    describe(inputs, packing=config.data.packing)
-    ready = build_run(config, inputs, platform)
-    _write_config(config, ready.parallel)
-    signum = train(ready)
-    if signum:
-        return signum
-    if config.weights.export_hf is not None:
-        ready.schedule.gather_parameters()
-        export.export(
-            ready.state.chunks,
-            Path(config.weights.export_hf),
-            shape=inputs.shape,
-            dtype=torch.bfloat16 if config.precision.bf16 else inputs.weights.dtype,
-            model_folder=inputs.model_folder,
-            tokenizer_folder=inputs.tokenizer_folder,
-            parallel=ready.parallel,
-        )
-        log.info("exported %s", config.weights.export_hf)
-    return 0
+    config: Config
+    shape: ModelShape
+    parallel: Parallel
+    schedule: Schedule
+    state: TrainState
+    loader: BatchLoader
+    valid_loader: BatchLoader | None
+    reference: ReferencePass | None
+    """What the training loader's `ref_log_probs` come from, where the objective needs them."""
+    identity: Identity
+    decode: Callable[[int], str]
+    """A token's text from its id."""
+    first_step: int
+    """Steps that were completed before, in an earlier process."""
+    train_iters: int
 
 
 def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
@@ -245,10 +234,3 @@ def _loader(
         * (parallel.tensor_size if config.parallel.sequence_parallel else 1),
         pad_token_id=inputs.tokenizer.pad_token_id or 0,
     )
-
-
-def _write_config(config: Config, parallel: Parallel) -> None:
-    if not parallel.is_main:
-        return
-    head = "".join(f"# {name} {version}\n" for name, version in versions().items())
-    (Path(config.weights.save) / "config.yaml").write_text(head + config_to_yaml(config), encoding="utf-8")

@@ -14,7 +14,7 @@ from megatron_psft.config.schema import Config
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.packing import PackPlan, plan_of
-from megatron_psft.distributed.grid import together
+from megatron_psft.distributed.collective import together
 from megatron_psft.errors import UserError
 from megatron_psft.hf import export, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder

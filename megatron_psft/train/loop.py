@@ -3,49 +3,24 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from megatron_psft.checkpoint.find import Identity
-from megatron_psft.checkpoint.saver import Saver, TrainState
-from megatron_psft.config.schema import Config
-from megatron_psft.data.loader import BatchLoader
-from megatron_psft.distributed.grid import Parallel, naming_lost_peers
+from megatron_psft.checkpoint.saver import Saver
+from megatron_psft.distributed.collective import naming_lost_peers
 from megatron_psft.distributed.signals import StopRequested, StopSignals
 from megatron_psft.loss.objectives import Objective
-from megatron_psft.metrics import flops as throughput
+from megatron_psft.metrics import flops
 from megatron_psft.metrics.provenance import versions
-from megatron_psft.metrics.reduce import EvalSums, Report, reduce_metrics
+from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
+from megatron_psft.metrics.run_log import Report
 from megatron_psft.metrics.trackers import Trackers
-from megatron_psft.model.shape import ModelShape
 from megatron_psft.scoring.old_policy import SHORT_SECONDS
-from megatron_psft.scoring.reference import ReferencePass
+from megatron_psft.train.assemble import Run
 from megatron_psft.train.optimizer import update
-from megatron_psft.train.pipeline import Schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run, ready to train."""
-
-    config: Config
-    shape: ModelShape
-    parallel: Parallel
-    schedule: Schedule
-    state: TrainState
-    loader: BatchLoader
-    valid_loader: BatchLoader | None
-    reference: ReferencePass | None
-    """What the training loader's `ref_log_probs` come from, where the objective needs them."""
-    identity: Identity
-    decode: Callable[[int], str]
-    """A token's text from its id."""
-    first_step: int
-    """Steps that were completed before, in an earlier process."""
-    train_iters: int
 
 
 def train(run: Run) -> int:
@@ -197,12 +172,12 @@ def _gpu_values(run: Run, step: int, seconds: float) -> dict[str, float]:
     device = run.parallel.device
     if device.type != "cuda":
         return {}
-    flops = (
-        3 * throughput.forward_flops(run.shape, run.loader.lengths(step).tolist()) / seconds / run.parallel.world_size
+    per_second = (
+        3 * flops.forward_flops(run.shape, run.loader.lengths(step).tolist()) / seconds / run.parallel.world_size
     )
-    values = {"tflops_per_gpu": flops / 1e12, "max_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    peak = throughput.peak_flops(device)
-    return values if peak is None else values | {"mfu": flops / peak}
+    values = {"tflops_per_gpu": per_second / 1e12, "max_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    peak = flops.peak_flops(device)
+    return values if peak is None else values | {"mfu": per_second / peak}
 
 
 class _Timer:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
-from megatron_psft.distributed.grid import Parallel, sum_over_context
+from megatron_psft.distributed.collective import sum_over_context
+from megatron_psft.distributed.grid import Parallel
 from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, place_labels, select_labels
 from megatron_psft.loss.labels import LabelContext, LabelStats, Records
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums, is_clipped, policy_ratio

@@ -22,15 +22,15 @@ def importable():
 
 def _gradients_of(name: str, labels_percent: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from megatron_psft.config.schema import ParallelConfig
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import initialize_parallel, process_group
 
     with importable():
         import head
     spec = {"hidden": 16, "vocab_size": 512, "ranks": 1, "dtype": "float32"}
-    place = platform.detect(0)
-    with parallel.process_group(place, 1):
-        parallel.initialize_parallel(ParallelConfig(), virtual_size=None, seed=1, device=place.device)
+    place = detect(0)
+    with process_group(place, 1):
+        initialize_parallel(ParallelConfig(), virtual_size=None, seed=1, device=place.device)
         path = head.PATHS[name](spec)
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(40, 1, 16, generator=generator, requires_grad=True)

@@ -162,10 +162,10 @@ def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The whole tensors of a checkpoint, as it names them."""
     from megatron.core import dist_checkpointing
 
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
 
-    with parallel.process_group(platform.detect(0), 1):
+    with process_group(detect(0), 1):
         tensors = dist_checkpointing.load_plain_tensors(str(folder))
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_psft.data.rows import aligned_length, context_positions, packed_row, separate_rows
+from megatron_psft.data.rows import packed_row, separate_rows
+from megatron_psft.distributed.context_split import aligned_length, context_positions
 
 
 def test_two_ranks_have_the_outer_and_the_inner_chunks_of_each_segment():

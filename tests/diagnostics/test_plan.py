@@ -17,7 +17,7 @@ from megatron_psft.config.schema import (
     RecomputeConfig,
 )
 from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.metrics.flops import forward_flops
 from megatron_psft.model.shape import ExpertShape, ModelShape

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-from megatron_psft.distributed import cpu_shims as platform
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform, detect
 
 
 def _detect_twice():
-    first = platform.detect(0)
+    first = detect(0)
     modes = len(_get_current_function_mode_stack())
-    second = platform.detect(3)
+    second = detect(3)
     return first, second, second.describe(), len(_get_current_function_mode_stack()) - modes, torch.cuda.is_available()
 
 
@@ -32,7 +31,7 @@ def test_without_a_gpu_everything_is_on_the_cpu_however_often_it_is_asked(pool):
 
 
 def _make_tensors():
-    platform.detect(0)
+    detect(0)
     like = torch.zeros(2, dtype=torch.float64)
     made = {
         "tensor": torch.tensor([1.5, 2.5], device="cuda"),
@@ -73,7 +72,7 @@ def test_tensors_for_cuda_are_made_on_the_cpu_with_the_same_values(pool):
 
 
 def _build_on_meta():
-    platform.detect(0)
+    detect(0)
     with torch.device("meta"):
         layer = torch.nn.Linear(2, 3)
         tensors = {
@@ -93,7 +92,7 @@ def test_meta_is_still_the_default_device_where_it_is_asked_for(pool):
 
 
 def _types():
-    platform.detect(0)
+    detect(0)
     parameter = torch.nn.Parameter(torch.ones(1))
     names = [torch.ones(1, dtype=dtype).type() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     cast = torch.tensor([2.5]).type(torch.float64)
@@ -107,7 +106,7 @@ def test_types_of_tensors_read_as_on_a_gpu(pool):
 
 
 def _use_streams():
-    platform.detect(0)
+    detect(0)
     stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
         total = torch.ones(3, device="cuda").sum()
@@ -128,7 +127,7 @@ def test_streams_and_events_run_in_order(pool):
 def _draw():
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    platform.detect(0)
+    detect(0)
     torch.cuda.manual_seed(5)
     state = torch.cuda.get_rng_state()
     drawn = [torch.rand(4, device="cuda").tolist()]
@@ -156,7 +155,7 @@ def test_random_states_are_saved_restored_and_forked(pool):
 
 
 def _gradient():
-    platform.detect(0)
+    detect(0)
     weight = torch.tensor([1.0, 2.0], device="cuda", requires_grad=True)
     (weight.cuda() ** 2 * torch.tensor([3.0, 5.0], device="cuda")).sum().backward()
     return weight.is_leaf, weight.grad.tolist()
@@ -183,7 +182,7 @@ def test_a_gpu_is_chosen_and_nothing_is_patched(pretended_gpu, monkeypatch, engi
     monkeypatch.setattr(importlib.metadata, "version", lambda name: {"transformer_engine": "2.8.0+abc"}[name])
     names_before = {module: dict(vars(module)) for module in (torch, torch.cuda, torch.cuda.random, torch.Tensor)}
     modes_before = _get_current_function_mode_stack()
-    found = platform.detect(3)
+    found = detect(3)
     has_all = engine is not None
     version = (2, 8) if has_all else None
     place = {"device": torch.device("cuda", 3), "backend": "nccl", "has_transformer_engine": has_all}
@@ -211,8 +210,8 @@ def test_whose_adam_it_is_is_said(monkeypatch, module, source):
 
 
 def test_the_number_of_hardware_queues_is_one_unless_the_user_has_set_it(pretended_gpu, monkeypatch):
-    platform.detect(0)
+    detect(0)
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    platform.detect(0)
+    detect(0)
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_psft.config.schema import ParallelConfig
-from megatron_psft.distributed import cpu_shims as platform
-from megatron_psft.distributed import grid as parallel
+from megatron_psft.distributed.collective import together
+from megatron_psft.distributed.device import detect
+from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError
 
 
 def _place(config: ParallelConfig, world_size: int, virtual_size: int | None = None):
-    here = platform.detect(0)
-    with parallel.process_group(here, world_size):
-        place = parallel.initialize_parallel(config, virtual_size=virtual_size, seed=1, device=here.device)
+    here = detect(0)
+    with process_group(here, world_size):
+        place = initialize_parallel(config, virtual_size=virtual_size, seed=1, device=here.device)
         roles = (place.is_main, place.is_first_stage, place.is_last_stage, place.counts_batch)
         return asdict(place), roles
 
@@ -92,7 +93,7 @@ def test_interleaving_says_how_many_chunks_a_rank_has(pool):
 
 def _act_together(failing_ranks: Sequence[int]):
     """What `together` returned or raised on this rank, and whether collectives still work after it."""
-    with parallel.process_group(platform.detect(0), int(os.environ["WORLD_SIZE"])):
+    with process_group(detect(0), int(os.environ["WORLD_SIZE"])):
         rank = dist.get_rank()
 
         def action() -> list[int]:
@@ -101,7 +102,7 @@ def _act_together(failing_ranks: Sequence[int]):
             return [rank]
 
         try:
-            outcome = parallel.together(action)
+            outcome = together(action)
         except UserError as error:
             outcome = str(error)
         ranks = torch.tensor(rank)
@@ -120,8 +121,8 @@ def test_one_ranks_error_is_everybodys(pool, failing_ranks):
 
 
 def _return_nothing():
-    with parallel.process_group(platform.detect(0), 1):
-        return parallel.together(lambda: None)
+    with process_group(detect(0), 1):
+        return together(lambda: None)
 
 
 def test_nothing_is_a_result_too(pool):
@@ -129,9 +130,9 @@ def test_nothing_is_a_result_too(pool):
 
 
 def _fail_with_a_bug():
-    with parallel.process_group(platform.detect(0), 1):
+    with process_group(detect(0), 1):
         try:
-            parallel.together(lambda: {}["missing"])
+            together(lambda: {}["missing"])
         except KeyError as error:
             return str(error)
 
@@ -143,9 +144,9 @@ def test_a_bug_keeps_its_own_exception(pool):
 def _without_launcher():
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
-    here, seen = platform.detect(0), []
+    here, seen = detect(0), []
     for _ in range(2):
-        with parallel.process_group(here, 1):
+        with process_group(here, 1):
             total = torch.ones(1)
             dist.all_reduce(total)
             seen.append((dist.get_rank(), dist.get_world_size(), total.item()))
@@ -160,10 +161,10 @@ def test_a_lone_process_is_a_world_of_one(pool):
 def _leave_by_an_error():
     from megatron.core import parallel_state
 
-    here = platform.detect(0)
+    here = detect(0)
     try:
-        with parallel.process_group(here, 2):
-            parallel.initialize_parallel(
+        with process_group(here, 2):
+            initialize_parallel(
                 ParallelConfig(tensor_model_parallel_size=2), virtual_size=None, seed=1, device=here.device
             )
             raise UserError("stop")

@@ -9,8 +9,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from megatron_psft.distributed import cpu_shims as platform
-from megatron_psft.distributed import grid as parallel
+from megatron_psft.distributed.device import detect
+from megatron_psft.distributed.grid import process_group
 from megatron_psft.distributed.signals import StopRequested, StopSignals, helpers_outlive_signals
 
 
@@ -19,7 +19,7 @@ def _check_after_signal(to_rank: int, signum: int) -> list[int]:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     found = []
-    with parallel.process_group(platform.detect(rank), world_size), StopSignals() as stop:
+    with process_group(detect(rank), world_size), StopSignals() as stop:
         for moment in range(3):
             if moment == 1 and rank == to_rank:
                 os.kill(os.getpid(), signum)

@@ -13,7 +13,7 @@ from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config, parse_config
 from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.model.shape import ModelShape, shape_from_config
 from tests.support.cli import REPOSITORY
 from tools.rollout import RolloutConfig

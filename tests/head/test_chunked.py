@@ -36,19 +36,19 @@ class Result(NamedTuple):
 
 
 def _on_rank(cases: list[Case], mode: str, chunk_rows: int, world_size: int) -> list[Result]:
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
-    from megatron_psft.head import chunked as fused_head
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
+    from megatron_psft.head import chunked
 
-    default = dict(fused_head.CHUNK_BYTES)
-    with parallel.process_group(platform.detect(0), world_size):
+    default = dict(chunked.CHUNK_BYTES)
+    with process_group(detect(0), world_size):
         try:
             results = []
             for case in cases:
-                fused_head.CHUNK_BYTES["cpu"] = chunk_rows * 4 * len(case.weight) // world_size
+                chunked.CHUNK_BYTES["cpu"] = chunk_rows * 4 * len(case.weight) // world_size
                 results.append(_shard_of(case, mode, dist.get_rank(), world_size))
         finally:
-            fused_head.CHUNK_BYTES.update(default)
+            chunked.CHUNK_BYTES.update(default)
     return results
 
 
@@ -168,10 +168,10 @@ def test_it_equals_the_plain_path_to_rounding(pool, world_size):
 
 
 def _plain_on_rank(case: Case) -> Result:
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
 
-    with parallel.process_group(platform.detect(0), 1):
+    with process_group(detect(0), 1):
         return plain(case)
 
 
@@ -245,11 +245,11 @@ def test_bf16_stays_within_its_rounding(pool, world_size, mode):
 
 
 def _main_grads(case: Case, attributes: dict[str, bool], mode: str):
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
-    from megatron_psft.head import chunked as fused_head
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
+    from megatron_psft.head import chunked
 
-    with parallel.process_group(platform.detect(0), 1):
+    with process_group(detect(0), 1):
         hidden = case.hidden.clone().requires_grad_()
         weight = torch.nn.Parameter(case.weight.clone())
         weight.main_grad = torch.full(weight.shape, 5.0)
@@ -257,11 +257,11 @@ def _main_grads(case: Case, attributes: dict[str, bool], mode: str):
             setattr(weight, name, value)
         place = {"vocab_size": case.vocab_size, "group": dist.group.WORLD}
         if mode == "loss":
-            loss, _ = fused_head.fused_loss(
+            loss, _ = chunked.fused_loss(
                 hidden, weight, case.labels, lambda stats, part: -case.factors[part] * stats.log_probs, **place
             )
         else:
-            stats = fused_head.fused_label_stats(hidden, weight, case.labels, **place)
+            stats = chunked.fused_label_stats(hidden, weight, case.labels, **place)
             loss = -(case.factors * stats.log_probs).sum()
         (case.upstream * loss).backward()
         flag = getattr(weight, "grad_added_to_main_grad", None)
@@ -298,9 +298,9 @@ def _memory_of(num_labels: int) -> tuple[int, int]:
     """Largest number of elements any tensor had in a forward and backward pass, and that of a chunk's logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
-    from megatron_psft.head import chunked as fused_head
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
+    from megatron_psft.head import chunked
 
     largest = 0
 
@@ -314,13 +314,13 @@ def _memory_of(num_labels: int) -> tuple[int, int]:
             return out
 
     case = random_case(num_labels, 2000, 2000, active=0.5)
-    default = fused_head.CHUNK_BYTES["cpu"]
-    fused_head.CHUNK_BYTES["cpu"] = 16 * 4 * 2000
+    default = chunked.CHUNK_BYTES["cpu"]
+    chunked.CHUNK_BYTES["cpu"] = 16 * 4 * 2000
     try:
-        with parallel.process_group(platform.detect(0), 1), Watch():
+        with process_group(detect(0), 1), Watch():
             _shard_of(case, "loss", 0, 1)
     finally:
-        fused_head.CHUNK_BYTES["cpu"] = default
+        chunked.CHUNK_BYTES["cpu"] = default
     return largest, 16 * 2000
 
 

@@ -42,10 +42,10 @@ CASES = {
 
 
 def _on_rank(cases: list[Case], path: str, world_size: int) -> list[LabelStats]:
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
 
-    with parallel.process_group(platform.detect(0), world_size):
+    with process_group(detect(0), world_size):
         return [PATHS[path](case, case.weight.chunk(world_size)[dist.get_rank()]) for case in cases]
 
 
@@ -65,10 +65,10 @@ def _plain(case: Case, weight: Tensor) -> LabelStats:
 
 def _fused(case: Case, weight: Tensor) -> LabelStats:
     """By both functions of the fused head, in chunks of three rows; the loss sees the statistics of its own rows."""
-    from megatron_psft.head import chunked as fused_head
+    from megatron_psft.head import chunked
 
-    default = dict(fused_head.CHUNK_BYTES)
-    fused_head.CHUNK_BYTES["cpu"] = 3 * 4 * len(weight)
+    default = dict(chunked.CHUNK_BYTES)
+    chunked.CHUNK_BYTES["cpu"] = 3 * 4 * len(weight)
     hidden, weight = case.hidden.requires_grad_(), weight.clone().requires_grad_()
     place = {"vocab_size": case.vocab_size, "group": dist.group.WORLD, "extra_stats": EXTRAS}
     seen = []
@@ -78,10 +78,10 @@ def _fused(case: Case, weight: Tensor) -> LabelStats:
         return stats.top_entropy * stats.sum_squares * stats.log_probs
 
     try:
-        scored = fused_head.fused_label_stats(hidden, weight, case.labels, **place)
-        loss, stats = fused_head.fused_loss(hidden, weight, case.labels, token_loss, **place)
+        scored = chunked.fused_label_stats(hidden, weight, case.labels, **place)
+        loss, stats = chunked.fused_loss(hidden, weight, case.labels, token_loss, **place)
     finally:
-        fused_head.CHUNK_BYTES.update(default)
+        chunked.CHUNK_BYTES.update(default)
     assert len(seen) == -(-len(hidden) // 3)
     for name in ("top_entropy", "sum_squares"):
         values = getattr(stats, name)
@@ -96,15 +96,15 @@ def _fused(case: Case, weight: Tensor) -> LabelStats:
 
 
 def _triton(case: Case, weight: Tensor) -> LabelStats:
-    from megatron_psft.head import chunked as fused_head
+    from megatron_psft.head import chunked
     from megatron_psft.head.kernels import ShardPasses, fused
 
-    default = fused_head.shard_passes
-    fused_head.shard_passes = lambda device: ShardPasses(fused.shard_sums, fused.shard_gradient_)
+    default = chunked.shard_passes
+    chunked.shard_passes = lambda device: ShardPasses(fused.shard_sums, fused.shard_gradient_)
     try:
         return _fused(case, weight)
     finally:
-        fused_head.shard_passes = default
+        chunked.shard_passes = default
 
 
 PATHS = {"plain": _plain, "fused": _fused, "triton": _triton}

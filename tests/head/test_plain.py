@@ -34,10 +34,10 @@ class Result(NamedTuple):
 
 
 def _on_rank(cases: list[Case], world_size: int) -> list[Result]:
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
 
-    with parallel.process_group(platform.detect(0), world_size):
+    with process_group(detect(0), world_size):
         return [_shard_of(case, dist.get_rank(), world_size) for case in cases]
 
 

@@ -245,7 +245,7 @@ class RecordingSource:
 
 
 def record_reads(layout: Layout, folder: Path) -> dict:
-    from megatron_psft.hf.weights import named_parameters
+    from megatron_psft.model.parameters import named_parameters
 
     with rank_of(layout) as rank:
         source = RecordingSource(open_folder(folder))
@@ -301,7 +301,7 @@ def test_ranks_read_their_own_experts_and_nothing_of_the_others(pool, tmp_path, 
 
 def test_experts_in_one_module_go_by_their_numbers_too():
     """As Transformer Engine has them: `weight0` is the first of this rank's, and not of the model's."""
-    from megatron_psft.hf.weights import named_parameters
+    from megatron_psft.model.parameters import named_parameters
 
     linear, layer, chunk = (torch.nn.Module() for _ in range(3))
     for index in range(2):

@@ -14,13 +14,13 @@ from tests.support.cli import run_cli
 def _count(folder: Path) -> dict:
     """Four ranks, two of which compute the same: adds before and after a call of `gather`."""
     from megatron_psft.config.schema import ParallelConfig
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import initialize_parallel, process_group
     from megatron_psft.metrics.clipped_tokens import ClippedTokens
 
-    here, config = platform.detect(0), ParallelConfig(tensor_model_parallel_size=2)
-    with parallel.process_group(here, 4):
-        place = parallel.initialize_parallel(config, virtual_size=None, seed=1, device=here.device)
+    here, config = detect(0), ParallelConfig(tensor_model_parallel_size=2)
+    with process_group(here, 4):
+        place = initialize_parallel(config, virtual_size=None, seed=1, device=here.device)
         counts = ClippedTokens(vocab_size=9, first_step=3, parallel=place)
         counts.add(torch.tensor([5, 5, 7, 2]), torch.tensor([True, True, False, True]))
         counts.gather()

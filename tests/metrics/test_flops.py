@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_psft.metrics import flops as throughput
+from megatron_psft.metrics import flops
 from megatron_psft.model.shape import ExpertShape, ModelShape
 
 SHAPE = ModelShape(
@@ -70,13 +70,13 @@ def counted_flops(shape: ModelShape, length: int) -> float:
 def test_operations_are_those_of_the_matrix_products(changes):
     shape = replace(SHAPE, **changes)
     for length in (2, 17):
-        assert throughput.forward_flops(shape, [length]) == counted_flops(shape, length)
+        assert flops.forward_flops(shape, [length]) == counted_flops(shape, length)
 
 
 @given(st.lists(st.integers(1, 100_000), max_size=8))
 def test_records_do_not_attend_to_each_other(lengths):
-    expected = sum(throughput.forward_flops(SHAPE, [length]) for length in lengths)
-    assert throughput.forward_flops(SHAPE, lengths) == pytest.approx(expected, rel=1e-12)
+    expected = sum(flops.forward_flops(SHAPE, [length]) for length in lengths)
+    assert flops.forward_flops(SHAPE, lengths) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_7b_model_costs_two_operations_per_weight_and_token():
@@ -91,7 +91,7 @@ def test_a_7b_model_costs_two_operations_per_weight_and_token():
         vocab_size=152064,
     )
     # Qwen2.5-7B has 7.62e9 parameters, of which the embedding's 0.54e9 multiply nothing.
-    assert throughput.forward_flops(qwen, [1]) == pytest.approx(2 * 7.07e9, rel=1e-3)
+    assert flops.forward_flops(qwen, [1]) == pytest.approx(2 * 7.07e9, rel=1e-3)
 
 
 def test_of_experts_only_those_that_a_token_meets_count():
@@ -107,11 +107,11 @@ def test_of_experts_only_those_that_a_token_meets_count():
         experts=ExpertShape(count=128, per_token=8, ffn_hidden_size=768, normalizes=True, dense_layers=()),
     )
     # Qwen3-30B-A3B is published with 3.3e9 activated parameters, of which the embedding's 0.31e9 multiply nothing.
-    sparse = throughput.forward_flops(qwen, [1])
+    sparse = flops.forward_flops(qwen, [1])
     assert sparse == pytest.approx(2 * 2.99e9, rel=0.02)
     dense_layer = replace(qwen, experts=replace(qwen.experts, dense_layers=(5,)))
     difference = 3 * 2048 * (6144 - 8 * 768) - 2048 * 128
-    assert throughput.forward_flops(dense_layer, [1]) - sparse == 2 * difference
+    assert flops.forward_flops(dense_layer, [1]) - sparse == 2 * difference
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def test_of_experts_only_those_that_a_token_meets_count():
 )
 def test_peaks_are_those_of_the_data_sheets(monkeypatch, name, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert throughput.peak_flops(torch.device("cuda", 0)) == expected
+    assert flops.peak_flops(torch.device("cuda", 0)) == expected

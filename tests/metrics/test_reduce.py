@@ -13,7 +13,8 @@ from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
 from megatron_psft.loss.labels import LabelContext, LabelStats
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums
-from megatron_psft.metrics.reduce import METRICS_FILE, EvalSums, Report, reduce_metrics
+from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
+from megatron_psft.metrics.run_log import METRICS_FILE, Report
 from megatron_psft.metrics.trackers import Trackers
 from tests.support import reference
 from tests.support.marks import slow
@@ -59,13 +60,13 @@ def global_batch(data_size: int) -> list[list[tuple[MicroBatch, LabelStats, torc
 def entered(tensor_size: int, pipeline_size: int):
     """The process group of four ranks, for the length of a block, and this rank's place in it."""
     from megatron_psft.config.schema import ParallelConfig
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import initialize_parallel, process_group
 
-    here = platform.detect(0)
+    here = detect(0)
     config = ParallelConfig(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
-    with parallel.process_group(here, 4):
-        yield parallel.initialize_parallel(config, virtual_size=None, seed=1, device=here.device)
+    with process_group(here, 4):
+        yield initialize_parallel(config, virtual_size=None, seed=1, device=here.device)
 
 
 def _sums(entries) -> list[BatchSums]:

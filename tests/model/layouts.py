@@ -85,13 +85,13 @@ class Rank:
 @contextmanager
 def rank_of(layout: Layout, *, num_layers: int = 4) -> Iterator[Rank]:
     """Joins the ranks of a `pool.run` to `layout`."""
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import initialize_parallel, process_group
 
-    here = platform.detect(0)
-    with parallel.process_group(here, int(os.environ["WORLD_SIZE"])):
+    here = detect(0)
+    with process_group(here, int(os.environ["WORLD_SIZE"])):
         per_chunk = layout.per_chunk
-        place = parallel.initialize_parallel(
+        place = initialize_parallel(
             make_config(layout).parallel,
             virtual_size=None if per_chunk is None else num_layers // layout.pipeline // per_chunk,
             seed=1,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_psft.config.schema import RecomputeConfig
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.experts import expert_options
 from megatron_psft.model.gpt import check_layout

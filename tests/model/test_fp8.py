@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_psft.config.schema import Config, DataConfig, ParallelConfig, PrecisionConfig, WeightsConfig
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.fp8 import check_dimensions, check_machine, row_multiple
 from megatron_psft.model.gpt import check_layout, transformer_config

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from megatron_psft.data.rows import context_positions
+from megatron_psft.distributed.context_split import context_positions
 from megatron_psft.model.layers import Attention, RMSNorm, packed_row_params
 
 
@@ -165,11 +165,11 @@ def test_bounds_of_a_packed_row_end_with_the_row_and_its_longest_segment_is_know
 def _attend_on_context_ranks(segments: tuple[int, ...], groups: int):
     import torch.distributed as dist
 
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
 
     size = int(os.environ["WORLD_SIZE"])
-    with parallel.process_group(platform.detect(0), size):
+    with process_group(detect(0), size):
         held = torch.from_numpy(context_positions(segments, dist.get_rank(), size))
         return held, attend_packed(segments, groups, make_attention(context_group=dist.group.WORLD), held)
 

@@ -14,7 +14,7 @@ import types
 
 import torch
 
-from megatron_psft.distributed import cpu_shims as platform
+from megatron_psft.distributed.cpu_shims import adapt_to_cpu
 from tests.support.cli import Exit, call_main
 
 _ENGINE = ("", ".common", ".common.recipe", ".pytorch", ".pytorch.fp8", ".pytorch.ops")
@@ -42,7 +42,7 @@ def run(module: str, argv: list[str]) -> Exit:
 def prepare() -> None:
     """Changes torch and `sys.modules` for the whole process, before Megatron-Bridge is imported."""
     torch.compiler.set_stance("force_eager")  # what Megatron-Core compiles would need a C++ compiler
-    platform.adapt_to_cpu()
+    adapt_to_cpu()
     for name in _MEGATRON:
         importlib.import_module(f"megatron.core.{name}")
     for name in _STAND_INS:

@@ -16,7 +16,7 @@ from megatron.bridge.recipes.common import _sft_common
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
-from megatron_psft.distributed.cpu_shims import Platform
+from megatron_psft.distributed.device import Platform
 from megatron_psft.model import gpt
 from megatron_psft.model.shape import read_shape
 from megatron_psft.nemo.config import PsftConfigContainer

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_psft.errors import UserError
-from megatron_psft.scoring.old_policy import OldPolicyWindow, check_host_memory
+from megatron_psft.scoring.host_memory import check_host_memory
+from megatron_psft.scoring.old_policy import OldPolicyWindow
 
 
 class Run:
@@ -172,12 +173,12 @@ def test_a_window_of_one_step_has_nothing_to_tell():
 
 def _check_memory(bytes_per_rank: int) -> str | None:
     from megatron_psft.config.schema import ParallelConfig
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import initialize_parallel, process_group
 
-    here = platform.detect(0)
-    with parallel.process_group(here, 2):
-        place = parallel.initialize_parallel(
+    here = detect(0)
+    with process_group(here, 2):
+        place = initialize_parallel(
             ParallelConfig(pipeline_model_parallel_size=2), virtual_size=None, seed=1, device=here.device
         )
         try:

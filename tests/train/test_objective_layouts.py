@@ -155,8 +155,9 @@ def _check_gradients(
     folder: Path, config: ParallelConfig, data: Data, micro_batch_size: int, fused_head: bool
 ) -> dict[str, float]:
     """Compares the gradients of this rank's parameters, case by case; returns the losses that metrics report."""
-    from megatron_psft.hf.weights import fill_parameters, named_parameters
+    from megatron_psft.hf.weights import fill_parameters
     from megatron_psft.metrics.reduce import reduce_metrics
+    from megatron_psft.model.parameters import named_parameters
 
     losses, found = {}, {}
     with ready(folder, config, fused_head=fused_head) as run:

@@ -56,15 +56,16 @@ def make_config(optimizer: OptimizerConfig | None = None, **sections) -> Config:
 @contextmanager
 def built(config: Config, world_size: int, shape: ModelShape = SHAPE):
     """Place, named parameters, optimizer and scheduler of this rank of a pool, for the length of a block."""
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
-    from megatron_psft.hf.weights import RandomWeights, fill_parameters, named_parameters
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import initialize_parallel, process_group
+    from megatron_psft.hf.weights import RandomWeights, fill_parameters
     from megatron_psft.model.gpt import build_model
+    from megatron_psft.model.parameters import named_parameters
     from megatron_psft.train.optimizer import build_optimizer, build_scheduler
 
-    here = platform.detect(0)
-    with parallel.process_group(here, world_size):
-        place = parallel.initialize_parallel(config.parallel, virtual_size=None, seed=1, device=here.device)
+    here = detect(0)
+    with process_group(here, world_size):
+        place = initialize_parallel(config.parallel, virtual_size=None, seed=1, device=here.device)
         chunks = build_model(shape, config, here, place)
         fill_parameters(chunks, RandomWeights(shape, 1), shape, place)
         optimizer = build_optimizer(config, chunks)

@@ -159,7 +159,8 @@ def old_of(data: Data, loader: BatchLoader, plan: PackPlan, place) -> list[Tenso
 
 def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str, Data], micro_batch_size: int):
     """Compares the gradients of this rank's parameters; returns its sums where they count."""
-    from megatron_psft.hf.weights import fill_parameters, named_parameters
+    from megatron_psft.hf.weights import fill_parameters
+    from megatron_psft.model.parameters import named_parameters
 
     with ready(folder, config) as run:
         found = {}
@@ -214,7 +215,7 @@ def _score_copies(folder: Path, config: ParallelConfig, data: TokenizedDataset, 
     import torch.distributed as dist
 
     from megatron_psft.model.layers import packed_row_params
-    from megatron_psft.train import pipeline as schedule
+    from megatron_psft.train import pipeline
 
     def one_segment(segments: tuple[int, ...], device: torch.device):
         return packed_row_params((sum(segments),), device)
@@ -228,7 +229,7 @@ def _score_copies(folder: Path, config: ParallelConfig, data: TokenizedDataset, 
     leaks = {None: packed_row_params, "attention": one_segment, "positions": one_run_of_positions}
     plan = best_fit(data.lengths - 1, 2 * int(data.lengths[0] - 1))
     assert len(plan) == 1
-    schedule.packed_row_params = leaks[leak]
+    pipeline.packed_row_params = leaks[leak]
     try:
         with ready(folder, config) as run:
             loader = make_loader(data, run.place, config, plan, micro_batch_size=1)
@@ -237,7 +238,7 @@ def _score_copies(folder: Path, config: ParallelConfig, data: TokenizedDataset, 
             dist.all_reduce(row, group=run.place.context_group)
             return row[0]
     finally:
-        schedule.packed_row_params = packed_row_params
+        pipeline.packed_row_params = packed_row_params
 
 
 @pytest.fixture(scope="module")

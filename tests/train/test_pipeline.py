@@ -132,8 +132,8 @@ def batches(folder) -> dict[str, Batch]:
 @contextmanager
 def ready(folder: Path, parallel_config: ParallelConfig, *, fused_head: bool = True):
     """Place, model chunks, schedule and optimizer of this rank of a pool, for the length of a block."""
-    from megatron_psft.distributed import cpu_shims as platform
-    from megatron_psft.distributed import grid as parallel
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import initialize_parallel, process_group
     from megatron_psft.hf.weights import SafetensorsFolder, fill_parameters
     from megatron_psft.model.gpt import build_model, virtual_size
     from megatron_psft.model.shape import read_shape
@@ -148,9 +148,9 @@ def ready(folder: Path, parallel_config: ParallelConfig, *, fused_head: bool = T
         parallel=parallel_config,
         objective=ObjectiveConfig(fused_head=fused_head),
     )
-    here, shape = platform.detect(0), read_shape(folder)
-    with parallel.process_group(here, int(os.environ["WORLD_SIZE"])):
-        place = parallel.initialize_parallel(
+    here, shape = detect(0), read_shape(folder)
+    with process_group(here, int(os.environ["WORLD_SIZE"])):
+        place = initialize_parallel(
             parallel_config, virtual_size=virtual_size(shape, config), seed=1, device=here.device
         )
         chunks = build_model(shape, config, here, place)
@@ -167,7 +167,7 @@ def my_part(values: list, place) -> list:
 
 
 def gradients_of(run: SimpleNamespace) -> dict[str, Tensor]:
-    from megatron_psft.hf.weights import named_parameters
+    from megatron_psft.model.parameters import named_parameters
 
     return {name: parameter.main_grad.clone() for name, parameter in named_parameters(run.chunks)}
 
@@ -205,7 +205,8 @@ def totals(per_rank: list[list[BatchSums]]) -> dict[str, float]:
 
 def _check_gradients(folder: Path, config: ParallelConfig, batches: dict[str, Batch]):
     """Compares the gradients of this rank's parameters; returns its sums where they count."""
-    from megatron_psft.hf.weights import fill_parameters, named_parameters
+    from megatron_psft.hf.weights import fill_parameters
+    from megatron_psft.model.parameters import named_parameters
 
     sums = {}
     with ready(folder, config) as run:
@@ -245,7 +246,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_label_tokens(pool, folder, ba
 
 def _fused_calls(folder: Path, batch: Batch, fused_head: bool):
     """How often each function of the fused head was called in training and in scoring."""
-    from megatron_psft.head import layer as head
+    from megatron_psft.head import layer
 
     calls = []
 
@@ -256,14 +257,14 @@ def _fused_calls(folder: Path, batch: Batch, fused_head: bool):
 
         return call
 
-    originals = head.fused_loss, head.fused_label_stats
-    head.fused_loss, head.fused_label_stats = map(watched, originals)
+    originals = layer.fused_loss, layer.fused_label_stats
+    layer.fused_loss, layer.fused_label_stats = map(watched, originals)
     try:
         with ready(folder, ParallelConfig(), fused_head=fused_head) as run:
             _, gradients = train(run, batch, "psft")
             scores = run.schedule.score(batch.micro_batches)
     finally:
-        head.fused_loss, head.fused_label_stats = originals
+        layer.fused_loss, layer.fused_label_stats = originals
     return calls, gradients, scores
 
 
@@ -339,7 +340,7 @@ def test_a_global_batch_without_labels_has_no_gradient(pool, folder, batches, la
 
 def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
     """Four steps in windows of two, as the trainer makes them; returns the scores, and the weights in the end."""
-    from megatron_psft.hf.weights import named_parameters
+    from megatron_psft.model.parameters import named_parameters
     from megatron_psft.train.optimizer import update
 
     with ready(folder, config) as run:

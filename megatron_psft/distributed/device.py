@@ -1,0 +1,80 @@
+"""What this process computes on."""
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from packaging.version import Version
+
+from megatron_psft.distributed.cpu_shims import adapt_to_cpu
+from megatron_psft.distributed.megatron_lines import do_without_engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """Device of this process, its collective backend, and which of NVIDIA's libraries are importable."""
+
+    device: torch.device
+    backend: str
+    has_transformer_engine: bool
+    transformer_engine_version: tuple[int, int] | None = None
+    """Major and minor, where it is known."""
+    fuses_gradients: bool = False
+    """Whether Apex's extension that adds to a weight's gradient within the product is importable."""
+
+    @property
+    def is_gpu(self) -> bool:
+        """True where computation happens on a CUDA device."""
+        return self.device.type == "cuda"
+
+    def describe(self) -> str:
+        """One line for the log: what was chosen."""
+        name = torch.cuda.get_device_name(self.device) if self.is_gpu else f"CPU, {torch.get_num_threads()} threads"
+        spec = "Transformer Engine" if self.has_transformer_engine else "portable PyTorch"
+        fused = "fused" if self.fuses_gradients else "not fused"
+        return (
+            f"{name}; {self.backend} collectives; {spec} layers; {_adam_source()} Adam; gradient accumulation {fused}"
+        )
+
+
+def _adam_source() -> str:
+    """Whose Adam Megatron-Core has chosen: on import it takes the first of these that is there."""
+    from megatron.core.optimizer import Adam
+
+    sources = {"transformer_engine": "Transformer Engine", "apex": "Apex", "torch": "PyTorch"}
+    return sources[Adam.__module__.split(".")[0]]
+
+
+def _is_importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _engine_version() -> tuple[int, int] | None:
+    try:
+        version = Version(importlib.metadata.version("transformer_engine"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return version.major, version.minor
+
+
+def detect(local_rank: int) -> Platform:
+    """Chooses the device of this process and prepares it; `local_rank` is the process's index on its node."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        # Megatron-Core's sequence parallelism relies on one hardware queue to order communication before computation.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        has_engine = _is_importable("transformer_engine")
+        if not has_engine:
+            do_without_engine()
+        return Platform(
+            device=torch.device("cuda", local_rank),
+            backend="nccl",
+            has_transformer_engine=has_engine,
+            transformer_engine_version=_engine_version() if has_engine else None,
+            # Megatron-Core's own layers, of which the output layer is always one, have no other.
+            fuses_gradients=_is_importable("fused_weight_gradient_mlp_cuda"),
+        )
+    adapt_to_cpu()
+    return Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)

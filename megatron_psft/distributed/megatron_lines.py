@@ -1,0 +1,22 @@
+"""Where the supported lines of Megatron-Core, 0.16 and 0.19, differ. No other file knows."""
+
+import inspect
+
+
+def save_options() -> dict[str, str]:
+    """What Megatron-Core's `dist_checkpointing.save` has to be told: from 0.18 on it would hand the writing to another
+    package of NVIDIA's."""
+    from megatron.core import dist_checkpointing
+
+    knows_strategies = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if knows_strategies else {}
+
+
+def do_without_engine() -> None:
+    """Answers what Megatron-Core asks for in vain where Transformer Engine is absent (0.16)."""
+    import megatron.core.optimizer.optimizer_config as optimizer_config
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    optimizer_config.is_te_min_version = lambda version, check_equality=True: False

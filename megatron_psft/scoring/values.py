@@ -1,0 +1,51 @@
+"""A file of values beside a run, one for each token of each record."""
+
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_psft.errors import UserError
+
+VALUES = "values.bin"
+
+
+_DTYPE = np.dtype("<f4")
+
+
+class RecordValues:
+    """A file of fp32 values, one for each token that the model reads, record after record; mapped into memory.
+
+    Holds 8 bytes per record.
+    """
+
+    def __init__(self, path: Path, lengths: NDArray[np.int64]) -> None:
+        """`lengths`: the values of each record, int64 [records]."""
+        self._path = path
+        self._ends = np.cumsum(lengths)
+        self._values: NDArray[np.float32] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the complete file."""
+        return int(self._ends[-1]) * _DTYPE.itemsize
+
+    def start(self, record: int) -> int:
+        """How many values lie before a record's first."""
+        return int(self._ends[record - 1]) if record else 0
+
+    def open(self) -> None:
+        """Maps the complete file. Raises UserError where it is not there."""
+        found = self._path.stat().st_size if self._path.is_file() else 0
+        if found != self.size_bytes:
+            raise UserError(
+                f"save must be a folder that all nodes share: rank {dist.get_rank()} finds {found} bytes in "
+                f"{self._path} instead of {self.size_bytes}"
+            )
+        self._values = np.memmap(self._path, _DTYPE, mode="r").view(np.ndarray)  # whose slices are quicker
+
+    def __call__(self, record: int) -> NDArray[np.float32]:
+        """The values of a record, [length]."""
+        assert self._values is not None
+        return self._values[self.start(record) : int(self._ends[record])]
