@@ -25,7 +25,7 @@ Path = Callable[[Tensor, torch.nn.Parameter, Tensor, Tensor], Tensor]
 def _ours(spec: dict[str, Any]) -> Path:
     from megatron_psft.config.schema import ObjectiveConfig
     from megatron_psft.head.layer import HeadInputs, OutputLayer, label_positions
-    from megatron_psft.loss.labels import LabelContext
+    from megatron_psft.loss.labels import LabelInputs
     from megatron_psft.loss.objectives import Objective
 
     layer = _layer(spec, OutputLayer)
@@ -35,7 +35,7 @@ def _ours(spec: dict[str, Any]) -> Path:
         inputs = HeadInputs(
             labels=labels[None],
             label_positions=label_positions(mask[None]),
-            token_loss=lambda stats, _: objective.token_loss(stats, LabelContext()),
+            token_loss=lambda stats, _: objective.token_loss(stats, LabelInputs()),
         )
         return layer(hidden, weight=weight, inputs=inputs, vocab_size=spec["vocab_size"]).loss
 

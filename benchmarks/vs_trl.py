@@ -77,7 +77,7 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": marks[-1] - marks[0],
         "tokens": sum(line["tokens"] for line in lines[1:]),
-        "loss_tokens": sum(line["loss_tokens"] for line in lines[1:]),
+        "label_tokens": sum(line["label_tokens"] for line in lines[1:]),
         "losses": [line["nll"] for line in lines],
     }
 
@@ -102,7 +102,7 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": marks[-1] - marks[0],
         "tokens": spec["steps"] * sum(len(row["input_ids"]) - 1 for row in rows),
-        "loss_tokens": spec["steps"] * sum(sum(row["completion_mask"][1:]) for row in rows),
+        "label_tokens": spec["steps"] * sum(sum(row["completion_mask"][1:]) for row in rows),
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
         "packs": packs,
     }
@@ -167,7 +167,7 @@ if __name__ == "__main__":
         else:
             speed = theirs["tokens"] / theirs["seconds"]
             emit("tokens_per_second_trl", speed, "tokens/s", losses=theirs["losses"], packs=theirs["packs"])
-            assert (ours["tokens"], ours["loss_tokens"]) == (theirs["tokens"], theirs["loss_tokens"])
+            assert (ours["tokens"], ours["label_tokens"]) == (theirs["tokens"], theirs["label_tokens"])
             gap = max(abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True))
             ratio = theirs["seconds"] / ours["seconds"]
             emit("tokens_per_second_over_trl", ratio, "ours / TRL", largest_loss_gap=round(gap, 7), **details)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 def replace_file(path: Path, text: str) -> None:
     """Writes a file in one move: whoever reads it, after whatever interruption, finds the old text or the new."""
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.rename(path)
+    staging = path.with_name(path.name + ".new")
+    staging.write_text(text, encoding="utf-8")
+    sync(staging)
+    staging.rename(path)
     sync(path.parent)
 
 

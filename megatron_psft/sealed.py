@@ -2,7 +2,7 @@
 
 A folder is written as `NAME.partial` and gets its name only when it is whole: its last file, the marker
 `complete.json`, lists size and SHA-256 of every other file. So a folder of that name either is what
-was written or has been damaged since, and `find_damage` tells which."""
+was written or has been damaged since, and `first_damage` tells which."""
 
 import hashlib
 import json
@@ -32,10 +32,10 @@ class DamageError(Exception):
 
 def begin(target: Path) -> Path:
     """Returns the empty folder in which `target` is to be written."""
-    aside = partial_folder(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
+    staging = partial_folder(target)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
 
 
 def discard(target: Path) -> None:
@@ -43,10 +43,10 @@ def discard(target: Path) -> None:
     shutil.rmtree(partial_folder(target), ignore_errors=True)
 
 
-def leave_sums(aside: Path, rank: int) -> None:
+def leave_sums(staging: Path, rank: int) -> None:
     """Leaves checksums of the files that `rank` wrote beside them: hashing is shared out like writing."""
-    sums = {path.name: _sum(path) for path in sorted(aside.glob(f"__{rank}_*"))}
-    (aside / _SUMS.format(rank=rank)).write_text(json.dumps(sums), encoding="utf-8")
+    sums = {path.name: _sum(path) for path in sorted(staging.glob(f"__{rank}_*"))}
+    (staging / _SUMS.format(rank=rank)).write_text(json.dumps(sums), encoding="utf-8")
 
 
 def seal(target: Path, content: Mapping[str, Any]) -> None:
@@ -56,24 +56,24 @@ def seal(target: Path, content: Mapping[str, Any]) -> None:
         target: the name; what had it is replaced.
         content: what `read_content` is to return; JSON values.
     """
-    aside = partial_folder(target)
+    staging = partial_folder(target)
     sums: FileSums = {}
-    for path in aside.glob(_SUMS.format(rank="*")):
+    for path in staging.glob(_SUMS.format(rank="*")):
         sums |= json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
-    for path in aside.iterdir():
+    for path in staging.iterdir():
         if path.name not in sums:
             sync(path)
             sums[path.name] = _sum(path)
-    marker = aside / MARKER
+    marker = staging / MARKER
     marker.write_text(_marker_text(dict(content), dict(sorted(sums.items()))), encoding="utf-8")
     sync(marker)
-    sync(aside)
+    sync(staging)
     replaced = target.with_name(target.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)
-    aside.rename(target)
+    staging.rename(target)
     sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -92,7 +92,7 @@ def read_content(checkpoint: Path) -> dict[str, Any]:
     return _read_marker(checkpoint)["content"]
 
 
-def find_damage(checkpoint: Path, *, part: int, parts: int) -> str | None:
+def first_damage(checkpoint: Path, *, part: int, parts: int) -> str | None:
     """Reads every `parts`-th file, from number `part` on, and says what is wrong with the first bad one, if any is."""
     try:
         files: FileSums = _read_marker(checkpoint)["files"]

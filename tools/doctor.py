@@ -93,9 +93,9 @@ def examine_machine(environment: Mapping[str, str]) -> list[Finding]:
     findings += bf16 + doctor.check_shared_memory()
 
     def step() -> dict[str, str]:
-        from megatron_psft.diagnostics.toy_step import trial_step
+        from megatron_psft.diagnostics.toy_step import toy_step
 
-        return trial_step(here, bf16=here.is_gpu and bf16[0].level == "ok")
+        return toy_step(here, bf16=here.is_gpu and bf16[0].level == "ok")
 
     made_with, failures = doctor.attempt("an optimizer step of a toy model", step)
     if made_with is not None:

@@ -103,7 +103,7 @@ def show_data(config: ShowDataConfig) -> None:
     in_color = config.show.color == "always" or (config.show.color == "auto" and sys.stdout.isatty())
     lengths = iter(loader.lengths(config.show.step - 1).tolist())
     for number, row in enumerate(loader.micro_batches(config.show.step - 1)[: config.show.rows], 1):
-        examples = list(records_of(row, list(islice(lengths, row.num_sequences))))
+        examples = list(records_of(row, list(islice(lengths, row.num_records))))
         print(f"\n── step {config.show.step}, row {number}: {len(examples)} records, {row.num_tokens} tokens")
         names = ("chosen", "rejected") if config.objective.needs_pairs else ("record",)
         for name, example in zip(cycle(names), examples, strict=False):
@@ -139,7 +139,7 @@ def records_of(batch: "MicroBatch", lengths: "Sequence[int]") -> "Iterator[Examp
 
     from megatron_psft.data.chat import Example
 
-    tokens, labels, mask = (array.flatten().numpy() for array in (batch.tokens, batch.labels, batch.loss_mask))
+    tokens, labels, mask = (array.flatten().numpy() for array in (batch.tokens, batch.labels, batch.label_mask))
     row_length = 0 if batch.segments is not None else batch.seq_length
     ends = np.cumsum(lengths).tolist()
     for record, (length, end) in enumerate(zip(lengths, ends, strict=True)):

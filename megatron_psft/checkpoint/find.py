@@ -1,9 +1,7 @@
 """Finds the checkpoint that a run goes on from, and makes sure that it is whole and that run's own."""
 
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,33 +10,12 @@ import torch.distributed as dist
 
 from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
-from megatron_psft.distributed.collective import find_damage, on_main, together
+from megatron_psft.checkpoint.identity import VERSION, WEIGHTS_ONLY_STEP, Identity
+from megatron_psft.distributed.collective import damage_on_any_rank, on_every_rank, on_rank_zero
 from megatron_psft.errors import UserError
-from megatron_psft.model.shape import ModelShape
 from megatron_psft.sealed import DamageError
 
 log = logging.getLogger(__name__)
-
-VERSION = 2
-"""Of what a checkpoint holds."""
-
-WEIGHTS_STEP = 0
-"""Completed steps of a checkpoint that holds nothing but weights: a run starts from it as from Hugging Face weights."""
-
-Identity = Mapping[str, Any]
-"""What a run must share with the checkpoint it starts from, field by field; JSON values."""
-
-
-def model_identity(shape: ModelShape) -> dict[str, Any]:
-    """The part of an identity that tells the model."""
-    values = json.loads(json.dumps(asdict(shape)))  # as a checkpoint has them
-    return {f"model {name}": value for name, value in values.items()}
-
-
-def weights_identity(shape: ModelShape) -> dict[str, Any]:
-    """The identity of a checkpoint that holds nothing but weights: only what their names, sizes and use depend on."""
-    unrelated = {"model dtype", "model initializer_range"}
-    return {field: value for field, value in model_identity(shape).items() if field not in unrelated}
 
 
 def find_checkpoint(save: Path, load: Path | None, identity: Identity) -> tuple[Path, int] | None:
@@ -51,29 +28,29 @@ def find_checkpoint(save: Path, load: Path | None, identity: Identity) -> tuple[
         UserError: `save` holds only damaged checkpoints; `load` is needed and holds none, or a damaged one; the
             checkpoint was written by another version or by a run that differs in a field of `identity`.
     """
-    saved = _see(save)
+    saved = _list_checkpoints(save)
     for checkpoint in reversed(saved):
-        damage = _find_damage(checkpoint, identity)
+        damage = _check_checkpoint(checkpoint, identity)
         if damage is None:
             return checkpoint, _step_of(checkpoint)
-        kept = on_main(partial(folders.set_aside, checkpoint))
+        kept = on_rank_zero(partial(folders.set_aside, checkpoint))
         log.warning("WARNING: %s: this checkpoint is damaged; it is now called %s and not used", damage, kept.name)
     if saved:
         raise UserError(f"save ({save}) holds no intact checkpoint any more; name another save folder to start anew")
     if load is None:
         return None
-    checkpoint, others = _choose(load)
-    damage = _find_damage(checkpoint, identity)
+    checkpoint, others = _resolve_load(load)
+    damage = _check_checkpoint(checkpoint, identity)
     if damage is not None:
-        intact = next((other for other in reversed(others) if _find_damage(other, identity) is None), None)
+        intact = next((other for other in reversed(others) if _check_checkpoint(other, identity) is None), None)
         remedy = "none beside it is intact" if intact is None else f"the newest intact one is --load {intact}"
         raise UserError(f"load ({load}) must be an intact checkpoint: {damage}; {remedy}")
     return checkpoint, _step_of(checkpoint)
 
 
-def _see(folder: Path) -> list[Path]:
+def _list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run folder, oldest first, which every rank must see as rank 0 does; collective."""
-    found = on_main(lambda: folders.step_folders(folder))
+    found = on_rank_zero(lambda: folders.step_folders(folder))
 
     def look() -> None:
         for checkpoint in found:
@@ -82,21 +59,21 @@ def _see(folder: Path) -> list[Path]:
                     f"{folder} must be a folder that all nodes share: rank {dist.get_rank()} lacks {checkpoint}"
                 )
 
-    together(look)
+    on_every_rank(look)
     return found
 
 
-def _choose(load: Path) -> tuple[Path, list[Path]]:
+def _resolve_load(load: Path) -> tuple[Path, list[Path]]:
     """The checkpoint that `load` names, and all of its run; collective."""
-    if on_main(lambda: folders.is_step_folder(load)):
-        return load, [other for other in _see(load.parent) if other != load]
-    found = _see(load)
+    if on_rank_zero(lambda: folders.is_step_folder(load)):
+        return load, [other for other in _list_checkpoints(load.parent) if other != load]
+    found = _list_checkpoints(load)
     if not found:
         raise UserError(f"load ({load}) must be a complete step folder or a run folder that holds one; check the path")
     return found[-1], found[:-1]
 
 
-def _find_damage(checkpoint: Path, identity: Identity) -> str | None:
+def _check_checkpoint(checkpoint: Path, identity: Identity) -> str | None:
     """What is wrong with a checkpoint, if anything is; every rank reads its share of the files. Collective.
 
     Raises:
@@ -111,8 +88,8 @@ def _find_damage(checkpoint: Path, identity: Identity) -> str | None:
         _check_identity(checkpoint, content, identity)
         return None
 
-    damage = on_main(read)
-    return find_damage(checkpoint) if damage is None else damage
+    damage = on_rank_zero(read)
+    return damage_on_any_rank(checkpoint) if damage is None else damage
 
 
 def _check_identity(checkpoint: Path, content: Mapping[str, Any], identity: Identity) -> None:
@@ -120,7 +97,7 @@ def _check_identity(checkpoint: Path, content: Mapping[str, Any], identity: Iden
         version = content["version"]
         raise UserError(f"{checkpoint}: version ({version}) must be {VERSION}; use the release that wrote it")
     for field, wanted in identity.items():
-        if content["step"] == WEIGHTS_STEP and field not in content["identity"]:
+        if content["step"] == WEIGHTS_ONLY_STEP and field not in content["identity"]:
             continue
         found = content["identity"].get(field)
         if found != wanted:
@@ -131,4 +108,4 @@ def _check_identity(checkpoint: Path, content: Mapping[str, Any], identity: Iden
 
 
 def _step_of(checkpoint: Path) -> int:
-    return on_main(lambda: int(sealed.read_content(checkpoint)["step"]))
+    return on_rank_zero(lambda: int(sealed.read_content(checkpoint)["step"]))

@@ -15,7 +15,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first; whether they are intact is `find_damage`'s question."""
+    """Checkpoints of a run, oldest first; whether they are intact is `damage_on_any_rank`'s question."""
     found = (path for path in folder.glob("step_*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir())
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 

@@ -22,7 +22,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
 from megatron_psft.checkpoint.background import BackgroundCalls
-from megatron_psft.checkpoint.find import VERSION, Identity
+from megatron_psft.checkpoint.identity import VERSION, Identity
 from megatron_psft.checkpoint.state import (
     _METADATA,
     TrainState,
@@ -32,7 +32,7 @@ from megatron_psft.checkpoint.state import (
     _sharded_state,
 )
 from megatron_psft.data.loader import BatchLoader
-from megatron_psft.distributed.collective import naming_lost_peers, on_main, sum_over_context
+from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero, sum_over_context
 from megatron_psft.distributed.cpu_shims import plain_operations
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.megatron_lines import save_options
@@ -87,11 +87,11 @@ class Saver:
         self.finish()
         self._target = target = folders.step_folder(self._folder, step)
         needed_bytes = self._state_bytes()
-        aside = on_main(lambda: _begin(target, needed_bytes))
+        staging = on_rank_zero(lambda: _begin(target, needed_bytes))
         with self._writing(), naming_lost_peers(f"checkpoint {target}"), helpers_outlive_signals():
-            request = _plan(self._sharded_content(), aside)
+            request = _plan(self._sharded_content(), staging)
             if request.async_fn is not None:  # there may be nothing to write on this rank
-                write = partial(_write, request.async_fn, aside, self._parallel.rank)
+                write = partial(_write, request.async_fn, staging, self._parallel.rank)
                 request = request._replace(async_fn=write)
             request.add_finalize_fn(partial(self._seal, target, step))
             if self._queue is None:
@@ -114,7 +114,7 @@ class Saver:
     def finish(self) -> None:
         """Waits until the checkpoint that is written in the background, if one is, is sealed."""
         self._finalize(blocking=True)
-        on_main(self._wait_for_seal)
+        on_rank_zero(self._wait_for_seal)
 
     def _finalize(self, *, blocking: bool) -> None:
         if self._queue is not None:
@@ -187,7 +187,7 @@ class Saver:
             yield
         except CheckpointException as error:  # raised by all ranks, with the causes on rank 0
             causes = [str(cause) for cause, _ in error.failures.values()]
-            on_main(lambda: sealed.discard(self._target))
+            on_rank_zero(lambda: sealed.discard(self._target))
             raise UserError(_write_failed("; ".join(causes[:1]), self._target)) from None
         except (OSError, RuntimeError) as error:  # torch.save answers a full disk with the latter
             raise RankError(f"rank {self._parallel.rank}: {_write_failed(str(error), self._target)}") from error
@@ -195,15 +195,15 @@ class Saver:
 
 def _begin(target: Path, needed_bytes: int) -> Path:
     """Makes the folder to write in, where there is room for what is to come."""
-    aside = sealed.begin(target)
-    free_bytes = shutil.disk_usage(aside).free
+    staging = sealed.begin(target)
+    free_bytes = shutil.disk_usage(staging).free
     if free_bytes < needed_bytes:
         sealed.discard(target)
         raise UserError(
             f"save ({target.parent}) must have room for a checkpoint, about {needed_bytes / 2**30:.2g} GiB, and has "
             f"{free_bytes / 2**30:.2g} GiB; the checkpoints before it are intact; make room and start again"
         )
-    return aside
+    return staging
 
 
 def _write_failed(cause: str, target: Path) -> str:
@@ -213,13 +213,13 @@ def _write_failed(cause: str, target: Path) -> str:
     )
 
 
-def _plan(content: dict[str, Any], aside: Path) -> AsyncRequest:
+def _plan(content: dict[str, Any], staging: Path) -> AsyncRequest:
     """What each rank is to write into which of its files: the tensors themselves, which must not change until they are
     copied or written."""
     with plain_operations():
         _own_storages(content)
         return dist_checkpointing.save(
-            content, str(aside), content_metadata=dict(_METADATA), async_sharded_save=True, **save_options()
+            content, str(staging), content_metadata=dict(_METADATA), async_sharded_save=True, **save_options()
         )
 
 
@@ -234,11 +234,11 @@ def _own_storages(content: dict[str, Any]) -> None:
             value.data = torch.from_dlpack(data.detach())
 
 
-def _write(write: Callable[..., None], aside: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+def _write(write: Callable[..., None], staging: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """Megatron-Core's writing of this rank's files, and their checksums; in the background both."""
     with _without_crc32():
         write(*args, **kwargs)
-    sealed.leave_sums(aside, rank)
+    sealed.leave_sums(staging, rank)
 
 
 @contextmanager

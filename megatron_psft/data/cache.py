@@ -84,7 +84,7 @@ class TokenizedSource:
         whole = slice(int(entry["offset"]), int(entry["offset"]) + int(entry["length"]))
         tokens, label_mask = np.array(self.tokens[whole]), np.array(self.label_mask[whole])
         if checksum(tokens, label_mask) != entry["crc32"]:
-            raise DamagedCacheError(f"{self.folder} is damaged at {self.place(record)}; delete it and start again")
+            raise DamagedCacheError(f"{self.folder} is damaged at {self.location(record)}; delete it and start again")
         return Example(
             tokens=tokens[:length],
             label_mask=label_mask[:length],
@@ -92,7 +92,7 @@ class TokenizedSource:
             second_start=int(entry["second_start"]) or None,
         )
 
-    def place(self, record: int) -> str:
+    def location(self, record: int) -> str:
         """`path:N` of a record."""
         return f"{self.file_names[self.index[record]['file']]}:{self.index[record]['row']}"
 
@@ -151,27 +151,27 @@ class DataCache:
         if is_locked:
             for leaving in self._root.glob(f"{mine}.*"):
                 shutil.rmtree(leaving, ignore_errors=True)
-        aside = self._root / f"{mine}.{os.getpid()}.{time.time_ns()}"
-        aside.mkdir()
+        staging = self._root / f"{mine}.{os.getpid()}.{time.time_ns()}"
+        staging.mkdir()
         with ExitStack() as stack:
-            stack.callback(shutil.rmtree, aside, ignore_errors=True)
+            stack.callback(shutil.rmtree, staging, ignore_errors=True)
             bar = stack.enter_context(
                 tqdm(total=source.size, desc="tokenizing", unit="B", unit_scale=True, disable=not show_progress)
             )
             chunks = tokenize_chunks(source.chunks(), self._tokenize, self._num_workers)
-            manifest = _write_chunks(aside, stack.enter_context(closing(chunks)), bar)
+            manifest = _write_chunks(staging, stack.enter_context(closing(chunks)), bar)
             if _identity(source) != key["files"]:
                 raise UserError(f"data ({source.name}) changed while it was read; start again when it is complete")
             # Last, so that a folder without it is nothing, whatever a file system made of the order of writes.
-            (aside / _MANIFEST).write_text(json.dumps({**manifest, "key": key}, indent=1))
+            (staging / _MANIFEST).write_text(json.dumps({**manifest, "key": key}, indent=1))
             if folder.exists():
                 shutil.rmtree(folder)  # damaged, or `_open_folder` had taken it
-            _move(aside, folder)
+            _move(staging, folder)
 
 
-def _move(aside: Path, folder: Path) -> None:
+def _move(staging: Path, folder: Path) -> None:
     try:
-        aside.rename(folder)
+        staging.rename(folder)
     except OSError:
         if not folder.is_dir():  # else another run was quicker, where there is no lock
             raise

@@ -136,11 +136,11 @@ class TokenizedDataset:
         """Whether any record's advantage is not 1."""
         return any(bool((part.source.index["advantage"][part.records] != 1).any()) for part in self._parts)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`path:N`, where a record comes from."""
         number = bisect_right(self._borders, index) - 1
         part = self._parts[number]
-        return part.source.place(int(part.records[index - self._borders[number]]))
+        return part.source.location(int(part.records[index - self._borders[number]]))
 
     def statistics(self) -> DatasetStatistics:
         """Counts for the log."""
@@ -302,7 +302,7 @@ def _refuse_overlong(
     source: TokenizedSource, lengths: NDArray[np.int64], is_long: NDArray[np.bool_], seq_length: int
 ) -> None:
     first = np.flatnonzero(is_long)[:_NAMED_RECORDS]
-    named = ", ".join(f"{source.place(int(record))} ({lengths[record]} tokens)" for record in first)
+    named = ", ".join(f"{source.location(int(record))} ({lengths[record]} tokens)" for record in first)
     raise UserError(
         f"data must hold no record of more than seq_length ({seq_length}) tokens with --overlong error, found "
         f"{is_long.sum()} in {len(lengths)}: {named}; raise --seq-length, or choose --overlong drop or truncate"

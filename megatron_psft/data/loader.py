@@ -25,7 +25,7 @@ from megatron_psft.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Rows of one forward pass, each [batch, seq]. `labels[b, s]` is the token after `tokens[b, s]` in its record; it
-    counts where `loss_mask` is true. Under context parallelism a rank has a part of each row, and `seq` is its length.
+    counts where `label_mask` is true. Under context parallelism a rank has a part of each row, and `seq` is its length.
 
     The two sequences of a preference pair are records of their own here: chosen and rejected of pair p are 2p and 2p +
     1.
@@ -33,7 +33,7 @@ class MicroBatch:
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    loss_mask: torch.Tensor
+    label_mask: torch.Tensor
     position_ids: torch.Tensor
     record_ids: torch.Tensor
     """`[batch, seq]` int64, which of the micro-batch's records a token is of; 0 where there is padding."""
@@ -51,7 +51,7 @@ class MicroBatch:
     where the objective has no use for them, and outside training."""
 
     @property
-    def num_sequences(self) -> int:
+    def num_records(self) -> int:
         """Records, over all context-parallel ranks."""
         return len(self.label_counts)
 
@@ -71,7 +71,7 @@ class MicroBatch:
 
 
 def collate(examples: Sequence[Example], *, batch_size: int, seq_length: int, pad_token_id: int) -> MicroBatch:
-    """Examples of at most `seq_length + 1` tokens, a row each, as int64 [batch_size, seq_length] (`loss_mask`: bool).
+    """Examples of at most `seq_length + 1` tokens, a row each, as int64 [batch_size, seq_length] (`label_mask`: bool).
 
     Rows beyond the examples are padding.
     """
@@ -87,14 +87,14 @@ def fill_rows(
     Padding is told by its place and never by its value: `pad_token_id` is the eos token of many models, and so a label
     elsewhere.
     """
-    tokens = layout.place([example.tokens[:-1] for example in examples], padding=pad_token_id)
-    labels = layout.place([example.tokens[1:] for example in examples], padding=pad_token_id)
+    tokens = layout.fill([example.tokens[:-1] for example in examples], padding=pad_token_id)
+    labels = layout.fill([example.tokens[1:] for example in examples], padding=pad_token_id)
     masks = [example.label_mask[1:] for example in examples]
-    record_ids = layout.place([np.full(len(mask), record) for record, mask in enumerate(masks)], padding=0)
+    record_ids = layout.fill([np.full(len(mask), record) for record, mask in enumerate(masks)], padding=0)
     return MicroBatch(
         tokens=torch.from_numpy(tokens.astype(np.int64)),
         labels=torch.from_numpy(labels.astype(np.int64)),
-        loss_mask=torch.from_numpy(layout.place(masks, padding=False)),
+        label_mask=torch.from_numpy(layout.fill(masks, padding=False)),
         position_ids=torch.from_numpy(layout.positions()),
         record_ids=torch.from_numpy(record_ids.astype(np.int64)),
         label_counts=torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64),
@@ -223,7 +223,7 @@ class BatchLoader:
     def positions_per_rank(self, step: int) -> int:
         """Positions of global batch `step` that each rank computes, padding counted."""
         packs = self.packs_per_rank
-        rows = packs // self.micro_batch_size if self._one_row else packs * self._plan.sequences_per_record
+        rows = packs // self.micro_batch_size if self._one_row else packs * self._plan.rows_per_record
         return rows * self.seq_length(step) // self._shard.context_size
 
     def micro_batches(self, step: int, micro_batch_size: int | None = None) -> list[MicroBatch]:
@@ -247,7 +247,7 @@ class BatchLoader:
         if self._ref_log_probs is None:
             return batch
         values = [part for record in records for part in self._cut(record, self._ref_log_probs(record))]
-        return replace(batch, ref_log_probs=torch.from_numpy(layout.place(values, padding=0.0)))
+        return replace(batch, ref_log_probs=torch.from_numpy(layout.fill(values, padding=0.0)))
 
     def _cut(self, record: int, values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """The values of a record, by sequence."""
@@ -291,12 +291,12 @@ class BatchLoader:
                 ends = row * width + np.cumsum(lengths)
                 arrays += [np.arange(end - n, end) for end, n in zip(ends, lengths, strict=True)]
                 row += 1
-            places.append(torch.from_numpy(self._layout(packs, seq_length, micro_batch_size).place(arrays, padding=-1)))
+            places.append(torch.from_numpy(self._layout(packs, seq_length, micro_batch_size).fill(arrays, padding=-1)))
         return places
 
     def _layout(self, packs: Sequence[NDArray[np.int64]], seq_length: int, micro_batch_size: int) -> RowLayout:
         if not self._one_row:
-            each = self._plan.sequences_per_record
+            each = self._plan.rows_per_record
             return separate_rows(sum(map(len, packs)) * each, rows=micro_batch_size * each, seq_length=seq_length)
         lengths = [int(length) for pack in packs for length in self._plan.sequence_lengths(pack)]
         shard = self._shard

@@ -55,7 +55,7 @@ class PackPlan:
         return len(self.offsets) - 1
 
     @property
-    def sequences_per_record(self) -> int:
+    def rows_per_record(self) -> int:
         """2 where records are pairs."""
         return 1 if self.first_lengths is None else 2
 

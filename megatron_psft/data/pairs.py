@@ -25,8 +25,8 @@ from megatron_psft.data.records import (
     message_list,
     parse_tools,
     parse_with,
-    place_system,
     read_object,
+    with_system_prompt,
 )
 
 
@@ -55,8 +55,8 @@ def _parse_value(value: object, source: str, keys: RecordKeys) -> Pair:
     if "advantage" in row:
         raise RecordError("advantage of a preference pair")
     prompt = _parse_prompt(row, keys)
-    chosen = place_system(row, _parse_side(row, "chosen", prompt), keys)
-    rejected = place_system(row, _parse_side(row, "rejected", prompt), keys)
+    chosen = with_system_prompt(row, _parse_side(row, "chosen", prompt), keys)
+    rejected = with_system_prompt(row, _parse_side(row, "rejected", prompt), keys)
     prompt_length, tools = _shared_length(chosen, rejected), parse_tools(row.get("tools"))
     return Pair(
         chosen=Record(messages=chosen, source=source, tools=tools, prompt_length=prompt_length),

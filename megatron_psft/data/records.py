@@ -145,7 +145,7 @@ def read_records(paths: Sequence[str], keys: RecordKeys | None = None) -> tuple[
 def raise_or_report(
     bad: Sequence[BadRecord], counts: Mapping[str, int], total: int, skip_bad_records: bool, lists: Sequence[str] = ()
 ) -> str:
-    """The first 20 bad records by place, then counts by reason; an empty text without bad records.
+    """The first 20 bad records by where, then counts by reason; an empty text without bad records.
 
     `bad` are the first ones at least, `counts` all of them by reason, `lists` the files that name each; `total` counts
     good and bad records. Raises UserError with that text unless `skip_bad_records`, and in any case where no good one
@@ -176,7 +176,7 @@ def read_object(row: object) -> dict[str, Any]:
 
 def _parse_value(row: object, source: str, keys: RecordKeys) -> Record:
     row = read_object(row)
-    messages = place_system(row, _parse_messages(row, keys), keys)
+    messages = with_system_prompt(row, _parse_messages(row, keys), keys)
     if all(message["role"] != "assistant" for message in messages):
         raise RecordError("no assistant turn")
     return Record(
@@ -205,7 +205,9 @@ def _parse_messages(row: Mapping[str, object], keys: RecordKeys) -> tuple[Messag
     raise RecordError("no known keys", _describe_keys(row, keys))
 
 
-def place_system(row: Mapping[str, object], messages: tuple[Message, ...], keys: RecordKeys) -> tuple[Message, ...]:
+def with_system_prompt(
+    row: Mapping[str, object], messages: tuple[Message, ...], keys: RecordKeys
+) -> tuple[Message, ...]:
     """Puts first what the system message is. Raises RecordError where both the row and the messages have one."""
     if keys.system_prompt is not None:
         others = (message for message in messages if message["role"] != "system")
@@ -246,67 +248,67 @@ def message_list(value: object, key: str, role_of_string: Role | None) -> tuple[
     return tuple(_message(message, f"{key}[{index}]") for index, message in enumerate(value))
 
 
-def _message(value: object, place: str) -> Message:
+def _message(value: object, where: str) -> Message:
     if not isinstance(value, dict):
-        raise RecordError("wrong type", f"{place} is {type(value).__name__}, not an object")
+        raise RecordError("wrong type", f"{where} is {type(value).__name__}, not an object")
     is_sharegpt = "from" in value and "role" not in value
     role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
     role, content = value.get(role_key), value.get(content_key)
     if not isinstance(role, str):
-        raise RecordError("wrong type", f"{place} has {role_key} of type {type(role).__name__}, not a string")
+        raise RecordError("wrong type", f"{where} has {role_key} of type {type(role).__name__}, not a string")
     is_call = is_sharegpt and role == "function_call"
     role = _SHAREGPT_ROLES.get(role, role) if is_sharegpt else role
     if role not in get_args(Role):
         known = ", ".join([*_SHAREGPT_ROLES, *get_args(Role)] if is_sharegpt else get_args(Role))
-        raise RecordError("unknown role", f"{place} has {role_key} {role!r:.40}; known: {known}")
+        raise RecordError("unknown role", f"{where} has {role_key} {role!r:.40}; known: {known}")
     _refuse_unsupported(value, _UNSUPPORTED_MESSAGE_KEYS)
-    calls = _parse_calls(content if is_call else value.get("tool_calls"), place)
+    calls = _parse_calls(content if is_call else value.get("tool_calls"), where)
     if calls and role != "assistant":
-        raise RecordError("tool_calls of another role", f"{place}, {role}")
+        raise RecordError("tool_calls of another role", f"{where}, {role}")
     # A turn that only calls has no content, or an empty one.
     content = "" if is_call or (calls and content is None) else content
     if not isinstance(content, str):
-        raise RecordError("wrong type", f"{place} has {content_key} of type {type(content).__name__}, not a string")
+        raise RecordError("wrong type", f"{where} has {content_key} of type {type(content).__name__}, not a string")
     if not content.strip() and role not in ("system", "tool") and not calls:
-        raise RecordError("empty content", f"{place}, {role}")
-    _check_text(content, place)
+        raise RecordError("empty content", f"{where}, {role}")
+    _check_text(content, where)
     message: Message = {"role": cast(Role, role), "content": content}
     if calls:
         message["tool_calls"] = calls
     if reasoning := value.get("reasoning_content"):
-        message["reasoning_content"] = _parse_reasoning(reasoning, role, place)
+        message["reasoning_content"] = _parse_reasoning(reasoning, role, where)
     return message
 
 
-def _parse_reasoning(value: object, role: str, place: str) -> str:
+def _parse_reasoning(value: object, role: str, where: str) -> str:
     if not isinstance(value, str):
-        raise RecordError("wrong type", f"{place} has reasoning_content of type {type(value).__name__}, not a string")
+        raise RecordError("wrong type", f"{where} has reasoning_content of type {type(value).__name__}, not a string")
     if role != "assistant":
-        raise RecordError("reasoning_content of another role", f"{place}, {role}")
-    _check_text(value, f"{place}, reasoning_content")
+        raise RecordError("reasoning_content of another role", f"{where}, {role}")
+    _check_text(value, f"{where}, reasoning_content")
     return value
 
 
-def _parse_calls(value: object, place: str) -> list[ToolCall]:
-    calls = _parse_json_text(value, f"{place}, calls")
+def _parse_calls(value: object, where: str) -> list[ToolCall]:
+    calls = _parse_json_text(value, f"{where}, calls")
     if calls in (None, [], {}, ""):
         return []
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
-        raise RecordError("wrong type", f"{place} has tool_calls of type {type(calls).__name__}, not a list")
-    return [_parse_call(call, f"{place}.tool_calls[{index}]") for index, call in enumerate(calls)]
+        raise RecordError("wrong type", f"{where} has tool_calls of type {type(calls).__name__}, not a list")
+    return [_parse_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
 
 
-def _parse_call(value: object, place: str) -> ToolCall:
+def _parse_call(value: object, where: str) -> ToolCall:
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RecordError("wrong type", f"{place} is no object with the name and the arguments of a function")
+        raise RecordError("wrong type", f"{where} is no object with the name and the arguments of a function")
     # Templates write arguments as JSON, and would write the text of an object as a string within it.
-    arguments = _parse_json_text(function.get("arguments"), f"{place}, arguments")
+    arguments = _parse_json_text(function.get("arguments"), f"{where}, arguments")
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
-        raise RecordError("wrong type", f"{place} has arguments of type {type(arguments).__name__}, not an object")
-    _check_unicode(_to_json([function["name"], arguments], place), place)
+        raise RecordError("wrong type", f"{where} has arguments of type {type(arguments).__name__}, not an object")
+    _check_unicode(_to_json([function["name"], arguments], where), where)
     call: ToolCall = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if isinstance(value.get("id"), str):
         call["id"] = value["id"]
@@ -332,21 +334,21 @@ def _parse_advantage(value: object) -> float:
     return float(value)
 
 
-def _parse_json_text(value: object, place: str) -> Any:
+def _parse_json_text(value: object, where: str) -> Any:
     """The value that a JSON text stands for; other values are themselves."""
     if not isinstance(value, str) or not value.strip():
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RecordError("not JSON", f"{place}: {str(error) or 'nested too deeply'}") from error
+        raise RecordError("not JSON", f"{where}: {str(error) or 'nested too deeply'}") from error
 
 
-def _to_json(value: object, place: str) -> str:
+def _to_json(value: object, where: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:  # NaN, or what only a columnar file can hold
-        raise RecordError("not JSON", f"{place}: {error}") from error
+        raise RecordError("not JSON", f"{where}: {error}") from error
 
 
 def _refuse_unsupported(keyed: Mapping[str, object], keys: Sequence[str]) -> None:
@@ -356,18 +358,18 @@ def _refuse_unsupported(keyed: Mapping[str, object], keys: Sequence[str]) -> Non
             raise RecordError(f"{key} is not supported yet")
 
 
-def _check_text(text: str, place: str) -> None:
+def _check_text(text: str, where: str) -> None:
     if "\0" in text:
-        raise RecordError("NUL character", place)
-    _check_unicode(text, place)
+        raise RecordError("NUL character", where)
+    _check_unicode(text, where)
 
 
-def _check_unicode(text: str, place: str) -> None:
+def _check_unicode(text: str, where: str) -> None:
     """Refuses half of a surrogate pair, which JSON can spell and no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RecordError("lone surrogate", place) from None
+        raise RecordError("lone surrogate", where) from None
 
 
 def found_keys(row: Mapping[str, object]) -> str:

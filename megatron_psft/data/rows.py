@@ -23,7 +23,7 @@ class RowLayout:
     held: NDArray[np.int64]
     """Positions of a row that this context-parallel rank has, in its order."""
 
-    def place(self, arrays: Sequence[NDArray], *, padding: float | bool) -> NDArray:
+    def fill(self, arrays: Sequence[NDArray], *, padding: float | bool) -> NDArray:
         """Lays one array per record, e.g. its labels, into the rows; returns this rank's part, `[rows, len(held)]`."""
         dtype = arrays[0].dtype if arrays else np.asarray(padding).dtype
         flat = np.full(self.rows * self.seq_length, padding, dtype=dtype)

@@ -18,7 +18,7 @@ from megatron_psft.loss.objectives import Objective
 from megatron_psft.model.gpt import build_model
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.train.optimizer import build_optimizer, update
-from megatron_psft.train.pipeline import Schedule
+from megatron_psft.train.pipeline import Pipeline
 
 _SHAPE = ModelShape(
     model_type="qwen3",
@@ -42,7 +42,7 @@ _RECORD_TOKENS = (20, 44)
 _FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion", "gradient_accumulation_fusion")
 
 
-def trial_step(platform: Platform, *, bf16: bool) -> dict[str, str]:
+def toy_step(platform: Platform, *, bf16: bool) -> dict[str, str]:
     """Makes the step in a process group of one, and returns what was at work: `collectives`, `attention`, `norm`, `loss
     kernels`, `optimizer` and `fusions` by their names in the code. Raises whatever goes wrong."""
     config = Config(
@@ -55,9 +55,9 @@ def trial_step(platform: Platform, *, bf16: bool) -> dict[str, str]:
         chunks = build_model(_SHAPE, config, platform, parallel)
         fill_parameters(chunks, RandomWeights(_SHAPE, seed=1), _SHAPE, parallel)
         optimizer = build_optimizer(config, chunks)
-        schedule = Schedule(chunks=chunks, parallel=parallel)
-        schedule.zero_grad()
-        schedule.train([_packed_records()], None, objective=Objective(config=config.objective))
+        pipeline = Pipeline(chunks=chunks, parallel=parallel)
+        pipeline.zero_grad()
+        pipeline.train([_packed_records()], None, objective=Objective(config=config.objective))
         update(optimizer, step=1)
     (model,) = unwrap_model(chunks)
     layer = model.decoder.layers[0]

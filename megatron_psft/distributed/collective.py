@@ -16,7 +16,7 @@ from megatron_psft.errors import RankError, UserError
 Result = TypeVar("Result")
 
 
-def together(action: Callable[[], Result]) -> Result:
+def on_every_rank(action: Callable[[], Result]) -> Result:
     """Runs `action` on every rank and makes its failure everybody's.
 
     A `UserError` on any rank, say a file missing on one node, raises on all ranks with the text of the lowest failing
@@ -35,7 +35,7 @@ def together(action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def on_main(action: Callable[[], Result]) -> Result:
+def on_rank_zero(action: Callable[[], Result]) -> Result:
     """Runs `action` on rank 0 and returns its result on every rank; its `UserError` or `OSError` is everybody's
     `UserError`. Collective."""
     box: list[Any] = [None, None]
@@ -94,9 +94,9 @@ def _collective_in(trace: TracebackType | None) -> str | None:
     return found
 
 
-def find_damage(folder: Path) -> str | None:
+def damage_on_any_rank(folder: Path) -> str | None:
     """What is wrong with a sealed folder, if anything is; every rank reads its share of the files. Collective."""
     world_size = dist.get_world_size()
     found: list[str | None] = [None] * world_size
-    dist.all_gather_object(found, sealed.find_damage(folder, part=dist.get_rank(), parts=world_size))
+    dist.all_gather_object(found, sealed.first_damage(folder, part=dist.get_rank(), parts=world_size))
     return next((text for text in found if text is not None), None)

@@ -1,8 +1,8 @@
-"""What this process computes on, and everything that lets Megatron-Core run without a GPU.
+"""Everything that lets Megatron-Core run without a GPU.
 
 Megatron-Core is written against `torch.cuda`. Where CUDA is absent, `adapt_to_cpu` answers those calls for the CPU, so
 that the trainer's code is the same on a laptop and on a cluster. Where CUDA is present nothing of that is touched. No
-other file of this package patches another library, or knows where 0.16 and 0.19 of Megatron-Core differ.
+other file of this package but megatron_lines.py patches another library.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ class Parallel:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
-    def counts_batch(self) -> bool:
+    def reports_sums(self) -> bool:
         """True on the ranks whose sums over their own tokens enter the global sums: of each data-parallel replica one
         per context-parallel part of the rows."""
         return self.is_last_stage and self.tensor_rank == 0

@@ -21,7 +21,7 @@ from megatron_psft.head.kernels import ShardPasses, shard_passes
 from megatron_psft.head.shards import ShardExtras, ShardSoftmax, join_shards, shard_width
 from megatron_psft.loss.labels import ExtraStat, LabelStats
 
-TokenLoss = Callable[[LabelStats, slice], Tensor]
+ChunkLoss = Callable[[LabelStats, slice], Tensor]
 """Loss of each of some label tokens, `[m]`, from their statistics and from which of the n they are. It must not mix
 tokens: the gradient of one log-probability is taken from its own loss."""
 
@@ -48,7 +48,7 @@ def fused_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    token_loss: TokenLoss,
+    token_loss: ChunkLoss,
     *,
     vocab_size: int,
     group: dist.ProcessGroup,
@@ -244,7 +244,7 @@ def _added_to_main_grad(weight: Tensor) -> Tensor | None:
     return None if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
-def _differentiate(token_loss: TokenLoss, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+def _differentiate(token_loss: ChunkLoss, chunk: _Chunk) -> tuple[Tensor, Tensor]:
     """Summed loss of the chunk, and its gradient by the chunk's log-probabilities."""
     log_probs = chunk.stats.log_probs.requires_grad_()
     with torch.enable_grad():
@@ -264,7 +264,7 @@ def _join(stats: list[LabelStats], like: Tensor, extra_stats: AbstractSet[ExtraS
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, token_loss: TokenLoss
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, token_loss: ChunkLoss
     ) -> tuple[Tensor | None, ...]:
         gradients = _Gradients.of(hidden, weight)
         loss, stats = hidden.new_zeros((), dtype=torch.float32), []
@@ -275,7 +275,7 @@ class _FusedLoss(torch.autograd.Function):
             stats.append(chunk.stats)
         ctx.gradients, ctx.weight = gradients, weight
         every = _join(stats, hidden, shard.extra_stats)
-        ctx.mark_non_differentiable(every.log_probs, *every.without_gradient)
+        ctx.mark_non_differentiable(every.log_probs, *every.non_differentiable)
         return loss, *every
 
     @staticmethod
@@ -290,7 +290,7 @@ class _FusedLabelStats(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, labels)
         ctx.shard = shard
         stats = _join([chunk.stats for chunk in shard.chunks(hidden, labels)], hidden, shard.extra_stats)
-        ctx.mark_non_differentiable(*stats.without_gradient)
+        ctx.mark_non_differentiable(*stats.non_differentiable)
         return stats
 
     @staticmethod

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_psft.head.chunked import TokenLoss, fused_label_stats, fused_loss
+from megatron_psft.head.chunked import ChunkLoss, fused_label_stats, fused_loss
 from megatron_psft.head.plain import label_stats
 from megatron_psft.loss.labels import ExtraStat, LabelStats
 
@@ -27,9 +27,9 @@ class HeadInputs:
     """`[b, s]` int64."""
     label_positions: Tensor
     """`[n]` int64, ascending, the positions in flattened `[s, b]` whose label counts."""
-    token_loss: TokenLoss | None
+    token_loss: ChunkLoss | None
     """The objective; None to score only."""
-    mixes_tokens: bool = False
+    needs_whole_records: bool = False
     """Whether `token_loss` must be asked of all label tokens at once. Only then it may mix tokens."""
     extra_stats: AbstractSet[ExtraStat] = frozenset()
     """Statistics that `token_loss` needs beyond log-probability and entropy."""
@@ -55,9 +55,9 @@ class HeadOutput:
         return self.stats.log_probs.device
 
 
-def label_positions(loss_mask: Tensor) -> Tensor:
+def label_positions(label_mask: Tensor) -> Tensor:
     """`[b, s]` bool to `HeadInputs.label_positions`. Waits for the device that the mask is on: ask on the CPU."""
-    return loss_mask.t().flatten().nonzero().squeeze(1)
+    return label_mask.t().flatten().nonzero().squeeze(1)
 
 
 def select_labels(values: Tensor, positions: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ def select_labels(values: Tensor, positions: Tensor) -> Tensor:
     return values.t().flatten()[positions]
 
 
-def place_labels(values: Tensor, positions: Tensor, loss_mask: Tensor) -> Tensor:
+def scatter_labels(values: Tensor, positions: Tensor, label_mask: Tensor) -> Tensor:
     """`[n]` back to `[b, s]`, with zeros where no label counts."""
-    batch, seq = loss_mask.shape
+    batch, seq = label_mask.shape
     placed = values.new_zeros(seq * batch)
     placed[positions] = values
     return placed.view(seq, batch).t().contiguous()
@@ -82,7 +82,7 @@ def plain_head(logits: Tensor, inputs: HeadInputs, *, vocab_size: int, group: di
     return _loss_of_all(stats, inputs.token_loss)
 
 
-def _loss_of_all(stats: LabelStats, token_loss: TokenLoss) -> HeadOutput:
+def _loss_of_all(stats: LabelStats, token_loss: ChunkLoss) -> HeadOutput:
     """From all label tokens of the micro-batch at once."""
     loss = token_loss(stats, slice(0, len(stats.log_probs))).sum()
     return HeadOutput(stats=stats._replace(log_probs=stats.log_probs.detach()), loss=loss)
@@ -118,7 +118,7 @@ class OutputLayer(ColumnParallelLinear):
         assert weight is not None
         labels, token_loss = inputs.label_ids, inputs.token_loss
         place = {"vocab_size": vocab_size, "group": self.tp_group, "extra_stats": inputs.extra_stats}
-        if token_loss is not None and torch.is_grad_enabled() and not inputs.mixes_tokens:
+        if token_loss is not None and torch.is_grad_enabled() and not inputs.needs_whole_records:
             loss, stats = fused_loss(rows, weight, labels, token_loss, **place)
             return HeadOutput(stats=stats, loss=loss)
         stats = fused_label_stats(rows, weight, labels, **place)

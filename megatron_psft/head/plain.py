@@ -58,7 +58,7 @@ class _VocabParallelLabelStats(torch.autograd.Function):
         ctx.save_for_backward(values, label_index, *softmax)
         ctx.logits_shape, ctx.logits_dtype = logits.shape, logits.dtype
         stats = stats.map(lambda values: values.view(labels.shape))
-        ctx.mark_non_differentiable(*stats.without_gradient)
+        ctx.mark_non_differentiable(*stats.non_differentiable)
         return stats
 
     @staticmethod

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from tqdm import tqdm
 
 from megatron_psft import sealed
-from megatron_psft.checkpoint.find import VERSION, WEIGHTS_STEP, Identity, weights_identity
+from megatron_psft.checkpoint.identity import VERSION, WEIGHTS_ONLY_STEP, Identity, weights_identity
 from megatron_psft.checkpoint.state import sharded_weights
 from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
 from megatron_psft.distributed.device import detect
@@ -50,7 +50,7 @@ from megatron_psft.model.shape import ModelShape, read_shape
 from megatron_psft.sealed import DamageError
 
 Outline = dict[str, ShardedBase]
-"""Every parameter's place in a checkpoint, by its name in the whole model; it has no data."""
+"""Every parameter's parallel in a checkpoint, by its name in the whole model; it has no data."""
 
 
 class Weights(Protocol):
@@ -140,7 +140,7 @@ def _check_intact(folder: Path, field: str, shape: ModelShape) -> None:
     _check_model(folder, field, content["identity"], shape)
     num_files = len(list(folder.iterdir()))
     for part in tqdm(range(num_files), desc="checksums", unit="file", leave=False):
-        damage = sealed.find_damage(folder, part=part, parts=num_files)
+        damage = sealed.first_damage(folder, part=part, parts=num_files)
         if damage is not None:
             raise UserError(f"{field} ({folder}) must be an intact checkpoint: {damage}")
 
@@ -156,13 +156,13 @@ def _check_model(folder: Path, field: str, identity: Identity, shape: ModelShape
 
 def outline_of(shape: ModelShape) -> Outline:
     """Builds the model in a world of one process, for as long as that takes."""
-    here = detect(0)
+    platform = detect(0)
     unused = str(Path())  # on these parts of a run's configuration no parameter depends
     config = Config(weights=WeightsConfig(load_hf=unused, save=unused), data=DataConfig(data=(unused,)))
-    with process_group(here, 1):
-        place = initialize_parallel(config.parallel, virtual_size=None, seed=0, device=here.device)
+    with process_group(platform, 1):
+        parallel = initialize_parallel(config.parallel, virtual_size=None, seed=0, device=platform.device)
         with torch.device("meta"):
-            model = build_chunk(shape, config, transformer_config(shape, config, here), here, place, 0)
+            model = build_chunk(shape, config, transformer_config(shape, config, platform), platform, parallel, 0)
         return {whole_name(name, model): entry for name, entry in sharded_weights(model).items()}
 
 
@@ -181,11 +181,11 @@ def write_checkpoint(
 
     The folder appears under its name only when it is complete.
     """
-    aside = sealed.begin(target)
+    staging = sealed.begin(target)
     try:
-        _write_parameters(aside, source, outline, dtype)
-        copy_side_files(aside, model_folder, tokenizer_folder, export_dtype)
-        content = {"version": VERSION, "step": WEIGHTS_STEP, "identity": weights_identity(source.shape)}
+        _write_parameters(staging, source, outline, dtype)
+        copy_side_files(staging, model_folder, tokenizer_folder, export_dtype)
+        content = {"version": VERSION, "step": WEIGHTS_ONLY_STEP, "identity": weights_identity(source.shape)}
         sealed.seal(target, content)
     except BaseException:
         sealed.discard(target)
@@ -270,7 +270,7 @@ def _index(shard: ShardedTensor) -> MetadataIndex:
 
 
 def _chunk(shard: ShardedTensor) -> ChunkStorageMetadata:
-    """Its place in the checkpoint's tensor, which has the parameters of one kind of all layers."""
+    """Its parallel in the checkpoint's tensor, which has the parameters of one kind of all layers."""
     sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
     return ChunkStorageMetadata(offsets=torch.Size(shard.global_offset), sizes=torch.Size(sizes))
 

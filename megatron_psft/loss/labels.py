@@ -29,7 +29,7 @@ class LabelStats(NamedTuple):
     """Sum of its squared probabilities; without a gradient."""
 
     @property
-    def without_gradient(self) -> list[Tensor]:
+    def non_differentiable(self) -> list[Tensor]:
         """All but the log-probabilities."""
         return [values for values in self[1:] if values is not None]
 
@@ -59,7 +59,7 @@ class Records:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelContext:
+class LabelInputs:
     """What is known of label tokens besides the current policy; `[n]` fp32 each, None where it is not there."""
 
     old_log_probs: Tensor | None = None
@@ -73,11 +73,11 @@ class LabelContext:
     records: Records | None = None
     """Given for all tokens of a micro-batch at once, and only to objectives that need it."""
 
-    def part(self, rows: slice) -> "LabelContext":
+    def part(self, rows: slice) -> "LabelInputs":
         """The same of some of the tokens."""
         return self.map(lambda values: values[rows])
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "LabelContext":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LabelInputs":
         """Applies `change` to every `[n]` that is there."""
         changed: dict[str, Any] = {
             name: change(values) for name, values in vars(self).items() if isinstance(values, Tensor)

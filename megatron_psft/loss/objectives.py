@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.loss.labels import ExtraStat, LabelContext, LabelStats
+from megatron_psft.loss.labels import ExtraStat, LabelInputs, LabelStats
 from megatron_psft.loss.preference import PAIR_METRICS, dpo_loss, pair_metrics
 
 # exp(20) is far beyond any clip bound and far below the fp32 overflow at exp(88): a diverged policy gives large finite
@@ -29,7 +29,7 @@ Need = Literal["old", "reference", "records"] | ExtraStat
 """What an objective asks for beyond log-probability and entropy: the old policy, the initial model's log-probabilities,
 the other tokens of a record, or a statistic."""
 
-TokenLoss = Callable[[LabelStats, LabelContext, ObjectiveConfig], Tensor]
+TokenLoss = Callable[[LabelStats, LabelInputs, ObjectiveConfig], Tensor]
 """Losses of label tokens, before aggregation."""
 
 
@@ -38,12 +38,12 @@ def policy_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     return torch.exp(torch.clamp(log_probs - old_log_probs, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
-def sft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def sft_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """Cross-entropy, -l; with advantages A the policy gradient's -A l, which is PSFT's gradient at r = 1."""
-    return -stats.log_probs if context.advantages is None else -stats.log_probs * context.advantages
+    return -stats.log_probs if given.advantages is None else -stats.log_probs * given.advantages
 
 
-def psft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def psft_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """Proximal SFT, -min(r, 1 + clip_ratio_high) with r = pi / pi_old (arXiv 2508.17784, equation of the PSFT
     objective).
 
@@ -52,8 +52,8 @@ def psft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig)
     equation 7), -min(r A, clip(r, 1 - clip_ratio_low, 1 + clip_ratio_high) A), of which the upper bound can bind only
     where A is positive and the lower only where it is negative.
     """
-    log_probs, advantages = stats.log_probs, context.advantages
-    old_log_probs = log_probs.detach() if context.old_log_probs is None else context.old_log_probs
+    log_probs, advantages = stats.log_probs, given.advantages
+    old_log_probs = log_probs.detach() if given.old_log_probs is None else given.old_log_probs
     ratio = policy_ratio(log_probs, old_log_probs)
     clipped_above = torch.clamp(ratio, max=1.0 + config.clip_ratio_high)
     if advantages is None:
@@ -73,57 +73,57 @@ def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def sft_kl_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def sft_kl_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """-l + kl_coef * k3(l, f): the baseline SFT-KL of arXiv 2508.17784, its divergence estimated on label tokens."""
-    return -stats.log_probs + config.kl_coef * k3(stats.log_probs, _reference(context))
+    return -stats.log_probs + config.kl_coef * k3(stats.log_probs, _reference(given))
 
 
-def dft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def dft_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """-sg(p) l (arXiv 2508.05629), which has the gradient of 1 - p."""
     return -stats.log_probs.detach().exp() * stats.log_probs
 
 
-def asft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def asft_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """dft + kl_coef * k3(l, f) (arXiv 2509.23753).
 
     The paper anchors by KL(initial model || pi) over the full vocabulary, which would need the logits of both; this is
     k3 on label tokens, and the paper's coefficients do not carry over.
     """
-    return dft_loss(stats, context, config) + config.kl_coef * k3(stats.log_probs, _reference(context))
+    return dft_loss(stats, given, config) + config.kl_coef * k3(stats.log_probs, _reference(given))
 
 
-def iw_sft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def iw_sft_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """-sg(w) l (arXiv 2507.12856 and emmyqin/iw_sft, `IwSFTLoss`).
 
     Per sequence w = clip(exp(2 * mean over its label tokens of (l - f)), 0, 16), per token w = clip(exp(l - f), 0.2,
     1.8). (2 is the default of that code; its own training script passes 1.)
     """
     log_probs = stats.log_probs.detach()
-    log_ratio = log_probs - _reference(context)
+    log_ratio = log_probs - _reference(given)
     if config.iw_level == "token":
         weight = torch.exp(log_ratio).clamp(*_IW_TOKEN_BOUNDS)
     else:
-        assert context.records is not None
+        assert given.records is not None
         # The clamp before the exponential keeps it finite; the bound of 16 lies far below.
-        exponent = (_IW_SEQUENCE_EXPONENT * context.records.means(log_ratio)).clamp(max=MAX_LOG_RATIO)
+        exponent = (_IW_SEQUENCE_EXPONENT * given.records.means(log_ratio)).clamp(max=MAX_LOG_RATIO)
         weight = torch.exp(exponent).clamp(*_IW_SEQUENCE_BOUNDS)
     return -weight * stats.log_probs
 
 
-def eaft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def eaft_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """-sg(H / 3)^eaft_alpha l with H the entropy of the 20 most probable tokens, renormalized (arXiv 2601.02151, as
     LLaMA-Factory's `_eaft_cross_entropy` has it)."""
     assert stats.top_entropy is not None
     return -((stats.top_entropy / _EAFT_SCALE) ** config.eaft_alpha) * stats.log_probs
 
 
-def p_power_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def p_power_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """(1 - p^q) / q with gradient -p^q grad l (arXiv 2510.00526, the general family; GaotangLi/Beyond-Log-Likelihood,
     `GeneralFamily`)."""
     return -torch.expm1(config.p_power_q * stats.log_probs) / config.p_power_q
 
 
-def trsft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def trsft_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """-sg(p / max(p, trsft_alpha)) l: cross-entropy where p is at least alpha, and of a gradient scaled down by p /
     alpha below (the trust-region SFT of TRAPO, arXiv 2512.17636, whose gradient is grad p / max(p, alpha), alpha 0.1).
     """
@@ -131,7 +131,7 @@ def trsft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig
     return -(probs / probs.clamp(min=config.trsft_alpha)) * stats.log_probs
 
 
-def profit_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def profit_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """-l where p >= profit_threshold, 0 elsewhere (arXiv 2601.09195; Utaotao/ProFit, `threshold_direction` higher).
 
     As in that code under gradient accumulation, tokens that are left out stay in the denominator.
@@ -140,16 +140,16 @@ def profit_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfi
     return torch.where(is_kept, -stats.log_probs, 0.0)
 
 
-def deft_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def deft_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """(1 - p^a) / a with a = sg(sum over the vocabulary of p_v^2) (arXiv 2602.11424; luludus/DEFT, without its 1e-6 in
     the denominator: a is at least one over the size of the vocabulary)."""
     assert stats.sum_squares is not None
     return -torch.expm1(stats.sum_squares * stats.log_probs) / stats.sum_squares
 
 
-def _reference(context: LabelContext) -> Tensor:
-    assert context.ref_log_probs is not None
-    return context.ref_log_probs
+def _reference(given: LabelInputs) -> Tensor:
+    assert given.ref_log_probs is not None
+    return given.ref_log_probs
 
 
 _LOSSES: Mapping[str, tuple[TokenLoss, frozenset[Need]]] = {
@@ -187,15 +187,15 @@ class Objective:
         return frozenset({"top_entropy", "sum_squares"}) & self.needs  # type: ignore[return-value]
 
     @property
-    def mixes_tokens(self) -> bool:
+    def needs_whole_records(self) -> bool:
         """Whether the loss of a token depends on other tokens of its record, so that all are needed at once."""
         return "records" in self.needs
 
-    def token_loss(self, stats: LabelStats, context: LabelContext) -> Tensor:
+    def token_loss(self, stats: LabelStats, given: LabelInputs) -> Tensor:
         """Loss of each label token, times its weight in the aggregation, `[n]`."""
         loss, _ = _LOSSES[self.config.objective]
-        losses = loss(stats, context, self.config)
-        return losses if context.weights is None else losses * context.weights
+        losses = loss(stats, given, self.config)
+        return losses if given.weights is None else losses * given.weights
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor | None, config: ObjectiveConfig) -> Tensor:
@@ -224,7 +224,7 @@ class BatchSums:
     clipped: Tensor
     approx_kl: Tensor
     """Sum of r - 1 - log r, the k3 estimate of KL(pi_old || pi) from samples of pi_old."""
-    loss_tokens: Tensor
+    label_tokens: Tensor
     ratios: Tensor
     """No sum: the ratio of each label token, `[n]`, for percentiles."""
     pairs: Mapping[str, Tensor]
@@ -232,14 +232,14 @@ class BatchSums:
 
 
 def batch_sums(
-    loss: Tensor, stats: LabelStats, context: LabelContext, config: ObjectiveConfig, *, labelled_records: int
+    loss: Tensor, stats: LabelStats, given: LabelInputs, config: ObjectiveConfig, *, labelled_records: int
 ) -> BatchSums:
     """Metrics of the label tokens of a micro-batch, which may have none.
 
     Args:
         loss: the sum of their losses.
         stats: of the labels, `[n]`, without a gradient.
-        context: of the labels.
+        given: of the labels.
         config: bounds of the clip, and the aggregation.
         labelled_records: records with a label that this rank counts. Those of a row that several ranks share are
             counted by one of them.
@@ -247,32 +247,32 @@ def batch_sums(
     Collective over context-parallel ranks where records are pairs.
     """
     log_probs = stats.log_probs
-    old_log_probs = log_probs if context.old_log_probs is None else context.old_log_probs
+    old_log_probs = log_probs if given.old_log_probs is None else given.old_log_probs
     ratio = policy_ratio(log_probs, old_log_probs)
     # fp64: near r = 1, where training mostly is, the divergence is the small difference of larger numbers.
     log_ratio = (log_probs - old_log_probs).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     approx_kl = torch.expm1(log_ratio) - log_ratio
-    loss_tokens = log_probs.new_full((), len(log_probs))
+    label_tokens = log_probs.new_full((), len(log_probs))
     pairs: Mapping[str, Tensor] = {}
     if config.needs_pairs:
-        metrics = pair_metrics(stats, context, config)
+        metrics = pair_metrics(stats, given, config)
         is_counted = float(labelled_records > 0)
         pairs = {name: getattr(metrics, name).sum() * is_counted for name in PAIR_METRICS}
     return BatchSums(
         loss=loss,
-        denominator=_denominator(loss_tokens, config, labelled_records),
+        denominator=_denominator(label_tokens, config, labelled_records),
         nll=-log_probs.sum(),
         entropy=stats.entropy.sum(),
         ratio=ratio.sum(),
-        clipped=is_clipped(ratio, context.advantages, config).sum().to(log_probs.dtype),
+        clipped=is_clipped(ratio, given.advantages, config).sum().to(log_probs.dtype),
         approx_kl=approx_kl.sum().to(log_probs.dtype),
-        loss_tokens=loss_tokens,
+        label_tokens=label_tokens,
         ratios=ratio,
         pairs=pairs,
     )
 
 
-def _denominator(loss_tokens: Tensor, config: ObjectiveConfig, labelled_records: int) -> Tensor:
+def _denominator(label_tokens: Tensor, config: ObjectiveConfig, labelled_records: int) -> Tensor:
     if config.needs_pairs:
-        return torch.full_like(loss_tokens, labelled_records // 2)
-    return loss_tokens if config.loss_aggregation == "token-mean" else torch.full_like(loss_tokens, labelled_records)
+        return torch.full_like(label_tokens, labelled_records // 2)
+    return label_tokens if config.loss_aggregation == "token-mean" else torch.full_like(label_tokens, labelled_records)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.loss.labels import LabelContext, LabelStats
+from megatron_psft.loss.labels import LabelInputs, LabelStats
 
 PAIR_METRICS = ("margin", "accuracy", "chosen_log_probs", "rejected_log_probs")
 """Means over pairs: `PairMetrics`."""
@@ -32,29 +32,29 @@ class PairMetrics(NamedTuple):
     """The same of the rejected one's."""
 
 
-def pair_metrics(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> PairMetrics:
+def pair_metrics(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> PairMetrics:
     """Compares the sequences of each pair; collective over context-parallel ranks, all of which get the same."""
-    assert context.records is not None
-    assert context.ref_log_probs is not None
+    assert given.records is not None
+    assert given.ref_log_probs is not None
     log_probs = stats.log_probs.detach()
-    chosen, rejected = context.records.sums(log_probs).view(-1, 2).unbind(dim=1)
-    ref_chosen, ref_rejected = context.records.sums(context.ref_log_probs).view(-1, 2).unbind(dim=1)
+    chosen, rejected = given.records.sums(log_probs).view(-1, 2).unbind(dim=1)
+    ref_chosen, ref_rejected = given.records.sums(given.ref_log_probs).view(-1, 2).unbind(dim=1)
     margin = config.dpo_beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return PairMetrics(margin, (margin > 0).to(margin.dtype), chosen, rejected)
 
 
-def dpo_loss(stats: LabelStats, context: LabelContext, config: ObjectiveConfig) -> Tensor:
+def dpo_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
     """-log sigmoid(dpo_beta * ((l_c - f_c) - (l_r - f_r))) with sums over the labels of the chosen and the rejected
     sequence (arXiv 2305.18290, equation 7).
 
     Each label token has an equal share of its pair's loss as its value, and as its gradient -/+ dpo_beta * sigmoid(-
     margin) grad l: the pair's own gradient, by the chain rule through the sums.
     """
-    assert context.records is not None
-    pairs = context.records.ids // 2
-    is_chosen = context.records.ids % 2 == 0
-    margin = pair_metrics(stats, context, config).margin
-    counts = context.records.label_counts.view(-1, 2).sum(dim=1).clamp(min=1)
+    assert given.records is not None
+    pairs = given.records.ids // 2
+    is_chosen = given.records.ids % 2 == 0
+    margin = pair_metrics(stats, given, config).margin
+    counts = given.records.label_counts.view(-1, 2).sum(dim=1).clamp(min=1)
     slope = config.dpo_beta * torch.sigmoid(-margin)[pairs]
     log_probs = stats.log_probs
     return (-logsigmoid(margin) / counts)[pairs] + torch.where(is_chosen, -slope, slope) * (

@@ -33,7 +33,7 @@ class ClippedTokens:
     def add(self, label_ids: Tensor, is_clipped: Tensor) -> None:
         """Counts label tokens `[n]` of this rank, once for each token of the batch: of the ranks that compute the same
         one counts. Does not wait for the device."""
-        if self._parallel.counts_batch:
+        if self._parallel.reports_sums:
             self._recent.index_add_(0, label_ids, is_clipped.to(torch.int64))
 
     def gather(self) -> None:

@@ -42,17 +42,19 @@ class StepMetrics:
     """r - 1 - log r, nats."""
     tokens: int
     """Tokens that went through the model, padding not counted."""
-    loss_tokens: int
+    label_tokens: int
     """Label tokens."""
-    sequences: int
-    """Records."""
+    records: int
+    """Demonstrations; of preference pairs both sides."""
     pairs: Mapping[str, float]
     """Means over preference pairs of `PAIR_METRICS`; empty where records are no pairs."""
 
     def line(self) -> dict[str, float]:
         """What metrics.jsonl has of them."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "pairs"}
-        return {**values, **self.pairs}
+        # The names of 0.1, for one release.
+        former = {"loss_tokens": self.label_tokens, "sequences": self.records}
+        return {**values, **former, **self.pairs}
 
 
 def reduce_metrics(
@@ -76,17 +78,17 @@ def reduce_metrics(
         UserError: on every rank, where the loss of any rank is not finite; names step and rank.
     """
     summed = (*_SUMMED, *PAIR_METRICS) if are_pairs else _SUMMED
-    totals = {name: 0.0 for name in (*summed, "tokens", "sequences", "ratios")}
+    totals = {name: 0.0 for name in (*summed, "tokens", "records", "ratios")}
     ratios = torch.empty(0, device=parallel.device)
     bad_rank = 0.0
-    if parallel.counts_batch:
+    if parallel.reports_sums:
         # One host copy per step. fp64: a sum of 10^7 fp32 losses would otherwise lose its last digits.
         columns = torch.stack([torch.stack(_values(entry)) for entry in sums]).double()
         totals.update(zip(summed, columns.sum(dim=0).tolist(), strict=True))
         if parallel.context_rank == 0:
             # These are told of whole rows; losses are of each rank's own part.
             totals["tokens"] = float(sum(batch.num_tokens for batch in micro_batches))
-            totals["sequences"] = float(sum(batch.num_sequences for batch in micro_batches))
+            totals["records"] = float(sum(batch.num_records for batch in micro_batches))
         ratios = torch.cat([entry.ratios for entry in sums])
         totals["ratios"] = float(len(ratios))
         bad_rank = 0.0 if math.isfinite(totals["loss"]) else parallel.rank + 1.0
@@ -126,7 +128,7 @@ def _ratio_percentiles(ratios: Tensor, *, most: int, count: int) -> dict[str, fl
 
 
 def _means(totals: Mapping[str, float], percentiles: Mapping[str, float]) -> StepMetrics:
-    count, denominator = max(totals["loss_tokens"], 1.0), max(totals["denominator"], 1.0)
+    count, denominator = max(totals["label_tokens"], 1.0), max(totals["denominator"], 1.0)
     return StepMetrics(
         loss=totals["loss"] / denominator,
         nll=totals["nll"] / count,
@@ -136,8 +138,8 @@ def _means(totals: Mapping[str, float], percentiles: Mapping[str, float]) -> Ste
         clip_fraction=totals["clipped"] / count,
         approx_kl=totals["approx_kl"] / count,
         tokens=int(totals["tokens"]),
-        loss_tokens=int(totals["loss_tokens"]),
-        sequences=int(totals["sequences"]),
+        label_tokens=int(totals["label_tokens"]),
+        records=int(totals["records"]),
         pairs={name: totals[name] / denominator for name in PAIR_METRICS if name in totals},
     )
 
@@ -152,10 +154,10 @@ class EvalSums:
 
     def add(self, stats: Sequence[LabelStats], micro_batches: Sequence[MicroBatch]) -> None:
         """Adds a scored global batch; `stats` is empty on ranks without the output layer."""
-        if not self._parallel.counts_batch:
+        if not self._parallel.reports_sums:
             return
         for entry, batch in zip(stats, micro_batches, strict=True):
-            mask: Tensor = batch.loss_mask.to(self._parallel.device)
+            mask: Tensor = batch.label_mask.to(self._parallel.device)
             nll = torch.where(mask, -entry.log_probs, 0.0).sum(dtype=torch.float64)
             entropy = torch.where(mask, entry.entropy, 0.0).sum(dtype=torch.float64)
             self._sums += torch.stack([nll, entropy, mask.sum().double()])

@@ -14,7 +14,7 @@ from megatron_psft.metrics.trackers import Trackers
 METRICS_FILE = "metrics.jsonl"
 
 
-class Report:
+class RunLog:
     """What rank 0 shows and keeps of a run: metrics.jsonl, its trackers, the progress bar and a line now and then."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Report:
         """Prints a line above the progress bar."""
         self._bar.write(text)
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(

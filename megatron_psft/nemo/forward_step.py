@@ -109,7 +109,7 @@ def _loss_of(
     loss, _, _ = masked_next_token_loss(
         output.loss.new_ones(1), output.loss.view(1), check_for_nan_in_loss, check_for_spiky_loss
     )
-    sums = batch_sums(loss.detach(), stats, output.context, config, labelled_records=0)
+    sums = batch_sums(loss.detach(), stats, output.given, config, labelled_records=0)
     return loss, sums.denominator.int(), _metrics_of(sums)
 
 

@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_psft.distributed.collective import together
+from megatron_psft.distributed.collective import on_every_rank
 from megatron_psft.nemo.batches import BatchesAhead
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.forward_step import PsftForwardStep
@@ -58,14 +58,14 @@ class OldPolicyCallback(Callback):
         self._files = WindowFiles(layout=layout, interval=interval, rank=dist.get_rank())
         if step > warmup_iters and (step - warmup_iters) % interval:
             load = Path(state.cfg.checkpoint.load)
-            self._window.stored.update(together(partial(self._files.read, load, step)))
+            self._window.stored.update(on_every_rank(partial(self._files.read, load, step)))
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """Scores ahead where a window begins, and says what the step trains with; collective."""
         assert self._window is not None
         assert self._files is not None
         config, step = context.state.cfg, context.state.train_state.step
-        begins = self._window.begins_at(step)
+        begins = self._window.syncs_before(step)
         if begins and config.ddp.overlap_param_gather:
             # The last update reaches other ranks only during the next forward pass, driven by hooks.
             assert context.optimizer is not None

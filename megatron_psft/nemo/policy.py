@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_psft.errors import UserError
 from megatron_psft.head.layer import HeadInputs, HeadOutput, OutputLayer, label_positions
-from megatron_psft.loss.labels import LabelContext
+from megatron_psft.loss.labels import LabelInputs
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.model.gpt import PolicyModel
 
@@ -53,7 +53,7 @@ class PolicyOutput(HeadOutput):
 
     label_ids: Tensor
     """`[n]` int64, the labels that count."""
-    context: LabelContext
+    given: LabelInputs
     """Of these labels."""
 
     @property
@@ -81,19 +81,19 @@ class BridgePolicy(PolicyModel):
         positions = label_positions(labels != IGNORED)
         # Any valid id will do where no label counts.
         inputs = HeadInputs(labels=labels.clamp(min=0), label_positions=positions, token_loss=None)
-        ids, context = inputs.label_ids, LabelContext()
+        ids, given = inputs.label_ids, LabelInputs()
         objective, scored = self.question.objective, self.question.scored
         if scored is not None:
-            context = LabelContext(old_log_probs=_log_probs_of(ids, scored.to(ids.device)))
+            given = LabelInputs(old_log_probs=_log_probs_of(ids, scored.to(ids.device)))
         if objective is not None:
             inputs = HeadInputs(
                 labels=inputs.labels,
                 label_positions=positions,
-                token_loss=lambda stats, part: objective.token_loss(stats, context.part(part)),
+                token_loss=lambda stats, part: objective.token_loss(stats, given.part(part)),
                 extra_stats=objective.extra_stats,
             )
         output: HeadOutput = super()._postprocess(hidden_states, labels=inputs, **rest)
-        return PolicyOutput(stats=output.stats, loss=output.loss, label_ids=ids, context=context)
+        return PolicyOutput(stats=output.stats, loss=output.loss, label_ids=ids, given=given)
 
 
 def _log_probs_of(label_ids: Tensor, scored: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def _total(run: Run, name: str) -> float:
 
 
 def _labels(run: Run) -> str:
-    total = _total(run, "loss_tokens")
+    total = _total(run, "label_tokens")
     return f"{total:,.0f}" if math.isfinite(total) else ABSENT
 
 

@@ -32,7 +32,7 @@ class PrecisionNoise:
             trained: the same of the training pass.
         """
         sums, largest = torch.zeros(3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        if scored and self._parallel.counts_batch:
+        if scored and self._parallel.reports_sums:
             ratio = torch.cat([policy_ratio(after, before) for before, after in zip(scored, trained, strict=True)])
             ratio = ratio.double().cpu()
             sums = torch.stack([ratio.sum(), (ratio > 1 + self._clip_ratio_high).sum(), ratio.new_tensor(len(ratio))])

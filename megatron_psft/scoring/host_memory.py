@@ -6,7 +6,7 @@ import socket
 import psutil
 import torch.distributed as dist
 
-from megatron_psft.distributed.collective import together
+from megatron_psft.distributed.collective import on_every_rank
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 
@@ -42,4 +42,4 @@ def check_host_memory(bytes_per_rank: int, num_steps: int, parallel: Parallel) -
                 "more nodes"
             )
 
-    together(check)
+    on_every_rank(check)

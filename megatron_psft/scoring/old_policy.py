@@ -60,7 +60,7 @@ class OldPolicyWindow:
         """Whether `step` (from 0) trains without an old policy."""
         return step < self._warmup_iters
 
-    def begins_at(self, step: int) -> bool:
+    def syncs_before(self, step: int) -> bool:
         """Whether the old policy becomes the current one before `step` (from 0). The same on all ranks."""
         return not self.is_warmup(step) and step not in self.stored
 
@@ -70,7 +70,7 @@ class OldPolicyWindow:
         Collective; steps must be asked for in order. At the start of a window this scores the rest of the window, and
         calls `between_batches` after each global batch; where that raises, the window has not begun.
         """
-        if not self.begins_at(step):
+        if not self.syncs_before(step):
             return self.stored.pop(step, None)
         rest = range(step + 1, self._window_end(step))
         if rest and self._prepare is not None:

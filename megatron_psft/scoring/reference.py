@@ -13,11 +13,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -25,16 +25,21 @@ from tqdm import tqdm
 
 from megatron_psft import sealed
 from megatron_psft.atomic import replace_file
-from megatron_psft.checkpoint.find import Identity
-from megatron_psft.data.loader import BatchLoader
-from megatron_psft.distributed.collective import Result, find_damage, on_main, sum_over_context, together
+from megatron_psft.data.loader import BatchLoader, MicroBatch
+from megatron_psft.distributed.collective import (
+    Result,
+    damage_on_any_rank,
+    on_every_rank,
+    on_rank_zero,
+    sum_over_context,
+)
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.errors import UserError
+from megatron_psft.loss.labels import LabelStats
 from megatron_psft.scoring.old_policy import SHORT_SECONDS
 from megatron_psft.scoring.values import _DTYPE, VALUES, RecordValues
 from megatron_psft.sealed import DamageError
-from megatron_psft.train.pipeline import Schedule
 
 FOLDER = "ref_log_probs"
 PROGRESS = "progress.json"
@@ -47,6 +52,18 @@ START = "the weights at the start"
 log = logging.getLogger(__name__)
 
 
+class Scorer(Protocol):
+    """Says what the weights of this moment make of a global batch; collective."""
+
+    def score(self, micro_batches: Sequence[MicroBatch]) -> list[LabelStats]:
+        """`[b, s]` for each micro-batch of this rank; none on ranks without the output layer."""
+        ...
+
+    def gather_parameters(self) -> None:
+        """Makes every parameter current on every rank."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReferencePass:
     """Computes the reference log-probabilities of a training set, or finds them computed. Collective."""
@@ -55,11 +72,11 @@ class ReferencePass:
     """Where they are kept."""
     values: RecordValues
     """What reads them, of `folder / VALUES`."""
-    schedule: Schedule
+    policy: Scorer
     loader: BatchLoader
     """Every record once: neither shuffled nor wrapped."""
     parallel: Parallel
-    identity: Identity
+    identity: Mapping[str, Any]
     """What tells whose log-probabilities they are, and of what, and in which batches they are computed."""
     has_begun: bool
     """Whether the run has made steps before, so that the weights are no longer those of its start."""
@@ -83,7 +100,7 @@ class ReferencePass:
         if lack is not None:
             log.info("reference: %s; the model at the start scores the training set", lack)
             self._pass(between_batches)
-        together(self.values.open)
+        on_every_rank(self.values.open)
 
     def _find_lack(self) -> str | None:
         """What keeps the folder from being used, if anything does."""
@@ -97,8 +114,8 @@ class ReferencePass:
                 return str(error)
             return self._find_difference(found)
 
-        lack = on_main(read)
-        return find_damage(self.folder) if lack is None else lack
+        lack = on_rank_zero(read)
+        return damage_on_any_rank(self.folder) if lack is None else lack
 
     def _find_difference(self, found: Mapping[str, Any]) -> str | None:
         for field, wanted in json.loads(json.dumps(self.identity)).items():
@@ -107,10 +124,10 @@ class ReferencePass:
         return None
 
     def _pass(self, between_batches: Callable[[], None]) -> None:
-        done = on_main(self._begin)
+        done = on_rank_zero(self._begin)
         num_batches, size_gib = self.loader.num_batches, self.values.size_bytes / 2**30
         log.info("reference: %d of %d batches are done; %.3g GiB on disk", done, num_batches, size_gib)
-        self.schedule.gather_parameters()
+        self.policy.gather_parameters()
         bar = tqdm(
             range(done, num_batches),
             initial=done,
@@ -133,7 +150,7 @@ class ReferencePass:
                 self._mark(done, file)
                 raise
             self._mark(done, file)
-        on_main(lambda: sealed.seal(self.folder, self.identity))
+        on_rank_zero(lambda: sealed.seal(self.folder, self.identity))
 
     @property
     def _partial(self) -> Path:
@@ -171,11 +188,11 @@ class ReferencePass:
 
     def _open_to_write(self) -> BinaryIO | nullcontext[None]:
         """The file, on the one rank of each data-parallel replica that writes its records."""
-        is_writer = self.parallel.counts_batch and self.parallel.context_rank == 0
+        is_writer = self.parallel.reports_sums and self.parallel.context_rank == 0
         return self._together(lambda: (self._partial / VALUES).open("r+b") if is_writer else nullcontext())
 
     def _score(self, batch: int, file: BinaryIO | None) -> None:
-        scored = [stats.log_probs for stats in self.schedule.score(self.loader.micro_batches(batch))]
+        scored = [stats.log_probs for stats in self.policy.score(self.loader.micro_batches(batch))]
         rows = sum_over_context(self.loader.to_packs(batch, scored), self.parallel).cpu() if scored else None
         self._together(lambda: self._write(batch, rows, file))
 
@@ -204,7 +221,7 @@ class ReferencePass:
                 os.fsync(file.fileno())
 
         self._together(sync)
-        on_main(lambda: self._write_progress(done))
+        on_rank_zero(lambda: self._write_progress(done))
 
     def _together(self, action: Callable[[], Result]) -> Result:
         def explained() -> Result:
@@ -216,10 +233,10 @@ class ReferencePass:
                     "it, and start again: the reference's pass goes on from where it was"
                 ) from error
 
-        return together(explained)
+        return on_every_rank(explained)
 
 
-def describe_start(checkpoint: Path | None, model_folder: Path, seed: int | None) -> dict[str, Any]:
+def fingerprint_of_start(checkpoint: Path | None, model_folder: Path, seed: int | None) -> dict[str, Any]:
     """What tells the weights that a run starts from: a checkpoint, random ones of `seed`, or files of `model_folder` by
     size and time of change in nanoseconds. JSON values."""
     if checkpoint is not None:

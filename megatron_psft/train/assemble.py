@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_psft.checkpoint.find import WEIGHTS_STEP, Identity, find_checkpoint, model_identity
+from megatron_psft.checkpoint.find import find_checkpoint
+from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, model_identity
 from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_weights
 from megatron_psft.config.schema import Config
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of
-from megatron_psft.distributed.collective import on_main
+from megatron_psft.distributed.collective import on_rank_zero
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel, initialize_parallel
 from megatron_psft.errors import UserError
@@ -27,11 +28,11 @@ from megatron_psft.model.shape import ModelShape
 from megatron_psft.scoring.agreement import PrecisionNoise
 from megatron_psft.scoring.host_memory import check_host_memory
 from megatron_psft.scoring.old_policy import OldPolicyWindow
-from megatron_psft.scoring.reference import FOLDER, START, ReferencePass, describe_start
+from megatron_psft.scoring.reference import FOLDER, START, ReferencePass, fingerprint_of_start
 from megatron_psft.scoring.values import VALUES, RecordValues
 from megatron_psft.train.inputs import Inputs
 from megatron_psft.train.optimizer import build_optimizer, build_scheduler
-from megatron_psft.train.pipeline import Schedule
+from megatron_psft.train.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Run:
     config: Config
     shape: ModelShape
     parallel: Parallel
-    schedule: Schedule
+    pipeline: Pipeline
     state: TrainState
     loader: BatchLoader
     valid_loader: BatchLoader | None
@@ -69,36 +70,36 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     chunks = build_model(shape, config, platform, parallel)
     if checkpoint is None:
         fill_parameters(chunks, inputs.weights, shape, parallel)
-    elif first_step == WEIGHTS_STEP:
+    elif first_step == WEIGHTS_ONLY_STEP:
         load_weights(checkpoint, chunks)
     optimizer = build_optimizer(config, chunks)
     clipped_tokens = None
     if config.logging.log_clipped_tokens is not None:
         clipped_tokens = ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
-    schedule = Schedule(
+    pipeline = Pipeline(
         chunks=chunks, parallel=parallel, clipped_tokens=clipped_tokens, noise=_precision_noise(config, parallel)
     )
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
-    reference = _reference(config, inputs, schedule, parallel, identity, checkpoint)
+    reference = _reference(config, inputs, pipeline, parallel, identity, checkpoint)
     state = TrainState(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, inputs.train_iters),
-        window=_window(config, inputs.train_iters, schedule, loader, parallel),
+        window=_window(config, inputs.train_iters, pipeline, loader, parallel),
         clipped_tokens=clipped_tokens,
     )
     valid_loader = None
     if inputs.valid_dataset is not None:
         plan = plan_of(inputs.valid_dataset.sequence_lengths, config.data)
         valid_loader = _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
-    if checkpoint is not None and first_step != WEIGHTS_STEP:
+    if checkpoint is not None and first_step != WEIGHTS_ONLY_STEP:
         load_checkpoint(checkpoint, state, loader, parallel)
         log.info("resumed from %s, step %d of %d", checkpoint, first_step, inputs.train_iters)
     return Run(
         config=config,
         shape=shape,
         parallel=parallel,
-        schedule=schedule,
+        pipeline=pipeline,
         state=state,
         loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
         reference=reference,
@@ -119,7 +120,7 @@ def _precision_noise(config: Config, parallel: Parallel) -> PrecisionNoise | Non
 
 
 def _window(
-    config: Config, train_iters: int, schedule: Schedule, loader: BatchLoader, parallel: Parallel
+    config: Config, train_iters: int, pipeline: Pipeline, loader: BatchLoader, parallel: Parallel
 ) -> OldPolicyWindow:
     def prepare(steps: Sequence[int]) -> None:
         kept = sum(loader.positions_per_rank(step) for step in steps) * torch.float32.itemsize
@@ -129,7 +130,7 @@ def _window(
 
     def score(step: int) -> list[Tensor]:
         size = objective.old_policy_micro_batch_size
-        scored = [stats.log_probs for stats in schedule.score(loader.micro_batches(step, size))]
+        scored = [stats.log_probs for stats in pipeline.score(loader.micro_batches(step, size))]
         if not scored or size in (None, loader.micro_batch_size):
             return scored
         return loader.from_packs(step, loader.to_packs(step, scored, size))
@@ -151,7 +152,7 @@ def _window(
 def _reference(
     config: Config,
     inputs: Inputs,
-    schedule: Schedule,
+    pipeline: Pipeline,
     parallel: Parallel,
     identity: Identity,
     checkpoint: Path | None,
@@ -161,12 +162,12 @@ def _reference(
     save, weights = Path(config.weights.save), config.weights
     has_begun = checkpoint is not None and checkpoint.parent == save
     seed = config.batch.seed if weights.random_init else None
-    start = None if has_begun else on_main(lambda: describe_start(checkpoint, inputs.model_folder, seed))
+    start = None if has_begun else on_rank_zero(lambda: fingerprint_of_start(checkpoint, inputs.model_folder, seed))
     folder = Path(weights.load_hf)
     return ReferencePass(
         folder=save / FOLDER,
         values=RecordValues(save / FOLDER / VALUES, inputs.plan.lengths),
-        schedule=schedule,
+        policy=pipeline,
         loader=_loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=False),
         parallel=parallel,
         identity={**identity, "load_hf": str(folder.resolve() if folder.is_dir() else folder), START: start},

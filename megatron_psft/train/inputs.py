@@ -14,7 +14,7 @@ from megatron_psft.config.schema import Config
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.packing import PackPlan, plan_of
-from megatron_psft.distributed.collective import together
+from megatron_psft.distributed.collective import on_every_rank
 from megatron_psft.errors import UserError
 from megatron_psft.hf import export, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
@@ -59,7 +59,7 @@ def read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
         # Where one failed, the others would do its work again, and fail.
         return read_inputs(config, show_progress=False) if inputs is None and not has_failed else inputs
 
-    inputs = together(finish)
+    inputs = on_every_rank(finish)
     assert inputs is not None
     _check_same_data(inputs)
     return inputs

@@ -16,7 +16,7 @@ from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics import flops
 from megatron_psft.metrics.provenance import versions
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
-from megatron_psft.metrics.run_log import Report
+from megatron_psft.metrics.run_log import RunLog
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.scoring.old_policy import SHORT_SECONDS
 from megatron_psft.train.assemble import Run
@@ -30,7 +30,7 @@ def train(run: Run) -> int:
         0, or the number of the signal that ended the run early, with its last step completed and saved.
     """
     completed = saved = run.first_step
-    with StopSignals() as stop, _saver(run) as saver, _report(run) as report:
+    with StopSignals() as stop, _saver(run) as saver, _run_log(run) as run_log:
         try:
             if run.reference is not None and completed < run.train_iters:
                 with naming_lost_peers("the reference's pass"):
@@ -42,16 +42,16 @@ def train(run: Run) -> int:
                     completed += 1
                     if _is_due(completed, run.config.data.eval_interval):
                         values |= evaluate(run)
-                if report:
-                    report.record(completed, values)
+                if run_log:
+                    run_log.record(completed, values)
                 saver.poll()
                 if _is_due(completed, run.config.weights.save_interval) or completed == run.train_iters:
-                    save(run, saver, report, completed)
+                    save(run, saver, run_log, completed)
                     saved = completed
             stop.check()
         except StopRequested as request:
             if saved < completed:
-                save(run, saver, report, completed)
+                save(run, saver, run_log, completed)
             return request.signum
     return 0
 
@@ -68,16 +68,16 @@ def train_step(
     `between_batches` is called between the batches of the old policy's pass, which comes before anything has changed,
     `before_update` when weights and optimizer are about to.
     """
-    schedule, state = run.schedule, run.state
+    pipeline, state = run.pipeline, run.state
     with _timer() as total:
         micro_batches = run.loader.micro_batches(step)
-        schedule.zero_grad()
+        pipeline.zero_grad()
         state.optimizer.zero_grad()
         with _timer() as scoring:
-            if state.window.begins_at(step):
-                schedule.gather_parameters()
+            if state.window.syncs_before(step):
+                pipeline.gather_parameters()
             old_log_probs = state.window.old_log_probs(step, between_batches=between_batches)
-        sums = schedule.train(micro_batches, old_log_probs, objective=_objective_at(run, step))
+        sums = pipeline.train(micro_batches, old_log_probs, objective=_objective_at(run, step))
         are_pairs = run.config.objective.needs_pairs
         metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, are_pairs=are_pairs)
         lr = state.optimizer.param_groups[0]["lr"]
@@ -98,22 +98,22 @@ def train_step(
 def evaluate(run: Run) -> dict[str, float]:
     """Negative log-likelihood and entropy over the validation records; collective, training is none the wiser."""
     assert run.valid_loader is not None
-    run.schedule.gather_parameters()
+    run.pipeline.gather_parameters()
     sums = EvalSums(run.parallel)
     eval_iters = run.config.data.eval_iters or run.valid_loader.num_batches
     indices = range(min(eval_iters, run.valid_loader.num_batches))
     for index in tqdm(indices, desc="evaluate", disable=not run.parallel.is_main, delay=SHORT_SECONDS, leave=False):
         micro_batches = run.valid_loader.micro_batches(index)
-        sums.add(run.schedule.score(micro_batches), micro_batches)
+        sums.add(run.pipeline.score(micro_batches), micro_batches)
     return sums.means()
 
 
-def save(run: Run, saver: Saver, report: Report | None, completed_steps: int) -> None:
+def save(run: Run, saver: Saver, run_log: RunLog | None, completed_steps: int) -> None:
     """Writes a checkpoint, and the metrics up to it for good; collective."""
-    if report:
-        report.sync()
+    if run_log:
+        run_log.sync()
     _write_clipped_tokens(run, completed_steps)
-    run.schedule.gather_parameters()
+    run.pipeline.gather_parameters()
     saver.save(completed_steps)
 
 
@@ -154,7 +154,7 @@ def _saver(run: Run) -> Saver:
     )
 
 
-def _report(run: Run) -> Report | nullcontext[None]:
+def _run_log(run: Run) -> RunLog | nullcontext[None]:
     if not run.parallel.is_main:
         return nullcontext()
     folder, logging = Path(run.config.weights.save), run.config.logging
@@ -162,7 +162,7 @@ def _report(run: Run) -> Report | nullcontext[None]:
     description = {**versions(), **{name: value for section in sections for name, value in section.items()}}
     first_step = run.first_step + 1
     trackers = Trackers(logging, folder, first_step=first_step, description=description)
-    return Report(
+    return RunLog(
         folder, trackers, first_step=first_step, train_iters=run.train_iters, log_interval=logging.log_interval
     )
 

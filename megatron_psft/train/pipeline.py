@@ -14,8 +14,8 @@ from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.collective import sum_over_context
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, place_labels, select_labels
-from megatron_psft.loss.labels import LabelContext, LabelStats, Records
+from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, scatter_labels, select_labels
+from megatron_psft.loss.labels import LabelInputs, LabelStats, Records
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums, is_clipped, policy_ratio
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model.layers import packed_row_params
@@ -23,7 +23,7 @@ from megatron_psft.scoring.agreement import PrecisionNoise
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class Pipeline:
     """Forward and backward passes of this rank's model chunks over its micro-batches. All methods are collective."""
 
     chunks: Sequence[DistributedDataParallel]
@@ -61,7 +61,7 @@ class Schedule:
             sums = batch_sums(
                 output.loss.detach(),
                 output.stats,
-                item.whole_context(self.parallel),
+                item.given_with_records(self.parallel),
                 objective.config,
                 # The ranks of a context-parallel group share each record: one of them counts it.
                 labelled_records=item.labelled_records if self.parallel.context_rank == 0 else 0,
@@ -84,10 +84,10 @@ class Schedule:
         ]
 
     def _count_clipped(self, item: "_Item", log_probs: Tensor, config: ObjectiveConfig) -> None:
-        old_log_probs = item.context.old_log_probs
+        old_log_probs = item.given.old_log_probs
         if self.clipped_tokens is None or old_log_probs is None:
             return
-        clipped = is_clipped(policy_ratio(log_probs, old_log_probs), item.context.advantages, config)
+        clipped = is_clipped(policy_ratio(log_probs, old_log_probs), item.given.advantages, config)
         self.clipped_tokens.add(select_labels(item.micro_batch.labels, item.label_positions), clipped)
 
     @torch.no_grad()
@@ -101,8 +101,8 @@ class Schedule:
 
         def keep(item: _Item, output: HeadOutput, non_loss_data: bool) -> LabelStats:
             assert non_loss_data
-            mask = item.micro_batch.loss_mask
-            return output.stats.map(lambda values: place_labels(values, item.label_positions, mask))
+            mask = item.micro_batch.label_mask
+            return output.stats.map(lambda values: scatter_labels(values, item.label_positions, mask))
 
         items = [_Item.of(micro_batch, None, None) for micro_batch in micro_batches]
         return self._run(items, keep, forward_only=True, collect_non_loss_data=True)
@@ -151,24 +151,24 @@ class _Item:
     label_positions: Tensor
     """As in `HeadInputs`."""
     objective: Objective | None
-    context: LabelContext
-    """Without `records`, which `whole_context` adds."""
+    given: LabelInputs
+    """Without `records`, which `given_with_records` adds."""
     labelled_records: int
     """Records with a label on any context-parallel rank."""
 
     @classmethod
     def of(cls, micro_batch: MicroBatch, old_log_probs: Tensor | None, objective: Objective | None) -> "_Item":
         """Finds the label tokens while all is still on the CPU."""
-        positions = label_positions(micro_batch.loss_mask)
-        context = LabelContext()
+        positions = label_positions(micro_batch.label_mask)
+        given = LabelInputs()
         if objective is not None:
-            context = _context_of(micro_batch, positions, old_log_probs, objective.config)
+            given = _given_of(micro_batch, positions, old_log_probs, objective.config)
         return cls(
-            # Of what is in the context, the device needs no second copy.
+            # Of what is given, the device needs no second copy.
             micro_batch=replace(micro_batch, advantages=None, ref_log_probs=None),
             label_positions=positions,
             objective=objective,
-            context=context,
+            given=given,
             labelled_records=int((micro_batch.label_counts > 0).sum()),
         )
 
@@ -177,34 +177,34 @@ class _Item:
             self,
             micro_batch=self.micro_batch.to(device),
             label_positions=self.label_positions.to(device, non_blocking=True),
-            context=self.context.map(lambda values: values.to(device, non_blocking=True)),
+            given=self.given.map(lambda values: values.to(device, non_blocking=True)),
         )
 
-    def whole_context(self, parallel: Parallel) -> LabelContext:
-        """The context, with records where the objective mixes tokens."""
-        if self.objective is None or not self.objective.mixes_tokens:
-            return self.context
+    def given_with_records(self, parallel: Parallel) -> LabelInputs:
+        """What is given, with records where the objective mixes tokens."""
+        if self.objective is None or not self.objective.needs_whole_records:
+            return self.given
         ids = select_labels(self.micro_batch.record_ids, self.label_positions)
         counts = self.micro_batch.label_counts
         records = Records(ids=ids, label_counts=counts, add_up=partial(sum_over_context, parallel=parallel))
-        return replace(self.context, records=records)
+        return replace(self.given, records=records)
 
     def head_inputs(self, parallel: Parallel) -> HeadInputs:
-        objective, context, batch = self.objective, self.whole_context(parallel), self.micro_batch
+        objective, given, batch = self.objective, self.given_with_records(parallel), self.micro_batch
         if objective is None:
             return HeadInputs(labels=batch.labels, label_positions=self.label_positions, token_loss=None)
         return HeadInputs(
             labels=batch.labels,
             label_positions=self.label_positions,
-            token_loss=lambda stats, part: objective.token_loss(stats, context.part(part)),
-            mixes_tokens=objective.mixes_tokens,
+            token_loss=lambda stats, part: objective.token_loss(stats, given.part(part)),
+            needs_whole_records=objective.needs_whole_records,
             extra_stats=objective.extra_stats,
         )
 
 
-def _context_of(
+def _given_of(
     micro_batch: MicroBatch, positions: Tensor, old_log_probs: Tensor | None, config: ObjectiveConfig
-) -> LabelContext:
+) -> LabelInputs:
     """What is known of the label tokens at `positions` before the forward pass."""
 
     def of_tokens(values: Tensor | None) -> Tensor | None:
@@ -214,7 +214,7 @@ def _context_of(
         return None if values is None else values[select_labels(micro_batch.record_ids, positions)]
 
     weighs_records = config.loss_aggregation == "seq-mean-token-mean"
-    return LabelContext(
+    return LabelInputs(
         old_log_probs=of_tokens(old_log_probs),
         ref_log_probs=of_tokens(micro_batch.ref_log_probs),
         advantages=of_records(micro_batch.advantages),

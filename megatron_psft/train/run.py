@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_psft.config.schema import Config, config_to_yaml
-from megatron_psft.distributed.collective import together
+from megatron_psft.distributed.collective import on_every_rank
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.hf import export
@@ -29,7 +29,7 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
         UserError: on every rank alike.
         RankError: on this rank, whatever the others do.
     """
-    together(lambda: check_machine(config.precision, platform))
+    on_every_rank(lambda: check_machine(config.precision, platform))
     inputs = read_in_turn(config, rank, local_rank)
     log.info("%s", platform.describe())
     describe(inputs, packing=config.data.packing)
@@ -39,7 +39,7 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
     if signum:
         return signum
     if config.weights.export_hf is not None:
-        ready.schedule.gather_parameters()
+        ready.pipeline.gather_parameters()
         export.export(
             ready.state.chunks,
             Path(config.weights.export_hf),

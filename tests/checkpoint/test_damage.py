@@ -52,16 +52,16 @@ def test_every_file_of_a_checkpoint_is_watched(pool, tmp_path, inputs, finished)
 
 def _read_only(argv: list[str]) -> Exit:
     """The command line up to the moment when a model would be built: the checks, at the price of the checks."""
-    from megatron_psft.train import assemble as build
+    from megatron_psft.train import assemble
 
     def stop(*args, **kwargs):
         raise SystemExit(0)
 
-    original, build.build_model = build.build_model, stop
+    original, assemble.build_model = assemble.build_model, stop
     try:
         return run_cli(argv)
     finally:
-        build.build_model = original
+        assemble.build_model = original
 
 
 def test_a_damaged_checkpoint_is_refused_with_the_newest_intact_one(pool, tmp_path, inputs, finished):

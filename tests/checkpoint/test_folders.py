@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
 from megatron_psft.checkpoint.folders import step_folder
-from megatron_psft.sealed import MARKER, DamageError, find_damage, read_content
+from megatron_psft.sealed import MARKER, DamageError, first_damage, read_content
 
 CONTENT = {"step": 12, "identity": {"seed": 1, "rope": {"factor": 8.0}, "norm": 1e-5}}
 FILES = {
@@ -25,17 +25,17 @@ FILES = {
 def write_checkpoint(run: Path, step: int, content: dict = CONTENT, files: dict[str, bytes] = FILES) -> Path:
     """As two ranks do, one after the other."""
     target = step_folder(run, step)
-    aside = sealed.begin(target)
+    staging = sealed.begin(target)
     for name, data in files.items():
-        (aside / name).write_bytes(data)
+        (staging / name).write_bytes(data)
     for rank in range(2):
-        sealed.leave_sums(aside, rank)
+        sealed.leave_sums(staging, rank)
     sealed.seal(target, content)
     return target
 
 
 def damages(checkpoint: Path, parts: int = 1) -> list[str]:
-    return [damage for part in range(parts) if (damage := find_damage(checkpoint, part=part, parts=parts))]
+    return [damage for part in range(parts) if (damage := first_damage(checkpoint, part=part, parts=parts))]
 
 
 def test_a_sealed_checkpoint_has_its_files_its_content_and_nothing_else(tmp_path):

@@ -60,20 +60,20 @@ def test_evaluation_leaves_no_trace_in_training(pool, tmp_path, inputs):
 
 def _draw_after_each_step(argv: list[str]) -> list[float]:
     """The command line, and a random number after each step that it makes."""
-    from megatron_psft.train import loop as trainer
+    from megatron_psft.train import loop
 
-    original, drawn = trainer.train_step, []
+    original, drawn = loop.train_step, []
 
     def step_and_draw(*args, **kwargs):
         values = original(*args, **kwargs)
         drawn.append(float(torch.rand(())))
         return values
 
-    trainer.train_step = step_and_draw
+    loop.train_step = step_and_draw
     try:
         assert run_cli(argv).code == 0
     finally:
-        trainer.train_step = original
+        loop.train_step = original
     return drawn
 
 
@@ -95,10 +95,10 @@ MOMENTS = {"in training": "train", "in the old policy's pass": "score", "in eval
 def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Exit:
     """The command line; `rank` gets the signal in the third training pass, the second scoring pass or the first
     evaluation."""
-    from megatron_psft.train import loop as trainer
-    from megatron_psft.train.pipeline import Schedule
+    from megatron_psft.train import loop
+    from megatron_psft.train.pipeline import Pipeline
 
-    owner = trainer if moment == "evaluate" else Schedule
+    owner = loop if moment == "evaluate" else Pipeline
     original, calls = getattr(owner, moment), []
 
     def signalled(*args, **kwargs):
@@ -263,9 +263,9 @@ def test_a_full_disk_is_noticed_before_anything_is_written(pool, tmp_path, input
 
 def _run_with_a_peer_that(fate: str, argv: list[str]) -> Exit:
     """The command line; rank 1 hangs, or is killed, in its third training pass."""
-    from megatron_psft.train.pipeline import Schedule
+    from megatron_psft.train.pipeline import Pipeline
 
-    original, calls = Schedule.train, []
+    original, calls = Pipeline.train, []
 
     def last(*args, **kwargs):
         calls.append(fate)
@@ -275,11 +275,11 @@ def _run_with_a_peer_that(fate: str, argv: list[str]) -> Exit:
             time.sleep(15)
         return original(*args, **kwargs)
 
-    Schedule.train = last
+    Pipeline.train = last
     try:
         return run_cli(argv)
     finally:
-        Schedule.train = original
+        Pipeline.train = original
 
 
 @pytest.mark.slow

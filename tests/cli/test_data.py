@@ -80,7 +80,7 @@ def test_records_of_a_pack_are_told_by_their_lengths():
     row = MicroBatch(
         tokens=torch.tensor([[1, 2, 4, 0]]),
         labels=torch.tensor([[2, 3, 5, 0]]),
-        loss_mask=torch.tensor([[False, True, True, False]]),
+        label_mask=torch.tensor([[False, True, True, False]]),
         position_ids=torch.tensor([[0, 1, 0, 0]]),
         record_ids=torch.tensor([[0, 0, 1, 0]]),
         label_counts=torch.tensor([1, 1]),

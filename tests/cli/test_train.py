@@ -210,7 +210,7 @@ def test_epochs_count_packs_and_metrics_count_records_and_real_tokens(pool, inpu
     packs = int(said.split()[1])
     assert f"packing: {packs} packs of at most 256 tokens, " in said
     assert len(found) == 2 * packs < len(wanted) == 24
-    for name in ("tokens", "loss_tokens", "sequences"):
+    for name in ("tokens", "label_tokens", "records"):
         assert sum(line[name] for line in found) == sum(line[name] for line in wanted)
     assert "old policy: log-probabilities of " in packed.err
 

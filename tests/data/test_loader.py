@@ -54,7 +54,7 @@ def ids_of_steps(loader: BatchLoader, steps: range) -> list[int]:
 
 def rows(batches: list[MicroBatch]) -> torch.Tensor:
     """Everything in the rows of one or more micro-batches, [rows, 4, seq]."""
-    parts = [torch.stack([b.tokens, b.labels, b.loss_mask, b.position_ids], dim=1) for b in batches]
+    parts = [torch.stack([b.tokens, b.labels, b.label_mask, b.position_ids], dim=1) for b in batches]
     return torch.cat(parts)
 
 
@@ -85,13 +85,13 @@ def test_labels_are_the_tokens_shifted_by_one_and_the_mask_is_theirs():
     batch = collate(examples, batch_size=3, seq_length=4, pad_token_id=4)
     assert batch.tokens.tolist() == [[5, 6, 7, 4], [9, 4, 4, 4], [4, 4, 4, 4]]
     assert batch.labels.tolist() == [[6, 7, 8, 4], [4, 4, 4, 4], [4, 4, 4, 4]]
-    assert batch.loss_mask.tolist() == [[False, True, True, False], [True] + [False] * 3, [False] * 4]
+    assert batch.label_mask.tolist() == [[False, True, True, False], [True] + [False] * 3, [False] * 4]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3]] * 3
     assert batch.record_ids.tolist() == [[0] * 4, [1, 0, 0, 0], [0] * 4]
     assert batch.label_counts.tolist() == [2, 1]
-    assert (batch.num_sequences, batch.num_tokens) == (2, 4)
+    assert (batch.num_records, batch.num_tokens) == (2, 4)
     assert {batch.tokens.dtype, batch.labels.dtype, batch.position_ids.dtype} == {torch.int64}
-    assert batch.loss_mask.dtype == torch.bool
+    assert batch.label_mask.dtype == torch.bool
 
 
 def test_to_moves_every_tensor():
@@ -99,7 +99,7 @@ def test_to_moves_every_tensor():
     batch = replace(batch, ref_log_probs=torch.zeros(1, 2))
     before, after = vars(batch), vars(batch.to("meta"))
     devices = {name: value.device.type for name, value in after.items() if isinstance(value, torch.Tensor)}
-    names = ["tokens", "labels", "loss_mask", "position_ids", "record_ids", "label_counts"]
+    names = ["tokens", "labels", "label_mask", "position_ids", "record_ids", "label_counts"]
     names += ["advantages", "ref_log_probs"]
     assert devices == dict.fromkeys(names, "meta")
     assert [after[name] for name in after if name not in devices] == [
@@ -152,7 +152,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_layout(dataset, layout, step, w
     ]
     (expected,) = whole.micro_batches(step)
     assert torch.equal(rows(parts), rows([expected]))
-    assert sum(batch.num_sequences for batch in parts) == expected.num_sequences
+    assert sum(batch.num_records for batch in parts) == expected.num_records
     assert sum(batch.num_tokens for batch in parts) == expected.num_tokens == whole.lengths(step).sum()
     assert len(parts) == ranks * count
 
@@ -181,8 +181,8 @@ def test_without_wrapping_every_record_comes_once_and_empty_rows_fill_up(dataset
     loader = make_loader(dataset, global_batch_size=batch_size, shuffle_seed=1 if shuffle else None, wrap=False)
     batches = [batch for step in range(loader.num_batches) for batch in loader.micro_batches(step)]
     assert sorted(index for batch in batches for index in record_ids(batch)) == list(range(len(dataset)))
-    assert sum(batch.num_sequences for batch in batches) == len(dataset)
-    assert sum(int(batch.loss_mask.sum()) for batch in batches) == dataset.statistics().label_tokens
+    assert sum(batch.num_records for batch in batches) == len(dataset)
+    assert sum(int(batch.label_mask.sum()) for batch in batches) == dataset.statistics().label_tokens
     assert len(batches) == loader.num_batches * batch_size
 
 
@@ -192,9 +192,9 @@ def test_empty_rows_have_no_label_and_keep_the_shape():
     )
     full, part = loader.micro_batches(0)
     assert full.tokens.shape == part.tokens.shape == (2, 5)
-    assert (full.num_sequences, part.num_sequences) == (2, 1)
+    assert (full.num_records, part.num_records) == (2, 1)
     assert part.tokens[1].tolist() == part.labels[1].tolist() == [PAD] * 5
-    assert not part.loss_mask[1].any()
+    assert not part.label_mask[1].any()
 
 
 @pytest.mark.parametrize(("wrap", "step"), [(False, 2), (False, -1), (True, -1)])
@@ -230,8 +230,8 @@ def assert_right_where_real(batch: MicroBatch, dataset: TokenizedDataset) -> lis
         for example in examples
         for token, mask in zip(example.tokens, example.label_mask, strict=True)
     }
-    assert batch.loss_mask[is_real].tolist() == [masks[int(label)] for label in labels]
-    assert not batch.loss_mask[~is_real].any()
+    assert batch.label_mask[is_real].tolist() == [masks[int(label)] for label in labels]
+    assert not batch.label_mask[~is_real].any()
     owners = dict(zip(batch.record_ids[is_real].tolist(), (tokens // 1000).tolist(), strict=True))
     assert [owners[record] for record in batch.record_ids[is_real].tolist()] == (tokens // 1000).tolist()
     assert {record: int(batch.label_counts[record]) for record in owners} == {
@@ -279,7 +279,7 @@ def test_every_token_comes_once_per_epoch_over_all_ranks(
             assert batch.seq_length == sum(batch.segments) == loaders[0].seq_length(step)
         firsts = [batch for loader in loaders[::context_size] for batch in loader.micro_batches(step)]
         assert sum(batch.num_tokens for batch in firsts) == loaders[0].lengths(step).sum()
-        assert sum(batch.num_sequences for batch in firsts) == len(loaders[0].lengths(step))
+        assert sum(batch.num_records for batch in firsts) == len(loaders[0].lengths(step))
     inputs = [token for i in range(len(dataset)) for token in dataset[i].tokens[:-1].tolist()]
     assert sorted(seen) == inputs
 
@@ -315,7 +315,7 @@ def test_every_token_finds_the_advantage_of_its_record(lengths, context_size, pa
         loader = make_loader(dataset, plan, micro_batch_size=2, shard=shard, one_row=packing or context_size > 1)
         for batch in loader.micro_batches(0):
             assert batch.advantages.dtype == torch.float32
-            assert len(batch.advantages) == batch.num_sequences
+            assert len(batch.advantages) == batch.num_records
             is_real = batch.tokens != PAD
             records = batch.tokens[is_real] // 1000 - 1
             assert torch.equal(batch.advantages[batch.record_ids[is_real]], records / 2)

@@ -306,11 +306,11 @@ def test_every_pair_comes_once_with_both_sequences_in_one_micro_batch(
             batches = loader.micro_batches(step)
             for batch in batches:
                 seen += check(batch, sequences)
-                assert batch.num_sequences % 2 == 0
+                assert batch.num_records % 2 == 0
                 rows = 1 if one_row else 2 * micro_batch_size
                 assert batch.tokens.shape == (rows, loader.seq_length(step) // context_size)
                 if one_row:  # a segment for each sequence, and one of padding
-                    assert len(batch.segments) - batch.num_sequences in (0, 1)
+                    assert len(batch.segments) - batch.num_records in (0, 1)
             assert sum(batch.tokens.numel() for batch in batches) == loader.positions_per_rank(step)
             positions += sum(batch.num_tokens for batch in batches)
         assert positions == context_size * loaders[0].lengths(step).sum()

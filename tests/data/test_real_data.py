@@ -91,14 +91,14 @@ def test_published_shapes_train_when_made_thin(pool, data_folder, tmp_path, name
 
 def _score(folder: Path, layout: Layout, example: Example) -> torch.Tensor:
     """Log-probabilities of a record's label tokens, by the weights of a Hugging Face folder in fp32."""
-    from megatron_psft.train.pipeline import Schedule
+    from megatron_psft.train.pipeline import Pipeline
 
     with rank_of(layout) as rank:
         chunks, _ = rank.build(folder)
-        schedule = Schedule(chunks=chunks, parallel=rank.parallel)
+        pipeline = Pipeline(chunks=chunks, parallel=rank.parallel)
         batch = collate([example], batch_size=1, seq_length=-(-len(example.tokens) // 2) * 2, pad_token_id=0)
-        scored = schedule.score([batch])
-        return scored[0].log_probs[batch.loss_mask]
+        scored = pipeline.score([batch])
+        return scored[0].log_probs[batch.label_mask]
 
 
 @pytest.mark.parametrize(

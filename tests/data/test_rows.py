@@ -39,7 +39,7 @@ def test_a_packed_row_by_hand():
     layout = packed_row([3, 1, 2], seq_length=8)
     assert layout.segments == (3, 1, 2, 2), "the row's padding is a segment of its own"
     arrays = [np.array([1, 2, 3]), np.array([4]), np.array([5, 6])]
-    assert layout.place(arrays, padding=9).tolist() == [[1, 2, 3, 4, 5, 6, 9, 9]]
+    assert layout.fill(arrays, padding=9).tolist() == [[1, 2, 3, 4, 5, 6, 9, 9]]
     assert layout.positions().tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]]
 
 
@@ -49,7 +49,7 @@ def test_a_packed_row_shared_by_two_ranks_by_hand():
     for rank in range(2):
         layout = packed_row([3, 5], seq_length=16, context_rank=rank, context_size=2)
         assert layout.segments == (4, 8, 4)
-        found.append((layout.place(arrays, padding=0).tolist(), layout.positions().tolist()))
+        found.append((layout.fill(arrays, padding=0).tolist(), layout.positions().tolist()))
     assert found[0] == ([[1, 0, 4, 5, 0, 0, 0, 0]], [[0, 3, 0, 1, 6, 7, 0, 3]])
     assert found[1] == ([[2, 3, 6, 7, 8, 0, 0, 0]], [[1, 2, 2, 3, 4, 5, 1, 2]])
 
@@ -64,5 +64,5 @@ def test_a_full_row_has_no_segment_of_padding_and_an_empty_one_nothing_else():
 def test_separate_rows_by_hand():
     layout = separate_rows(2, rows=3, seq_length=4)
     assert layout.segments is None
-    assert layout.place([np.array([1, 2]), np.array([3])], padding=0).tolist() == [[1, 2, 0, 0], [3, 0, 0, 0], [0] * 4]
+    assert layout.fill([np.array([1, 2]), np.array([3])], padding=0).tolist() == [[1, 2, 0, 0], [3, 0, 0, 0], [0] * 4]
     assert layout.positions().tolist() == [[0, 1, 2, 3]] * 3

@@ -148,7 +148,7 @@ def _saved_bytes(folder: Path, layers: int) -> tuple[float, int]:
     argv += f" --save {folder}/run{layers} --data-cache-dir {folder}/cache --loss-on all --overlong truncate"
     argv += " --seq-length 128 --train-iters 2 --global-batch-size 1 --old-policy-interval 1"
     with training_run(argv.split()) as run:
-        own = {parameter.untyped_storage().data_ptr() for parameter in run.schedule.chunks[0].parameters()}
+        own = {parameter.untyped_storage().data_ptr() for parameter in run.pipeline.chunks[0].parameters()}
         sizes = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,12 @@ from unittest import mock
 
 import pytest
 
-from megatron_psft.diagnostics.toy_step import trial_step
+from megatron_psft.diagnostics.toy_step import toy_step
 from megatron_psft.distributed.device import detect
 
 
 def _trial():
-    return trial_step(detect(0), bf16=False)
+    return toy_step(detect(0), bf16=False)
 
 
 def test_the_step_tells_what_runs_on_a_cpu_use(pool):
@@ -26,7 +26,7 @@ def test_the_step_tells_what_runs_on_a_cpu_use(pool):
 
 def _trial_with_bad_gradients():
     with mock.patch("torch.nn.functional.silu", lambda x: x * float("nan")):
-        return trial_step(detect(0), bf16=False)
+        return toy_step(detect(0), bf16=False)
 
 
 def test_a_step_that_goes_wrong_raises(pool):

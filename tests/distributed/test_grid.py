@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_psft.config.schema import ParallelConfig
-from megatron_psft.distributed.collective import together
+from megatron_psft.distributed.collective import on_every_rank
 from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError
@@ -19,7 +19,7 @@ def _place(config: ParallelConfig, world_size: int, virtual_size: int | None = N
     here = detect(0)
     with process_group(here, world_size):
         place = initialize_parallel(config, virtual_size=virtual_size, seed=1, device=here.device)
-        roles = (place.is_main, place.is_first_stage, place.is_last_stage, place.counts_batch)
+        roles = (place.is_main, place.is_first_stage, place.is_last_stage, place.reports_sums)
         return asdict(place), roles
 
 
@@ -102,7 +102,7 @@ def _act_together(failing_ranks: Sequence[int]):
             return [rank]
 
         try:
-            outcome = together(action)
+            outcome = on_every_rank(action)
         except UserError as error:
             outcome = str(error)
         ranks = torch.tensor(rank)
@@ -122,7 +122,7 @@ def test_one_ranks_error_is_everybodys(pool, failing_ranks):
 
 def _return_nothing():
     with process_group(detect(0), 1):
-        return together(lambda: None)
+        return on_every_rank(lambda: None)
 
 
 def test_nothing_is_a_result_too(pool):
@@ -132,7 +132,7 @@ def test_nothing_is_a_result_too(pool):
 def _fail_with_a_bug():
     with process_group(detect(0), 1):
         try:
-            together(lambda: {}["missing"])
+            on_every_rank(lambda: {}["missing"])
         except KeyError as error:
             return str(error)
 

@@ -59,7 +59,7 @@ def _plain(case: Case, weight: Tensor) -> LabelStats:
     assert bare.top_entropy is None
     assert bare.sum_squares is None
     assert torch.equal(stats.log_probs, bare.log_probs)
-    assert not any(values.requires_grad for values in stats.without_gradient)
+    assert not any(values.requires_grad for values in stats.non_differentiable)
     return stats.map(lambda values: values.detach()[0])
 
 

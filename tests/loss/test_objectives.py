@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_psft.config.schema import LossAggregation, ObjectiveConfig, ObjectiveName
 from megatron_psft.loss import objectives
-from megatron_psft.loss.labels import LabelContext, LabelStats, Records
+from megatron_psft.loss.labels import LabelInputs, LabelStats, Records
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums, policy_ratio
 from tests.support import reference
 
@@ -28,22 +28,22 @@ def leaf(values):
 def sums_and_gradient(name, log_probs, old_log_probs, entropy, clip_ratio_high=0.28):
     log_probs = log_probs.detach().clone().requires_grad_()
     config = ObjectiveConfig(objective=name, clip_ratio_high=clip_ratio_high)
-    context = LabelContext(old_log_probs=old_log_probs)
-    loss = Objective(config=config).token_loss(LabelStats(log_probs, entropy), context).sum()
+    given = LabelInputs(old_log_probs=old_log_probs)
+    loss = Objective(config=config).token_loss(LabelStats(log_probs, entropy), given).sum()
     loss.backward()
     stats = LabelStats(log_probs.detach(), entropy)
-    return batch_sums(loss.detach(), stats, context, config, labelled_records=3), log_probs.grad
+    return batch_sums(loss.detach(), stats, given, config, labelled_records=3), log_probs.grad
 
 
 def metrics_of(log_probs, old_log_probs):
-    stats, context = LabelStats(log_probs, torch.zeros_like(log_probs)), LabelContext(old_log_probs=old_log_probs)
-    return batch_sums(torch.tensor(0.0), stats, context, ObjectiveConfig(), labelled_records=3)
+    stats, given = LabelStats(log_probs, torch.zeros_like(log_probs)), LabelInputs(old_log_probs=old_log_probs)
+    return batch_sums(torch.tensor(0.0), stats, given, ObjectiveConfig(), labelled_records=3)
 
 
 def psft_loss(log_probs, old_log_probs, *, clip_ratio_high):
     config = ObjectiveConfig(objective="psft", clip_ratio_high=clip_ratio_high)
-    stats, context = LabelStats(log_probs, torch.zeros_like(log_probs)), LabelContext(old_log_probs=old_log_probs)
-    return Objective(config=config).token_loss(stats, context)
+    stats, given = LabelStats(log_probs, torch.zeros_like(log_probs)), LabelInputs(old_log_probs=old_log_probs)
+    return Objective(config=config).token_loss(stats, given)
 
 
 def numbers(sums: BatchSums) -> dict[str, float]:
@@ -121,7 +121,7 @@ def test_a_diverged_policy_gives_finite_numbers(log_ratio):
 def test_sft_is_the_negative_log_probability():
     log_probs = leaf([-0.25, 0.0, -7.0])
     config = ObjectiveConfig(objective="sft")
-    loss = Objective(config=config).token_loss(LabelStats(log_probs, torch.zeros(3)), LabelContext())
+    loss = Objective(config=config).token_loss(LabelStats(log_probs, torch.zeros(3)), LabelInputs())
     loss.sum().backward()
     assert loss.tolist() == [0.25, 0.0, 7.0]
     assert log_probs.grad.tolist() == [-1.0, -1.0, -1.0]
@@ -139,7 +139,7 @@ def test_sums_equal_arithmetic_by_hand():
         "ratio": 5.75,
         "clipped": 1.0,
         "approx_kl": 5.75 - 4 - math.log(1.25 * 0.5 * 3),
-        "loss_tokens": 4.0,
+        "label_tokens": 4.0,
         "denominator": 4.0,
     }
     assert numbers(sums) == pytest.approx({"loss": -(1.25 + 0.5 + 1.3 + 1), **shared}, rel=1e-6)
@@ -208,9 +208,9 @@ def test_sums_add_up_over_any_split_into_micro_batches(seed, sizes, objective, w
 def test_no_value_is_copied_to_the_host():
     """A meta tensor has no values: reading one raises."""
     values = torch.zeros(6, device="meta")
-    stats, context = LabelStats(values, values), LabelContext(old_log_probs=values)
-    loss = Objective(config=ObjectiveConfig()).token_loss(stats, context).sum()
-    sums = batch_sums(loss, stats, context, ObjectiveConfig(), labelled_records=3)
+    stats, given = LabelStats(values, values), LabelInputs(old_log_probs=values)
+    loss = Objective(config=ObjectiveConfig()).token_loss(stats, given).sum()
+    sums = batch_sums(loss, stats, given, ObjectiveConfig(), labelled_records=3)
     assert {getattr(sums, name).device.type for name in (*SUMS, "ratios")} == {"meta"}
 
 
@@ -251,10 +251,10 @@ BY_HAND = {
 }
 
 
-def evaluate(config: ObjectiveConfig, stats: LabelStats, context: LabelContext):
+def evaluate(config: ObjectiveConfig, stats: LabelStats, given: LabelInputs):
     """Losses and their derivatives by the log-probabilities."""
     log_probs = stats.log_probs.detach().clone().requires_grad_()
-    losses = Objective(config=config).token_loss(stats._replace(log_probs=log_probs), context)
+    losses = Objective(config=config).token_loss(stats._replace(log_probs=log_probs), given)
     (gradient,) = torch.autograd.grad(losses.sum(), log_probs)
     return losses.detach(), gradient
 
@@ -272,7 +272,7 @@ def test_each_loss_and_gradient_is_that_of_arithmetic_by_hand(case):
     double = {"dtype": torch.float64}
     stats = LabelStats(torch.tensor([prob], **double).log(), *torch.tensor([[9.0], [1.5], [0.5]], **double))
     ref = None if ref_prob is None else torch.tensor([ref_prob], **double).log()
-    losses, gradient = evaluate(config, stats, LabelContext(ref_log_probs=ref, records=one_record(1)))
+    losses, gradient = evaluate(config, stats, LabelInputs(ref_log_probs=ref, records=one_record(1)))
     assert losses.tolist() == pytest.approx([loss], rel=1e-12)
     assert gradient.tolist() == pytest.approx([derivative], rel=1e-12)
 
@@ -301,8 +301,8 @@ def test_each_loss_and_gradient_is_that_of_autograd_through_the_whole_softmax(na
         torch.special.entr(top).sum(dim=1),
         probs.square().sum(dim=1),
     )
-    context = LabelContext(old_log_probs=old, ref_log_probs=ref, records=one_record(40))
-    found = Objective(config=ObjectiveConfig(objective=name, **settings)).token_loss(stats, context)
+    given = LabelInputs(old_log_probs=old, ref_log_probs=ref, records=one_record(40))
+    found = Objective(config=ObjectiveConfig(objective=name, **settings)).token_loss(stats, given)
     (gradient,) = torch.autograd.grad(found.sum(), fresh)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-9, atol=1e-12)
@@ -314,17 +314,17 @@ def test_with_advantages_psft_is_ppo(seed, clip_ratio_low, clip_ratio_high):
     advantages = torch.randn(24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     advantages[:2] = 0.0
     config = ObjectiveConfig(clip_ratio_low=clip_ratio_low, clip_ratio_high=clip_ratio_high)
-    context = LabelContext(old_log_probs=old, advantages=advantages)
-    losses, gradient = evaluate(config, LabelStats(log_probs, entropy), context)
+    given = LabelInputs(old_log_probs=old, advantages=advantages)
+    losses, gradient = evaluate(config, LabelStats(log_probs, entropy), given)
     leaf_log_probs = log_probs.clone().requires_grad_()
     ratio = (leaf_log_probs - old).exp()
     ppo = -torch.min(ratio * advantages, ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high) * advantages)
     (ppo_gradient,) = torch.autograd.grad(ppo.sum(), leaf_log_probs)
     torch.testing.assert_close(losses, ppo.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, ppo_gradient, rtol=1e-12, atol=1e-12)
-    sums = batch_sums(losses.sum(), LabelStats(log_probs, entropy), context, config, labelled_records=1)
-    without_gradient = (gradient == 0) & (advantages != 0)
-    assert sums.clipped.item() == without_gradient.sum().item()
+    sums = batch_sums(losses.sum(), LabelStats(log_probs, entropy), given, config, labelled_records=1)
+    non_differentiable = (gradient == 0) & (advantages != 0)
+    assert sums.clipped.item() == non_differentiable.sum().item()
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -332,7 +332,7 @@ def test_an_advantage_of_one_changes_no_bit(seed):
     log_probs, old, entropy = random_batch(seed, 24)
     for config in (ObjectiveConfig(objective="psft"), ObjectiveConfig(objective="sft")):
         plain, weighed = (
-            evaluate(config, LabelStats(log_probs, entropy), LabelContext(old_log_probs=old, advantages=advantages))
+            evaluate(config, LabelStats(log_probs, entropy), LabelInputs(old_log_probs=old, advantages=advantages))
             for advantages in (None, torch.ones(24))
         )
         assert all(map(torch.equal, plain, weighed))
@@ -346,8 +346,8 @@ def test_the_sequence_weight_of_iw_sft_is_of_the_record_over_all_its_ranks():
         label_counts=torch.tensor([2, 4, 0]),
         add_up=lambda sums: sums + torch.tensor([0.0, 1.0, 0.0]),
     )
-    stats, context = LabelStats(log_probs, log_probs), LabelContext(ref_log_probs=ref, records=records)
-    _, gradient = evaluate(ObjectiveConfig(objective="iw-sft"), stats, context)
+    stats, given = LabelStats(log_probs, log_probs), LabelInputs(ref_log_probs=ref, records=records)
+    _, gradient = evaluate(ObjectiveConfig(objective="iw-sft"), stats, given)
     first, second = math.exp(2 * (0.5 + 0.2) / 2), math.exp(2 * (0.2 + 1.0) / 4)
     assert gradient.tolist() == pytest.approx([-first, -first, -second], rel=1e-6)
 
@@ -357,10 +357,10 @@ def test_weights_of_the_aggregation_multiply_any_loss(name):
     log_probs, old, entropy = random_batch(5, 8)
     weights = torch.linspace(0.1, 3, 8)
     stats = LabelStats(log_probs, entropy, entropy, 0.1 * entropy)
-    context = LabelContext(old_log_probs=old, ref_log_probs=old, records=one_record(8))
+    given = LabelInputs(old_log_probs=old, ref_log_probs=old, records=one_record(8))
     config = ObjectiveConfig(objective=name, profit_threshold=0.0)
-    plain, gradient = evaluate(config, stats, context)
-    weighed, weighed_gradient = evaluate(config, stats, replace(context, weights=weights))
+    plain, gradient = evaluate(config, stats, given)
+    weighed, weighed_gradient = evaluate(config, stats, replace(given, weights=weights))
     torch.testing.assert_close(weighed, plain * weights)
     torch.testing.assert_close(weighed_gradient, gradient * weights)
 
@@ -369,9 +369,9 @@ def test_weights_of_the_aggregation_multiply_any_loss(name):
 def test_losses_are_divided_by_tokens_or_by_records(aggregation, denominator):
     log_probs, old, entropy = random_batch(5, 8)
     config = ObjectiveConfig(loss_aggregation=aggregation)
-    stats, context = LabelStats(log_probs, entropy), LabelContext(old_log_probs=old)
-    sums = batch_sums(torch.tensor(1.0), stats, context, config, labelled_records=3)
-    assert (sums.denominator.item(), sums.loss_tokens.item()) == (denominator, 8)
+    stats, given = LabelStats(log_probs, entropy), LabelInputs(old_log_probs=old)
+    sums = batch_sums(torch.tensor(1.0), stats, given, config, labelled_records=3)
+    assert (sums.denominator.item(), sums.label_tokens.item()) == (denominator, 8)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -72,7 +72,7 @@ def test_a_run_counts_what_its_metrics_call_clipped_and_a_resumed_one_too(pool, 
     """The checkpoint that the second run starts from lies within a window of the old policy."""
     found = train(pool, inputs, tmp_path / "whole", 2, "--save-interval", "3")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    clipped = sum(line["clip_fraction"] * line["loss_tokens"] for line in lines)
+    clipped = sum(line["clip_fraction"] * line["label_tokens"] for line in lines)
     assert clipped > 100
     assert found["clipped"] == pytest.approx(clipped, rel=1e-9)
     assert (found["first_step"], found["last_step"], len(found["tokens"])) == (1, 7, 5)

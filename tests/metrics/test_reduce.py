@@ -11,10 +11,10 @@ import torch
 from megatron_psft.config.schema import LoggingConfig, ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
-from megatron_psft.loss.labels import LabelContext, LabelStats
+from megatron_psft.loss.labels import LabelInputs, LabelStats
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
-from megatron_psft.metrics.run_log import METRICS_FILE, Report
+from megatron_psft.metrics.run_log import METRICS_FILE, RunLog
 from megatron_psft.metrics.trackers import Trackers
 from tests.support import reference
 from tests.support.marks import slow
@@ -29,14 +29,14 @@ PERCENTILES = {"ratio_p05": 5, "ratio_p50": 50, "ratio_p95": 95, "ratio_max": 10
 def micro_batch(seed: int, num_labels: int) -> tuple[MicroBatch, LabelStats, torch.Tensor]:
     """One of 2 x 8 positions with this many labels, what a model says of it, and what it said before."""
     generator = torch.Generator().manual_seed(seed)
-    loss_mask = torch.zeros(16, dtype=torch.bool)
-    loss_mask[torch.randperm(16, generator=generator)[:num_labels]] = True
+    label_mask = torch.zeros(16, dtype=torch.bool)
+    label_mask[torch.randperm(16, generator=generator)[:num_labels]] = True
     old_log_probs = -3 * torch.rand(2, 8, generator=generator)
     log_probs = old_log_probs + 0.5 * torch.randn(2, 8, generator=generator)
     batch = MicroBatch(
         tokens=torch.zeros(2, 8, dtype=torch.int64),
         labels=torch.zeros(2, 8, dtype=torch.int64),
-        loss_mask=loss_mask.view(2, 8),
+        label_mask=label_mask.view(2, 8),
         position_ids=torch.arange(8).repeat(2, 1),
         record_ids=torch.zeros(2, 8, dtype=torch.int64),
         label_counts=torch.zeros(1 + seed % 2, dtype=torch.int64),
@@ -72,10 +72,10 @@ def entered(tensor_size: int, pipeline_size: int):
 def _sums(entries) -> list[BatchSums]:
     sums = []
     for batch, stats, old in entries:
-        chosen = stats.map(lambda values, mask=batch.loss_mask: values[mask])
-        context = LabelContext(old_log_probs=old[batch.loss_mask])
-        loss = Objective(config=PSFT).token_loss(chosen, context).sum()
-        sums.append(batch_sums(loss, chosen, context, PSFT, labelled_records=1))
+        chosen = stats.map(lambda values, mask=batch.label_mask: values[mask])
+        given = LabelInputs(old_log_probs=old[batch.label_mask])
+        loss = Objective(config=PSFT).token_loss(chosen, given).sum()
+        sums.append(batch_sums(loss, chosen, given, PSFT, labelled_records=1))
     return sums
 
 
@@ -89,7 +89,7 @@ def _reduce(tensor_size: int, pipeline_size: int):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
     (batches,) = global_batch(1)
-    mask = torch.cat([batch.loss_mask for batch, _, _ in batches])
+    mask = torch.cat([batch.label_mask for batch, _, _ in batches])
     log_probs = torch.cat([stats.log_probs for _, stats, _ in batches])[mask].double()
     old_log_probs = torch.cat([old for _, _, old in batches])[mask].double()
     entropy = torch.cat([stats.entropy for _, stats, _ in batches])[mask].double()
@@ -104,8 +104,8 @@ def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
         "clip_fraction": (ratio > 1 + CLIP).double().mean().item(),
         "approx_kl": (ratio - 1 - log_ratio).mean().item(),
         "tokens": sum(9 + seed for seed in range(12)),
-        "loss_tokens": sum(LABELS),
-        "sequences": 18,
+        "label_tokens": sum(LABELS),
+        "records": 18,
     }
     results = pool.run(_reduce, 4, *layout)
     assert results[0] == pytest.approx(expected, rel=1e-5)
@@ -121,7 +121,7 @@ def _reduce_big_numbers():
             BatchSums(
                 ratios=torch.ones(1),
                 pairs={},
-                **{**values, **dict.fromkeys(("loss", "denominator", "loss_tokens"), torch.tensor(value))},
+                **{**values, **dict.fromkeys(("loss", "denominator", "label_tokens"), torch.tensor(value))},
             )
             for value in (2.0**24, 1.0)
         ]
@@ -129,7 +129,7 @@ def _reduce_big_numbers():
 
 
 def test_sums_of_many_tokens_keep_their_last_digit(pool):
-    assert [(metrics.loss_tokens, metrics.loss) for metrics in pool.run(_reduce_big_numbers, 4)] == [
+    assert [(metrics.label_tokens, metrics.loss) for metrics in pool.run(_reduce_big_numbers, 4)] == [
         (4 * (2**24 + 1), 1.0)
     ] * 4
 
@@ -142,9 +142,9 @@ def _reduce_nothing_but_prompts():
 
 def test_a_global_batch_without_labels_has_zero_means(pool):
     zero = dict.fromkeys(
-        ("loss", "nll", "entropy", "ratio_mean", *PERCENTILES, "clip_fraction", "approx_kl", "loss_tokens"), 0.0
+        ("loss", "nll", "entropy", "ratio_mean", *PERCENTILES, "clip_fraction", "approx_kl", "label_tokens"), 0.0
     )
-    assert pool.run(_reduce_nothing_but_prompts, 4) == [zero | {"tokens": 28, "sequences": 4}] * 4
+    assert pool.run(_reduce_nothing_but_prompts, 4) == [zero | {"tokens": 28, "records": 4}] * 4
 
 
 def _reduce_bad_loss(tensor_size: int, pipeline_size: int, bad_data_ranks: list[int], value: float) -> str | None:
@@ -177,7 +177,7 @@ def _evaluate(tensor_size: int, pipeline_size: int):
     with entered(tensor_size, pipeline_size) as place:
         sums = EvalSums(place)
         for batch, stats, _ in global_batch(place.data_size)[place.data_rank]:
-            masked = stats.map(lambda values, mask=batch.loss_mask: torch.where(mask, values, math.nan))
+            masked = stats.map(lambda values, mask=batch.label_mask: torch.where(mask, values, math.nan))
             sums.add([masked] if place.is_last_stage else [], [batch])
         return sums.means()
 
@@ -185,7 +185,7 @@ def _evaluate(tensor_size: int, pipeline_size: int):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_evaluation_is_a_sum_over_a_sum(pool, layout):
     (batches,) = global_batch(1)
-    mask = torch.cat([batch.loss_mask for batch, _, _ in batches])
+    mask = torch.cat([batch.label_mask for batch, _, _ in batches])
     log_probs = torch.cat([stats.log_probs for _, stats, _ in batches])[mask]
     entropy = torch.cat([stats.entropy for _, stats, _ in batches])[mask]
     expected = {
@@ -208,9 +208,9 @@ def values(step: int, run: int = 0) -> dict[str, float]:
     }
 
 
-def report(folder, first_step: int = 1, **options) -> Report:
+def report(folder, first_step: int = 1, **options) -> RunLog:
     trackers = Trackers(LoggingConfig(), folder, first_step=first_step)
-    return Report(folder, trackers, first_step=first_step, **{"train_iters": 9, "log_interval": 100, **options})
+    return RunLog(folder, trackers, first_step=first_step, **{"train_iters": 9, "log_interval": 100, **options})
 
 
 def lines(folder) -> list[dict[str, float]]:

@@ -52,20 +52,20 @@ def make_batches(padding_seed: int, data_rank: int, data_size: int) -> list:
 
     generator = torch.Generator().manual_seed(padding_seed)
     tokens, labels = torch.randint(0, VOCAB_SIZE, (2, len(LENGTHS), SEQ_LENGTH), generator=generator)
-    loss_mask = torch.zeros(len(LENGTHS), SEQ_LENGTH, dtype=torch.bool)
+    label_mask = torch.zeros(len(LENGTHS), SEQ_LENGTH, dtype=torch.bool)
     for row, (ids, is_label) in enumerate(make_records()):
         count = len(ids) - 1
-        tokens[row, :count], labels[row, :count], loss_mask[row, :count] = ids[:-1], ids[1:], is_label[1:]
+        tokens[row, :count], labels[row, :count], label_mask[row, :count] = ids[:-1], ids[1:], is_label[1:]
     rows_per_rank = len(LENGTHS) // data_size
     first = data_rank * rows_per_rank
     return [
         MicroBatch(
             tokens=tokens[row : row + 2],
             labels=labels[row : row + 2],
-            loss_mask=loss_mask[row : row + 2],
+            label_mask=label_mask[row : row + 2],
             position_ids=torch.arange(SEQ_LENGTH).repeat(2, 1),
             record_ids=torch.arange(2)[:, None].expand(2, SEQ_LENGTH),
-            label_counts=loss_mask[row : row + 2].sum(dim=1),
+            label_counts=label_mask[row : row + 2].sum(dim=1),
             num_tokens=0,
         )
         for row in range(first, first + rows_per_rank, 2)
@@ -117,25 +117,25 @@ def measure_model(rank, folder: Path, bf16: bool) -> dict:
     from megatron_psft.loss.objectives import Objective
     from megatron_psft.model.parameters import named_parameters, shard_place
     from megatron_psft.train.optimizer import build_optimizer
-    from megatron_psft.train.pipeline import Schedule
+    from megatron_psft.train.pipeline import Pipeline
 
     place = rank.parallel
     chunks, shape = rank.build(folder, bf16=bf16)
-    schedule = Schedule(chunks=chunks, parallel=place)
+    pipeline = Pipeline(chunks=chunks, parallel=place)
     # Of every position, padding too, as if all had labels.
     scores = [
-        schedule.score(
+        pipeline.score(
             [
-                replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
+                replace(batch, label_mask=torch.ones_like(batch.label_mask))
                 for batch in make_batches(seed, place.data_rank, place.data_size)
             ]
         )
         for seed in (2, 3)
     ]
     optimizer = build_optimizer(make_config(rank.layout, bf16=bf16), chunks)
-    schedule.zero_grad()
+    pipeline.zero_grad()
     sft = Objective(config=ObjectiveConfig(objective="sft"))
-    schedule.train(make_batches(2, place.data_rank, place.data_size), None, objective=sft)
+    pipeline.train(make_batches(2, place.data_rank, place.data_size), None, objective=sft)
     gradients = []
     for name, parameter in named_parameters(chunks):
         tensor_rank, tensor_size = shard_place(name, place)

@@ -44,10 +44,10 @@ def test_schedules_find_the_device_of_what_is_scored():
     """They ask for it after a pass that only scores, where the model has experts."""
     from megatron.core.pipeline_parallel.schedules import get_tensor_device
 
-    from megatron_psft.loss.labels import LabelContext, LabelStats
+    from megatron_psft.loss.labels import LabelInputs, LabelStats
     from megatron_psft.nemo.policy import PolicyOutput
 
     ids, stats = torch.tensor([3, 4]), LabelStats(torch.tensor([-1.0, -2.0]), torch.zeros(2))
-    output = PolicyOutput(stats=stats, loss=None, label_ids=ids, context=LabelContext())
+    output = PolicyOutput(stats=stats, loss=None, label_ids=ids, given=LabelInputs())
     assert get_tensor_device(output) == torch.device("cpu")
     assert output.scored.tolist() == [[3.0, 4.0], [-1.0, -2.0]]

@@ -7,8 +7,7 @@ import pytest
 
 from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import UserError
-from megatron_psft.metrics import clipped_tokens
-from megatron_psft.metrics import reduce as metrics
+from megatron_psft.metrics import clipped_tokens, run_log
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.report import runs as report_runs
 from megatron_psft.report.runs import read_runs
@@ -25,13 +24,13 @@ def lines(*rows: dict) -> str:
 
 
 def test_the_files_are_those_that_the_trainer_writes():
-    assert report_runs.METRICS_FILE == metrics.METRICS_FILE
+    assert report_runs.METRICS_FILE == run_log.METRICS_FILE
     assert report_runs.CLIPPED_TOKENS_FILE == clipped_tokens.CLIPPED_TOKENS_FILE
 
 
 def test_what_the_writer_wrote_is_read(tmp_path):
     trackers = Trackers(LoggingConfig(), tmp_path, first_step=1)
-    with metrics.Report(tmp_path, trackers, first_step=1, train_iters=2, log_interval=9) as report:
+    with run_log.RunLog(tmp_path, trackers, first_step=1, train_iters=2, log_interval=9) as report:
         values = {"loss": 1.0, "entropy": 0.1, "clip_fraction": 0.0, "tokens_per_second": 9.0}
         report.record(1, values)
         report.record(2, {**values, "loss": 0.5, "valid_nll": 0.25})

@@ -27,19 +27,19 @@ def inputs(tmp_path_factory):
 def _run_noisily(argv: list[str], noise: float) -> Exit:
     """The command line as if its numbers were as coarse as fp8: scoring adds `noise` to every log-probability."""
     from megatron_psft.train import assemble as build
-    from megatron_psft.train.pipeline import Schedule
+    from megatron_psft.train.pipeline import Pipeline
 
-    score, find = Schedule.score, build._precision_noise
+    score, find = Pipeline.score, build._precision_noise
 
     def scored_elsewhere(self, micro_batches):
         return [stats._replace(log_probs=stats.log_probs - noise) for stats in score(self, micro_batches)]
 
-    Schedule.score = scored_elsewhere
+    Pipeline.score = scored_elsewhere
     build._precision_noise = lambda config, parallel: PrecisionNoise(config.objective.clip_ratio_high, parallel)
     try:
         return run_cli(argv)
     finally:
-        Schedule.score, build._precision_noise = score, find
+        Pipeline.score, build._precision_noise = score, find
 
 
 def command_line(inputs, save, *flags: str) -> list[str]:

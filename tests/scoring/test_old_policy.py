@@ -30,7 +30,7 @@ class Run:
         weights = []
         for step in range(first, stop):
             self.updates = step
-            begins = self.window.begins_at(step)
+            begins = self.window.syncs_before(step)
             old_log_probs = self.window.old_log_probs(step)
             assert begins == (old_log_probs is None and not self.window.is_warmup(step))
             weights.append(None if old_log_probs is None else self._weights_of(step, old_log_probs))
@@ -61,7 +61,7 @@ def test_a_window_of_one_step_scores_nothing():
     run = Run(interval=1, train_iters=5, warmup_iters=2)
     assert run.train(0, 5) == [None] * 5
     assert run.passes == []
-    assert [run.window.begins_at(step) for step in range(5)] == [False, False, True, True, True]
+    assert [run.window.syncs_before(step) for step in range(5)] == [False, False, True, True, True]
 
 
 def test_windows_are_counted_after_warm_up():
@@ -132,7 +132,7 @@ def test_ranks_without_the_output_layer_take_part_in_every_pass_and_begin_the_sa
     window = OldPolicyWindow(interval=3, warmup_iters=1, train_iters=7, score=lambda step: passes.append(step) or [])
     begins = []
     for step in range(7):
-        begins.append(window.begins_at(step))
+        begins.append(window.syncs_before(step))
         assert not window.old_log_probs(step)
     assert begins == [False, True, False, False, True, False, False]
     assert passes == [2, 3, 5, 6]

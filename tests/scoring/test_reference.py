@@ -86,13 +86,13 @@ class Observed:
 def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, signum: int = 0) -> Observed:
     """The command line. In scoring pass `fail_at` (from 1) it raises, or gets the signal, on the last rank."""
     from megatron_psft.scoring import reference as module
-    from megatron_psft.train.pipeline import Schedule
+    from megatron_psft.train.pipeline import Pipeline
 
-    score, train, kept = Schedule.score, Schedule.train, module.BATCHES_PER_MARK
+    score, train, kept = Pipeline.score, Pipeline.train, module.BATCHES_PER_MARK
     calls: list[int] = []
     differences: list[float] = []
 
-    def counted(schedule, micro_batches):
+    def counted(pipeline, micro_batches):
         calls.append(len(micro_batches))
         assert all(batch.ref_log_probs is None for batch in micro_batches)
         if len(calls) == fail_at:
@@ -100,22 +100,22 @@ def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, 
                 raise RuntimeError("killed")
             if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
                 os.kill(os.getpid(), signum)
-        return score(schedule, micro_batches)
+        return score(pipeline, micro_batches)
 
-    def compared(schedule, micro_batches, *args, **kwargs):
+    def compared(pipeline, micro_batches, *args, **kwargs):
         if not differences:
-            now = score(schedule, micro_batches)
+            now = score(pipeline, micro_batches)
             pairs = zip(now, micro_batches, strict=True) if now else ()
             differences.append(max((float((a.log_probs - b.ref_log_probs).abs().max()) for a, b in pairs), default=0.0))
             assert all(batch.ref_log_probs.shape == batch.tokens.shape for batch in micro_batches)
             assert all(batch.ref_log_probs.dtype == torch.float32 for batch in micro_batches)
-        return train(schedule, micro_batches, *args, **kwargs)
+        return train(pipeline, micro_batches, *args, **kwargs)
 
-    Schedule.score, Schedule.train, module.BATCHES_PER_MARK = counted, compared, per_mark
+    Pipeline.score, Pipeline.train, module.BATCHES_PER_MARK = counted, compared, per_mark
     try:
         exit = run_cli(argv)
     finally:
-        Schedule.score, Schedule.train, module.BATCHES_PER_MARK = score, train, kept
+        Pipeline.score, Pipeline.train, module.BATCHES_PER_MARK = score, train, kept
     return Observed(exit, len(calls), max(differences, default=None))
 
 

@@ -92,7 +92,7 @@ def _accumulate_gradients(
     clip_ratio_high: float,
 ) -> dict[str, float]:
     """Adds the gradient of the token mean of `loss_of` over the global batch to the parameters."""
-    loss_tokens = sum(sum(label_mask) for _, label_mask in batch)
+    label_tokens = sum(sum(label_mask) for _, label_mask in batch)
     columns: dict[str, list[Tensor]] = {"loss": [], "nll": [], "entropy": [], "ratio": [], "clipped": [], "kl": []}
     for ids, label_mask in batch:
         distribution, labels = label_distributions(model, ids, label_mask)
@@ -105,7 +105,7 @@ def _accumulate_gradients(
                 initial_log_probs, _ = label_statistics(initial_model, ids, label_mask)
         ratio = torch.exp(torch.clamp(log_probs - old_log_probs, -20, 20))
         losses = loss_of(distribution, labels, old_log_probs=old_log_probs, ref_log_probs=initial_log_probs)
-        (losses.sum() / loss_tokens).backward()
+        (losses.sum() / label_tokens).backward()
         exact = ratio.detach().double()  # near r = 1 the divergence is a small difference of large numbers
         values = (losses, -log_probs, entropy, exact, exact > 1 + clip_ratio_high, exact - 1 - torch.log(exact))
         for column, value in zip(columns.values(), values, strict=True):
@@ -119,8 +119,8 @@ def _accumulate_gradients(
         "clip_fraction": float(table["clipped"].mean()),
         "approx_kl": float(table["kl"].mean()),
         "tokens": sum(len(ids) - 1 for ids, _ in batch),  # the last one predicts nothing
-        "loss_tokens": loss_tokens,
-        "sequences": len(batch),
+        "label_tokens": label_tokens,
+        "records": len(batch),
     }
 
 

@@ -235,7 +235,7 @@ def _rounded(history, *names):
 
 def test_a_window_of_one_step_has_the_gradient_of_sft(tmp_path, batches):
     hf_dir = tiny.build_model(tmp_path, "qwen2", num_hidden_layers=1)
-    names = ("nll", "entropy", "grad_norm", "loss_tokens")
+    names = ("nll", "entropy", "grad_norm", "label_tokens")
     runs = [
         reference.run_reference(hf_dir, batches[:3], lr=1e-3, objective=objective, old_policy_interval=1)[0]
         for objective in ("psft", "sft")

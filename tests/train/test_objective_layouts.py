@@ -166,9 +166,9 @@ def _check_gradients(
         for case, settings in CASES.items():
             batches, old = _inputs_of(data, case, loader, plan, run.place)
             has_old = settings["objective"] == "psft" and run.place.is_last_stage
-            run.schedule.zero_grad()
+            run.pipeline.zero_grad()
             objective = Objective(config=ObjectiveConfig(**settings))
-            sums = run.schedule.train(batches, old if has_old else None, objective=objective)
+            sums = run.pipeline.train(batches, old if has_old else None, objective=objective)
             found[case] = gradients_of(run)
             metrics = reduce_metrics(sums, batches, run.place, 1)
             assert settings["objective"] == "psft" or metrics.ratio_max == 1.0

@@ -173,8 +173,8 @@ def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str,
             for kind, plan in plans.items():
                 loader = make_loader(data.dataset, run.place, config, plan, micro_batch_size)
                 old = old_of(data, loader, plan, run.place) if run.place.is_last_stage else None
-                run.schedule.zero_grad()
-                sums = run.schedule.train(loader.micro_batches(0), old, objective=objective_of("psft"))
+                run.pipeline.zero_grad()
+                sums = run.pipeline.train(loader.micro_batches(0), old, objective=objective_of("psft"))
                 found[name, kind] = sums, gradients_of(run)
         for key, (_, gradients) in found.items():
             wanted = GradientSource(every_data[key[0]].gradients)
@@ -188,7 +188,7 @@ def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str,
                     atol=1e-5 * float(expected.abs().max()),
                     msg=lambda text, at=(*key, parameter_name): f"{at}: {text}",
                 )
-        return {key: sums if run.place.counts_batch else [] for key, (sums, _) in found.items()}
+        return {key: sums if run.place.reports_sums else [] for key, (sums, _) in found.items()}
 
 
 CASES = [(layout, 1) for layout in LAYOUTS] + [(layout, 2) for layout in ("one", "PP2", "CP2 TP2 SP")]
@@ -207,7 +207,7 @@ def test_every_gradient_is_that_of_the_records_one_at_a_time(pool, folder, every
         }
         assert totals([sums[key] for sums in results]) == expected, key
     uneven = every_data["uneven"].sums
-    assert 0.1 < uneven["clipped"] / uneven["loss_tokens"] < 0.6
+    assert 0.1 < uneven["clipped"] / uneven["label_tokens"] < 0.6
 
 
 def _score_copies(folder: Path, config: ParallelConfig, data: TokenizedDataset, leak: str | None) -> Tensor:
@@ -233,7 +233,7 @@ def _score_copies(folder: Path, config: ParallelConfig, data: TokenizedDataset, 
     try:
         with ready(folder, config) as run:
             loader = make_loader(data, run.place, config, plan, micro_batch_size=1)
-            scores = run.schedule.score(loader.micro_batches(0))
+            scores = run.pipeline.score(loader.micro_batches(0))
             row = loader.to_packs(0, [stats.log_probs for stats in scores])
             dist.all_reduce(row, group=run.place.context_group)
             return row[0]

@@ -131,7 +131,7 @@ def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]
             assert line[name] == pytest.approx(reference_line[name], rel=rel), (line["step"], name)
         for name in PERCENTILES:  # a single token's, whose rounding no mean takes away
             assert line[name] == pytest.approx(reference_line[name], rel=10 * rel), (line["step"], name)
-        for name in ("tokens", "loss_tokens", "sequences"):
+        for name in ("tokens", "label_tokens", "records"):
             assert line[name] == reference_line[name]
 
 
@@ -358,7 +358,7 @@ def _train_with_forced_passes(save: Path, inputs: Path, family: str, layout: lis
     shortcut = OldPolicyWindow.old_log_probs
 
     def forced(window: OldPolicyWindow, step: int, **options):
-        first = window._score(step) if window.begins_at(step) else None
+        first = window._score(step) if window.syncs_before(step) else None
         rest = shortcut(window, step, **options)
         return first or rest
 

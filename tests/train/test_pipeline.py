@@ -111,7 +111,7 @@ def _by_autograd(model: torch.nn.Module, records, objective: str) -> tuple[dict[
         "ratio": ratio.sum(),
         "clipped": (ratio > 1 + CLIP).sum(),
         "approx_kl": (ratio - 1 - ratio.log()).sum(),
-        "loss_tokens": torch.tensor(len(loss)),
+        "label_tokens": torch.tensor(len(loss)),
         "ratio_max": ratio.max(),
     }
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -138,7 +138,7 @@ def ready(folder: Path, parallel_config: ParallelConfig, *, fused_head: bool = T
     from megatron_psft.model.gpt import build_model, virtual_size
     from megatron_psft.model.shape import read_shape
     from megatron_psft.train.optimizer import build_optimizer
-    from megatron_psft.train.pipeline import Schedule
+    from megatron_psft.train.pipeline import Pipeline
 
     config = Config(
         weights=WeightsConfig(load_hf="unread", save="unwritten"),
@@ -156,8 +156,8 @@ def ready(folder: Path, parallel_config: ParallelConfig, *, fused_head: bool = T
         chunks = build_model(shape, config, here, place)
         fill_parameters(chunks, SafetensorsFolder(folder, shape), shape, place)
         optimizer = build_optimizer(config, chunks)
-        schedule = Schedule(chunks=chunks, parallel=place)
-        yield SimpleNamespace(place=place, shape=shape, chunks=chunks, schedule=schedule, optimizer=optimizer)
+        pipeline = Pipeline(chunks=chunks, parallel=place)
+        yield SimpleNamespace(place=place, shape=shape, chunks=chunks, pipeline=pipeline, optimizer=optimizer)
 
 
 def my_part(values: list, place) -> list:
@@ -185,9 +185,9 @@ class GradientSource:
 def train(run: SimpleNamespace, batch: Batch, objective: str, *, with_old: bool = True):
     """Sums and gradients of a global batch, on cleared buffers."""
     micro_batches, old_log_probs = my_part(batch.micro_batches, run.place), my_part(batch.old_log_probs, run.place)
-    run.schedule.zero_grad()
+    run.pipeline.zero_grad()
     old = old_log_probs if with_old and run.place.is_last_stage else None
-    return run.schedule.train(micro_batches, old, objective=objective_of(objective)), gradients_of(run)
+    return run.pipeline.train(micro_batches, old, objective=objective_of(objective)), gradients_of(run)
 
 
 def objective_of(name: str, **settings) -> Objective:
@@ -228,7 +228,7 @@ def _check_gradients(folder: Path, config: ParallelConfig, batches: dict[str, Ba
                 )
             entries = found[name, objective][0]
             assert bool(entries) == run.place.is_last_stage
-            sums[name, objective] = entries if run.place.counts_batch else []
+            sums[name, objective] = entries if run.place.reports_sums else []
     return sums
 
 
@@ -237,7 +237,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_label_tokens(pool, folder, ba
     world_size, config = LAYOUTS[layout]
     results = pool.run(_check_gradients, world_size, folder, config, batches)
     for name, batch in batches.items():
-        assert 0.1 < batch.sums["psft"]["clipped"] / batch.sums["psft"]["loss_tokens"] < 0.6
+        assert 0.1 < batch.sums["psft"]["clipped"] / batch.sums["psft"]["label_tokens"] < 0.6
         for objective, expected in batch.sums.items():
             # Without an old policy of its own, SFT is told the same one: the metrics are of both.
             found = totals([sums[name, objective] for sums in results])
@@ -262,7 +262,7 @@ def _fused_calls(folder: Path, batch: Batch, fused_head: bool):
     try:
         with ready(folder, ParallelConfig(), fused_head=fused_head) as run:
             _, gradients = train(run, batch, "psft")
-            scores = run.schedule.score(batch.micro_batches)
+            scores = run.pipeline.score(batch.micro_batches)
     finally:
         layer.fused_loss, layer.fused_label_stats = originals
     return calls, gradients, scores
@@ -284,8 +284,8 @@ def test_the_fused_head_is_a_choice_that_changes_no_result(pool, folder, batches
 def _check_window_start(folder: Path, config: ParallelConfig, batch: Batch):
     """Scores a batch, then trains on it with these old log-probabilities, with none, and by SFT."""
     with ready(folder, config) as run:
-        run.schedule.zero_grad()
-        scored = run.schedule.score(my_part(batch.micro_batches, run.place))
+        run.pipeline.zero_grad()
+        scored = run.pipeline.score(my_part(batch.micro_batches, run.place))
         assert all(not gradient.any() for gradient in gradients_of(run).values()), "scoring has left a gradient"
         assert not any(tensor.requires_grad for stats in scored for tensor in (stats.log_probs, stats.entropy))
         assert len(scored) == (len(my_part(batch.micro_batches, run.place)) if run.place.is_last_stage else 0)
@@ -298,7 +298,7 @@ def _check_window_start(folder: Path, config: ParallelConfig, batch: Batch):
         for name, gradient in sft[1].items():
             assert torch.equal(explicit[1][name], gradient), name
             assert torch.equal(implied[1][name], gradient), name
-        return scored if run.place.tensor_rank == 0 else [], explicit[0] if run.place.counts_batch else []
+        return scored if run.place.tensor_rank == 0 else [], explicit[0] if run.place.reports_sums else []
 
 
 @pytest.mark.parametrize("layout", ["one", "DP2", "TP2", "PP2 interleaved", "PP2 DP2"])
@@ -308,14 +308,14 @@ def test_a_window_starts_at_a_ratio_of_exactly_one_and_with_the_gradient_of_sft(
     results = pool.run(_check_window_start, world_size, folder, config, batch)
     sums = totals([entries for _, entries in results])
     assert sums["ratio_max"] == 1.0
-    assert (sums["ratio"], sums["clipped"], sums["approx_kl"]) == (sums["loss_tokens"], 0.0, 0.0)
+    assert (sums["ratio"], sums["clipped"], sums["approx_kl"]) == (sums["label_tokens"], 0.0, 0.0)
 
     scored = [stats for part, _ in results for stats in part]
     assert len(scored) == len(batch.micro_batches)
     found = {"nll": 0.0, "entropy": 0.0}
     for stats, micro_batch in zip(scored, batch.micro_batches, strict=True):
-        found["nll"] -= float(stats.log_probs[micro_batch.loss_mask].double().sum())
-        found["entropy"] += float(stats.entropy[micro_batch.loss_mask].double().sum())
+        found["nll"] -= float(stats.log_probs[micro_batch.label_mask].double().sum())
+        found["entropy"] += float(stats.entropy[micro_batch.label_mask].double().sum())
     assert found == pytest.approx({name: batch.sums["sft"][name] for name in found}, rel=1e-5)
 
 
@@ -323,12 +323,13 @@ def _check_nothing_to_learn(folder: Path, config: ParallelConfig, batch: Batch):
     with ready(folder, config) as run:
         train(run, batch, "psft")  # leaves gradients that have to be cleared
         empty = [
-            MicroBatch(**{**vars(each), "loss_mask": torch.zeros_like(each.loss_mask)}) for each in batch.micro_batches
+            MicroBatch(**{**vars(each), "label_mask": torch.zeros_like(each.label_mask)})
+            for each in batch.micro_batches
         ]
         old = [torch.full_like(each, torch.nan) for each in batch.old_log_probs]
         sums, gradients = train(run, Batch(empty, old, {}, {}), "psft")
         assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients.values())
-        return sums if run.place.counts_batch else []
+        return sums if run.place.reports_sums else []
 
 
 @pytest.mark.parametrize("layout", ["one", "DP2", "PP2"])
@@ -346,20 +347,20 @@ def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch
     with ready(folder, config) as run:
         scores: list[Tensor] = []
         for step in range(4):
-            run.schedule.zero_grad()
+            run.pipeline.zero_grad()
             run.optimizer.zero_grad()
             old_log_probs = None
             if step % 2 == 0:
-                run.schedule.gather_parameters()
+                run.pipeline.gather_parameters()
                 later = my_part(batches[(step + 1) % 3].micro_batches, run.place)
-                ahead = [stats.log_probs for stats in run.schedule.score(later)]
+                ahead = [stats.log_probs for stats in run.pipeline.score(later)]
                 scores += ahead
             else:
                 old_log_probs = ahead
             mine = my_part(batches[step % 3].micro_batches, run.place)
-            run.schedule.train(mine, old_log_probs, objective=objective_of("psft"))
+            run.pipeline.train(mine, old_log_probs, objective=objective_of("psft"))
             update(run.optimizer, step + 1)
-        run.schedule.gather_parameters()
+        run.pipeline.gather_parameters()
         return scores, [parameter.detach().clone() for _, parameter in named_parameters(run.chunks)]
 
 

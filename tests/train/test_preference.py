@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.loss.labels import LabelContext, LabelStats, Records
+from megatron_psft.loss.labels import LabelInputs, LabelStats, Records
 from megatron_psft.loss.preference import dpo_loss, pair_metrics
 from tests.support import reference, tiny
 from tests.support.cli import run_cli
@@ -24,10 +24,10 @@ STEPS, PAIRS, BETA = 4, 8, 0.3
 COMPARED = ("loss", "margin", "accuracy", "chosen_log_probs", "rejected_log_probs", "grad_norm")
 
 
-def context_of(ids: list[int], ref_log_probs: Tensor, num_records: int) -> LabelContext:
+def context_of(ids: list[int], ref_log_probs: Tensor, num_records: int) -> LabelInputs:
     counts = torch.bincount(torch.tensor(ids), minlength=num_records)
     records = Records(ids=torch.tensor(ids), label_counts=counts, add_up=lambda values: values)
-    return LabelContext(ref_log_probs=ref_log_probs, records=records)
+    return LabelInputs(ref_log_probs=ref_log_probs, records=records)
 
 
 @given(
@@ -41,9 +41,9 @@ def test_the_losses_of_tokens_are_the_loss_of_their_pair(counts, beta, seed):
     random.Random(seed).shuffle(ids)
     log_probs = -torch.rand(len(ids), generator=generator, dtype=torch.float64).requires_grad_()
     ref_log_probs = -torch.rand(len(ids), generator=generator, dtype=torch.float64)
-    stats, context = LabelStats(log_probs, torch.zeros(len(ids))), context_of(ids, ref_log_probs, 2 * len(counts))
+    stats, given = LabelStats(log_probs, torch.zeros(len(ids))), context_of(ids, ref_log_probs, 2 * len(counts))
     config = ObjectiveConfig(objective="dpo", dpo_beta=beta)
-    (found,) = torch.autograd.grad(dpo_loss(stats, context, config).sum(), log_probs)
+    (found,) = torch.autograd.grad(dpo_loss(stats, given, config).sum(), log_probs)
 
     ratios = [
         (log_probs - ref_log_probs)[[i for i, of in enumerate(ids) if of == record]].sum()
@@ -52,19 +52,19 @@ def test_the_losses_of_tokens_are_the_loss_of_their_pair(counts, beta, seed):
     margins = [beta * (chosen - rejected) for chosen, rejected in zip(ratios[::2], ratios[1::2], strict=True)]
     expected = sum(torch.log1p(torch.exp(-margin)) for margin in margins)
     (wanted,) = torch.autograd.grad(expected, log_probs)
-    torch.testing.assert_close(dpo_loss(stats, context, config).sum(), expected)
+    torch.testing.assert_close(dpo_loss(stats, given, config).sum(), expected)
     torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(pair_metrics(stats, context, config).margin, torch.stack(margins).detach())
+    torch.testing.assert_close(pair_metrics(stats, given, config).margin, torch.stack(margins).detach())
 
 
 def test_a_pair_by_hand():
     """Two labels against one: the margin is 2 * ((-1 - 2 + 3.5) - (-0.5 + 0.25)) = 1.5."""
     log_probs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
-    context = context_of([0, 0, 1], torch.tensor([-1.5, -2.0, -0.25]), 2)
+    given = context_of([0, 0, 1], torch.tensor([-1.5, -2.0, -0.25]), 2)
     stats, config = LabelStats(log_probs, torch.zeros(3)), ObjectiveConfig(objective="dpo", dpo_beta=2.0)
-    metrics = pair_metrics(stats, context, config)
+    metrics = pair_metrics(stats, given, config)
     assert [column.item() for column in metrics] == [1.5, 1.0, -3.0, -0.5]
-    loss = dpo_loss(stats, context, config).sum()
+    loss = dpo_loss(stats, given, config).sum()
     assert loss.item() == pytest.approx(0.2014133)
     loss.backward()
     slope = 2 * 0.1824255  # sigmoid(-1.5)
