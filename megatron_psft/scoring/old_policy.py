@@ -5,12 +5,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from megatron_psft.metrics.progress import progress
 
 log = logging.getLogger(__name__)
-
-SHORT_SECONDS = 5
-"""A pass that is over sooner gets no progress bar."""
 
 ScoreStep = Callable[[int], list[Tensor]]
 """Scores the global batch of a step (from 0) with the current weights: `[b, s]` fp32 per micro-batch of this rank, none
@@ -76,11 +74,8 @@ class OldPolicyWindow:
         if rest and self._prepare is not None:
             self._prepare(rest)
             self._prepare = None
-        bar = tqdm(
-            rest, desc="old policy", unit="step", disable=not self._show_progress, delay=SHORT_SECONDS, leave=False
-        )
         scored: dict[int, list[Tensor]] = {}
-        for later in bar:
+        for later in progress(rest, "old policy", unit="step", is_shown=self._show_progress):
             # Host memory: k global batches of log-probabilities are needed one at a time, far apart.
             scored[later] = [_to_host(log_probs) for log_probs in self._score(later)]
             between_batches()

@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_psft import sealed
 from megatron_psft.atomic import replace_file
@@ -37,7 +36,7 @@ from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.errors import UserError
 from megatron_psft.loss.labels import LabelStats
-from megatron_psft.scoring.old_policy import SHORT_SECONDS
+from megatron_psft.metrics.progress import progress
 from megatron_psft.scoring.values import _DTYPE, VALUES, RecordValues
 from megatron_psft.sealed import DamageError
 
@@ -128,19 +127,10 @@ class ReferencePass:
         num_batches, size_gib = self.loader.num_batches, self.values.size_bytes / 2**30
         log.info("reference: %d of %d batches are done; %.3g GiB on disk", done, num_batches, size_gib)
         self.policy.gather_parameters()
-        bar = tqdm(
-            range(done, num_batches),
-            initial=done,
-            total=num_batches,
-            desc="reference",
-            unit="batch",
-            disable=not self.parallel.is_main,
-            delay=SHORT_SECONDS,
-            leave=False,
-        )
+        rest = range(done, num_batches)
         with self._open_to_write() as file:
             try:
-                for batch in bar:
+                for batch in progress(rest, "reference", unit="batch", is_shown=self.parallel.is_main, num_done=done):
                     self._score(batch, file)
                     done = batch + 1
                     if done % BATCHES_PER_MARK == 0:
@@ -159,13 +149,13 @@ class ReferencePass:
     def _begin(self) -> int:
         """Prepares the folder to write in; returns the batches that are done."""
         try:
-            progress = json.loads((self._partial / PROGRESS).read_text(encoding="utf-8"))
-            done = progress.pop("batches")
+            mark = json.loads((self._partial / PROGRESS).read_text(encoding="utf-8"))
+            done = mark.pop("batches")
             has_values = (self._partial / VALUES).stat().st_size == self.values.size_bytes
         except (OSError, ValueError, KeyError, AttributeError):  # none, or a torn one
             pass
         else:
-            if has_values and progress == {"identity": json.loads(json.dumps(self.identity))}:
+            if has_values and mark == {"identity": json.loads(json.dumps(self.identity))}:
                 return done
             log.info("reference: an unfinished pass of another run in %s is not used", self._partial)
         partial = sealed.begin(self.folder)

@@ -7,18 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megatron_psft.checkpoint.saver import Saver
 from megatron_psft.distributed.collective import naming_lost_peers
 from megatron_psft.distributed.signals import StopRequested, StopSignals
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics import flops
+from megatron_psft.metrics.progress import progress
 from megatron_psft.metrics.provenance import versions
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.run_log import RunLog
 from megatron_psft.metrics.trackers import Trackers
-from megatron_psft.scoring.old_policy import SHORT_SECONDS
 from megatron_psft.train.assemble import Run
 from megatron_psft.train.optimizer import update
 
@@ -102,7 +101,7 @@ def evaluate(run: Run) -> dict[str, float]:
     sums = EvalSums(run.parallel)
     eval_iters = run.config.data.eval_iters or run.valid_loader.num_batches
     indices = range(min(eval_iters, run.valid_loader.num_batches))
-    for index in tqdm(indices, desc="evaluate", disable=not run.parallel.is_main, delay=SHORT_SECONDS, leave=False):
+    for index in progress(indices, "evaluate", unit="batch", is_shown=run.parallel.is_main):
         micro_batches = run.valid_loader.micro_batches(index)
         sums.add(run.pipeline.score(micro_batches), micro_batches)
     return sums.means()
