@@ -46,7 +46,7 @@ def test_the_dataset_is_the_rendered_records_in_order(tmp_path):
         assert dataset[index].tokens.tolist() == example.tokens.tolist()
         assert dataset[index].label_mask.tolist() == example.label_mask.tolist()
         assert dataset.lengths[index] == len(example.tokens)
-        assert dataset.place(index) == record.source
+        assert dataset.location(index) == record.source
     assert (dataset[0].tokens.dtype, dataset[0].label_mask.dtype, dataset.lengths.dtype) == (
         np.int32,
         np.bool_,

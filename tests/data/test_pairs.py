@@ -153,7 +153,7 @@ def test_malformed_pairs_are_reported_by_file_and_line(tmp_path):
     for number, (_, reason, _) in enumerate(BAD, 1):
         assert f"{tmp_path}/a.jsonl:{2 * number}: {reason}" in str(error.value)
     dataset = build(tmp_path, *rows, skip_bad_records=True)
-    assert [dataset.place(index) for index in range(len(dataset))] == [
+    assert [dataset.location(index) for index in range(len(dataset))] == [
         f"{tmp_path}/a.jsonl:{number}" for number in range(1, len(rows), 2)
     ]
 

@@ -58,7 +58,7 @@ def test_a_full_row_has_no_segment_of_padding_and_an_empty_one_nothing_else():
     assert packed_row([3, 5], seq_length=8).segments == (3, 5)
     empty = packed_row([], seq_length=8, context_size=2)
     assert empty.segments == (8,)
-    assert empty.place([], padding=7).tolist() == [[7] * 4]
+    assert empty.fill([], padding=7).tolist() == [[7] * 4]
 
 
 def test_separate_rows_by_hand():
