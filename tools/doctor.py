@@ -17,6 +17,7 @@ from megatron_psft.diagnostics import doctor
 from megatron_psft.diagnostics.doctor import Finding
 from megatron_psft.errors import UserError
 from megatron_psft.hf import hub
+from megatron_psft.metrics.provenance import installed_version, versions
 
 EXAMPLES = """examples:
   this machine:
@@ -69,9 +70,9 @@ def main(argv: Sequence[str]) -> int:
 def examine(config: DoctorConfig) -> int:
     """Prints the report and returns the exit code. Raises UserError for a model that is not there."""
     environment = dict(os.environ)  # before `detect` sets what it needs
-    print_table("versions", {name: found or "not installed" for name, found in doctor.installed_versions().items()})
+    print_table("versions", {name: found or "not installed" for name, found in versions().items()})
     findings = doctor.check_versions()
-    if None in map(doctor.installed_version, ("torch", "megatron-core")):
+    if None in map(installed_version, ("torch", "megatron-core")):
         return report(findings)  # nothing further could be imported
     folders = config.check.folders()  # a name that is none is told before what takes seconds
     findings += examine_machine(environment)

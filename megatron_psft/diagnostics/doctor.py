@@ -16,28 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_psft.errors import UserError
+from megatron_psft.metrics.provenance import installed_version
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
     from megatron_psft.distributed.device import Platform
 
 Level = Literal["ok", "warning", "problem"]
-
-LIBRARIES = (
-    "megatron_psft",
-    "torch",
-    "megatron-core",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "transformer-engine",
-    "apex",
-    "triton",
-    "vllm",
-    "math-verify",
-    "lm-eval",
-    "megatron-bridge",
-)
-"""Whose versions matter, by the name that pip knows."""
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_MEMORY_GIB = 1  # docker gives 64 MiB unless asked for more
@@ -60,19 +44,6 @@ class Choice:
     what: str
     chosen: str
     reason: str
-
-
-def installed_version(name: str) -> str | None:
-    """The version of a library, or None where it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Of all `LIBRARIES`."""
-    return {name: installed_version(name) for name in LIBRARIES}
 
 
 def check_versions() -> list[Finding]:

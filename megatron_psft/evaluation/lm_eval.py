@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_psft.diagnostics.doctor import installed_version, installed_versions
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.evaluation.results import Generation, ResultsFolder, TaskResult, estimate_share, normal_estimate
+from megatron_psft.metrics.provenance import installed_version, versions
 from megatron_psft.rollout.sampling import SamplingConfig
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def result_of(result: Mapping[str, Any], generations: Sequence[Generation]) -> T
             stderr = result.get(f"{metric}_stderr,{kind}")
             metrics[_name(key)] = normal_estimate(value, stderr if isinstance(stderr, int | float) else None)
     questions = result.get("sample_len", len(generations))
-    return TaskResult(source="lm-eval", questions=questions, metrics=metrics, versions=installed_versions())
+    return TaskResult(source="lm-eval", questions=questions, metrics=metrics, versions=versions())
 
 
 def _name(key: str) -> str:

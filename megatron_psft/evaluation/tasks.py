@@ -17,11 +17,11 @@ from megatron_psft.config.flags import require_at_least
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.data.records import RecordError
-from megatron_psft.diagnostics.doctor import installed_versions
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.evaluation.lm_eval import Harness
 from megatron_psft.evaluation.results import CORRECT, Generation, ResultsFolder, summarize
 from megatron_psft.hf.hub import ModelConfig
+from megatron_psft.metrics.provenance import versions
 from megatron_psft.rollout.prompts import Prompt, PromptConfig, find_answer, parse_prompt
 from megatron_psft.rollout.rewards import Verifier, VerifierName, build_verifier
 from megatron_psft.rollout.sampling import Answer, Sampler, SamplingConfig
@@ -272,7 +272,7 @@ def _answer_sets(
             generations = _score(generations, verifier, questions.name)
             folder.write_generations(questions.name, generations)
         result = summarize(questions.source, generations)
-        folder.add_results({questions.name: replace(result, versions=installed_versions())})
+        folder.add_results({questions.name: replace(result, versions=versions())})
 
 
 def _render(prompt: Prompt, renderer: ChatRenderer) -> str:

@@ -1,19 +1,41 @@
-"""What code a run is made of."""
+"""What code a run or an evaluation was made with. Imports no library, so that it also works where one is missing."""
 
 import subprocess
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 from megatron_psft import __version__
 
-_LIBRARIES = ("megatron-core", "torch", "transformers")
+LIBRARIES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "transformer-engine",
+    "apex",
+    "triton",
+    "vllm",
+    "math-verify",
+    "lm-eval",
+    "megatron-bridge",
+)
+"""Those that results depend on, by the name that pip knows."""
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that results depend on, by their names."""
+def versions() -> dict[str, str | None]:
+    """Version of this package, with its commit, and of each of `LIBRARIES`, None where it is not installed."""
     commit = _commit()
     own = __version__ if commit is None else f"{__version__} (commit {commit})"
-    return {"megatron_psft": own, **{name: version(name) for name in _LIBRARIES}}
+    return {"megatron_psft": own, **{name: installed_version(name) for name in LIBRARIES}}
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a library by the name that pip knows; None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

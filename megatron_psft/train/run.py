@@ -56,5 +56,5 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
 def _write_config(config: Config, parallel: Parallel) -> None:
     if not parallel.is_main:
         return
-    head = "".join(f"# {name} {version}\n" for name, version in versions().items())
+    head = "".join(f"# {name} {version}\n" for name, version in versions().items() if version)
     (Path(config.weights.save) / "config.yaml").write_text(head + config_to_yaml(config), encoding="utf-8")

@@ -13,6 +13,13 @@ def test_libraries_have_the_versions_that_they_say_themselves():
     assert found.split("+")[0] == own.split("+")[0]  # some wheels leave out what they were built for
 
 
+def test_a_library_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(provenance, "LIBRARIES", ("torch", "no-such-library"))
+    found = provenance.versions()
+    assert list(found) == ["megatron_psft", "torch", "no-such-library"]
+    assert found["no-such-library"] is None
+
+
 def test_a_checkout_names_its_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
     package = tmp_path / "megatron_psft"
     package.mkdir()
