@@ -47,7 +47,9 @@ def folders(data: Path) -> set[Path]:
 
 
 def everything(dataset: TokenizedDataset) -> list[tuple[list[int], list[bool], str]]:
-    return [(dataset[i].tokens.tolist(), dataset[i].label_mask.tolist(), dataset.location(i)) for i in range(len(dataset))]
+    return [
+        (dataset[i].tokens.tolist(), dataset[i].label_mask.tolist(), dataset.location(i)) for i in range(len(dataset))
+    ]
 
 
 @pytest.fixture

@@ -94,7 +94,9 @@ def test_two_hundred_malformed_lines_are_reported_each_by_its_line(tmp_path):
     assert reported_places(data) == [f"{data}:{2 * number}" for number in range(1, len(bad) + 1)] + [
         f"{data}:{2 * len(bad) + 1}"
     ]
-    assert [dataset.location(index) for index in range(len(dataset))] == [f"{data}:{2 * i + 1}" for i in range(len(bad))]
+    assert [dataset.location(index) for index in range(len(dataset))] == [
+        f"{data}:{2 * i + 1}" for i in range(len(bad))
+    ]
     assert sum(dataset.statistics().dropped.values()) == len(bad) + 1
     with pytest.raises(UserError, match=f"{len(bad) + 1} of {2 * len(bad) + 1} records are bad") as error:
         build(data, skip_bad_records=False)
