@@ -23,12 +23,14 @@ Path = Callable[[Tensor, torch.nn.Parameter, Tensor, Tensor], Tensor]
 
 
 def _ours(spec: dict[str, Any]) -> Path:
+    import torch.distributed as dist
+
     from megatron_psft.config.schema import ObjectiveConfig
-    from megatron_psft.head.layer import HeadInputs, OutputLayer, label_positions
+    from megatron_psft.head.layer import HeadInputs, fused_head, label_positions
     from megatron_psft.loss.labels import LabelInputs
     from megatron_psft.loss.objectives import Objective
 
-    layer = _layer(spec, OutputLayer)
+    place = {"vocab_size": spec["vocab_size"], "group": dist.group.WORLD, "sequence_parallel": False}
     objective = Objective(config=ObjectiveConfig(objective="sft"))
 
     def path(hidden: Tensor, weight: torch.nn.Parameter, labels: Tensor, mask: Tensor) -> Tensor:
@@ -37,16 +39,16 @@ def _ours(spec: dict[str, Any]) -> Path:
             label_positions=label_positions(mask[None]),
             token_loss=lambda stats, _: objective.token_loss(stats, LabelInputs()),
         )
-        return layer(hidden, weight=weight, inputs=inputs, vocab_size=spec["vocab_size"]).loss
+        return fused_head(hidden, weight, inputs, **place).loss
 
     return path
 
 
 def _megatron(spec: dict[str, Any], *, fused: bool) -> Path:
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-    from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    layer = _layer(spec, ColumnParallelLinear)
+    layer = _layer(spec)
 
     def path(hidden: Tensor, weight: torch.nn.Parameter, labels: Tensor, mask: Tensor) -> Tensor:
         logits, _ = layer(hidden, weight=weight)
@@ -59,7 +61,8 @@ def _megatron(spec: dict[str, Any], *, fused: bool) -> Path:
     return path
 
 
-def _layer(spec: dict[str, Any], cls: type) -> Any:
+def _layer(spec: dict[str, Any]) -> Any:
+    from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
@@ -73,7 +76,7 @@ def _layer(spec: dict[str, Any], cls: type) -> Any:
         gradient_accumulation_fusion=False,
     )
     # Without a weight of its own: the benchmark hands it one.
-    return cls(
+    return ColumnParallelLinear(
         spec["hidden"],
         spec["vocab_size"],
         config=config,

@@ -1,4 +1,5 @@
-"""The end of the model: from the last hidden states to the loss and the statistics of the label tokens."""
+"""What the head is asked and answers, and the head itself: from the last hidden states to loss and statistics of label
+tokens, without all the logits."""
 
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -6,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -14,7 +14,6 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_psft.head.chunked import ChunkLoss, fused_label_stats, fused_loss
-from megatron_psft.head.plain import label_stats
 from megatron_psft.loss.labels import ExtraStat, LabelStats
 
 
@@ -73,55 +72,46 @@ def scatter_labels(values: Tensor, positions: Tensor, label_mask: Tensor) -> Ten
     return placed.view(seq, batch).t().contiguous()
 
 
-def plain_head(logits: Tensor, inputs: HeadInputs, *, vocab_size: int, group: dist.ProcessGroup) -> HeadOutput:
-    """The reference for `OutputLayer`, from all logits `[s, b, v]`."""
-    every = label_stats(logits, inputs.labels, vocab_size=vocab_size, group=group, extra_stats=inputs.extra_stats)
-    stats = every.map(lambda values: select_labels(values, inputs.label_positions))
-    if inputs.token_loss is None:
-        return HeadOutput(stats=stats, loss=None)
-    return _loss_of_all(stats, inputs.token_loss)
-
-
-def _loss_of_all(stats: LabelStats, token_loss: ChunkLoss) -> HeadOutput:
+def loss_of_all(stats: LabelStats, token_loss: ChunkLoss) -> HeadOutput:
     """From all label tokens of the micro-batch at once."""
     loss = token_loss(stats, slice(0, len(stats.log_probs))).sum()
     return HeadOutput(stats=stats._replace(log_probs=stats.log_probs.detach()), loss=loss)
 
 
-class OutputLayer(ColumnParallelLinear):
-    """Megatron-Core's output layer, with a forward that ends in the loss where it is told the labels.
+def fused_head(
+    hidden: Tensor,
+    weight: Tensor,
+    inputs: HeadInputs,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    sequence_parallel: bool,
+) -> HeadOutput:
+    """From the last hidden states and the output weight, without all the logits; collective over `group`.
 
-    It is the layer's own forward, and not a function of its weight, because Megatron-Core gathers the weight in hooks
-    of that forward (`overlap_param_gather`).
+    Args:
+        hidden: `[s, b, h]`; with `sequence_parallel` this rank's part of s.
+        weight: `[v, h]`; rank r of `group` holds rows `r * v` to `(r + 1) * v` of the matrix.
+        inputs: what is asked of the label tokens.
+        vocab_size: true vocabulary size; rows from there on are padding: no probability, no gradient.
+        group: tensor-parallel group over which the vocabulary is split.
+        sequence_parallel: whether s is split over `group` too.
     """
-
-    def forward(
-        self,
-        input_: Tensor,
-        weight: Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-        *,
-        inputs: HeadInputs | None = None,
-        vocab_size: int | None = None,
-    ) -> Any:
-        """With `inputs` and `vocab_size` (the true one): `[s, b, h]` to `HeadOutput`; without: to logits."""
-        if inputs is None:
-            return super().forward(input_, weight, runtime_gather_output)
-        assert vocab_size is not None
-        # Both are the identity without tensor parallelism, and sum the gradient over the group on the way back.
-        if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(input_, group=self.tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        rows = hidden.flatten(0, 1).index_select(0, inputs.label_positions)
-        weight = self.weight if weight is None else weight
-        assert weight is not None
-        labels, token_loss = inputs.label_ids, inputs.token_loss
-        place = {"vocab_size": vocab_size, "group": self.tp_group, "extra_stats": inputs.extra_stats}
-        if token_loss is not None and torch.is_grad_enabled() and not inputs.needs_whole_records:
-            loss, stats = fused_loss(rows, weight, labels, token_loss, **place)
-            return HeadOutput(stats=stats, loss=loss)
-        stats = fused_label_stats(rows, weight, labels, **place)
-        if token_loss is None or not torch.is_grad_enabled():
-            return HeadOutput(stats=stats, loss=None)
-        return _loss_of_all(stats, token_loss)
+    # Both are the identity without tensor parallelism, and sum the gradient over the group on the way back.
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=group)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+    rows = hidden.flatten(0, 1).index_select(0, inputs.label_positions)
+    labels, token_loss = inputs.label_ids, inputs.token_loss
+    place: dict[str, Any] = {"vocab_size": vocab_size, "group": group, "extra_stats": inputs.extra_stats}
+    if token_loss is not None and torch.is_grad_enabled() and not inputs.needs_whole_records:
+        # The gradients are formed in this very call, that of the weight in `main_grad`, where no later factor reaches
+        # it. So nothing may scale the loss on its way back: no loss scaling as for fp16, no division by micro-batches.
+        # The backward pass refuses any gradient but 1.
+        loss, stats = fused_loss(rows, weight, labels, token_loss, **place)
+        return HeadOutput(stats=stats, loss=loss)
+    stats = fused_label_stats(rows, weight, labels, **place)
+    if token_loss is None or not torch.is_grad_enabled():
+        return HeadOutput(stats=stats, loss=None)
+    return loss_of_all(stats, token_loss)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.head.kernels.portable import shard_gradient_, shard_sums_
+from megatron_psft.head.layer import HeadInputs, HeadOutput, loss_of_all, select_labels
 from megatron_psft.head.shards import ShardExtras, ShardSoftmax, join_shards, shard_width
 from megatron_psft.loss.labels import ExtraStat, LabelStats
 
@@ -37,6 +38,15 @@ def label_stats(
     """
     every = _VocabParallelLabelStats.apply(logits, labels.transpose(0, 1), vocab_size, group, extra_stats)
     return LabelStats(*every).map(lambda values: values.transpose(0, 1))
+
+
+def plain_head(logits: Tensor, inputs: HeadInputs, *, vocab_size: int, group: dist.ProcessGroup) -> HeadOutput:
+    """What `fused_head` answers, from all logits: `[s, b, v]`, this rank's columns of them; collective over `group`."""
+    every = label_stats(logits, inputs.labels, vocab_size=vocab_size, group=group, extra_stats=inputs.extra_stats)
+    stats = every.map(lambda values: select_labels(values, inputs.label_positions))
+    if inputs.token_loss is None:
+        return HeadOutput(stats=stats, loss=None)
+    return loss_of_all(stats, inputs.token_loss)
 
 
 class _VocabParallelLabelStats(torch.autograd.Function):

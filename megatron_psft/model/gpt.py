@@ -1,7 +1,6 @@
 """Builds Megatron-Core's `GPTModel` for a shape, wrapped for data parallelism."""
 
 import math
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -22,14 +21,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
-from megatron_psft.head.layer import HeadInputs, HeadOutput, OutputLayer, plain_head
+from megatron_psft.model.end import attach
 from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts
 from megatron_psft.model.fp8 import check_dimensions, fp8_options
 from megatron_psft.model.layers import Attention, RMSNorm
@@ -39,29 +37,6 @@ from megatron_psft.model.shape import ModelShape
 # makes the padded size the same for every tensor-parallel size that divides 8, so that checkpoints move freely between
 # them.
 VOCAB_ALIGNMENT, VOCAB_RANKS = 128, 8
-
-
-class PolicyModel(GPTModel):
-    """A `GPTModel` that takes `HeadInputs` for labels and returns `HeadOutput` in place of cross-entropy."""
-
-    def __init__(self, *, true_vocab_size: int, fused_head: bool, **options: Any) -> None:
-        super().__init__(**options)
-        self.true_vocab_size = true_vocab_size
-        self.fused_head = fused_head
-        if self.post_process:
-            assert type(self.output_layer) is ColumnParallelLinear
-            # `GPTModel` builds the layer and asks for no class. This one holds nothing more.
-            self.output_layer.__class__ = OutputLayer
-
-    def _postprocess(self, hidden_states: Tensor, *, labels: HeadInputs | None, **rest: Any) -> Any:
-        if not (self.fused_head and self.post_process and labels is not None):
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_states, weight=weight, inputs=labels, vocab_size=self.true_vocab_size)
-
-    def compute_language_model_loss(self, labels: HeadInputs, logits: Tensor) -> HeadOutput:
-        """Without the fused head: from `logits` `[s, b, v]`, this rank's columns of all of them."""
-        return plain_head(logits, labels, vocab_size=self.true_vocab_size, group=self.pg_collection.tp)
 
 
 def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
@@ -175,6 +150,7 @@ def build_model(
     chunks: list[DistributedDataParallel] = []
     for index in range(parallel.virtual_size):
         model: torch.nn.Module = build_chunk(shape, config, megatron_config, platform, parallel, index)
+        attach(model, vocab_size=shape.vocab_size, fused=config.objective.fused_head)
         model.to(platform.device)
         if config.precision.bf16:
             model = Float16Module(megatron_config, model)
@@ -207,10 +183,10 @@ def build_chunk(
     platform: Platform,
     parallel: Parallel,
     index: int,
-) -> PolicyModel:
+) -> GPTModel:
     """Returns one of this rank's model chunks, without data parallelism; its weights are still to be filled."""
     vp_stage = index if parallel.virtual_size > 1 else None
-    model = PolicyModel(
+    model = GPTModel(
         config=megatron_config,
         transformer_layer_spec=_layer_spec(shape, megatron_config, platform, vp_stage),
         vocab_size=padded_vocab_size(shape.vocab_size, parallel.tensor_size),
@@ -222,8 +198,6 @@ def build_chunk(
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         vp_stage=vp_stage,
-        true_vocab_size=shape.vocab_size,
-        fused_head=config.objective.fused_head,
     )
     _mark_sharded_weights(model)
     mark_experts(model)
@@ -257,7 +231,7 @@ def _portable_layer(shape: ModelShape, *, has_experts: bool) -> ModuleSpec:
     return spec
 
 
-def _mark_sharded_weights(model: PolicyModel) -> None:
+def _mark_sharded_weights(model: GPTModel) -> None:
     """Says which weights are cut over the tensor-parallel group, so that the gradient norm counts every shard.
 
     Megatron-Core does it along with its own draw of the weights, which is switched off here.
@@ -269,7 +243,7 @@ def _mark_sharded_weights(model: PolicyModel) -> None:
                 set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
 
 
-def _scale_rope(model: PolicyModel, shape: ModelShape) -> None:
+def _scale_rope(model: GPTModel, shape: ModelShape) -> None:
     """Applies Llama 3's frequency scaling with all its numbers; the model's own flag knows only the factor."""
     if shape.rope_scaling is None:
         return

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from megatron.bridge.training.losses import masked_next_token_loss
 from megatron.bridge.training.state import GlobalState
 from torch import Tensor
 
-from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.errors import UserError
+from megatron_psft.head.layer import HeadOutput
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums
+from megatron_psft.model.end import ask, attach
 from megatron_psft.nemo.config import PsftConfig
-from megatron_psft.nemo.policy import BridgePolicy, MarkedLabels, PolicyOutput, Question, policy_of
+from megatron_psft.nemo.labels import MaskedLabels, MaskedQuestion, scored_labels
 
 LOSS_KEY = "lm loss"
 """Bridge's name of the loss that is trained on, or of an evaluation."""
@@ -36,8 +38,7 @@ class PsftForwardStep:
         self._config = config
         self._bridge_step = bridge_step
         self._objective = config.objective_at(0)
-        self._scored: Sequence[Tensor] | None = None
-        self._next = 0
+        self._scored: Iterator[Tensor] | None = None
 
     def begin_step(self, objective: Objective, scored: Sequence[Tensor] | None) -> None:
         """Says what the coming optimizer step trains with.
@@ -47,7 +48,9 @@ class PsftForwardStep:
             scored: what the old policy said of each of this rank's micro-batches, in their order; None where the old
                 policy is the current one. Any sequence will do on ranks without the output layer.
         """
-        self._objective, self._scored, self._next = objective, scored, 0
+        self._objective = objective
+        # Bridge may run the micro-batches of a step again, from the first one on.
+        self._scored = None if scored is None else cycle(scored)
 
     def __call__(
         self,
@@ -59,14 +62,12 @@ class PsftForwardStep:
         """Bridge's contract: the output of the model, and what makes its loss and metrics."""
         if return_schedule_plan:
             raise UserError("model.overlap_moe_expert_parallel_comm (True) must be False: PSFT has no schedule plan")
-        policy = self._policy(state, model)
-        objective = self._objective if model.training else None
-        policy.question = Question(objective=objective, scored=self._scored_of_next(policy) if objective else None)
-        output, _ = self._bridge_step(state, MarkedLabels(data_iterator), model)
+        question = MaskedQuestion(self._objective, self._scored) if model.training else MaskedQuestion()
+        output = self._run(state, data_iterator, model, question)
         checks = state.cfg.rerun_state_machine
         return output, partial(
             _loss_of,
-            config=None if objective is None else objective.config,
+            question=question,
             check_for_nan_in_loss=checks.check_for_nan_in_loss,
             check_for_spiky_loss=checks.check_for_spiky_loss,
         )
@@ -74,34 +75,36 @@ class PsftForwardStep:
     def score(
         self, state: GlobalState, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
     ) -> tuple[Any, Callable[..., Tensor]]:
-        """The forward step of a pass that only scores; what it collects is `PolicyOutput.scored`."""
-        self._policy(state, model).question = Question()
-        output, _ = self._bridge_step(state, MarkedLabels(data_iterator), model)
-        return output, _scored_of
+        """The forward step of a pass that only scores; what it collects is `scored_labels`."""
+        question = MaskedQuestion()
+        return self._run(state, data_iterator, model, question), partial(_scored_of, question=question)
 
-    def _policy(self, state: GlobalState, model: torch.nn.Module) -> BridgePolicy:
-        return policy_of(model, vocab_size=state.cfg.model.vocab_size, fused_head=self._config.fused_head)
+    def _run(
+        self,
+        state: GlobalState,
+        data_iterator: Iterator[dict[str, Any]],
+        model: torch.nn.Module,
+        question: MaskedQuestion,
+    ) -> Any:
+        """The output of the model: a `HeadOutput`, but on pipeline stages without the output layer."""
+        attach(model, vocab_size=state.cfg.model.vocab_size, fused=self._config.fused_head)
+        ask(model, question)
+        output, _ = self._bridge_step(state, MaskedLabels(data_iterator), model)
+        return output
 
-    def _scored_of_next(self, policy: BridgePolicy) -> Tensor | None:
-        """Of the micro-batch at hand. Bridge may run the micro-batches of a step again, from the first one on."""
-        if self._scored is None or not policy.post_process:
-            return None
-        index = self._next % len(self._scored)
-        self._next += 1
-        return self._scored[index]
 
-
-def _scored_of(output: PolicyOutput, non_loss_data: bool) -> Tensor:
+def _scored_of(output: HeadOutput, non_loss_data: bool, *, question: MaskedQuestion) -> Tensor:
     assert non_loss_data
-    return output.scored
+    return scored_labels(question.label_ids, output)
 
 
 def _loss_of(
-    output: PolicyOutput, *, config: ObjectiveConfig | None, check_for_nan_in_loss: bool, check_for_spiky_loss: bool
+    output: HeadOutput, *, question: MaskedQuestion, check_for_nan_in_loss: bool, check_for_spiky_loss: bool
 ) -> tuple[Tensor, Tensor, Metrics]:
-    """Sum of the losses of a micro-batch, its label tokens, and its metrics; `config` is None in an evaluation."""
+    """Sum of the losses of a micro-batch, its label tokens, and its metrics; without an objective as in an
+    evaluation."""
     stats = output.stats
-    if config is None:
+    if question.objective is None:
         nll, count = -stats.log_probs.sum(), stats.log_probs.new_full((), len(stats.log_probs))
         return nll, count.int(), _paired(count, {LOSS_KEY: nll, "entropy": stats.entropy.sum()})
     assert output.loss is not None
@@ -109,7 +112,7 @@ def _loss_of(
     loss, _, _ = masked_next_token_loss(
         output.loss.new_ones(1), output.loss.view(1), check_for_nan_in_loss, check_for_spiky_loss
     )
-    sums = batch_sums(loss.detach(), stats, output.given, config, labelled_records=0)
+    sums = batch_sums(loss.detach(), stats, question.given, question.objective.config, labelled_records=0)
     return loss, sums.denominator.int(), _metrics_of(sums)
 
 

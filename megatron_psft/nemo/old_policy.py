@@ -79,7 +79,7 @@ class OldPolicyCallback(Callback):
     def _score(
         self, context: CallbackContext, batches: BatchesAhead, groups: ProcessGroupCollection, step: int
     ) -> list[Tensor]:
-        """One tensor per micro-batch on the last pipeline stage, as `PolicyOutput.scored` has it; none elsewhere."""
+        """One tensor per micro-batch on the last pipeline stage, as `scored_labels` has it; none elsewhere."""
         state, chunks = context.state, context.model
         model_config = get_model_config(chunks[0])
         micro_batches, seq_length = batches.micro_batches(step)

@@ -18,6 +18,7 @@ from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, sc
 from megatron_psft.loss.labels import LabelInputs, LabelStats, Records
 from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums, is_clipped, policy_ratio
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
+from megatron_psft.model.end import ask
 from megatron_psft.model.layers import packed_row_params
 from megatron_psft.scoring.agreement import PrecisionNoise
 
@@ -112,8 +113,9 @@ class Pipeline:
             item = next(iterator).to(self.parallel.device)
             batch = item.micro_batch
             packed = None if batch.segments is None else packed_row_params(batch.segments, self.parallel.device)
-            labels = item.head_inputs(self.parallel)
-            output = chunk(batch.tokens, batch.position_ids, None, labels=labels, packed_seq_params=packed)
+            inputs = item.head_inputs(self.parallel)
+            ask(chunk, lambda labels: inputs)
+            output = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
             return output, partial(on_output, item)
 
         first = items[0].micro_batch
