@@ -10,9 +10,9 @@ import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from megatron_psft import sealed
 from megatron_psft.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.grid import Parallel
+from megatron_psft.errors import UserError
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.scoring.old_policy import OldPolicyWindow
 
@@ -63,7 +64,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
         saved = loaded["old_log_probs"][str(step)] if parallel.is_last_stage else None
         state.window.stored[step] = [] if saved is None else loader.from_packs(step, saved)
     if is_same_layout:  # the generators of other ranks would mean nothing; nothing that trains draws from them today
-        _set_rng(loaded["rng"])
+        _set_rng(loaded["rng"], parallel.device)
 
 
 def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel]) -> None:
@@ -74,10 +75,14 @@ def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel]) ->
     for name, model in models.items():
         missing, unexpected = model.load_state_dict(loaded[name], strict=False)
         other = [*unexpected, *(key for key in missing if not key.endswith("_extra_state"))]
-        assert not other, f"{name} and {checkpoint} differ in {other}"
+        if other:
+            raise UserError(
+                f"{checkpoint} must hold the weights of this model, and differs from it in {', '.join(other[:3])} "
+                f"({len(other)} in all); use the config.json that it was trained with"
+            )
 
 
-def sharded_weights(model: GPTModel) -> dict[str, ShardedBase]:
+def sharded_weights(model: MegatronModule) -> dict[str, ShardedBase]:
     """The parameters of a model chunk as a checkpoint has them, by their names in the chunk.
 
     Modules' extra state is not among them: only FP8 has any, and which modules do depends on their implementation.
@@ -86,7 +91,7 @@ def sharded_weights(model: GPTModel) -> dict[str, ShardedBase]:
     return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
 
 
-def _named_chunks(chunks: Sequence[DistributedDataParallel]) -> dict[str, GPTModel]:
+def _named_chunks(chunks: Sequence[DistributedDataParallel]) -> dict[str, MegatronModule]:
     """Model chunks under the names that Megatron-Core's optimizers expect."""
     models = unwrap_model(list(chunks))
     return {"model": models[0]} if len(models) == 1 else {f"model{i}": model for i, model in enumerate(models)}
@@ -124,15 +129,17 @@ def _layout(parallel: Parallel) -> dict[str, int]:
 
 def _sharded_rng(parallel: Parallel) -> ShardedObject:
     """The states of this rank's random generators."""
+    is_gpu = parallel.device.type == "cuda"
     states = {
         "cpu": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),  # the CPU's where there is no GPU, see platform.py
+        "device": torch.cuda.get_rng_state(parallel.device) if is_gpu else torch.get_rng_state(),
         "tensor_parallel": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
     return ShardedObject("rng", states, (parallel.world_size,), (parallel.rank,))
 
 
-def _set_rng(states: Mapping[str, Any]) -> None:
+def _set_rng(states: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
-    torch.cuda.set_rng_state(states["device"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["device"], device)
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tensor_parallel"])

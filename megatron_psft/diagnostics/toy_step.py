@@ -58,7 +58,7 @@ def toy_step(platform: Platform, *, bf16: bool) -> dict[str, str]:
         pipeline = Pipeline(chunks=chunks, parallel=parallel)
         pipeline.zero_grad()
         pipeline.train([_packed_records()], None, objective=Objective(config=config.objective))
-        update(optimizer, step=1)
+        update(optimizer, step=1, device=platform.device)
     (model,) = unwrap_model(chunks)
     layer = model.decoder.layers[0]
     return {

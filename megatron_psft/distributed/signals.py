@@ -26,12 +26,13 @@ class StopSignals:
     all processes and torchrun its own once more.
     """
 
-    def __init__(self) -> None:
-        self._received = 0
+    def __init__(self, device: torch.device) -> None:
+        """`device` is what this rank computes on, over which ranks tell each other."""
+        self._device, self._received = device, 0
 
     def check(self) -> None:
         """Raises `StopRequested` where any rank has received a signal; collective."""
-        highest = torch.tensor(self._received, device="cuda")  # the CPU where there is no GPU, see platform.py
+        highest = torch.tensor(self._received, device=self._device)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         if highest > 0:
             raise StopRequested(int(highest))

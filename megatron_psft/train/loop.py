@@ -29,7 +29,7 @@ def train(run: Run) -> int:
         0, or the number of the signal that ended the run early, with its last step completed and saved.
     """
     completed = saved = run.first_step
-    with StopSignals() as stop, _saver(run) as saver, _run_log(run) as run_log:
+    with StopSignals(run.parallel.device) as stop, _saver(run) as saver, _run_log(run) as run_log:
         try:
             if run.reference is not None and completed < run.train_iters:
                 with naming_lost_peers("the reference's pass"):
@@ -81,7 +81,7 @@ def train_step(
         metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, are_pairs=are_pairs)
         lr = state.optimizer.param_groups[0]["lr"]
         before_update()
-        grad_norm = update(state.optimizer, step + 1)
+        grad_norm = update(state.optimizer, step + 1, run.parallel.device)
         state.scheduler.step(increment=1)
     return {
         **metrics.line(),

@@ -66,8 +66,8 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: i
     )
 
 
-def update(optimizer: MegatronOptimizer, step: int) -> float:
-    """Clips the gradients and steps the optimizer; returns the norm before clipping.
+def update(optimizer: MegatronOptimizer, step: int, device: torch.device) -> float:
+    """Clips the gradients and steps the optimizer; returns the norm before clipping. `device` is this rank's.
 
     Raises:
         UserError: on every rank and before any weight has changed, where the norm is not finite.
@@ -76,7 +76,7 @@ def update(optimizer: MegatronOptimizer, step: int) -> float:
     # the gradients, one pass over memory, against the many of forward and backward.
     optimizer.prepare_grads()
     norm = optimizer.get_grad_norm()
-    culprit = _rank_to_blame(optimizer, norm)
+    culprit = _rank_to_blame(optimizer, norm, device)
     if culprit is not None:
         raise UserError(
             f"step {step}: the gradient norm is not finite, first seen on rank {culprit}; nothing was updated; resume "
@@ -86,7 +86,7 @@ def update(optimizer: MegatronOptimizer, step: int) -> float:
     return norm
 
 
-def _rank_to_blame(optimizer: MegatronOptimizer, norm: float) -> int | None:
+def _rank_to_blame(optimizer: MegatronOptimizer, norm: float, device: torch.device) -> int | None:
     """The lowest rank with a gradient that is not finite, or else with such a norm; None where all is well. Collective.
 
     The norm is common to a model replica only, but all ranks have to stop together.
@@ -99,7 +99,7 @@ def _rank_to_blame(optimizer: MegatronOptimizer, norm: float) -> int | None:
         gradients = [getattr(parameter, "decoupled_grad", parameter.grad) for parameter in parameters]  # if offloaded
         is_finite = all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)
         blame = rank + world_size if is_finite else rank
-    lowest = torch.tensor(blame, device="cuda")  # the CPU where there is no GPU, see platform.py
+    lowest = torch.tensor(blame, device=device)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     return int(lowest) % world_size if lowest < 2 * world_size else None
 

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_psft.distributed.device import detect
@@ -19,7 +20,7 @@ def _check_after_signal(to_rank: int, signum: int) -> list[int]:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     found = []
-    with process_group(detect(rank), world_size), StopSignals() as stop:
+    with process_group(detect(rank), world_size), StopSignals(torch.device("cpu")) as stop:
         for moment in range(3):
             if moment == 1 and rank == to_rank:
                 os.kill(os.getpid(), signum)
@@ -42,7 +43,7 @@ def test_a_signal_to_one_rank_stops_all(pool, to_rank, signum):
 def test_a_second_ctrl_c_acts_at_once():
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with StopSignals() as stop:
+        with StopSignals(torch.device("cpu")) as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop._received == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
@@ -54,7 +55,7 @@ def test_a_second_ctrl_c_acts_at_once():
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_is_never_more_than_a_request(first):
     """Slurm may signal every process, and torchrun then signals its own once more."""
-    with StopSignals() as stop:
+    with StopSignals(torch.device("cpu")) as stop:
         for signum in (first, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), signum)
             assert stop._received == signum
@@ -62,7 +63,7 @@ def test_sigterm_is_never_more_than_a_request(first):
 
 def test_helpers_outlive_what_the_trainer_receives():
     """The signal reaches this thread when the context ends, and the helper never."""
-    with StopSignals() as stop:
+    with StopSignals(torch.device("cpu")) as stop:
         with helpers_outlive_signals():
             script = "import sys; print('up', flush=True); sys.stdin.read(); print('still here')"
             pipe = subprocess.PIPE

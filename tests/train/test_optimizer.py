@@ -99,7 +99,7 @@ def _train(config: Config, world_size: int, scales: list[float], shape: ModelSha
         for step, scale in enumerate(scales):
             set_gradients(run, step, scale)
             rates.append(run.optimizer.param_groups[0]["lr"])
-            norms.append(update(run.optimizer, step + 1))
+            norms.append(update(run.optimizer, step + 1, torch.device("cpu")))
             run.scheduler.step(increment=1)
         after = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
         return before, after, norms, rates
@@ -186,7 +186,7 @@ def _decay_only(config: Config):
 
     with built(config, 1) as run:
         before = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
-        norm = update(run.optimizer, 1)
+        norm = update(run.optimizer, 1, torch.device("cpu"))
         return norm, before, {name: parameter.detach() for name, parameter in run.parameters.items()}
 
 
@@ -250,7 +250,7 @@ def _update_with_bad_gradient(config: Config, world_size: int, bad_rank: int, na
 
     with built(config, world_size) as run:
         set_gradients(run, 0)
-        update(run.optimizer, 1)
+        update(run.optimizer, 1, torch.device("cpu"))
         held = [*run.parameters.values(), *(each for state in _states(run.optimizer) for each in state.values())]
         before = [tensor.detach().clone() for tensor in held]
         set_gradients(run, 1)
@@ -258,7 +258,7 @@ def _update_with_bad_gradient(config: Config, world_size: int, bad_rank: int, na
             run.parameters[name].main_grad.fill_(value)
         message = None
         try:
-            update(run.optimizer, 2)
+            update(run.optimizer, 2, torch.device("cpu"))
         except UserError as error:
             message = str(error)
         return message, all(map(torch.equal, before, held))

@@ -359,7 +359,7 @@ def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch
                 old_log_probs = ahead
             mine = my_part(batches[step % 3].micro_batches, run.place)
             run.pipeline.train(mine, old_log_probs, objective=objective_of("psft"))
-            update(run.optimizer, step + 1)
+            update(run.optimizer, step + 1, torch.device("cpu"))
         run.pipeline.gather_parameters()
         return scores, [parameter.detach().clone() for _, parameter in named_parameters(run.chunks)]
 
