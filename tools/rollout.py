@@ -24,7 +24,9 @@ from typing import Any
 from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row
-from megatron_psft.data.records import RecordError, RecordKeys, parse_row
+from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.messages import RecordError
+from megatron_psft.data.records import parse_row
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rollout.prompts import Prompt, PromptConfig, read_prompts

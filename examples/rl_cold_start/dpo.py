@@ -11,7 +11,9 @@ from trl_run import TrainConfig, train_and_save
 
 from megatron_psft.config.flags import require_at_least, require_positive, run_command
 from megatron_psft.data.files import BadRecord, Row, open_rows
-from megatron_psft.data.records import Message, RecordKeys, parse_row
+from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.messages import Message
+from megatron_psft.data.records import parse_row
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
 

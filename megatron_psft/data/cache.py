@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from megatron_psft.data.chat import ChatRenderer, Example, LossOn
 from megatron_psft.data.files import BadRecord, Source
-from megatron_psft.data.records import RecordKeys
+from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.tokenizing import (
     INDEX,
     ChunkTokenizer,
@@ -49,7 +49,17 @@ if TYPE_CHECKING:
 _MANIFEST = "manifest.json"
 _SIZED_FILES = ("tokens.bin", "label_mask.bin", "index.bin", "bad.jsonl")
 _HASHED_FILES = ("index.bin", "bad.jsonl")  # small; the records have a checksum each, compared when one is read
-_CODE = ("files.py", "records.py", "pairs.py", "chat.py", "word_cache.py", "tokenizing.py", "cache.py")
+_CODE = (
+    "files.py",
+    "messages.py",
+    "formats.py",
+    "records.py",
+    "pairs.py",
+    "chat.py",
+    "word_cache.py",
+    "tokenizing.py",
+    "cache.py",
+)
 """A change of these may change tokens. Their text is part of the key, so that nobody has to think of a version."""
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from megatron_psft.data.records import Message, Record, RecordError
+from megatron_psft.data.messages import Message, RecordError
+from megatron_psft.data.records import Record
 from megatron_psft.data.word_cache import WordCache
 from megatron_psft.errors import UserError
 
@@ -130,7 +131,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", loss_on: LossOn) -> None:
         if not tokenizer.is_fast:
             raise UserError(
-                f"tokenizer ({tokenizer.name_or_path}) must be a fast one, which tells the text span of each token; "
+                f"tokenizer ({tokenizer.name_or_path}) must be a fast one, which knows the text span of each token; "
                 "give --tokenizer a folder with a tokenizer.json"
             )
         try:
@@ -188,7 +189,7 @@ class ChatRenderer:
                 except RecordError:
                     self._is_written[key] = False
             if not self._is_written[key]:
-                raise RecordError(f"{key} that the chat template leaves out")
+                raise RecordError(f"the chat template does not render {key}")
 
     def _template(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], add_generation_prompt: bool = False

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,9 +18,9 @@ from megatron_psft.config.schema import DataConfig
 from megatron_psft.data.cache import DataCache, TokenizedSource
 from megatron_psft.data.chat import Example
 from megatron_psft.data.files import open_source
-from megatron_psft.data.records import RecordKeys, raise_or_report
+from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.records import raise_or_report
 from megatron_psft.data.statistics import DatasetStatistics, add_up, count_records
-from megatron_psft.data.tokenizing import make_index
 from megatron_psft.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ class WeightedPath:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """The records of one source that an epoch has, with repeats. `records`, places in the source, and `lengths`, in
-    tokens after truncation: int64 [records]."""
+class SourceRecords:
+    """The records of one source in an epoch, with repeats. `records`, indices into the source, and `lengths`, in tokens
+    after truncation: int64 [records]."""
 
     source: TokenizedSource
     records: NDArray[np.int64]
@@ -55,57 +55,9 @@ class Part:
 class TokenizedDataset:
     """The records of an epoch, source after source. Holds 16 bytes per record; tokens stay on disk."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[SourceRecords]) -> None:
         self._parts = tuple(parts)
         self._borders = np.cumsum([0, *(len(part.records) for part in parts)]).tolist()
-
-    @classmethod
-    def from_arrays(
-        cls,
-        *,
-        tokens: NDArray[np.int32],
-        label_mask: NDArray[np.bool_],
-        offsets: NDArray[np.int64],
-        advantages: NDArray[np.float32] | None = None,
-        second_starts: NDArray[np.int64] | None = None,
-    ) -> "TokenizedDataset":
-        """Records in memory, all of them: record i is [offsets[i], offsets[i + 1]) of `tokens` (int32 [total]) and
-        `label_mask` (bool [total], true where a token is to be predicted; never at a record's first). `offsets`: int64
-        [records + 1]; `advantages`: fp32 [records], all 1 where None; `second_starts`: int64 [records], of the
-        records as pairs."""
-        advantages = np.ones(len(offsets) - 1, np.float32) if advantages is None else advantages
-        second_starts = np.zeros(len(offsets) - 1, np.int64) if second_starts is None else second_starts
-        pieces = [slice(start, stop) for start, stop in pairwise(offsets)]
-        examples = [
-            Example(
-                tokens=tokens[piece],
-                label_mask=label_mask[piece],
-                advantage=float(advantage),
-                second_start=int(second_start) or None,
-            )
-            for piece, advantage, second_start in zip(pieces, advantages, second_starts, strict=True)
-        ]
-        digest = hashlib.sha256()
-        for array in (offsets, tokens, label_mask, advantages, second_starts):
-            digest.update(np.ascontiguousarray(array).data)
-        source = TokenizedSource(
-            name="memory",
-            folder=None,
-            tokens=tokens,
-            label_mask=label_mask,
-            index=make_index(range(1, len(examples) + 1), examples),
-            file_names=("memory",),
-            content=digest.hexdigest(),
-            bad_counts={},
-        )
-        every = _Fitting(
-            records=np.arange(len(source)),
-            lengths=source.index["length"].astype(np.int64),
-            labels=source.index["labels"].astype(np.int64),
-            is_truncated=np.zeros(len(source), np.bool_),
-            dropped={},
-        )
-        return cls([_take(source, every, weight=1.0, seed=[])])
 
     def __len__(self) -> int:
         return self._borders[-1]
@@ -214,9 +166,9 @@ def build_dataset(
     _check_bad_records(sources, paths, config.skip_bad_records)
     return TokenizedDataset(
         [
-            _take(
+            _repeat_by_weight(
                 source,
-                _fit(source, seq_length=config.seq_length, overlong=config.overlong),
+                _select_usable(source, seq_length=config.seq_length, overlong=config.overlong),
                 weight=item.weight,
                 seed=[seed, number],
             )
@@ -228,12 +180,12 @@ def build_dataset(
 def _refuse_for_pairs(config: DataConfig) -> None:
     if config.overlong == "truncate":
         raise UserError(
-            "overlong (truncate) cannot be had with preference pairs, whose sequences are compared whole; choose drop "
-            "or error"
+            "overlong (truncate) is not supported for preference pairs, whose sequences are compared whole; choose "
+            "drop or error"
         )
     if config.loss_on == "all":
         raise UserError(
-            "loss_on (all) cannot be had with preference pairs, whose prompts are the same; choose assistant or last"
+            "loss_on (all) is not supported for preference pairs, whose prompts are the same; choose assistant or last"
         )
 
 
@@ -255,7 +207,7 @@ def _check_bad_records(sources: Sequence[TokenizedSource], paths: Sequence[str],
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Fitting:
+class _UsableRecords:
     """The records of a source that are trained on: int64 [records] each. `labels` counts label tokens."""
 
     records: NDArray[np.int64]
@@ -265,7 +217,7 @@ class _Fitting:
     dropped: Mapping[str, int]
 
 
-def _fit(source: TokenizedSource, *, seq_length: int, overlong: str) -> _Fitting:
+def _select_usable(source: TokenizedSource, *, seq_length: int, overlong: str) -> _UsableRecords:
     """The records that fit into `seq_length`; the others are cut, counted in `dropped`, or refused."""
     lengths = source.index["length"].astype(np.int64)
     second_start = source.index["second_start"].astype(np.int64)
@@ -289,7 +241,7 @@ def _fit(source: TokenizedSource, *, seq_length: int, overlong: str) -> _Fitting
     labels = source.index["labels"].astype(np.int64)[records]
     for place in np.flatnonzero(is_long[records]):  # few: only those that are cut
         labels[place] = np.count_nonzero(source.example(int(records[place]), seq_length).label_mask)
-    return _Fitting(
+    return _UsableRecords(
         records=records,
         lengths=lengths[records],
         labels=labels,
@@ -309,25 +261,27 @@ def _refuse_overlong(
     )
 
 
-def _take(source: TokenizedSource, fitting: _Fitting, *, weight: float, seed: Sequence[int]) -> Part:
+def _repeat_by_weight(
+    source: TokenizedSource, usable: _UsableRecords, *, weight: float, seed: Sequence[int]
+) -> SourceRecords:
     """As many passes over the records as `weight` says, in order, and a random part of them for its fraction."""
-    count = len(fitting.records)
+    count = len(usable.records)
     passes, share = int(weight), weight - int(weight)
     drawn = np.sort(np.random.default_rng(seed).permutation(count)[: round(share * count)])
     taken = np.concatenate([np.tile(np.arange(count), passes), drawn])
     if not len(taken):
         raise UserError(f"data ({source.name}) takes none of {count} records with weight {weight:g}; raise it")
-    lengths = fitting.lengths[taken]
-    return Part(
+    lengths = usable.lengths[taken]
+    return SourceRecords(
         source=source,
-        records=fitting.records[taken],
+        records=usable.records[taken],
         lengths=lengths,
         statistics=count_records(
             source.name,
             weight=weight,
             lengths=lengths,
-            label_tokens=int(fitting.labels[taken].sum()),
-            truncated=int(fitting.is_truncated[taken].sum()),
-            dropped=fitting.dropped,
+            label_tokens=int(usable.labels[taken].sum()),
+            truncated=int(usable.is_truncated[taken].sum()),
+            dropped=usable.dropped,
         ),
     )

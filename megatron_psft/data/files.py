@@ -21,9 +21,8 @@ from megatron_psft.errors import UserError
 MAX_LINE_BYTES = 64 * 2**20
 """A longer JSON line is a bad record: it would be some 16 million tokens, and a file without line ends fills memory."""
 
-_CHUNK_ROWS = (
-    256  # enough to keep a tokenizer busy, little enough to hold: a batch of Parquet's 65,536 may be gigabytes
-)
+# Enough to keep a tokenizer busy, little enough to hold: a batch of Parquet's 65,536 may be gigabytes.
+_CHUNK_ROWS = 256
 _CHUNK_BYTES = 2**20
 
 
@@ -127,7 +126,7 @@ def _read_file(path: Path) -> Iterator[Chunk]:
 
 def _check_readable(path: Path) -> None:
     if not os.access(path, os.R_OK):
-        raise UserError(f"data ({path}) must be readable; change its permissions, or mend the link")
+        raise UserError(f"data ({path}) must be readable; change its permissions, or fix the link")
 
 
 def _is_data_file(path: Path) -> bool:
@@ -314,7 +313,7 @@ def _load_from_hub(dataset_id: str) -> Sequence[object]:
         return datasets.load_dataset(dataset_id, split="train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"data ({dataset_id}) is no local file or folder and the hub does not give it: {_first_line(error)}; "
+            f"data ({dataset_id}) is not a local file or folder, and the hub does not have it: {_first_line(error)}; "
             "check the name, or download it and give the folder"
         ) from error
 

@@ -27,6 +27,12 @@ class MicroBatch:
     """Rows of one forward pass, each [batch, seq]. `labels[b, s]` is the token after `tokens[b, s]` in its record; it
     counts where `label_mask` is true. Under context parallelism a rank has a part of each row, and `seq` is its length.
 
+    Where records lie is said four times, once for each reader, and all follow from the records' lengths (`RowLayout`):
+    `segments` for attention, the borders that it must not cross; `position_ids` for rotary embeddings, 0, 1, ... within
+    each segment or, without segments, each row; `record_ids` for losses over whole records, the number of the segment
+    or row, 0 in padding; `label_counts` for their means, how many positions of each record id have a true `label_mask`,
+    counted before the split over context-parallel ranks.
+
     The two sequences of a preference pair are records of their own here: chosen and rejected of pair p are 2p and 2p +
     1.
     """
@@ -42,8 +48,8 @@ class MicroBatch:
     num_tokens: int
     """Tokens that are no padding, over all context-parallel ranks."""
     segments: tuple[int, ...] | None = None
-    """Where the one row holds all records: the lengths of its parts that must not see each other, before the split.
-    None where each row is a record, or padding alone."""
+    """Lengths of the parts of the one row that must not see each other, before the split: each record with its padding,
+    and what pads the row. None if each row is one record, or padding alone."""
     advantages: torch.Tensor | None = None
     """`[records]` fp32, of each record; None where all of the data set are 1."""
     ref_log_probs: torch.Tensor | None = None

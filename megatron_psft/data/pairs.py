@@ -1,11 +1,7 @@
-"""Raw rows -> preference pairs: two conversations that part at an assistant's turn, `chosen` and `rejected`.
+"""Raw rows -> preference pairs: two conversations that differ from an assistant's turn on, `chosen` and `rejected`.
 
-What comes before them is the first of these that a row has, or that the user has named:
-
-* `prompt`, a string or a list of messages;
-* `conversations` or `messages`, a list of messages;
-* Alpaca's `instruction` and `input`;
-* nothing: then both sides are whole conversations, and what they share is the prompt.
+What comes before them is the prompt, in one of `formats.PAIR_FORMATS`; without one both sides are whole conversations,
+and what they share is the prompt.
 
 A side is a string, a message, or a list of messages, which may repeat the prompt. `system` and `tools` are those of
 `records.py`. Only what differs is learned from: an assistant's turn that both sides share is no label.
@@ -15,19 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_psft.data.files import BadRecord, Row
-from megatron_psft.data.records import (
-    Message,
-    Record,
-    RecordError,
-    RecordKeys,
-    alpaca_prompt,
-    found_keys,
-    message_list,
-    parse_tools,
-    parse_with,
-    read_object,
-    with_system_prompt,
-)
+from megatron_psft.data.formats import PAIR_FORMATS, RecordKeys, messages_of
+from megatron_psft.data.messages import Message, RecordError, parse_messages, parse_tools
+from megatron_psft.data.records import Record, parse_with, read_object, with_system_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +30,15 @@ class Pair:
 
 
 def parse_pair(row: Row | BadRecord, keys: RecordKeys) -> Pair | BadRecord:
-    """The pair that a row is, or why it is none."""
+    """The pair that a row is, or why it is not one."""
     return parse_with(lambda value, source: _parse_value(value, source, keys), row)
 
 
 def _parse_value(value: object, source: str, keys: RecordKeys) -> Pair:
     row = read_object(value)
-    if "chosen" not in row or "rejected" not in row:
-        raise RecordError("no preference pair", f"keys found: {found_keys(row)}; wanted: chosen and rejected")
+    prompt = messages_of(row, PAIR_FORMATS, keys, reason="no preference pair")
     if "advantage" in row:
-        raise RecordError("advantage of a preference pair")
-    prompt = _parse_prompt(row, keys)
+        raise RecordError("advantage is not supported in a preference pair")
     chosen = with_system_prompt(row, _parse_side(row, "chosen", prompt), keys)
     rejected = with_system_prompt(row, _parse_side(row, "rejected", prompt), keys)
     prompt_length, tools = _shared_length(chosen, rejected), parse_tools(row.get("tools"))
@@ -64,26 +48,18 @@ def _parse_value(value: object, source: str, keys: RecordKeys) -> Pair:
     )
 
 
-def _parse_prompt(row: Mapping[str, object], keys: RecordKeys) -> tuple[Message, ...]:
-    """What comes before both sides; nothing where they are whole conversations."""
-    if keys.prompt in row:
-        return message_list(row[keys.prompt], keys.prompt, "user")
-    for key in ("conversations", "messages"):
-        if key in row:
-            return message_list(row[key], key, None)
-    return (alpaca_prompt(row),) if "instruction" in row else ()
-
-
 def _parse_side(row: Mapping[str, object], key: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
     """The whole conversation of one side."""
     value = row[key]
     if isinstance(value, str) and not prompt:
         raise RecordError("wrong type", f"{key} is a string, and there is no prompt")
-    messages = message_list([value] if isinstance(value, dict) else value, key, "assistant")
+    messages = parse_messages([value] if isinstance(value, dict) else value, key, "assistant")
     if not prompt or messages[: len(prompt)] == prompt:
         return messages
     if messages and messages[0]["role"] != "assistant":
-        raise RecordError("two prompts", f"{key} begins with another turn of {messages[0]['role']} than the prompt")
+        raise RecordError(
+            "two different prompts", f"{key} begins with another {messages[0]['role']} turn than the prompt"
+        )
     return (*prompt, *messages)
 
 
@@ -94,9 +70,9 @@ def _shared_length(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -
     shortest = min(len(chosen), len(rejected))
     shared = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
     if shared == shortest:
-        raise RecordError("chosen or rejected is where the other one begins", f"{shared} messages")
+        raise RecordError("chosen or rejected is a prefix of the other", f"{shared} messages")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side[shared]["role"] != "assistant":
-            detail = f"they part at a turn of {side[shared]['role']}, messages[{shared}] of {name}"
-            raise RecordError("chosen and rejected have no prompt in common", detail)
+            detail = f"they differ first at a {side[shared]['role']} turn, messages[{shared}] of {name}"
+            raise RecordError("chosen and rejected do not share a prompt", detail)
     return shared

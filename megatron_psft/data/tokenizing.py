@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 
 from megatron_psft.data.chat import ChatRenderer, Example, Rendering
 from megatron_psft.data.files import BadRecord, Chunk
+from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.messages import RecordError
 from megatron_psft.data.pairs import Pair, parse_pair
-from megatron_psft.data.records import Record, RecordError, RecordKeys, parse_row
+from megatron_psft.data.records import Record, parse_row
 from megatron_psft.errors import UserError
 
 INDEX = np.dtype(

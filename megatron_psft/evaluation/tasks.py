@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_psft.config.flags import require_at_least
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row, open_rows
-from megatron_psft.data.records import RecordError
+from megatron_psft.data.messages import RecordError
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.evaluation.lm_eval import Harness
 from megatron_psft.evaluation.results import CORRECT, Generation, ResultsFolder, summarize

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_psft.data.files import BadRecord, Row, open_rows
-from megatron_psft.data.records import Message, RecordError, RecordKeys, parse_row, parse_with
+from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.messages import Message, RecordError
+from megatron_psft.data.records import parse_row, parse_with
 from megatron_psft.errors import UserError
 from megatron_psft.rollout.rewards import Verifier
 

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_psft.data.chat import ChatRenderer, label_runs, render_record
-from megatron_psft.data.records import Record, RecordError
+from megatron_psft.data.messages import RecordError
+from megatron_psft.data.records import Record
 from megatron_psft.errors import UserError
 from tests.data import toys
 from tests.data.toys import byte_tokenizer, conversation, label_texts
@@ -153,7 +154,7 @@ def test_reasoning_is_a_label_where_the_template_writes_it():
     ],
 )
 def test_what_a_template_leaves_out_is_an_error_and_not_lost(template, key):
-    with pytest.raises(RecordError, match=f"{key} that the chat template leaves out"):
+    with pytest.raises(RecordError, match=f"the chat template does not render {key}"):
         render_record(calling(reasoning_content="Hm."), byte_tokenizer(template), "assistant")
 
 
@@ -340,7 +341,7 @@ def test_qwen3_has_the_reasoning_of_the_last_turns_only(real_tokenizer):
     ]
     first = label_texts(record, real_tokenizer("qwen3"))[0]
     assert first.startswith("<think>\nAdd.\n</think>\n\n<tool_call>")
-    with pytest.raises(RecordError, match="reasoning_content that the chat template leaves out"):
+    with pytest.raises(RecordError, match="the chat template does not render reasoning_content"):
         label_texts(record, real_tokenizer("qwen2.5"))
 
 

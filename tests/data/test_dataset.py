@@ -14,6 +14,7 @@ from megatron_psft.data.records import read_records
 from megatron_psft.errors import UserError
 from tests.data import toys
 from tests.data.toys import byte_tokenizer, label_texts_of
+from tests.support.datasets import dataset_of
 
 TOKENIZER = byte_tokenizer(
     toys.GLM
@@ -263,12 +264,12 @@ def test_a_source_without_a_usable_record_is_refused_beside_others(tmp_path):
 
 def test_the_fingerprint_tells_tokens_labels_and_borders_apart():
     tokens, mask, offsets = np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], bool), np.array([0, 3, 6])
-    base = TokenizedDataset.from_arrays(tokens=tokens, label_mask=mask, offsets=offsets)
-    same = TokenizedDataset.from_arrays(tokens=tokens.copy(), label_mask=mask.copy(), offsets=offsets.copy())
+    base = dataset_of(tokens=tokens, label_mask=mask, offsets=offsets)
+    same = dataset_of(tokens=tokens.copy(), label_mask=mask.copy(), offsets=offsets.copy())
     others = [
-        TokenizedDataset.from_arrays(tokens=tokens[::-1], label_mask=mask, offsets=offsets),
-        TokenizedDataset.from_arrays(tokens=tokens, label_mask=np.roll(mask, 1), offsets=offsets),
-        TokenizedDataset.from_arrays(tokens=tokens, label_mask=mask, offsets=np.array([0, 2, 6])),
+        dataset_of(tokens=tokens[::-1], label_mask=mask, offsets=offsets),
+        dataset_of(tokens=tokens, label_mask=np.roll(mask, 1), offsets=offsets),
+        dataset_of(tokens=tokens, label_mask=mask, offsets=np.array([0, 2, 6])),
     ]
     assert base.fingerprint() == same.fingerprint()
     assert len({dataset.fingerprint() for dataset in [base, *others]}) == 4

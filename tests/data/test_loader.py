@@ -13,6 +13,7 @@ from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, MicroBatch, Shard, collate
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from megatron_psft.errors import UserError
+from tests.support.datasets import dataset_of
 
 PAD = 0
 
@@ -22,7 +23,7 @@ def make_dataset(lengths: list[int], *, has_advantages: bool = False) -> Tokeniz
     advantage is i / 2, or 1."""
     masks = [[position >= min(length // 2 + 1, length - 1) for position in range(length)] for length in lengths]
     advantages = np.arange(len(lengths), dtype=np.float32) / 2 if has_advantages else None
-    return TokenizedDataset.from_arrays(
+    return dataset_of(
         tokens=np.concatenate([1000 * (i + 1) + np.arange(n, dtype=np.int32) for i, n in enumerate(lengths)]),
         label_mask=np.concatenate([np.array(mask) for mask in masks]),
         offsets=np.cumsum([0, *lengths]),

@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from megatron_psft.config.schema import DataConfig
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.files import BadRecord, Row
+from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.loader import BatchLoader, MicroBatch, Shard
 from megatron_psft.data.packing import plan_of
 from megatron_psft.data.pairs import Pair, parse_pair
-from megatron_psft.data.records import RecordKeys, parse_row
+from megatron_psft.data.records import parse_row
 from megatron_psft.errors import UserError
 from tests.data import toys
 from tests.data.test_loader import assert_right_where_real, layouts, shards
 from tests.data.toys import byte_tokenizer, label_texts_of
+from tests.support.datasets import dataset_of
 
 PAIRS = RecordKeys(are_pairs=True)
 TOKENIZER = byte_tokenizer(toys.CHATML)
@@ -85,40 +87,48 @@ def test_what_both_sides_say_is_prompt():
 
 BAD = [
     (["Hi?"], "not an object", "found list"),
-    ({"prompt": "Hi?", "completion": "Yes."}, "no preference pair", "keys found: prompt, completion; wanted: chosen"),
-    ({"messages": [ASK, YES]}, "no preference pair", "wanted: chosen and rejected"),
+    (
+        {"prompt": "Hi?", "completion": "Yes."},
+        "no preference pair",
+        "found: prompt, completion; accepted: prompt, chosen",
+    ),
+    ({"messages": [ASK, YES]}, "no preference pair", "; chosen and rejected"),
     ({"prompt": "Hi?", "chosen": "Yes.", "rejected": None}, "no preference pair", "keys found: prompt, chosen;"),
     ({"prompt": "Hi?", "chosen": "Yes.", "rejected": 7}, "wrong type", "rejected is int"),
     ({"prompt": 7, "chosen": "Yes.", "rejected": "No."}, "wrong type", "prompt is int"),
     ({"prompt": "Hi?", "chosen": "Yes.", "rejected": " "}, "empty content", "rejected[0], assistant"),
     (
         {"prompt": "Hi?", "chosen": "Yes.", "rejected": []},
-        "chosen or rejected is where the other one begins",
+        "chosen or rejected is a prefix of the other",
         "1 messages",
     ),
     ({"chosen": "Yes.", "rejected": "No."}, "wrong type", "chosen is a string, and there is no prompt"),
     ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "Yes."}, "chosen and rejected are the same", ""),
     (
         {"prompt": "Hi?", "chosen": [AGAIN, YES], "rejected": [ASK, NO]},
-        "two prompts",
-        "chosen begins with another turn of user",
+        "two different prompts",
+        "chosen begins with another user turn",
     ),
     (
         {"chosen": [ASK, YES], "rejected": [AGAIN, NO]},
-        "chosen and rejected have no prompt in common",
-        "a turn of user, messages[0] of chosen",
+        "chosen and rejected do not share a prompt",
+        "a user turn, messages[0] of chosen",
     ),
     (
         {"chosen": [ASK, YES], "rejected": [ASK, AGAIN, NO]},
-        "chosen and rejected have no prompt in common",
+        "chosen and rejected do not share a prompt",
         "messages[1] of rejected",
     ),
     (
         {"chosen": [ASK, YES], "rejected": [ASK, YES, AGAIN, NO]},
-        "chosen or rejected is where the other one begins",
+        "chosen or rejected is a prefix of the other",
         "2 messages",
     ),
-    ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "advantage": 1.0}, "advantage of a preference pair", ""),
+    (
+        {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "advantage": 1.0},
+        "advantage is not supported in a preference pair",
+        "",
+    ),
     ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "images": ["a.png"]}, "images is not supported yet", ""),
     ({"conversations": [{"from": "robot", "value": "Hi?"}], "chosen": YES, "rejected": NO}, "unknown role", "robot"),
 ]
@@ -196,13 +206,13 @@ def test_the_longer_side_is_over_long_or_not(tmp_path):
     [({"overlong": "truncate"}, r"overlong \(truncate\)"), ({"loss_on": "all"}, r"loss_on \(all\)")],
 )
 def test_what_pairs_cannot_have_is_refused_by_name(tmp_path, changes, message):
-    with pytest.raises(UserError, match=rf"{message} cannot be had with preference pairs"):
+    with pytest.raises(UserError, match=rf"{message} is not supported for preference pairs"):
         build(tmp_path, FORMS["strings"], **changes)
 
 
 def test_the_sides_of_a_pair_are_part_of_the_fingerprint():
     def fingerprint(second_start: int) -> str:
-        return TokenizedDataset.from_arrays(
+        return dataset_of(
             tokens=np.arange(8, dtype=np.int32),
             label_mask=np.arange(8) % 4 > 1,
             offsets=np.array([0, 8]),
@@ -234,7 +244,7 @@ def make_dataset(lengths: list[tuple[int, int]]) -> TokenizedDataset:
     them are labels."""
     sequences = [length for pair in lengths for length in pair]
     masks = [np.arange(length) >= min(length // 2 + 1, length - 1) for length in sequences]
-    return TokenizedDataset.from_arrays(
+    return dataset_of(
         tokens=np.concatenate([1000 * (i + 1) + np.arange(n, dtype=np.int32) for i, n in enumerate(sequences)]),
         label_mask=np.concatenate(masks),
         offsets=np.cumsum([0, *map(sum, lengths)]),

@@ -7,7 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_psft.data.records import BadRecord, Record, RecordKeys, iter_records, raise_or_report, read_records
+from megatron_psft.data.files import BadRecord
+from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.records import Record, iter_records, raise_or_report, read_records
 from megatron_psft.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
@@ -15,6 +17,7 @@ CHAT = (USER, ASSISTANT)
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 CALLING = ({"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"})
+ACCEPTED = "messages; conversations; prompt and completion; instruction and output"
 SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 
@@ -172,21 +175,25 @@ def chat_with(**changes: object) -> dict[str, object]:
         (chat_with(function_call={"name": "f"}), "function_call is not supported yet", ""),
         ({"messages": [USER, ASSISTANT], "system": 7}, "wrong type", "system is int"),
         ({"messages": [SYSTEM, USER, ASSISTANT], "system": "x"}, "two system messages", ""),
-        ({"messages": [USER, ASSISTANT], "tools": 7}, "wrong type", "tools is no list of objects"),
+        ({"messages": [USER, ASSISTANT], "tools": 7}, "wrong type", "tools is not a list of objects"),
         ({"messages": [USER, ASSISTANT], "tools": "[{"}, "not JSON", "tools: "),
         ({"messages": [USER, ASSISTANT], "tools": [{"name": "\ud800"}]}, "lone surrogate", "tools"),
         ({"messages": [USER, ASSISTANT], "tools": [{"x": float("nan")}]}, "not JSON", "tools: "),
         (chat_with(tool_calls=7), "wrong type", "messages[1] has tool_calls of type int"),
-        (chat_with(tool_calls=[{}]), "wrong type", "messages[1].tool_calls[0] is no object with the name"),
+        (chat_with(tool_calls=[{}]), "wrong type", "messages[1].tool_calls[0] is not an object with the name"),
         (chat_with(tool_calls=[{"name": "f", "arguments": [1]}]), "wrong type", "has arguments of type list"),
         (chat_with(tool_calls=[{"name": "f", "arguments": "{"}]), "not JSON", "tool_calls[0], arguments: "),
         (chat_with(tool_calls=[{"name": "f", "arguments": {"x": "\ud800"}}]), "lone surrogate", "tool_calls[0]"),
-        ({"messages": [{**USER, "tool_calls": [CALL]}, ASSISTANT]}, "tool_calls of another role", "messages[0], user"),
+        (
+            {"messages": [{**USER, "tool_calls": [CALL]}, ASSISTANT]},
+            "tool_calls outside an assistant turn",
+            "messages[0], user",
+        ),
         (chat_with(reasoning_content=7), "wrong type", "reasoning_content of type int"),
         (chat_with(reasoning_content="\ud800"), "lone surrogate", "messages[1], reasoning_content"),
         (
             {"messages": [{**USER, "reasoning_content": "Hm."}, ASSISTANT]},
-            "reasoning_content of another role",
+            "reasoning_content outside an assistant turn",
             "messages[0], user",
         ),
         (
@@ -201,14 +208,14 @@ def chat_with(**changes: object) -> dict[str, object]:
         ({"instruction": "Hi?", "output": ""}, "empty content", "output, assistant"),
         ({"instruction": "Hi?", "output": "Yes.", "history": [["a", "b"]]}, "history is not supported yet", ""),
         ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, "images is not supported yet", ""),
-        ({}, "no known keys", "keys found: none; wanted: messages, or prompt and completion"),
+        ({}, "no known keys", f"keys found: none; accepted: {ACCEPTED}"),
         (
             {"prompt": "Hi?", "completions": "Yes."},
             "no known keys",
-            "keys found: prompt, completions; wanted: messages, or prompt and completion; did you mean completions?",
+            f"keys found: prompt, completions; accepted: {ACCEPTED}; did you mean completion?",
         ),
-        ({"message": [USER, ASSISTANT]}, "no known keys", "did you mean message?"),
-        ({f"k{i}": i for i in range(11)}, "no known keys", "k8, k9, ...; wanted"),
+        ({"message": [USER, ASSISTANT]}, "no known keys", "did you mean messages?"),
+        ({f"k{i}": i for i in range(11)}, "no known keys", "k8, k9, ...; accepted: "),
     ],
 )
 def test_a_row_that_is_no_record_is_named_with_its_reason(tmp_path, row, reason, detail):

@@ -6,7 +6,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_psft.data.chat import Example, LossOn, label_runs, render_record
-from megatron_psft.data.records import Message, Record
+from megatron_psft.data.messages import Message
+from megatron_psft.data.records import Record
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

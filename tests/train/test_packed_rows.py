@@ -16,6 +16,7 @@ from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from tests.support import reference, tiny
+from tests.support.datasets import dataset_of
 from tests.support.marks import slow
 from tests.train.test_pipeline import GradientSource, _by_autograd, gradients_of, objective_of, ready, totals
 
@@ -89,7 +90,7 @@ class Data:
 
 
 def make_dataset(tokens: list[np.ndarray], label_masks: list[np.ndarray]) -> TokenizedDataset:
-    return TokenizedDataset.from_arrays(
+    return dataset_of(
         tokens=np.concatenate(tokens).astype(np.int32),
         label_mask=np.concatenate(label_masks),
         offsets=np.cumsum([0, *map(len, tokens)]),
