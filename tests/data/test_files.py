@@ -221,6 +221,6 @@ def test_a_hub_that_fails_is_a_user_error_of_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"\(org/set\) is no local .* no network; check the name") as raised:
+    with pytest.raises(UserError, match=r"\(org/set\) is not a local .* no network; check the name") as raised:
         open_rows("org/set")
     assert "\n" not in str(raised.value)
