@@ -1,3 +1,3 @@
 """Distributed checkpoints: what is saved, by whom it is written, and which one a run resumes from.
 
-May import config, data, distributed, model, metrics and scoring."""
+May import config, distributed, data, model, metrics, scoring."""

@@ -7,6 +7,8 @@ config = qwen25_7b_psft_config()
 config.checkpoint.pretrained_checkpoint = "Qwen2.5-7B-Instruct"
 config.psft.old_policy_interval = 4
 finetune(config)
+
+May import config, loss, distributed, head, model, scoring.
 """
 
 from importlib.util import find_spec

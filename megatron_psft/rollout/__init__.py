@@ -1,3 +1,3 @@
 """Answers sampled from a model, the prompts they answer, and their rewards.
 
-May import config and data."""
+May import config, data."""

@@ -1,0 +1,59 @@
+"""Writes the parts of these pages that follow from the code: `python -m docs.generate`, from the repository.
+
+A part stands in its page between `<!-- generated: NAME -->` and `<!-- end -->`. A test fails where one is not current.
+"""
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from docs.draw_rooms import draw
+from megatron_psft.data.formats import PAIR_FORMATS, RECORD_FORMATS, format_table
+from tests.support.rooms import PACKAGE, SHARED, allowed_imports, imports_of
+
+DOCS = Path(__file__).parent
+PARTS: dict[str, Callable[[], str]] = {
+    "record formats": lambda: format_table(RECORD_FORMATS),
+    "pair formats": lambda: format_table(PAIR_FORMATS),
+    "files": lambda: file_tables(),
+}
+_PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def generated() -> dict[Path, str]:
+    """Every file that has generated parts, with its current text."""
+    pages = {path: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+    texts = {path: _PART.sub(_filled, text) for path, text in pages.items()}
+    return {**texts, DOCS / "pictures" / "rooms.svg": draw(imports_of(PACKAGE), list(allowed_imports()))}
+
+
+def _filled(part: re.Match[str]) -> str:
+    return f"{part[1]}\n{PARTS[part[2]]()}\n\n{part[3]}"  # Markdown wants tables between blank lines
+
+
+def file_tables() -> str:
+    """A table per room, of its files and the first sentence of each."""
+    shared = [PACKAGE / f"{name}.py" for name in SHARED]
+    rooms = {room: sorted((PACKAGE / room).rglob("*.py")) for room in allowed_imports()}
+    parts = [_file_table("megatron_psft/", shared)]
+    return "\n\n".join([*(_file_table(f"megatron_psft/{room}/", files) for room, files in rooms.items()), *parts])
+
+
+def _file_table(folder: str, files: list[Path]) -> str:
+    rows = [
+        f"| `{path.relative_to(PACKAGE.parent / folder)}` | {_first_sentence(path)} |"
+        for path in files
+        if path.name != "__init__.py"
+    ]
+    return "\n".join([f"| `{folder}` | |", "| --- | --- |", *rows])
+
+
+def _first_sentence(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"(?<=\.)\s", " ".join(docstring.split()), maxsplit=1)[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    for path, text in generated().items():
+        path.write_text(text, encoding="utf-8")
