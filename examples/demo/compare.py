@@ -11,10 +11,12 @@ import matplotlib
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_psft.report import palette
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"sft": "#D55E00", "psft": "#0072B2"}  # told apart by colour-blind readers too
+COLOURS = {"sft": palette.SFT, "psft": palette.PSFT}
 NUM_QUESTIONS = 100
 
 

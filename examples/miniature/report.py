@@ -16,10 +16,14 @@ from matplotlib.axes import Axes
 from plan import LRS, Method, Plan
 from points import Key, Points, Result, mean_of
 
-# Okabe and Ito's colours, told apart by colour-blind readers too, and greys.
-COLOURS = ("#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#009E73", "#000000", "#888888")
+from megatron_psft.report import palette
+
+COLOURS = (
+    *(palette.SFT, palette.ORANGE, palette.PURPLE),  # SFT, SFT-KL, DFT
+    *(palette.PSFT, palette.SKY, palette.GREEN, palette.BLACK, palette.GREY),  # PSFT and its variants
+)
 MARKERS = "osD^v<>X"
-THOUGHT, OTHER = "#D55E00", "#888888"
+THOUGHT, OTHER = palette.VERMILION, palette.GREY
 WINDOW = 8
 SHOWN_TOKENS = 14
 HEADER = ["method", "lr", "steps", "target, %", "general, %", "held-out entropy", "held-out NLL", "clipped"]
@@ -182,8 +186,9 @@ def grpo_rounds(plan: Plan, rl_results: Sequence[Result], path: Path) -> Path:
 
 
 def _styles(plan: Plan) -> Iterator[tuple[Method, str, str]]:
-    """Each method with a colour and a marker of its own."""
-    yield from zip(plan.methods, COLOURS, MARKERS, strict=False)
+    """Each method with a colour and a marker of its own, the same in every plan."""
+    styles = zip(plans.METHODS, COLOURS, MARKERS, strict=True)
+    yield from (style for style in styles if style[0] in plan.methods)
 
 
 @contextmanager

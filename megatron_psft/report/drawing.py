@@ -17,14 +17,13 @@ from matplotlib.ticker import Formatter, MaxNLocator
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from megatron_psft.report import palette
 from megatron_psft.report.charts import Chart
 from megatron_psft.report.runs import Run
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 DASHES = ("solid", "dashed", "dotted")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-MAX_RUNS = len(COLOURS) * len(DASHES)
+MAX_RUNS = len(palette.RUNS) * len(DASHES)
 
 MAX_POINTS = 600
 """Of a curve that is drawn: two for each point of the axis."""
@@ -178,7 +177,7 @@ def _plot(axes: Axes, curve: Curve, span: int) -> Line2D:
 
 def style_of(run: int) -> dict[str, str]:
     """Colour and dashes of a run, by its place among the runs."""
-    return {"color": COLOURS[run % len(COLOURS)], "linestyle": DASHES[run // len(COLOURS)]}
+    return {"color": palette.RUNS[run % len(palette.RUNS)], "linestyle": DASHES[run // len(palette.RUNS)]}
 
 
 def _scale(axes: Axes, chart: Chart, curves: Sequence[Curve]) -> None:
