@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, followed as they are written in a copy of the repository."""
+"""How to add a record format by docs/extending.md, followed as it is written in a copy of the repository."""
 
 import json
 import os
