@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from megatron_psft.config.schema import Config
+from megatron_psft.model.gpt import padded_vocab_size
 from megatron_psft.model.shape import ModelShape
 
 VERSION = 2
@@ -17,6 +19,36 @@ WEIGHTS_ONLY_STEP = 0
 
 Identity = Mapping[str, Any]
 """What a run must share with the checkpoint it starts from, field by field; JSON values."""
+
+
+def run_identity(
+    config: Config, shape: ModelShape, *, data_fingerprint: str, train_iters: int, tensor_size: int
+) -> Identity:
+    """What must not change between a checkpoint of a run and the run that resumes from it.
+
+    Args:
+        config: of the run.
+        shape: of its model.
+        data_fingerprint: of the training set.
+        train_iters: steps of the run.
+        tensor_size: tensor-parallel ranks, by which the vocabulary is padded.
+    """
+    identity = model_identity(shape) | {
+        "padded vocabulary": padded_vocab_size(shape.vocab_size, tensor_size),
+        "training data": data_fingerprint,
+        "global_batch_size": config.batch.global_batch_size,
+        "shuffle": config.data.shuffle,
+        "seed": config.batch.seed,
+        "bf16": config.precision.bf16,
+        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
+        "packing": config.data.packing,
+    }
+    if config.data.packing:
+        identity["seq_length"] = config.data.seq_length
+    if config.objective.old_policy_interval == "fixed":
+        # Its log-probabilities were computed for these steps, by weights that are gone.
+        identity["train_iters"] = train_iters
+    return identity
 
 
 def model_identity(shape: ModelShape) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_psft.checkpoint.find import find_checkpoint
-from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, model_identity
+from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, run_identity
 from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_weights
 from megatron_psft.config.schema import Config
 from megatron_psft.data.dataset import TokenizedDataset
@@ -23,7 +23,7 @@ from megatron_psft.hf.weights import fill_parameters
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model.fp8 import row_multiple
-from megatron_psft.model.gpt import build_model, padded_vocab_size, virtual_size
+from megatron_psft.model.gpt import build_model, virtual_size
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.scoring.agreement import PrecisionNoise
 from megatron_psft.scoring.host_memory import check_host_memory
@@ -65,7 +65,13 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     parallel = initialize_parallel(
         config.parallel, virtual_size=virtual_size(shape, config), seed=config.batch.seed, device=platform.device
     )
-    identity = _identity(config, inputs, parallel)
+    identity = run_identity(
+        config,
+        shape,
+        data_fingerprint=inputs.dataset.fingerprint(),
+        train_iters=inputs.train_iters,
+        tensor_size=parallel.tensor_size,
+    )
     checkpoint, first_step = _resume_point(config, identity, inputs.train_iters)
     chunks = build_model(shape, config, platform, parallel)
     if checkpoint is None:
@@ -185,26 +191,6 @@ def _resume_point(config: Config, identity: Identity, train_iters: int) -> tuple
     if step > train_iters:
         raise UserError(f"train_iters ({train_iters}) must not be below the {step} steps of {checkpoint}; raise it")
     return checkpoint, step
-
-
-def _identity(config: Config, inputs: Inputs, parallel: Parallel) -> Identity:
-    """What must not change between a checkpoint and the run that resumes from it."""
-    identity = model_identity(inputs.shape) | {
-        "padded vocabulary": padded_vocab_size(inputs.shape.vocab_size, parallel.tensor_size),
-        "training data": inputs.dataset.fingerprint(),
-        "global_batch_size": config.batch.global_batch_size,
-        "shuffle": config.data.shuffle,
-        "seed": config.batch.seed,
-        "bf16": config.precision.bf16,
-        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
-    }
-    identity["packing"] = config.data.packing
-    if config.data.packing:
-        identity["seq_length"] = config.data.seq_length
-    if config.objective.old_policy_interval == "fixed":
-        # Its log-probabilities were computed for these steps, by weights that are gone.
-        identity["train_iters"] = inputs.train_iters
-    return identity
 
 
 def _loader(
