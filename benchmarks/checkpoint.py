@@ -99,7 +99,7 @@ def measure(run: Run, steps: int) -> None:
     started = time.perf_counter()
     train_step(run, 0)
     pass_seconds = time.perf_counter() - started
-    stored_bytes = sum(tensor.nbytes for tensors in run.state.window.stored.values() for tensor in tensors)
+    stored_bytes = sum(tensor.nbytes for tensors in run.state.window.state(1).values() for tensor in tensors)
     window = run.config.objective.old_policy_interval
     for step in range(1, window):
         train_step(run, step)

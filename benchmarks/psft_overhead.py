@@ -79,9 +79,10 @@ def _with_window(run: Any, *, interval: int) -> Any:
     from megatron_psft.scoring.old_policy import OldPolicyWindow
 
     def score(step: int) -> list[Any]:
-        return [stats.log_probs for stats in run.pipeline.score(run.loader.micro_batches(step))]
+        return [stats.log_probs for stats in run.pipeline.score_labels(run.loader.micro_batches(step))]
 
-    window = OldPolicyWindow(interval=interval, warmup_iters=0, train_iters=10**6, score=score)
+    objective = replace(run.config.objective, old_policy_interval=interval)
+    window = OldPolicyWindow(objective, train_iters=10**6, score=score)
     return replace(run, state=replace(run.state, window=window))
 
 

@@ -27,12 +27,12 @@ from megatron_psft.checkpoint.state import (
     _METADATA,
     TrainState,
     _layout,
-    _sharded_old_log_probs,
     _sharded_rng,
     _sharded_state,
 )
+from megatron_psft.checkpoint.window import sharded_window
 from megatron_psft.data.loader import BatchLoader
-from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero, sum_over_context
+from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
 from megatron_psft.distributed.cpu_shims import plain_operations
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.megatron_lines import save_options
@@ -89,7 +89,7 @@ class Saver:
         needed_bytes = self._state_bytes()
         staging = on_rank_zero(lambda: _begin(target, needed_bytes))
         with self._writing(), naming_lost_peers(f"checkpoint {target}"), helpers_outlive_signals():
-            request = _plan(self._sharded_content(), staging)
+            request = _plan(self._sharded_content(step), staging)
             if request.async_fn is not None:  # there may be nothing to write on this rank
                 write = partial(_write, request.async_fn, staging, self._parallel.rank)
                 request = request._replace(async_fn=write)
@@ -132,18 +132,15 @@ class Saver:
             self.finish()
         self._sealer.shutdown()
 
-    def _sharded_content(self) -> dict[str, Any]:
+    def _sharded_content(self, step: int) -> dict[str, Any]:
         state, parallel = self._state, self._parallel
         content = _sharded_state(state, is_loading=False)
-        content["old_log_probs"] = {
-            str(later): _sharded_old_log_probs(
-                later, sum_over_context(self._loader.to_packs(later, old), parallel).cpu(), self._loader, parallel
-            )
-            for later, old in state.window.stored.items()
-            if old
-        }
+        scores = state.window.state(step)
+        content["old_log_probs"] = {}
+        if parallel.is_last_stage:
+            content["old_log_probs"] = sharded_window(scores, self._loader, parallel, scores=scores)
         content["rng"] = _sharded_rng(parallel)
-        content |= {"scheduler": state.scheduler.state_dict(), "window_steps": sorted(state.window.stored)}
+        content |= {"scheduler": state.scheduler.state_dict(), "window_steps": sorted(scores)}
         if state.clipped_tokens is not None:
             content["clipped_tokens"] = state.clipped_tokens.state()
         return content

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
-from torch import Tensor
 
 from megatron_psft import sealed
 from megatron_psft.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from megatron_psft.checkpoint.window import sharded_window, window_state
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
@@ -49,7 +49,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     content = _sharded_state(state, is_loading=True)
     steps: list[int] = common["window_steps"]
     if parallel.is_last_stage:
-        content["old_log_probs"] = {str(step): _sharded_old_log_probs(step, None, loader, parallel) for step in steps}
+        content["old_log_probs"] = sharded_window(steps, loader, parallel)
     is_same_layout = sealed.read_content(checkpoint)["layout"] == _layout(parallel)
     if is_same_layout:
         content["rng"] = _sharded_rng(parallel)
@@ -60,9 +60,8 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     state.scheduler.load_state_dict(common["scheduler"])
     if state.clipped_tokens is not None and "clipped_tokens" in common:  # else counting starts with this run
         state.clipped_tokens.load_state(common["clipped_tokens"])
-    for step in steps:
-        saved = loaded["old_log_probs"][str(step)] if parallel.is_last_stage else None
-        state.window.stored[step] = [] if saved is None else loader.from_packs(step, saved)
+    packs = loaded["old_log_probs"] if parallel.is_last_stage else None
+    state.window.load_state(window_state(steps, packs, loader))
     if is_same_layout:  # the generators of other ranks would mean nothing; nothing that trains draws from them today
         _set_rng(loaded["rng"], parallel.device)
 
@@ -104,21 +103,6 @@ def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
     own = models["model"] if len(models) == 1 else models
     optimizer = sharded_optimizer_state(state.optimizer, own, is_loading=is_loading, metadata=dict(_METADATA))
     return {**models, "optimizer": optimizer}
-
-
-def _sharded_old_log_probs(step: int, rows: Tensor | None, loader: BatchLoader, parallel: Parallel) -> ShardedTensor:
-    """The old log-probabilities of one global batch as a checkpoint tensor `[global batch, longest pack]`, this
-    replica's packs of it.
-
-    It holds no padding that a layout may add, and each pack whole, so that any layout can read it.
-    """
-    data = torch.zeros(loader.packs_per_rank, loader.unpadded_length(step)) if rows is None else rows
-    return ShardedTensor.from_rank_offsets(
-        f"old_log_probs.{step}",
-        data,
-        (0, parallel.data_rank, parallel.data_size),
-        replica_id=parallel.context_rank * parallel.tensor_size + parallel.tensor_rank,
-    )
 
 
 def _layout(parallel: Parallel) -> dict[str, int]:

@@ -242,6 +242,17 @@ class BatchLoader:
             for packs in self._micro_batch_packs(step, micro_batch_size)
         ]
 
+    def label_masks(self, step: int, micro_batch_size: int | None = None) -> list[torch.Tensor]:
+        """`MicroBatch.label_mask` of each of `micro_batches`, bool `[batch, seq]`, without the rest of them."""
+        micro_batch_size = micro_batch_size or self.micro_batch_size
+        seq_length = self.seq_length(step, micro_batch_size)
+        masks = []
+        for packs in self._micro_batch_packs(step, micro_batch_size):
+            sequences = [sequence for pack in packs for record in pack for sequence in self._dataset[record].sequences]
+            layout = self._layout(packs, seq_length, micro_batch_size)
+            masks.append(torch.from_numpy(layout.fill([each.label_mask[1:] for each in sequences], padding=False)))
+        return masks
+
     def _fill(self, packs: Sequence[NDArray[np.int64]], layout: RowLayout) -> MicroBatch:
         records = [int(record) for pack in packs for record in pack]
         batch = fill_rows(

@@ -17,6 +17,7 @@ from megatron_psft.hf.weights import RandomWeights, fill_parameters
 from megatron_psft.loss.objectives import Objective
 from megatron_psft.model.gpt import build_model
 from megatron_psft.model.shape import ModelShape
+from megatron_psft.scoring.old_policy import CurrentPolicy
 from megatron_psft.train.optimizer import build_optimizer, update
 from megatron_psft.train.pipeline import Pipeline
 
@@ -57,7 +58,7 @@ def toy_step(platform: Platform, *, bf16: bool) -> dict[str, str]:
         optimizer = build_optimizer(config, chunks)
         pipeline = Pipeline(chunks=chunks, parallel=parallel)
         pipeline.zero_grad()
-        pipeline.train([_packed_records()], None, objective=Objective(config=config.objective))
+        pipeline.train([_packed_records()], CurrentPolicy(), objective=Objective(config=config.objective))
         update(optimizer, step=1, device=platform.device)
     (model,) = unwrap_model(chunks)
     layer = model.decoder.layers[0]

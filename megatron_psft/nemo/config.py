@@ -1,6 +1,6 @@
 """Megatron-Bridge's configuration with PSFT's settings beside it, and the rules across the two."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer
@@ -9,6 +9,7 @@ from megatron.bridge.utils.cuda_graph import is_full_iteration_cuda_graph
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.errors import UserError
 from megatron_psft.loss.objectives import Objective
+from megatron_psft.scoring.old_policy import objective_at
 
 OBJECTIVES = ("psft", "sft", "dft", "p-power", "eaft", "trsft", "profit", "deft")
 """Those that compare neither with the initial model nor tokens of a record with each other."""
@@ -56,10 +57,12 @@ class PsftConfig:
             )
         if isinstance(self.old_policy_interval, str) and self.old_policy_interval != "fixed":
             raise UserError(f"psft.old_policy_interval ({self.old_policy_interval}) must be an integer or fixed")
-        config = ObjectiveConfig(**asdict(self))
-        if self.objective == "psft" and step < self.sft_warmup_iters:
-            config = replace(config, objective="sft")
-        return Objective(config=config)
+        return objective_at(self.objective_config, step)
+
+    @property
+    def objective_config(self) -> ObjectiveConfig:
+        """The same settings as the trainer has them."""
+        return ObjectiveConfig(**asdict(self))
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from megatron_psft.nemo.batches import BatchesAhead
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.forward_step import PsftForwardStep
 from megatron_psft.nemo.window_files import WindowFiles
-from megatron_psft.scoring.old_policy import OldPolicyWindow
+from megatron_psft.scoring.old_policy import OldPolicyWindow, Scores
 
 
 class OldPolicyCallback(Callback):
@@ -42,39 +42,37 @@ class OldPolicyCallback(Callback):
         state, chunks = context.state, context.model
         step, train_iters = state.train_state.step, state.cfg.train.train_iters
         groups = get_pg_collection(chunks)
-        interval = train_iters if self._config.old_policy_interval == "fixed" else int(self._config.old_policy_interval)
-        # An objective without an old policy is warm-up all the way.
-        has_old_policy = "old" in self._config.objective_at(train_iters).needs
-        warmup_iters = self._config.sft_warmup_iters if has_old_policy else train_iters
         self._window = OldPolicyWindow(
-            interval=interval,
-            warmup_iters=warmup_iters,
+            self._config.objective_config,
             train_iters=train_iters,
             score=partial(self._score, context, BatchesAhead(state, chunks, groups), groups),
             show_progress=dist.get_rank() == 0,
         )
         sizes = (dist.get_world_size(), groups.tp.size(), groups.pp.size(), groups.cp.size())
         layout = (*sizes, state.cfg.train.micro_batch_size)
-        self._files = WindowFiles(layout=layout, interval=interval, rank=dist.get_rank())
-        if step > warmup_iters and (step - warmup_iters) % interval:
+        self._files = WindowFiles(layout=layout, interval=self._window.interval, rank=dist.get_rank())
+        if step in self._window.window_of(step)[1:]:
             load = Path(state.cfg.checkpoint.load)
-            self._window.stored.update(on_every_rank(partial(self._files.read, load, step)))
+            self._window.load_state(on_every_rank(partial(self._files.read, load, step)))
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """Scores ahead where a window begins, and says what the step trains with; collective."""
         assert self._window is not None
         assert self._files is not None
         config, step = context.state.cfg, context.state.train_state.step
-        begins = self._window.syncs_before(step)
-        if begins and config.ddp.overlap_param_gather:
-            # The last update reaches other ranks only during the next forward pass, driven by hooks.
-            assert context.optimizer is not None
-            context.optimizer.prepare_model_params_for_param_sync()
-            for chunk in context.model:
-                chunk.start_param_sync(force_sync=True)
-        self._forward_step.begin_step(self._config.objective_at(step), self._window.old_log_probs(step))
-        if begins and config.checkpoint.save is not None:
-            self._files.write(Path(config.checkpoint.save), step, self._window.stored)
+        if self._window.syncs_before(step):
+            if config.ddp.overlap_param_gather:
+                # The last update reaches other ranks only during the next forward pass, driven by hooks.
+                assert context.optimizer is not None
+                context.optimizer.prepare_model_params_for_param_sync()
+                for chunk in context.model:
+                    chunk.start_param_sync(force_sync=True)
+            self._window.sync(step)
+            if config.checkpoint.save is not None:
+                self._files.write(Path(config.checkpoint.save), step, self._window.state(step))
+        old_policy = self._window.at(step)
+        scored = old_policy.log_probs if isinstance(old_policy, Scores) else None
+        self._forward_step.begin_step(self._config.objective_at(step), scored)
 
     def _score(
         self, context: CallbackContext, batches: BatchesAhead, groups: ProcessGroupCollection, step: int

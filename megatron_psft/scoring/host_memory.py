@@ -17,18 +17,19 @@ def check_host_memory(bytes_per_rank: int, num_steps: int, parallel: Parallel) -
     """Says what a window keeps in host memory; collective.
 
     Args:
-        bytes_per_rank: of one rank of the last pipeline stage, where the log-probabilities are.
+        bytes_per_rank: at most, of one rank of the last pipeline stage, where the log-probabilities are.
         num_steps: of the window that are scored ahead.
         parallel: this rank's place.
 
     Raises:
-        UserError: on every rank, where a machine has less memory left.
+        UserError: on every rank, where a machine may have less memory left.
     """
     keepers: list[str | None] = [None] * parallel.world_size
     dist.all_gather_object(keepers, socket.gethostname() if parallel.is_last_stage else None)
     needed = bytes_per_rank * keepers.count(socket.gethostname()) / 2**30
     log.info(
-        "old policy: log-probabilities of %d steps take %.3g GiB of host memory per rank of the last pipeline stage",
+        "old policy: log-probabilities of %d steps take at most %.3g GiB of host memory per rank of the last pipeline "
+        "stage",
         num_steps,
         bytes_per_rank / 2**30,
     )

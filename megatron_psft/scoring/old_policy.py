@@ -1,90 +1,146 @@
-"""The old policy: the weights of every k-th optimizer step, kept as log-probabilities of the labels to come."""
+"""The old policy: the weights of every k-th optimizer step, kept as log-probabilities of the labels to come.
 
-import logging
-from collections.abc import Callable, Sequence
+Before the first step of a window of k steps comes a sync: the old policy becomes the current one. It is never held as
+weights; at the sync one forward-only pass stores what the weights of that moment say of the window's labels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from megatron_psft.config.schema import ObjectiveConfig
+from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.progress import progress
 
-log = logging.getLogger(__name__)
 
-ScoreStep = Callable[[int], list[Tensor]]
-"""Scores the global batch of a step (from 0) with the current weights: `[b, s]` fp32 per micro-batch of this rank, none
-on ranks without the output layer. Collective."""
+@dataclass(frozen=True)
+class NoOldPolicy:
+    """The objective of the step compares with none, as in warm-up."""
+
+
+@dataclass(frozen=True)
+class CurrentPolicy:
+    """The old policy is the current one, as in the first step after a sync: every ratio is 1."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The old policy is an earlier one, known by what it said of the step's labels."""
+
+    log_probs: Sequence[Tensor]
+    """`[n]` fp32 for each micro-batch of this rank, of its label tokens in the order of `HeadInputs.label_positions`;
+    none on ranks without the output layer."""
+
+
+OldPolicy = NoOldPolicy | CurrentPolicy | Scores
+"""What a step's loss compares the current policy with; of one kind on all ranks."""
+
+ScoreStep = Callable[[int], Sequence[Tensor]]
+"""Scores the global batch of a step (from 0) with the current weights, as `Scores.log_probs` has it. Collective."""
+
+
+def objective_at(config: ObjectiveConfig, step: int) -> Objective:
+    """What `step` (from 0) trains with: in warm-up an objective that has an old policy is plain SFT."""
+    objective = Objective(config=config)
+    if "old" in objective.needs and step < config.sft_warmup_iters:
+        return Objective(config=replace(config, objective="sft"))
+    return objective
 
 
 class OldPolicyWindow:
-    """Provides `old_log_probs` for each step of a run, scoring ahead when a window begins.
+    """The old policy at each step of a run: says when a sync comes, makes it, and keeps the window's scores.
 
-    The old policy is never held as weights. When a window of k steps begins, one forward-only pass over its global
-    batches stores what the weights of that moment say of their labels. The window's first batch needs no pass: it is
-    trained on by the very weights that would score it, so that r = 1. A step without stored values is what begins a
-    window, which holds for the first step, after warm-up, every k steps, and never inside a window that was restored
-    from a checkpoint.
+    A window is `old_policy_interval` steps, counted from the end of warm-up. Its first batch needs no scores: it is
+    trained on by the very weights that would score it. Steps go up; `at` and `syncs_before` change nothing.
     """
 
     def __init__(
         self,
+        objective: ObjectiveConfig,
         *,
-        interval: int,
-        warmup_iters: int,
         train_iters: int,
         score: ScoreStep,
         prepare: Callable[[Sequence[int]], None] | None = None,
         show_progress: bool = False,
+        score_first: bool = False,
     ) -> None:
-        """Describes the windows.
+        """Starts outside of any window.
 
         Args:
-            interval: k, optimizer steps per window.
-            warmup_iters: leading steps without an old policy.
+            objective: of the run, with its warm-up and interval.
             train_iters: steps of the run; the last window ends there.
             score: scores a step's global batch.
             prepare: told the steps that are about to be scored, before the first pass of this process. Collective.
             show_progress: whether a long pass shows a progress bar.
+            score_first: whether a window's first batch is scored as well, to see how far the two passes of one policy
+                are from each other.
         """
-        self._show_progress = show_progress
-        self._interval = interval
-        self._warmup_iters = warmup_iters
-        self._train_iters = train_iters
-        self._score = score
-        self._prepare = prepare
-        self.stored: dict[int, list[Tensor]] = {}
-        """Step to its old log-probabilities, on the CPU, for the steps of the window that are still to come."""
+        self._objective, self._train_iters = objective, train_iters
+        self._score, self._prepare = score, prepare
+        self._show_progress, self._score_first = show_progress, score_first
+        self._start: int | None = None
+        """First step of the window; None before any, or where an earlier process made its sync."""
+        self._end = 0
+        """First step after the window."""
+        self._scores: dict[int, list[Tensor]] = {}
+        """`Scores.log_probs` of the window's steps, in host memory."""
 
-    def is_warmup(self, step: int) -> bool:
-        """Whether `step` (from 0) trains without an old policy."""
-        return step < self._warmup_iters
+    @property
+    def interval(self) -> int:
+        """Steps of a window; with `fixed` those of the run."""
+        interval = self._objective.old_policy_interval
+        return self._train_iters if interval == "fixed" else interval
+
+    def window_of(self, step: int) -> range:
+        """The steps of the window that `step` is in, by count; none where it has no old policy."""
+        if not self._has_old_policy(step):
+            return range(0)
+        start = step - (step - self._objective.sft_warmup_iters) % self.interval
+        return range(start, min(start + self.interval, self._train_iters))
 
     def syncs_before(self, step: int) -> bool:
-        """Whether the old policy becomes the current one before `step` (from 0). The same on all ranks."""
-        return not self.is_warmup(step) and step not in self.stored
+        """Whether a sync has to come before `step` (from 0), as no window holds it yet. The same on all ranks."""
+        return self._has_old_policy(step) and step >= self._end
 
-    def old_log_probs(self, step: int, *, between_batches: Callable[[], None] = lambda: None) -> list[Tensor] | None:
-        """Returns the old log-probabilities of the batch of `step`, or None where the old policy is the current one.
+    def sync(self, step: int, *, between_batches: Callable[[], None] = lambda: None) -> None:
+        """Makes the old policy the current one, and scores the window that `step` begins; collective.
 
-        Collective; steps must be asked for in order. At the start of a window this scores the rest of the window, and
-        calls `between_batches` after each global batch; where that raises, the window has not begun.
+        `between_batches` is called after each global batch; where it raises, the window has not begun.
         """
-        if not self.syncs_before(step):
-            return self.stored.pop(step, None)
-        rest = range(step + 1, self._window_end(step))
-        if rest and self._prepare is not None:
-            self._prepare(rest)
+        self._scores.clear()
+        end = self.window_of(step).stop
+        scored_steps = range(step if self._score_first else step + 1, end)
+        if scored_steps and self._prepare is not None:
+            self._prepare(scored_steps)
             self._prepare = None
-        scored: dict[int, list[Tensor]] = {}
-        for later in progress(rest, "old policy", unit="step", is_shown=self._show_progress):
+        scores: dict[int, list[Tensor]] = {}
+        for later in progress(scored_steps, "old policy", unit="step", is_shown=self._show_progress):
             # Host memory: k global batches of log-probabilities are needed one at a time, far apart.
-            scored[later] = [_to_host(log_probs) for log_probs in self._score(later)]
+            scores[later] = [_to_host(log_probs) for log_probs in self._score(later)]
             between_batches()
-        self.stored.update(scored)
-        return None
+        self._start, self._end, self._scores = step, end, scores
 
-    def _window_end(self, step: int) -> int:
-        past = step - self._warmup_iters
-        return min(step + self._interval - past % self._interval, self._train_iters)
+    def at(self, step: int) -> OldPolicy:
+        """The old policy of `step`, which a window must hold if it has one."""
+        if not self._has_old_policy(step):
+            return NoOldPolicy()
+        if step == self._start and not self._score_first:
+            return CurrentPolicy()
+        return Scores(self._scores[step])
+
+    def state(self, step: int) -> dict[int, list[Tensor]]:
+        """What of the window is still to come when steps before `step` are completed: `Scores.log_probs` by step."""
+        return {later: log_probs for later, log_probs in self._scores.items() if later >= step}
+
+    def load_state(self, scores: Mapping[int, Sequence[Tensor]]) -> None:
+        """Goes on within the window that `state` was taken of."""
+        self._scores = {step: list(log_probs) for step, log_probs in scores.items()}
+        self._start, self._end = None, max(scores, default=-1) + 1
+
+    def _has_old_policy(self, step: int) -> bool:
+        return "old" in objective_at(self._objective, step).needs
 
 
 def _to_host(log_probs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_psft.checkpoint.find import find_checkpoint
 from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, run_identity
 from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_weights
-from megatron_psft.config.schema import Config
+from megatron_psft.config.schema import Config, ObjectiveConfig
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of
@@ -19,20 +19,22 @@ from megatron_psft.distributed.collective import on_rank_zero
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel, initialize_parallel
 from megatron_psft.errors import UserError
+from megatron_psft.head.layer import HeadOutput
 from megatron_psft.hf.weights import fill_parameters
-from megatron_psft.loss.objectives import Objective
+from megatron_psft.loss.objectives import is_clipped, policy_ratio
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model.fp8 import row_multiple
 from megatron_psft.model.gpt import build_model, virtual_size
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.scoring.agreement import PrecisionNoise
+from megatron_psft.scoring.agreement import ScoringAgreement
 from megatron_psft.scoring.host_memory import check_host_memory
 from megatron_psft.scoring.old_policy import OldPolicyWindow
+from megatron_psft.scoring.packs import from_packs, to_packs
 from megatron_psft.scoring.reference import FOLDER, START, ReferencePass, fingerprint_of_start
 from megatron_psft.scoring.values import VALUES, RecordValues
 from megatron_psft.train.inputs import Inputs
 from megatron_psft.train.optimizer import build_optimizer, build_scheduler
-from megatron_psft.train.pipeline import Pipeline
+from megatron_psft.train.pipeline import LabelledBatch, Observer, Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class Run:
     parallel: Parallel
     pipeline: Pipeline
     state: TrainState
+    agreement: ScoringAgreement | None
+    """Measured after each sync, where precision may make the ratio another than 1."""
     loader: BatchLoader
     valid_loader: BatchLoader | None
     reference: ReferencePass | None
@@ -82,9 +86,13 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     clipped_tokens = None
     if config.logging.log_clipped_tokens is not None:
         clipped_tokens = ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
-    pipeline = Pipeline(
-        chunks=chunks, parallel=parallel, clipped_tokens=clipped_tokens, noise=_precision_noise(config, parallel)
-    )
+    agreement = _scoring_agreement(config, parallel)
+    observers: list[Observer] = []
+    if clipped_tokens is not None:
+        observers.append(_counting(clipped_tokens, config.objective))
+    if agreement is not None:
+        observers.append(agreement.observe)
+    pipeline = Pipeline(chunks=chunks, parallel=parallel, observers=observers)
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
     reference = _reference(config, inputs, pipeline, parallel, identity, checkpoint)
     state = TrainState(
@@ -107,6 +115,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         parallel=parallel,
         pipeline=pipeline,
         state=state,
+        agreement=agreement,
         loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
         reference=reference,
         valid_loader=valid_loader,
@@ -117,12 +126,24 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     )
 
 
-def _precision_noise(config: Config, parallel: Parallel) -> PrecisionNoise | None:
+def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement | None:
     """Where a ratio that should be 1 may not be, and counts."""
     objective = config.objective
     if config.precision.fp8_format is None or objective.objective != "psft" or objective.old_policy_interval == 1:
         return None
-    return PrecisionNoise(objective.clip_ratio_high, parallel)
+    return ScoringAgreement(objective.clip_ratio_high, parallel)
+
+
+def _counting(clipped_tokens: ClippedTokens, config: ObjectiveConfig) -> Observer:
+    """Counts the label tokens that have no gradient."""
+
+    def count(batch: LabelledBatch, output: HeadOutput) -> None:
+        given = batch.given
+        if given.old_log_probs is not None:
+            ratio = policy_ratio(output.stats.log_probs, given.old_log_probs)
+            clipped_tokens.add(batch.label_ids, is_clipped(ratio, given.advantages, config))
+
+    return count
 
 
 def _window(
@@ -132,26 +153,16 @@ def _window(
         kept = sum(loader.positions_per_rank(step) for step in steps) * torch.float32.itemsize
         check_host_memory(kept, len(steps), parallel)
 
-    objective = config.objective
+    size = config.objective.old_policy_micro_batch_size
 
     def score(step: int) -> list[Tensor]:
-        size = objective.old_policy_micro_batch_size
-        scored = [stats.log_probs for stats in pipeline.score(loader.micro_batches(step, size))]
+        scored = [stats.log_probs for stats in pipeline.score_labels(loader.micro_batches(step, size))]
         if not scored or size in (None, loader.micro_batch_size):
             return scored
-        return loader.from_packs(step, loader.to_packs(step, scored, size))
+        return from_packs(loader, step, to_packs(loader, step, scored, size))
 
-    interval = train_iters if objective.old_policy_interval == "fixed" else objective.old_policy_interval
-    # An objective without an old policy is warm-up all the way.
-    has_old_policy = "old" in Objective(config=objective).needs
-    warmup_iters = objective.sft_warmup_iters if has_old_policy else train_iters
     return OldPolicyWindow(
-        interval=interval,
-        warmup_iters=warmup_iters,
-        train_iters=train_iters,
-        score=score,
-        prepare=prepare,
-        show_progress=parallel.is_main,
+        config.objective, train_iters=train_iters, score=score, prepare=prepare, show_progress=parallel.is_main
     )
 
 

@@ -1,23 +1,24 @@
 """Trains: one loop for every objective, with the old policy, evaluation and checkpoints around it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from megatron_psft.checkpoint.saver import Saver
+from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.collective import naming_lost_peers
 from megatron_psft.distributed.signals import StopRequested, StopSignals
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics import flops
 from megatron_psft.metrics.progress import progress
 from megatron_psft.metrics.provenance import versions
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.run_log import RunLog
 from megatron_psft.metrics.trackers import Trackers
+from megatron_psft.scoring.old_policy import CurrentPolicy, OldPolicy, objective_at
 from megatron_psft.train.assemble import Run
 from megatron_psft.train.optimizer import update
 
@@ -75,8 +76,10 @@ def train_step(
         with _timer() as scoring:
             if state.window.syncs_before(step):
                 pipeline.gather_parameters()
-            old_log_probs = state.window.old_log_probs(step, between_batches=between_batches)
-        sums = pipeline.train(micro_batches, old_log_probs, objective=_objective_at(run, step))
+                state.window.sync(step, between_batches=between_batches)
+        old_policy = state.window.at(step)
+        with _measured_agreement(run, micro_batches, old_policy):
+            sums = pipeline.train(micro_batches, old_policy, objective=objective_at(run.config.objective, step))
         are_pairs = run.config.objective.needs_pairs
         metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, are_pairs=are_pairs)
         lr = state.optimizer.param_groups[0]["lr"]
@@ -128,12 +131,17 @@ def _write_clipped_tokens(run: Run, completed_steps: int) -> None:
         counts.write(folder, last_step=completed_steps, num_tokens=num_tokens, decode=run.decode)
 
 
-def _objective_at(run: Run, step: int) -> Objective:
-    """What `step` (from 0) trains with: PSFT's warm-up is plain SFT."""
-    config = run.config.objective
-    if config.objective == "psft" and run.state.window.is_warmup(step):
-        config = replace(config, objective="sft")
-    return Objective(config=config)
+@contextmanager
+def _measured_agreement(run: Run, micro_batches: Sequence[MicroBatch], old_policy: OldPolicy) -> Iterator[None]:
+    """Around the training pass of a step: in the first one after a sync, how far it is from a scoring pass."""
+    agreement = run.agreement
+    if agreement is None or not isinstance(old_policy, CurrentPolicy):
+        yield
+        return
+    scored = run.pipeline.score_labels(micro_batches[: agreement.num_micro_batches])
+    agreement.expect([stats.log_probs for stats in scored])
+    yield
+    agreement.report()
 
 
 def _is_due(completed_steps: int, interval: int | None) -> bool:

@@ -97,8 +97,7 @@ def _score(folder: Path, layout: Layout, example: Example) -> torch.Tensor:
         chunks, _ = rank.build(folder)
         pipeline = Pipeline(chunks=chunks, parallel=rank.parallel)
         batch = collate([example], batch_size=1, seq_length=-(-len(example.tokens) // 2) * 2, pad_token_id=0)
-        scored = pipeline.score([batch])
-        return scored[0].log_probs[batch.label_mask]
+        return pipeline.score_labels([batch])[0].log_probs
 
 
 @pytest.mark.parametrize(

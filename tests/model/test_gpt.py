@@ -116,6 +116,7 @@ def measure_model(rank, folder: Path, bf16: bool) -> dict:
     from megatron_psft.hf.mapping import pieces
     from megatron_psft.loss.objectives import Objective
     from megatron_psft.model.parameters import named_parameters, shard_place
+    from megatron_psft.scoring.old_policy import NoOldPolicy
     from megatron_psft.train.optimizer import build_optimizer
     from megatron_psft.train.pipeline import Pipeline
 
@@ -135,7 +136,7 @@ def measure_model(rank, folder: Path, bf16: bool) -> dict:
     optimizer = build_optimizer(make_config(rank.layout, bf16=bf16), chunks)
     pipeline.zero_grad()
     sft = Objective(config=ObjectiveConfig(objective="sft"))
-    pipeline.train(make_batches(2, place.data_rank, place.data_size), None, objective=sft)
+    pipeline.train(make_batches(2, place.data_rank, place.data_size), NoOldPolicy(), objective=sft)
     gradients = []
     for name, parameter in named_parameters(chunks):
         tensor_rank, tensor_size = shard_place(name, place)

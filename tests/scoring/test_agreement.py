@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.scoring.agreement import PrecisionNoise
-from megatron_psft.train.assemble import _precision_noise
+from megatron_psft.scoring.agreement import ScoringAgreement
+from megatron_psft.train.assemble import _scoring_agreement
 from tests.model.test_fp8 import make_config
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
@@ -26,20 +26,20 @@ def inputs(tmp_path_factory):
 
 def _run_noisily(argv: list[str], noise: float) -> Exit:
     """The command line as if its numbers were as coarse as fp8: scoring adds `noise` to every log-probability."""
-    from megatron_psft.train import assemble as build
+    from megatron_psft.train import assemble
     from megatron_psft.train.pipeline import Pipeline
 
-    score, find = Pipeline.score, build._precision_noise
+    score, find = Pipeline.score_labels, assemble._scoring_agreement
 
     def scored_elsewhere(self, micro_batches):
         return [stats._replace(log_probs=stats.log_probs - noise) for stats in score(self, micro_batches)]
 
-    Pipeline.score = scored_elsewhere
-    build._precision_noise = lambda config, parallel: PrecisionNoise(config.objective.clip_ratio_high, parallel)
+    Pipeline.score_labels = scored_elsewhere
+    assemble._scoring_agreement = lambda config, parallel: ScoringAgreement(config.objective.clip_ratio_high, parallel)
     try:
         return run_cli(argv)
     finally:
-        Pipeline.score, build._precision_noise = score, find
+        Pipeline.score_labels, assemble._scoring_agreement = score, find
 
 
 def command_line(inputs, save, *flags: str) -> list[str]:
@@ -96,6 +96,6 @@ def test_it_is_measured_with_fp8_where_the_ratio_counts():
         "sft": (ObjectiveConfig(objective="sft"), False),
     }
     for objective, is_measured in cases.values():
-        assert (_precision_noise(replace(config, objective=objective), here) is not None) is is_measured
+        assert (_scoring_agreement(replace(config, objective=objective), here) is not None) is is_measured
     plain = replace(config, precision=replace(config.precision, fp8_format=None, fp8_recipe="delayed"))
-    assert _precision_noise(plain, here) is None
+    assert _scoring_agreement(plain, here) is None

@@ -5,88 +5,138 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.errors import UserError
 from megatron_psft.scoring.host_memory import check_host_memory
-from megatron_psft.scoring.old_policy import OldPolicyWindow
+from megatron_psft.scoring.old_policy import CurrentPolicy, NoOldPolicy, OldPolicyWindow, Scores, objective_at
 
 
 class Run:
     """A run whose weights are the number of updates so far; the score of a batch is its step and those weights."""
 
-    def __init__(self, *, interval: int, train_iters: int, warmup_iters: int = 0) -> None:
+    def __init__(self, *, train_iters: int, interval=8, warmup_iters: int = 0, **options) -> None:
         self.updates = 0
         self.passes: list[tuple[int, int]] = []
         """(weights, step scored), in order."""
-        self.window = OldPolicyWindow(
-            interval=interval, warmup_iters=warmup_iters, train_iters=train_iters, score=self._score
+        objective = ObjectiveConfig(
+            objective=options.pop("objective", "psft"), old_policy_interval=interval, sft_warmup_iters=warmup_iters
         )
+        self.window = OldPolicyWindow(objective, train_iters=train_iters, score=self._score, **options)
 
     def _score(self, step: int) -> list[torch.Tensor]:
         self.passes.append((self.updates, step))
-        return [torch.tensor([[float(step), float(self.updates)]]) + micro_batch / 4 for micro_batch in range(2)]
+        return [torch.tensor([float(step), float(self.updates)]) + micro_batch / 4 for micro_batch in range(2)]
 
-    def train(self, first: int, stop: int) -> list[int | None]:
-        """Steps `first` to `stop`; returns by which weights the old log-probabilities of each were computed."""
+    def train(self, first: int, stop: int) -> list:
+        """Steps `first` to `stop`; returns by which weights the old log-probabilities of each were computed, or the
+        kind of old policy that has none."""
         weights = []
         for step in range(first, stop):
             self.updates = step
-            begins = self.window.syncs_before(step)
-            old_log_probs = self.window.old_log_probs(step)
-            assert begins == (old_log_probs is None and not self.window.is_warmup(step))
-            weights.append(None if old_log_probs is None else self._weights_of(step, old_log_probs))
+            syncs = self.window.syncs_before(step)
+            if syncs:
+                self.window.sync(step)
+            old_policy = self.window.at(step)
+            assert self.window.at(step) == old_policy, "reading changes nothing"
+            assert not self.window.syncs_before(step)
+            assert syncs == (old_policy == CURRENT) or self.window._score_first
+            weights.append(self._weights_of(step, old_policy) if isinstance(old_policy, Scores) else old_policy)
         return weights
 
-    def _weights_of(self, step: int, old_log_probs: list[torch.Tensor]) -> int:
-        values = torch.cat(old_log_probs)
-        assert values[:, 0].tolist() == [step, step + 0.25], "values of another batch, or micro-batches out of order"
-        return int(values[0, 1])
+    def _weights_of(self, step: int, scores: Scores) -> int:
+        first, second = scores.log_probs
+        assert (first[0], second[0]) == (step, step + 0.25), "values of another batch, or micro-batches out of order"
+        return int(first[1])
 
 
-def old_weights(step: int, interval: int, warmup_iters: int) -> int | None:
-    """The definition: the weights at the start of the step's window; None where they are the current ones."""
+NONE, CURRENT = NoOldPolicy(), CurrentPolicy()
+
+
+def old_weights(step: int, interval: int, warmup_iters: int):
+    """The definition: the weights at the start of the step's window, if they are not the current ones."""
     if step < warmup_iters:
-        return None
+        return NONE
     start = warmup_iters + (step - warmup_iters) // interval * interval
-    return None if start == step else start
+    return CURRENT if start == step else start
 
 
 def test_windows_of_four_steps():
     run = Run(interval=4, train_iters=12)
-    assert run.train(0, 12) == [None, 0, 0, 0, None, 4, 4, 4, None, 8, 8, 8]
+    assert run.train(0, 12) == [CURRENT, 0, 0, 0, CURRENT, 4, 4, 4, CURRENT, 8, 8, 8]
     assert run.passes == [(0, 1), (0, 2), (0, 3), (4, 5), (4, 6), (4, 7), (8, 9), (8, 10), (8, 11)]
-    assert run.window.stored == {}
+    assert run.window.state(12) == {}
 
 
 def test_a_window_of_one_step_scores_nothing():
     run = Run(interval=1, train_iters=5, warmup_iters=2)
-    assert run.train(0, 5) == [None] * 5
+    assert run.train(0, 5) == [NONE, NONE, CURRENT, CURRENT, CURRENT]
     assert run.passes == []
-    assert [run.window.syncs_before(step) for step in range(5)] == [False, False, True, True, True]
 
 
 def test_windows_are_counted_after_warm_up():
     run = Run(interval=4, train_iters=9, warmup_iters=3)
-    assert run.train(0, 9) == [None, None, None, None, 3, 3, 3, None, 7]
+    assert run.train(0, 9) == [NONE, NONE, NONE, CURRENT, 3, 3, 3, CURRENT, 7]
     assert run.passes == [(3, 4), (3, 5), (3, 6), (7, 8)]
 
 
 def test_the_last_window_ends_with_the_run():
     run = Run(interval=8, train_iters=11)
-    assert run.train(0, 11) == [None, *[0] * 7, None, 8, 8]
+    assert run.train(0, 11) == [CURRENT, *[0] * 7, CURRENT, 8, 8]
     assert run.passes[-2:] == [(8, 9), (8, 10)]
 
 
-@pytest.mark.parametrize("interval", [6, 7, 1000])
+@pytest.mark.parametrize("interval", [6, 7, 1000, "fixed"])
 def test_an_interval_as_long_as_the_run_keeps_the_model_at_the_end_of_warm_up(interval):
     run = Run(interval=interval, train_iters=6, warmup_iters=2)
-    assert run.train(0, 6) == [None, None, None, 2, 2, 2]
+    assert run.train(0, 6) == [NONE, NONE, CURRENT, 2, 2, 2]
     assert run.passes == [(2, 3), (2, 4), (2, 5)]
 
 
 def test_warm_up_all_the_way_is_plain_sft():
     run = Run(interval=6, train_iters=6, warmup_iters=6)
-    assert run.train(0, 6) == [None] * 6
+    assert run.train(0, 6) == [NONE] * 6
     assert run.passes == []
+
+
+@pytest.mark.parametrize("objective", ["sft", "dft", "sft-kl"])
+def test_an_objective_without_an_old_policy_has_none_at_any_step(objective):
+    run = Run(objective=objective, train_iters=6)
+    assert run.train(0, 6) == [NONE] * 6
+    assert run.passes == []
+
+
+def test_warm_up_is_of_psft_alone():
+    for objective, expected in (("psft", ["sft", "sft", "psft"]), ("dft", ["dft"] * 3), ("sft", ["sft"] * 3)):
+        config = ObjectiveConfig(objective=objective, sft_warmup_iters=2)
+        assert [objective_at(config, step).config.objective for step in range(3)] == expected
+
+
+def test_a_window_whose_first_batch_is_scored_too_knows_all_of_its_steps():
+    run = Run(interval=3, train_iters=5, warmup_iters=1, score_first=True)
+    assert run.train(0, 5) == [NONE, 1, 1, 1, 4]
+    assert run.passes == [(1, 1), (1, 2), (1, 3), (4, 4)]
+
+
+def test_a_sync_that_is_interrupted_has_not_come():
+    run = Run(interval=4, train_iters=8)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.window.sync(0, between_batches=stop)
+    assert run.window.syncs_before(0)
+    assert run.window.state(0) == {}
+    assert run.train(0, 2) == [CURRENT, 0]
+
+
+@pytest.mark.parametrize("interval", [3, "fixed"])
+def test_steps_are_counted_into_windows(interval):
+    window = Run(interval=interval, train_iters=9, warmup_iters=2).window
+    expected = [range(0), range(0), *([range(2, 5)] * 3 + [range(5, 8)] * 3 + [range(8, 9)])]
+    if interval == "fixed":
+        expected = [range(0), range(0), *[range(2, 9)] * 7]
+    assert [window.window_of(step) for step in range(9)] == expected
 
 
 @given(interval=st.integers(1, 9), train_iters=st.integers(1, 30), warmup_iters=st.integers(0, 12))
@@ -94,8 +144,8 @@ def test_every_step_has_the_weights_of_its_window_and_is_scored_once(interval, t
     run = Run(interval=interval, train_iters=train_iters, warmup_iters=warmup_iters)
     expected = [old_weights(step, interval, warmup_iters) for step in range(train_iters)]
     assert run.train(0, train_iters) == expected
-    assert run.passes == [(weights, step) for step, weights in enumerate(expected) if weights is not None]
-    assert run.window.stored == {}, "nothing is kept longer than it is needed"
+    assert run.passes == [(weights, step) for step, weights in enumerate(expected) if isinstance(weights, int)]
+    assert run.window.state(train_iters) == {}, "nothing is kept longer than it is needed"
 
 
 @given(interval=st.integers(1, 9), train_iters=st.integers(1, 30), warmup_iters=st.integers(0, 12), data=st.data())
@@ -104,7 +154,7 @@ def test_a_run_restored_anywhere_goes_on_as_if_it_had_not_stopped(interval, trai
     description = {"interval": interval, "train_iters": train_iters, "warmup_iters": warmup_iters}
     first, second, uninterrupted = Run(**description), Run(**description), Run(**description)
     before = first.train(0, stop)
-    second.window.stored.update(first.window.stored)
+    second.window.load_state(first.window.state(stop))
     assert before + second.train(stop, train_iters) == uninterrupted.train(0, train_iters)
     assert first.passes + second.passes == uninterrupted.passes
 
@@ -113,8 +163,8 @@ def test_steps_that_a_longer_run_adds_begin_a_window_that_ends_where_it_always_w
     short = Run(interval=4, train_iters=6)
     short.train(0, 6)
     longer = Run(interval=4, train_iters=14)
-    longer.window.stored.update(short.window.stored)
-    assert longer.train(6, 14) == [None, 6, None, 8, 8, 8, None, 12]
+    longer.window.load_state(short.window.state(6))
+    assert longer.train(6, 14) == [CURRENT, 6, CURRENT, 8, 8, 8, CURRENT, 12]
     assert longer.passes == [(6, 7), (8, 9), (8, 10), (8, 11), (12, 13)]
 
 
@@ -122,30 +172,34 @@ def test_a_shorter_run_leaves_the_rest_of_a_restored_window_alone():
     long = Run(interval=8, train_iters=8)
     long.train(0, 3)
     shorter = Run(interval=8, train_iters=5)
-    shorter.window.stored.update(long.window.stored)
+    shorter.window.load_state(long.window.state(3))
     assert shorter.train(3, 5) == [0, 0]
     assert shorter.passes == []
 
 
 def test_ranks_without_the_output_layer_take_part_in_every_pass_and_begin_the_same_windows():
     passes = []
-    window = OldPolicyWindow(interval=3, warmup_iters=1, train_iters=7, score=lambda step: passes.append(step) or [])
-    begins = []
+    objective = ObjectiveConfig(old_policy_interval=3, sft_warmup_iters=1)
+    window = OldPolicyWindow(objective, train_iters=7, score=lambda step: passes.append(step) or [])
+    syncs, kinds = [], []
     for step in range(7):
-        begins.append(window.syncs_before(step))
-        assert not window.old_log_probs(step)
-    assert begins == [False, True, False, False, True, False, False]
+        if window.syncs_before(step):
+            window.sync(step)
+            syncs.append(step)
+        kinds.append(window.at(step))
+    assert syncs == [1, 4]
+    assert kinds == [NONE, CURRENT, Scores([]), Scores([]), CURRENT, Scores([]), Scores([])]
     assert passes == [2, 3, 5, 6]
 
 
 def test_a_window_is_scored_before_its_first_step_is_trained_on():
-    """All of `stored` is there after the first step, so that a checkpoint within the window holds it."""
+    """All of it is there after the first step, so that a checkpoint within the window holds it."""
     run = Run(interval=4, train_iters=8)
     run.train(0, 1)
-    assert sorted(run.window.stored) == [1, 2, 3]
+    assert sorted(run.window.state(1)) == [1, 2, 3]
     run.train(1, 3)
-    assert sorted(run.window.stored) == [3]
-    assert all(log_probs.device.type == "cpu" for log_probs in run.window.stored[3])
+    assert sorted(run.window.state(3)) == [3]
+    assert all(log_probs.device.type == "cpu" for log_probs in run.window.state(3)[3])
 
 
 def test_what_is_to_be_kept_is_told_once_and_before_the_first_pass():
@@ -155,11 +209,10 @@ def test_what_is_to_be_kept_is_told_once_and_before_the_first_pass():
         assert told
         return []
 
-    window = OldPolicyWindow(
-        interval=3, warmup_iters=1, train_iters=9, score=score, prepare=lambda steps: told.append(list(steps))
-    )
-    for step in range(9):
-        window.old_log_probs(step)
+    objective = ObjectiveConfig(old_policy_interval=3, sft_warmup_iters=1)
+    window = OldPolicyWindow(objective, train_iters=9, score=score, prepare=lambda steps: told.append(list(steps)))
+    for step in (1, 4, 7):
+        window.sync(step)
     assert told == [[2, 3]]
 
 
@@ -167,8 +220,10 @@ def test_a_window_of_one_step_has_nothing_to_tell():
     def refuse(*_: object) -> list[torch.Tensor]:
         raise AssertionError
 
-    window = OldPolicyWindow(interval=1, warmup_iters=0, train_iters=3, score=refuse, prepare=refuse)
-    assert [window.old_log_probs(step) for step in range(3)] == [None] * 3
+    window = OldPolicyWindow(ObjectiveConfig(old_policy_interval=1), train_iters=3, score=refuse, prepare=refuse)
+    for step in range(3):
+        window.sync(step)
+        assert window.at(step) == CURRENT
 
 
 def _check_memory(bytes_per_rank: int) -> str | None:

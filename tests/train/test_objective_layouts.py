@@ -16,8 +16,10 @@ from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, MicroBatch
 from megatron_psft.data.packing import PackPlan, best_fit
 from megatron_psft.loss.objectives import Objective
+from megatron_psft.scoring.old_policy import NoOldPolicy
 from tests.support import reference, tiny
 from tests.support.marks import slow
+from tests.support.scores import scores_of
 from tests.train.test_packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
 from tests.train.test_pipeline import GradientSource, gradients_of, ready
 
@@ -165,10 +167,10 @@ def _check_gradients(
         loader = make_loader(data.dataset, run.place, config, plan, micro_batch_size)
         for case, settings in CASES.items():
             batches, old = _inputs_of(data, case, loader, plan, run.place)
-            has_old = settings["objective"] == "psft" and run.place.is_last_stage
+            old_policy = scores_of(batches, old) if settings["objective"] == "psft" else NoOldPolicy()
             run.pipeline.zero_grad()
             objective = Objective(config=ObjectiveConfig(**settings))
-            sums = run.pipeline.train(batches, old if has_old else None, objective=objective)
+            sums = run.pipeline.train(batches, old_policy, objective=objective)
             found[case] = gradients_of(run)
             metrics = reduce_metrics(sums, batches, run.place, 1)
             assert settings["objective"] == "psft" or metrics.ratio_max == 1.0

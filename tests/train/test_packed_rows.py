@@ -18,6 +18,7 @@ from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from tests.support import reference, tiny
 from tests.support.datasets import dataset_of
 from tests.support.marks import slow
+from tests.support.scores import scores_of
 from tests.train.test_pipeline import GradientSource, _by_autograd, gradients_of, objective_of, ready, totals
 
 CAPACITY = 64
@@ -173,9 +174,10 @@ def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str,
                 plans["one per pack"] = one_per_pack(lengths, CAPACITY)
             for kind, plan in plans.items():
                 loader = make_loader(data.dataset, run.place, config, plan, micro_batch_size)
-                old = old_of(data, loader, plan, run.place) if run.place.is_last_stage else None
+                batches = loader.micro_batches(0)
+                old_policy = scores_of(batches, old_of(data, loader, plan, run.place))
                 run.pipeline.zero_grad()
-                sums = run.pipeline.train(loader.micro_batches(0), old, objective=objective_of("psft"))
+                sums = run.pipeline.train(batches, old_policy, objective=objective_of("psft"))
                 found[name, kind] = sums, gradients_of(run)
         for key, (_, gradients) in found.items():
             wanted = GradientSource(every_data[key[0]].gradients)

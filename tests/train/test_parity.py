@@ -337,7 +337,7 @@ def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_
     """The old-policy pass computes bit for bit what training computes: the shortcut r = 1 hides no difference. It
     chooses the same experts too."""
     world_size, layout_flags = ALL_LAYOUTS[layout]
-    for lines in pool.run(_train_with_forced_passes, world_size, tmp_path, inputs, family, layout_flags)[:1]:
+    for lines in pool.run(_train_scoring_first, world_size, tmp_path, inputs, family, layout_flags)[:1]:
         ratios = [(line["ratio_mean"], line["ratio_max"]) for line in lines[::2]]
         assert ratios == [(1.0, 1.0)] * (len(lines) // 2)
         assert all(line["old_policy_seconds"] > 0.001 for line in lines[::2])
@@ -346,29 +346,23 @@ def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_
 @pytest.mark.slow
 def test_passes_in_other_micro_batches_give_ratio_one_up_to_rounding(pool, inputs, tmp_path):
     flags = ["--micro-batch-size", "1", "--old-policy-micro-batch-size", "4"]
-    (lines,) = pool.run(_train_with_forced_passes, 1, tmp_path, inputs, "qwen2", flags)
+    (lines,) = pool.run(_train_scoring_first, 1, tmp_path, inputs, "qwen2", flags)
     for line in lines[::2]:
         assert (line["ratio_mean"], line["ratio_max"]) == pytest.approx((1.0, 1.0), abs=1e-5)
         assert line["clip_fraction"] == 0.0
 
 
-def _train_with_forced_passes(save: Path, inputs: Path, family: str, layout: list[str]) -> list[dict[str, float]]:
-    from megatron_psft.scoring.old_policy import OldPolicyWindow
+def _train_scoring_first(save: Path, inputs: Path, family: str, layout: list[str]) -> list[dict[str, float]]:
+    """The command line with a pass over the first batch of each window too."""
+    from megatron_psft.train import assemble
 
-    shortcut = OldPolicyWindow.old_log_probs
-
-    def forced(window: OldPolicyWindow, step: int, **options):
-        first = window._score(step) if window.syncs_before(step) else None
-        rest = shortcut(window, step, **options)
-        return first or rest
-
-    OldPolicyWindow.old_log_probs = forced
+    window = assemble.OldPolicyWindow
+    assemble.OldPolicyWindow = functools.partial(window, score_first=True)
     try:
         argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
         argv += ["--save", save, "--train-iters", 6, "--global-batch-size", 8, "--lr", reference.PARITY_LR]
         argv += ["--old-policy-interval", "2", "--seq-length", PACK_LENGTH, *layout]
         assert run_cli([str(value) for value in argv]).code == 0
     finally:
-        OldPolicyWindow.old_log_probs = shortcut
-    metrics = save / "metrics.jsonl"
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+        assemble.OldPolicyWindow = window
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]

@@ -23,7 +23,9 @@ from megatron_psft.config.schema import (
 from megatron_psft.data.chat import Example
 from megatron_psft.data.loader import MicroBatch, collate
 from megatron_psft.loss.objectives import BatchSums, Objective
+from megatron_psft.scoring.old_policy import CurrentPolicy, Scores
 from tests.support import reference, tiny
+from tests.support.scores import scores_of
 
 SEQ_LENGTH, ROWS, CLIP = 22, 2, 0.28
 TENSOR = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -186,8 +188,8 @@ def train(run: SimpleNamespace, batch: Batch, objective: str, *, with_old: bool 
     """Sums and gradients of a global batch, on cleared buffers."""
     micro_batches, old_log_probs = my_part(batch.micro_batches, run.place), my_part(batch.old_log_probs, run.place)
     run.pipeline.zero_grad()
-    old = old_log_probs if with_old and run.place.is_last_stage else None
-    return run.pipeline.train(micro_batches, old, objective=objective_of(objective)), gradients_of(run)
+    old_policy = scores_of(micro_batches, old_log_probs) if with_old else CurrentPolicy()
+    return run.pipeline.train(micro_batches, old_policy, objective=objective_of(objective)), gradients_of(run)
 
 
 def objective_of(name: str, **settings) -> Objective:
@@ -349,16 +351,16 @@ def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch
         for step in range(4):
             run.pipeline.zero_grad()
             run.optimizer.zero_grad()
-            old_log_probs = None
+            old_policy = CurrentPolicy()
             if step % 2 == 0:
                 run.pipeline.gather_parameters()
                 later = my_part(batches[(step + 1) % 3].micro_batches, run.place)
-                ahead = [stats.log_probs for stats in run.pipeline.score(later)]
+                ahead = [stats.log_probs for stats in run.pipeline.score_labels(later)]
                 scores += ahead
             else:
-                old_log_probs = ahead
+                old_policy = Scores(ahead)
             mine = my_part(batches[step % 3].micro_batches, run.place)
-            run.pipeline.train(mine, old_log_probs, objective=objective_of("psft"))
+            run.pipeline.train(mine, old_policy, objective=objective_of("psft"))
             update(run.optimizer, step + 1, torch.device("cpu"))
         run.pipeline.gather_parameters()
         return scores, [parameter.detach().clone() for _, parameter in named_parameters(run.chunks)]
