@@ -7,15 +7,18 @@ STAMP := $(VENV)/.installed
 # Megatron-Core has one line for Python up to 3.11 and one from 3.12 on, and the pins go with them.
 PINS = $(shell $(BIN)/python -c 'import sys; print("py310-py311" if sys.version_info < (3, 12) else "py312")')
 CONSTRAINTS = constraints/$(PINS).txt
-# Most quick tests are of one process, so two run at a time. Slow ones are of several, which wait for each other: beside
-# another such test each collective waits for its turn, and make demo, for one, took five times as long.
-TWO_AT_A_TIME = -n 2 --dist worksteal
+# A test of several ranks, or of a command in processes of its own, waits for most of its time: for messages, for a
+# process's start. Nothing waits by spinning, so tests beside each other take longer each and less time together.
+WORKERS ?= 4
+AT_A_TIME = -n $(WORKERS) --dist worksteal --durations=50 --durations-min=1
+# Tests for one Python: of what is no part of the package, and of rooms that call no library that changes with it.
+ONCE = benchmarks docker docs examples report
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo miniature test test-slow test-py312 test-gpu lint format docs bench bench-gpu clean
+.PHONY: help install install-py312 demo miniature test test-slow test-py312 test-nemo test-gpu lint format docs bench bench-gpu clean
 
 help: ## Print the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1: /p' Makefile
 
 install: $(STAMP) ## Create the virtual environment in VENV (.venv) and install the package, its tests' and its demo's needs
 
@@ -34,19 +37,23 @@ miniature: install ## Compare SFT, PSFT and relatives on small models: target, g
 	$(BIN)/python examples/miniature/run.py
 
 test: install ## Run the CPU tests that take seconds
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(AT_A_TIME) -m "not slow and not gpu"
 
 test-slow: install ## Run the CPU tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest $(AT_A_TIME) -m "slow and not gpu"
 
 $(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt
 	$(PYTHON312) -m venv $(VENV)312
 	tests/nemo/install.sh $(VENV)312/bin/python
 	touch $@
 
-test-py312: $(VENV)312/.installed ## Run the tests of `make test`, and those of Megatron-Bridge, on Python 3.12 and its Megatron-Core
-	$(VENV)312/bin/python -m pytest $(TWO_AT_A_TIME) -m "not slow and not gpu"
-	$(VENV)312/bin/python -m pytest -m slow tests/nemo
+install-py312: $(VENV)312/.installed ## Create the environment of Python 3.12 with its Megatron-Core and Megatron-Bridge
+
+test-py312: install-py312 ## Run the tests of `make test` on Python 3.12, without rooms for which it makes no difference
+	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m "not slow and not gpu" $(ONCE:%=--ignore=tests/%)
+
+test-nemo: install-py312 ## Run the tests of Megatron-Bridge, on Python 3.12
+	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m slow tests/nemo
 
 test-gpu: install ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -47,6 +47,7 @@ def _on_rank(cases: list[Case], mode: str, chunk_rows: int, world_size: int) -> 
             for case in cases:
                 chunked.CHUNK_BYTES["cpu"] = chunk_rows * 4 * len(case.weight) // world_size
                 results.append(_shard_of(case, mode, dist.get_rank(), world_size))
+            dist.barrier()  # without labels nothing is reduced, and a rank could leave before another has joined
         finally:
             chunked.CHUNK_BYTES.update(default)
     return results

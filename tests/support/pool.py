@@ -74,7 +74,7 @@ class _Worker:
 
 
 class Pool:
-    """Workers that are started when first needed, and replaced after one of them hung or died."""
+    """Workers that are started when first needed, and replaced after one of them failed."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -97,14 +97,13 @@ class Pool:
         for rank, worker in enumerate(workers):
             worker.connection.send((call, _torchrun_environment(rank, world_size, port)))
         outcomes, lost = _collect(workers, timeout)
-        if lost:
-            self._kill()
-        else:
-            for worker in workers:
-                worker.connection.send("every rank is done")
         failures = {rank: outcome.error for rank, outcome in outcomes.items() if outcome.error is not None} | lost
         if failures:
+            # Even those that live: torch counts process groups, and a rank that failed to join one counts otherwise.
+            self._kill()
             raise WorkerError(failures)
+        for worker in workers:
+            worker.connection.send("every rank is done")
         return [outcomes[rank].value for rank in range(world_size)]
 
     def close(self) -> None:
@@ -215,7 +214,7 @@ def _serve(connection: Connection, stack_file: Path) -> None:
                 os.environ.update(environment)
                 outcome = _call(call)
             connection.send_bytes(pickle.dumps(outcome))
-            # A rank that succeeded keeps its sockets until all are done; one that failed lets go: the others notice.
+            # A rank that succeeded keeps its sockets until all are done; one that failed lets go: that ends the others.
             if outcome.error is not None:
                 _take_down()
             connection.recv()
