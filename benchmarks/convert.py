@@ -92,10 +92,10 @@ def convert(spec: dict[str, Any]) -> dict[str, float]:
     """What the command line costs once everything is imported."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import megatron_psft.hf.conversion  # noqa: F401
-    from tools import convert_checkpoint
+    from megatron_psft.cli.convert import main as command
 
     def run() -> None:
-        if convert_checkpoint.main(spec["argv"]):
+        if command(spec["argv"]):
             raise FailedError("the command failed")
 
     return cost_of(run)

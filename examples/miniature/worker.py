@@ -67,15 +67,15 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def train(command: Sequence[str]) -> None:
-    """`pretrain_psft.py COMMAND` in this process.
+    """`psft train COMMAND` in this process.
 
     Raises:
         RuntimeError: it did not end well; the log says why.
     """
-    import pretrain_psft
+    from megatron_psft.cli.train import main
 
-    if code := pretrain_psft.main(command):
-        raise RuntimeError(f"pretrain_psft.py ended with code {code}: {' '.join(command)}")
+    if code := main(command):
+        raise RuntimeError(f"psft train ended with code {code}: {' '.join(command)}")
 
 
 def accuracies(model: Path, tokenizer: Path, files: Files, questions: int) -> dict[str, float]:

@@ -61,23 +61,31 @@ def require_absent(section: object, name: str, kind: Literal["file", "folder"] =
         raise UserError(f"{name} ({path}) must not exist; remove it, or name another {kind}")
 
 
-def run_command(root: type[_Root], command: Callable[[_Root], int | None], argv: Sequence[str], *, epilog: str) -> int:
+def run_command(
+    root: type[_Root],
+    command: Callable[[_Root], int | None],
+    argv: Sequence[str],
+    *,
+    prog: str | None = None,
+    epilog: str,
+) -> int:
     """Runs `command` with what `parse_flags` builds; returns its exit code (0 where it has none), or 2 after a user's
     mistake, which is printed as one `error:` line."""
     try:
-        return command(parse_flags(root, argv, epilog=epilog)) or 0
+        return command(parse_flags(root, argv, prog=prog, epilog=epilog)) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
 
 
-def parse_flags(root: type[_Root], argv: Sequence[str], *, epilog: str | None = None) -> _Root:
-    """Builds `root` from `argv` and, below it in rank, the YAML file it names with --config. `epilog` ends the help.
+def parse_flags(root: type[_Root], argv: Sequence[str], *, prog: str | None = None, epilog: str | None = None) -> _Root:
+    """Builds `root` from `argv` and, below it in rank, the YAML file it names with --config. `prog` (the script's name
+    if None) begins the help, and `epilog` ends it.
 
     Raises UserError for unknown names, wrong types, missing fields, and whatever a section's `__post_init__` refuses.
     """
     known = _flag_fields(root)
-    parser = _build_parser(root, epilog)
+    parser = _build_parser(root, prog, epilog)
     argcomplete.autocomplete(parser)  # answers a shell that asks how a flag goes on, and ends; else does nothing
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -106,8 +114,9 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _build_parser(root: type, epilog: str | None) -> _Parser:
+def _build_parser(root: type, prog: str | None, epilog: str | None) -> _Parser:
     parser = _Parser(
+        prog=prog,
         usage="%(prog)s [--config FILE.yaml] FLAGS",
         allow_abbrev=False,
         epilog=epilog,

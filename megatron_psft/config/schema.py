@@ -34,7 +34,7 @@ class WeightsConfig:
     async_save: bool = False
     """Write checkpoints in the background while training goes on; the last one is finished before the run ends."""
     load: str | None = None
-    """Run folder, or one step folder of it, to start from; or a folder that tools/convert_checkpoint.py wrote, whose
+    """Run folder, or one step folder of it, to start from; or a folder that `psft convert` wrote, whose
     weights take the place of those of `load_hf`. No effect where `save` holds a checkpoint. An objective that compares
     with the model at the start compares with this one."""
     export_hf: str | None = None

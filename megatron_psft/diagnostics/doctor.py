@@ -221,7 +221,7 @@ def describe_machine(platform: "Platform") -> dict[str, str]:
 
 
 def what_is_used(platform: "Platform", made_with: Mapping[str, str]) -> list[Choice]:
-    """What `trial.toy_step` has found at work, with the reason for each."""
+    """What `toy_step` has found at work, with the reason for each."""
     gpu = "torch sees a GPU" if platform.is_gpu else "torch sees no GPU"
     if platform.has_transformer_engine:
         engine = "Transformer Engine is installed"

@@ -1,4 +1,4 @@
-"""Memory and operations of a run, told from its configuration alone; tools/plan.py prints them.
+"""Memory and operations of a run, told from its configuration alone; `psft plan` prints them.
 
 Memory is counted tensor by tensor, as the layers, Megatron-Core's schedules and the head keep them. Not counted is what
 the tensors do not show: the CUDA context, NCCL's buffers, libraries' workspaces and the allocator's fragments. The

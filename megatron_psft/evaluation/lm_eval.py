@@ -29,8 +29,8 @@ class Harness:
         """
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError(
-                f"tasks ({' '.join(names)}) are no files, and other tasks need lm-eval; check the paths, or install "
-                "megatron_psft[eval]"
+                f"tasks ({' '.join(names)}) are no files, and other tasks need lm-eval; check the paths, or "
+                "pip install 'lm-eval[hf,ifeval]'"
             )
         from lm_eval.tasks import TaskManager
 

@@ -187,7 +187,7 @@ class ResultsFolder:
         try:
             return {name: TaskResult.from_json(value) for name, value in _read_object(self.path / _RESULTS).items()}
         except (TypeError, AttributeError, KeyError) as error:
-            raise UserError(f"{self.path / _RESULTS} must be what tools/evaluate.py has written: {error}") from None
+            raise UserError(f"{self.path / _RESULTS} must be what `psft evaluate` has written: {error}") from None
 
     def add_results(self, found: dict[str, TaskResult]) -> None:
         """Keeps results beside those there are, and writes the table anew."""
@@ -262,7 +262,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} must be what tools/evaluate.py has written: {error}") from None
+        raise UserError(f"{path} must be what `psft evaluate` has written: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} must be what tools/evaluate.py has written, found {type(value).__name__}")
+        raise UserError(f"{path} must be what `psft evaluate` has written, found {type(value).__name__}")
     return value

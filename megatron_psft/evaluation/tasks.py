@@ -16,13 +16,12 @@ from tqdm import tqdm
 from megatron_psft.config.flags import require_at_least
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row, open_rows
-from megatron_psft.data.messages import RecordError
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.evaluation.lm_eval import Harness
 from megatron_psft.evaluation.results import CORRECT, Generation, ResultsFolder, summarize
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.metrics.provenance import versions
-from megatron_psft.rollout.prompts import Prompt, PromptConfig, find_answer, parse_prompt
+from megatron_psft.rollout.prompts import Prompt, PromptConfig, find_answer, parse_prompt, render_prompt
 from megatron_psft.rollout.rewards import Verifier, VerifierName, build_verifier
 from megatron_psft.rollout.sampling import Answer, Sampler, SamplingConfig
 
@@ -257,7 +256,10 @@ def _answer_sets(
     folder: ResultsFolder,
 ) -> None:
     renderer = ChatRenderer(tokenizer, "last")
-    rendered = {questions.name: [_render(prompt, renderer) for prompt in questions.questions] for questions in sets}
+    rendered = {
+        questions.name: [render_prompt("tasks", prompt, renderer) for prompt in questions.questions]
+        for questions in sets
+    }
     # Prompts that are too long for the model are refused by the sampler: those come before hours of other sampling.
     for questions in sorted(sets, key=lambda found: -max(map(len, rendered[found.name]))):
         log.info("%s: %d questions, %d answers each", questions.name, len(questions.questions), questions.num_samples)
@@ -273,13 +275,6 @@ def _answer_sets(
             folder.write_generations(questions.name, generations)
         result = summarize(questions.source, generations)
         folder.add_results({questions.name: replace(result, versions=versions())})
-
-
-def _render(prompt: Prompt, renderer: ChatRenderer) -> str:
-    try:
-        return renderer.render_prompt(prompt.messages)
-    except RecordError as error:
-        raise UserError(f"tasks must be what the chat template can write: {prompt.source}: {error}") from None
 
 
 def _generations(questions: QuestionSet, groups: Sequence[Sequence[Answer]]) -> list[Generation]:

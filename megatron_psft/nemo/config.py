@@ -53,7 +53,7 @@ class PsftConfig:
         if self.objective not in OBJECTIVES:
             raise UserError(
                 f"psft.objective ({self.objective}) must be one of {', '.join(OBJECTIVES)}: any other needs the "
-                "initial model or whole records, which Megatron-Bridge's batches do not carry; pretrain_psft.py has all"
+                "initial model or whole records, which Megatron-Bridge's batches do not carry; `psft train` has all"
             )
         if isinstance(self.old_policy_interval, str) and self.old_policy_interval != "fixed":
             raise UserError(f"psft.old_policy_interval ({self.old_policy_interval}) must be an integer or fixed")

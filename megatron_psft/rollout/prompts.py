@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import Message, RecordError
@@ -88,6 +89,15 @@ def parse_value(row: object, config: PromptConfig, verifier: Verifier) -> tuple[
     except ValueError as error:
         raise RecordError("answer that the verifier cannot use", f"{answer!r:.60} {error}") from None
     return {"messages": asked, "system": row.get("system")}, answer
+
+
+def render_prompt(field: str, prompt: Prompt, renderer: ChatRenderer) -> str:
+    """The text that the model goes on with. Raises UserError, which names the configuration's `field`, for what the
+    chat template refuses."""
+    try:
+        return renderer.render_prompt(prompt.messages)
+    except RecordError as error:
+        raise UserError(f"{field} must be what the chat template can write: {prompt.source}: {error}") from None
 
 
 def find_answer(row: dict[str, Any], key: str) -> str | None:

@@ -1,6 +1,6 @@
 """Verifiers, which score an answer against the known one, and advantages, which compare the answers to one prompt.
 
-Plain Python: nothing here knows of models or tokens. `tools/rollout.py` and the examples that train with
+Plain Python: nothing here knows of models or tokens. `psft rollout` and the examples that train with
 reinforcement learning share these.
 """
 
@@ -52,7 +52,7 @@ class MathVerifier:
         try:
             import math_verify
         except ImportError:
-            raise UserError("verifier (math) needs math-verify; install megatron_psft[rl]") from None
+            raise UserError("verifier (math) needs math-verify; pip install math-verify") from None
         self._math_verify = math_verify
 
     def check(self, answer: str) -> None:

@@ -16,10 +16,10 @@ TIMINGS = {"step_seconds", "old_policy_seconds", "tokens_per_second"}
 
 
 def run_convert(argv: Sequence[str]) -> Exit:
-    """What `convert_checkpoint.py ARGV` does; for `pool.run`."""
-    from tools import convert_checkpoint
+    """What `psft convert ARGV` does; for `pool.run`."""
+    from megatron_psft.cli.convert import main
 
-    return call_main(convert_checkpoint.main, argv)
+    return call_main(main, argv)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_psft.cli.compare import main
 from megatron_psft.evaluation.results import CORRECT, Estimate, Generation, ResultsFolder, TaskResult, summarize
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
-from tools import compare
 
 
 def answers(*rewards: list[float], first: int = 0, right: str = "so 3", wrong: str = "no") -> list[Generation]:
@@ -49,7 +49,7 @@ def run(tmp_path, capsys):
 
     def run(*flags: str | Path) -> tuple[Exit, str]:
         argv = ["--first", tmp_path / "first", "--second", tmp_path / "second", "--out", tmp_path / "out", *flags]
-        exit = Exit(compare.main([str(value) for value in argv]), *capsys.readouterr())
+        exit = Exit(main([str(value) for value in argv]), *capsys.readouterr())
         report = tmp_path / "out" / "compare.md"
         return exit, report.read_text(encoding="utf-8") if report.exists() else ""
 
@@ -173,9 +173,9 @@ def test_models_are_evaluated_first(run, tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused(run, tmp_path):
-    assert_refused(run()[0], f"first ({tmp_path / 'first'}) must be a results folder of tools/evaluate.py")
+    assert_refused(run()[0], f"first ({tmp_path / 'first'}) must be a results folder of `psft evaluate`")
     write_results(tmp_path / "first", {"toy": answers([1, 0])})
-    assert_refused(run()[0], f"second ({tmp_path / 'second'}) must be a results folder of tools/evaluate.py")
+    assert_refused(run()[0], f"second ({tmp_path / 'second'}) must be a results folder of `psft evaluate`")
     assert_refused(run("--tasks", "x.jsonl")[0], "tasks (x.jsonl) must be an existing file")
     write_results(tmp_path / "second", {"other": answers([1, 0])})
     assert_refused(run()[0], "must have a task in common, but have toy and other")
@@ -203,9 +203,9 @@ def test_mistakes_are_one_line_and_code_2(run, tmp_path, flags, message):
 
 
 def test_help_has_an_example_and_needs_no_torch():
-    command = [sys.executable, "-X", "importtime", "tools/compare.py", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "compare", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert "    python tools/compare.py --first results/base --second results/psft" in done.stdout
+    assert "    psft compare --first results/base --second results/psft" in done.stdout
     assert "differences are second minus first" in done.stdout
     assert " torch\n" not in done.stderr

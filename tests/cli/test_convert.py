@@ -189,7 +189,7 @@ def test_mistakes_are_one_line_and_code_2(convert, places, tmp_path):
 @pytest.mark.skipif(find_spec("megatron.bridge") is not None, reason="megatron-bridge is installed")
 def test_without_megatron_bridge_it_is_asked_for(convert, places, tmp_path):
     result = convert("--via-bridge", "--from-hf", places.model, "--to-megatron", tmp_path / "new")
-    assert_refused(result, "via_bridge needs megatron-bridge: pip install 'megatron_psft[nemo]'")
+    assert_refused(result, "via_bridge needs megatron-bridge: pip install megatron-bridge, on Python 3.12")
 
 
 def truncate(path: Path) -> None:
@@ -256,8 +256,8 @@ def killed(*args, **kwargs):
         os.kill(os.getpid(), signal.{signal})
     return original(*args, **kwargs)
 {owner}.{method} = killed
-from tools import convert_checkpoint
-sys.exit(convert_checkpoint.main(sys.argv[1:]))
+from megatron_psft.cli.convert import main
+sys.exit(main(sys.argv[1:]))
 """
 MEGATRON_WRITER = ("torch.distributed.checkpoint", "FileSystemWriter", "write_data")
 HF_WRITER = ("megatron_psft.hf.export", "_ShardWriter", "add")
@@ -350,9 +350,9 @@ def test_memory_is_bounded_by_the_largest_file_and_a_tensor(pool, tmp_path):
 
 
 def test_help_has_examples_names_no_layout_and_needs_no_torch():
-    command = [sys.executable, "-X", "importtime", "tools/convert_checkpoint.py", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "convert", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert "    python tools/convert_checkpoint.py --from-megatron runs/first --to-hf runs/first/hf\n" in done.stdout
+    assert "    psft convert --from-megatron runs/first --to-hf runs/first/hf\n" in done.stdout
     assert "loads with any tensor, pipeline, context and data-parallel size" in done.stdout
     assert " torch\n" not in done.stderr

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_psft.cli.data import main, records_of
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
-from tools import show_data
 
 RECORD = '{"prompt": "add one", "completion": "two"}\n'
 SHOWN = "<|im_start|>user\nadd one<|im_end|>\n<|im_start|>assistant\n⟦two<|im_end|>⟧\n"
@@ -31,14 +31,14 @@ def inputs(tmp_path_factory) -> Path:
 @pytest.fixture
 def show(inputs, capsys):
     def run(*flags: str) -> Exit:
-        code = show_data.main(["--tokenizer", str(inputs / "tokenizer"), "--data", str(inputs / "a.jsonl"), *flags])
+        code = main(["--tokenizer", str(inputs / "tokenizer"), "--data", str(inputs / "a.jsonl"), *flags])
         return Exit(code, *capsys.readouterr())
 
     return run
 
 
 def test_the_command_prints_statistics_and_marked_records(inputs):
-    command = [sys.executable, "tools/show_data.py", "--tokenizer", str(inputs / "tokenizer")]
+    command = [sys.executable, "-m", "megatron_psft", "data", "--tokenizer", str(inputs / "tokenizer")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [*command, "--data", str(inputs / "a.jsonl"), "--no-packing", "--rows", "2", "--global-batch-size", "3"],
@@ -87,7 +87,7 @@ def test_records_of_a_pack_are_told_by_their_lengths():
         num_tokens=3,
         segments=(2, 1, 1),
     )
-    first, second = show_data.records_of(row, [2, 1])
+    first, second = records_of(row, [2, 1])
     assert (first.tokens.tolist(), first.label_mask.tolist()) == ([1, 2, 3], [False, False, True])
     assert (second.tokens.tolist(), second.label_mask.tolist()) == ([4, 5], [False, True])
     assert first.tokens.dtype == np.int32
@@ -131,10 +131,10 @@ def test_a_training_command_and_its_config_are_taken(show, tmp_path):
 
 
 def test_help_has_examples_and_needs_no_torch():
-    command = [sys.executable, "-X", "importtime", "tools/show_data.py", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "data", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert "    python tools/show_data.py --config runs/first/config.yaml\n" in done.stdout
+    assert "    psft data --config runs/first/config.yaml\n" in done.stdout
     assert "--prompt-key" in done.stdout
     assert " torch\n" not in done.stderr
 
@@ -157,5 +157,5 @@ def test_mistakes_are_one_line_and_code_2(show, flags, message):
 
 
 def test_a_tokenizer_has_to_be_named(inputs, capsys):
-    assert show_data.main(["--data", str(inputs / "a.jsonl")]) == 2
+    assert main(["--data", str(inputs / "a.jsonl")]) == 2
     assert "missing --tokenizer or --load-hf" in capsys.readouterr().err

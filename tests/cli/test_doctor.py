@@ -4,14 +4,14 @@ import os
 import subprocess
 import sys
 
+from megatron_psft.cli.doctor import main
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit, call_main
-from tools import doctor
 
 
 def run_doctor(pool, *flags: object) -> Exit:
     """In a pool worker, as the command answers `torch.cuda` for the CPU."""
-    (exit,) = pool.run(call_main, 1, doctor.main, [str(flag) for flag in flags])
+    (exit,) = pool.run(call_main, 1, main, [str(flag) for flag in flags])
     return exit
 
 
@@ -52,8 +52,8 @@ def test_mistakes_are_one_line_and_code_2(pool):
 
 
 def test_help_has_an_example_and_needs_no_torch():
-    command = [sys.executable, "-X", "importtime", "tools/doctor.py", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "doctor", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert "    python tools/doctor.py --model Qwen/Qwen2.5-7B-Instruct" in done.stdout
+    assert "    psft doctor --model Qwen/Qwen2.5-7B-Instruct" in done.stdout
     assert " torch\n" not in done.stderr

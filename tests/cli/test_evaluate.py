@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_psft.cli.evaluate import main
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
-from tools import evaluate
 
 QUESTIONS = ["add one", "how many lemon", "x + y ="]
 REPLIES = ["3", "17", "zero is 3", "when 42"]
@@ -58,7 +58,7 @@ def run(inputs, tmp_path, capsys):
     def run(*flags: str | Path) -> Exit:
         argv = ["--model", inputs / "model", "--tokenizer", inputs / "tokenizer", "--out", tmp_path / "out"]
         argv += ["--engine", "transformers", "--max-new-tokens", "16", *flags]
-        return Exit(evaluate.main([str(value) for value in argv]), *capsys.readouterr())
+        return Exit(main([str(value) for value in argv]), *capsys.readouterr())
 
     return run
 
@@ -233,25 +233,16 @@ def test_tasks_of_the_harness_need_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     exit = run("--tasks", "ifeval")
-    assert_refused(exit, "tasks (ifeval) are no files, and other tasks need lm-eval; check the paths, or install")
+    assert_refused(
+        exit,
+        "tasks (ifeval) are no files, and other tasks need lm-eval; check the paths, or pip install 'lm-eval[hf,",
+    )
 
 
 def test_help_has_an_example_and_needs_no_torch():
-    command = [sys.executable, "-X", "importtime", "tools/evaluate.py", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "evaluate", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert "    python tools/evaluate.py --model runs/first/hf --tasks eval/*.parquet" in done.stdout
+    assert "    psft evaluate --model runs/first/hf --tasks eval/*.parquet" in done.stdout
     assert "Questions of each task, its first ones" in done.stdout
     assert " torch\n" not in done.stderr
-
-
-def test_as_a_script_it_does_not_hide_the_library_of_its_name():
-    code = "import runpy, sys; sys.argv[1:] = ['--help']; sys.path.insert(0, 'tools')\n"
-    code += "try: runpy.run_path('tools/evaluate.py', run_name='__main__')\nexcept SystemExit: pass\n"
-    code += "import importlib.util; spec = importlib.util.find_spec('evaluate')\n"
-    code += "print('hidden' if spec and 'tools' in str(spec.origin) else 'free')"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.endswith("free\n")

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from megatron_psft.cli.plan import main
 from tests.support.cli import Exit
-from tools import plan
 
 MODEL = {
     "model_type": "qwen2",
@@ -26,7 +26,7 @@ def show(tmp_path, capsys):
 
     def run(*flags: str) -> Exit:
         always = ["--load-hf", str(tmp_path), "--bf16", "--epochs", "1", "--gpus", "8", "--seq-length", "32768"]
-        code = plan.main([*always, "--global-batch-size", "8", *flags])
+        code = main([*always, "--global-batch-size", "8", *flags])
         return Exit(code, *capsys.readouterr())
 
     return run

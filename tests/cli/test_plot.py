@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_psft.cli.plot import main
 from tests.support import reference, tiny
 from tests.support.cli import REPOSITORY, Exit, run_cli
-from tools import plot_run
 
 ALWAYS = {"loss", "nll", "entropy", "grad_norm", "lr", "tokens_per_second", "step_seconds"}
 CLIP = {"clip_fraction", "approx_kl", "old_policy_share"}
@@ -49,7 +49,7 @@ def runs(pool, tmp_path_factory) -> Path:
 @pytest.fixture
 def plot(capsys):
     def run(*words: object) -> Exit:
-        return Exit(plot_run.main([str(word) for word in words]), *capsys.readouterr())
+        return Exit(main([str(word) for word in words]), *capsys.readouterr())
 
     return run
 
@@ -57,7 +57,7 @@ def plot(capsys):
 @pytest.fixture(scope="module")
 def report(runs) -> Path:
     """The report of all three, as a user makes it."""
-    command = [sys.executable, "tools/plot_run.py", *(str(runs / name) for name in ("psft", "sft", "dpo"))]
+    command = [sys.executable, "-m", "megatron_psft", "plot", *(str(runs / name) for name in ("psft", "sft", "dpo"))]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [*command, "--out", str(runs / "new" / "report")],
@@ -157,10 +157,10 @@ def test_mistakes_are_one_line_and_code_2(plot, runs, tmp_path):
 
 
 def test_help_has_examples_and_needs_no_matplotlib():
-    command = [sys.executable, "-X", "importtime", "tools/plot_run.py", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "plot", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert "    python tools/plot_run.py runs/first --out runs/first/report\n" in done.stdout
+    assert "    psft plot runs/first --out runs/first/report\n" in done.stdout
     assert " matplotlib\n" not in done.stderr
     assert " torch\n" not in done.stderr
 

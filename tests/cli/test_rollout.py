@@ -9,12 +9,9 @@ from statistics import fmean, stdev
 
 import pytest
 
-from megatron_psft.config.flags import parse_flags
-from megatron_psft.rollout.sampling import Answer
-from tests.data import toys
+from megatron_psft.cli.rollout import main
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
-from tools import rollout
 
 QUESTIONS = ["add one", "how many lemon", "x + y ="]
 REPLIES = ["3", "17", "zero is 3", "when 42"]
@@ -37,7 +34,7 @@ def sample(inputs, tmp_path, capsys):
     def run(*flags: str | Path) -> tuple[Exit, list[dict]]:
         argv = ["--model", inputs / "model", "--tokenizer", inputs / "tokenizer", "--prompts", inputs / "prompts.jsonl"]
         argv += ["--out", tmp_path / "new" / "out.jsonl", "--engine", "transformers", "--max-new-tokens", "16", *flags]
-        code = rollout.main([str(value) for value in argv])
+        code = main([str(value) for value in argv])
         out = tmp_path / "new" / "out.jsonl"
         return Exit(code, *capsys.readouterr()), read_lines(out) if out.exists() else []
 
@@ -140,50 +137,6 @@ def test_records_are_what_training_takes(sample, inputs, tmp_path):
     assert tokenizer.decode(example.tokens[example.label_mask].tolist()) == expected
 
 
-def group_of(answers: list[Answer], template: str) -> tuple[list[dict], rollout.Tally]:
-    """The records of made-up answers to "Hi?" under a template."""
-    from megatron_psft.data.chat import ChatRenderer
-    from megatron_psft.rollout.rewards import ExactVerifier
-
-    prompt = rollout.Prompt(messages=({"role": "user", "content": "Hi?"},), answer="Yes.", source="toy:1")
-    config = parse_flags(
-        rollout.RolloutConfig, ["--model", "m", "--prompts", "p", "--out", "none", "--keep-flat-groups"]
-    )
-    renderer = ChatRenderer(toys.byte_tokenizer(template), "last")
-    tally = rollout.Tally()
-    return list(rollout.records_of_group(prompt, answers, ExactVerifier(), renderer, config, tally)), tally
-
-
-def answer_of(text: str, template: str, pieces: list[str]) -> Answer:
-    from megatron_psft.data.chat import ChatRenderer
-
-    tokenizer = toys.byte_tokenizer(template)
-    prompt = ChatRenderer(tokenizer, "last").render_prompt([{"role": "user", "content": "Hi?"}])
-    tokens = [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    prompt_tokens = tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return Answer(text=text, prompt_tokens=prompt_tokens, tokens=tuple(tokens), is_finished=True)
-
-
-def test_answers_that_training_reads_otherwise_are_counted():
-    plain = answer_of("Yes.", toys.CHATML, ["Yes.", "<|im_end|>"])
-    other_end = answer_of("No.", toys.CHATML, ["No.", "<|im_start|>"])
-    records, tally = group_of([plain, other_end], toys.CHATML)
-    assert (len(records), tally.other_tokens) == (2, 1)
-    # R1's template opens the answer with <think> when it asks, and takes the thoughts out of what was answered.
-    thought = answer_of("So.</think>Yes.", toys.R1, ["So.</think>Yes.", "</s>"])
-    unthought = answer_of("Yes.", toys.R1, ["Yes.", "</s>"])
-    records, tally = group_of([thought, unthought], toys.R1)
-    assert (len(records), tally.other_tokens) == (2, 2)
-
-
-def test_empty_answers_are_left_out():
-    empty, full = (answer_of(text, toys.CHATML, [text, "<|im_end|>"]) for text in (" ", "Yes."))
-    records, tally = group_of([empty, full], toys.CHATML)
-    assert [record["messages"][1]["content"] for record in records] == ["Yes."]
-    assert tally.left_out == {"empty or refused by the chat template": 1}
-    assert records[0]["advantage"] == pytest.approx(0.5 / (0.5**0.5 + 1e-6))  # of 0 and 1: the empty one counts
-
-
 BAD_PROMPTS = {
     "no prompt": (
         {"question": "add one", "answer": "3"},
@@ -244,9 +197,9 @@ def test_nothing_to_train_on_is_an_error_and_leaves_no_file(sample, tmp_path):
 
 
 def test_help_has_an_example_and_needs_no_torch():
-    command = [sys.executable, "-X", "importtime", "tools/rollout.py", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "rollout", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert "    python tools/rollout.py --model runs/first/hf --prompts gsm8k/train.jsonl" in done.stdout
+    assert "    psft rollout --model runs/first/hf --prompts gsm8k/train.jsonl" in done.stdout
     assert "Longest answer, in tokens" in done.stdout
     assert " torch\n" not in done.stderr

@@ -234,7 +234,7 @@ def test_non_finite_loss_stops_all_ranks_and_names_step_and_rank(pool, inputs, t
 
 
 def test_help_needs_no_torch_and_names_every_section():
-    command = [sys.executable, "-X", "importtime", "pretrain_psft.py", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "train", "--help"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "--old-policy-interval" in done.stdout
     assert "import torch" not in done.stderr

@@ -188,7 +188,7 @@ metadata: {{version: 1}}
 @pytest.mark.slow  # its imports and index of tasks
 def test_a_taught_model_in_the_real_harness(tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval")
-    from tools import evaluate
+    from megatron_psft.cli.evaluate import main
 
     questions = {"add one": "3", "how many lemon": "17", "x + y =": "3"}
     tokenizer = tiny.build_tokenizer(tmp_path / "tokenizer")
@@ -202,7 +202,7 @@ def test_a_taught_model_in_the_real_harness(tmp_path, monkeypatch, capsys):
         (tmp_path / "tasks" / f"{name}.yaml").write_text(text.format(data=data))
     argv = ["--model", model, "--tokenizer", tokenizer, "--engine", "transformers", "--out", tmp_path / "out"]
     argv += ["--tasks", "toy_choice", "toy_text", "--include-path", tmp_path / "tasks"]
-    assert evaluate.main([str(value) for value in argv]) == 0, capsys.readouterr().err
+    assert main([str(value) for value in argv]) == 0, capsys.readouterr().err
     results = ResultsFolder(tmp_path / "out")
     answers = results.read_generations("toy_text")
     assert [answer.text for answer in answers] == ["3", "17", "3"]

@@ -168,7 +168,7 @@ def test_damaged_files_are_named(tmp_path):
         folder.read_generations("toy")
     for text in ("{", "[]", '{"toy": 3}', '{"toy": {}}'):
         (tmp_path / "results.json").write_text(text)
-        with pytest.raises(UserError, match=r"results\.json must be what tools/evaluate\.py has written"):
+        with pytest.raises(UserError, match=r"results\.json must be what `psft evaluate` has written"):
             folder.results()
 
 

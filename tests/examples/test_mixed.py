@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from examples.mixed import grpo, mix
+from megatron_psft.cli.rollout import RolloutConfig, main
 from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.schema import parse_config
 from tests.support import tiny
 from tests.support.cli import REPOSITORY
-from tools import rollout
 
 QUESTIONS = ["add one", "how many lemon", "x + y ="]
 REPLIES = ["3", "17", "zero is 3", "when 42"]
@@ -126,7 +126,7 @@ def test_the_shipped_settings_are_flags_of_their_commands():
     config = parse_config(["--config", str(folder / "train.yaml"), "--load-hf", "m", "--data", "d", "--save", "s"])
     assert config.objective.old_policy_interval == "fixed"
     argv = ["--config", str(folder / "rollout.yaml"), "--model", "m", "--prompts", "p", "--out", "none"]
-    assert parse_flags(rollout.RolloutConfig, argv).sampling.num_samples == 8
+    assert parse_flags(RolloutConfig, argv).sampling.num_samples == 8
 
 
 @pytest.mark.slow
@@ -165,6 +165,6 @@ def mean_reward(folder: Path, model: Path) -> float:
     argv = ["--model", model, "--prompts", folder / "prompts.jsonl", "--out", folder / "measured.jsonl"]
     argv += ["--tokenizer", folder.parents[1] / "tokenizer", "--num-samples", "48", "--max-new-tokens", "8"]
     argv += ["--engine", "transformers", "--keep-flat-groups", "--keep-unfinished"]
-    assert rollout.main([str(value) for value in argv]) == 0
+    assert main([str(value) for value in argv]) == 0
     rewards = [row["reward"] for row in read_lines(folder / "measured.jsonl")]
     return sum(rewards) / len(rewards)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_psft.cli.rollout import RolloutConfig
 from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config, parse_config
@@ -16,7 +17,6 @@ from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
 from megatron_psft.distributed.device import Platform
 from megatron_psft.model.shape import ModelShape, shape_from_config
 from tests.support.cli import REPOSITORY
-from tools.rollout import RolloutConfig
 
 RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("*.yaml"))
 ROOM_GIB = 80 - 6

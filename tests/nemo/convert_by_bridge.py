@@ -1,4 +1,4 @@
-"""`tools/convert_checkpoint.py` where Bridge's models have no layers of Transformer Engine:
+"""`psft convert` where Bridge's models have no layers of Transformer Engine:
 `cpu.run("tests.nemo.convert_by_bridge", FLAGS)`."""
 
 import functools
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron.bridge.models import gpt_provider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-from tools import convert_checkpoint
+from megatron_psft.cli import convert
 
 FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "persist_layer_norm")
 
@@ -30,4 +30,4 @@ def use_portable_layers() -> None:
 
 def main(argv: Sequence[str]) -> int:
     use_portable_layers()
-    return convert_checkpoint.main(argv)
+    return convert.main(argv)

@@ -1,4 +1,4 @@
-"""`tools/convert_checkpoint.py --via-bridge`, there and back."""
+"""`psft convert --via-bridge`, there and back."""
 
 import json
 from collections.abc import Callable

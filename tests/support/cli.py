@@ -25,10 +25,10 @@ class Exit:
 
 
 def run_cli(argv: Sequence[str]) -> Exit:
-    """What `pretrain_psft.py ARGV` does on this rank; for `pool.run`."""
-    import pretrain_psft
+    """What `psft train ARGV` does on this rank; for `pool.run`."""
+    from megatron_psft.cli.train import main
 
-    return call_main(pretrain_psft.main, argv)
+    return call_main(main, argv)
 
 
 def call_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> Exit:

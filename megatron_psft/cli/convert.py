@@ -1,0 +1,314 @@
+"""Converts weights between a Hugging Face folder and a Megatron-Core checkpoint, either way, without a training run.
+
+It takes one process and no GPU, and memory for a few tensors besides a safetensors file. Of a training checkpoint the
+weights alone are taken.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_psft.checkpoint import folders
+from megatron_psft.cli.output import configure_output
+from megatron_psft.config.flags import require_absent, require_positive, run_command
+from megatron_psft.config.schema import WeightsConfig, parse_config
+from megatron_psft.errors import UserError
+
+if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
+    import torch
+
+    from megatron_psft.hf.conversion import Outline, Weights
+    from megatron_psft.model.shape import ModelShape
+
+EXAMPLES = """examples:
+  a published model as a checkpoint, and a run that starts from it in any layout:
+    psft convert --from-hf Qwen/Qwen2.5-7B-Instruct --to-megatron models/qwen
+    torchrun --nproc-per-node 8 -m megatron_psft --load-hf models/qwen --random-init --load models/qwen \\
+        --tensor-model-parallel-size 4 --data train.jsonl --save runs/first
+  the newest checkpoint of a run, or an earlier one, as a Hugging Face folder:
+    psft convert --from-megatron runs/first --to-hf runs/first/hf
+    psft convert --from-megatron runs/first/step_0000100 --to-hf runs/first/hf-100
+  its weights alone, which another run on other data can start from:
+    psft convert --from-megatron runs/first --to-megatron models/first
+  a model that only Megatron-Bridge knows, for a recipe of megatron_psft.nemo, and back:
+    psft convert --via-bridge --from-hf Qwen/Qwen2.5-VL-7B-Instruct --to-megatron models/vl
+    psft convert --via-bridge --from-megatron runs/vl --load-hf Qwen/Qwen2.5-VL-7B-Instruct \\
+        --to-hf runs/vl/hf
+  whether both sides still hold the same:
+    psft convert --from-megatron runs/first --to-hf runs/first/hf --check
+
+There is no flag for a parallel layout, as a checkpoint has none: it keeps every tensor whole, and what is written here
+loads with any tensor, pipeline, context and data-parallel size.
+
+Exit code: 0; 1 where --check finds a difference; 2 after a mistake."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """What is read: `from_hf` or `from_megatron`."""
+
+    from_hf: str | None = None
+    """Hugging Face folder or hub ID with config, safetensors and, where there is one, the tokenizer."""
+    from_megatron: str | None = None
+    """Run folder, of which the newest checkpoint is read, or one step folder of it, or a folder that this command
+    wrote."""
+    load_hf: str | None = None
+    """Folder or hub ID whose config.json and generation config go with the weights of `from_megatron`; where absent,
+    those that it holds itself, or that its run was started with."""
+    tokenizer: str | None = None
+    """Folder or hub ID whose tokenizer goes with the weights; where absent, the run's where `load_hf` is, too, or the
+    one beside config.json."""
+
+    def __post_init__(self) -> None:
+        require_one(self, "from_hf", "from_megatron")
+        if self.load_hf is not None and self.from_megatron is None:
+            raise UserError(f"load_hf ({self.load_hf}) goes with from_megatron; leave it away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """What is written: `to_hf` or `to_megatron`."""
+
+    to_hf: str | None = None
+    """Hugging Face folder to write; it must not exist."""
+    to_megatron: str | None = None
+    """Folder to write a checkpoint of weights to; it must not exist. `psft train` takes it with --load."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of what is written; where absent, that of the source, but for `to_hf` of an fp32 checkpoint the one
+    that config.json names, as in its run's own export."""
+    max_shard_gb: float | None = None
+    """Size limit of one file of `to_hf`, in 10^9 bytes; 5 where absent. A tensor that is larger has its own file."""
+    via_bridge: bool = False
+    """Convert with Megatron-Bridge's AutoBridge, in its own checkpoint format, and so every family of models that it
+    knows. It has the whole model in memory; `from_megatron` needs `load_hf`."""
+    check: bool = False
+    """Write nothing, but compare what would be written with what is there, tensor by tensor by SHA-256, and say which
+    differ."""
+
+    def __post_init__(self) -> None:
+        name, path = self.place
+        if self.check and not path.is_dir():
+            raise UserError(f"{name} ({path}) must be an existing folder to be checked")
+        if not self.check:
+            require_absent(self, name, "folder")
+        for name in ("dtype", "max_shard_gb", "check"):
+            if self.via_bridge and getattr(self, name):
+                raise UserError(f"{name} ({getattr(self, name)}) has no effect with via_bridge; leave it away")
+        if self.max_shard_gb is not None:
+            require_positive(self, "max_shard_gb")
+            if self.to_hf is None or self.check:
+                raise UserError(f"max_shard_gb ({self.max_shard_gb}) goes with writing to_hf; leave it away")
+
+    @property
+    def place(self) -> tuple[str, Path]:
+        """The field that is set, and its folder."""
+        name = require_one(self, "to_hf", "to_megatron")
+        return name, Path(getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """The whole command."""
+
+    source: SourceConfig
+    target: TargetConfig
+
+
+def require_one(section: object, *names: str) -> str:
+    """Returns the one of the named fields that is set. Raises UserError where it is not one."""
+    given = [name for name in names if getattr(section, name) is not None]
+    if len(given) != 1:
+        raise UserError(f"{' and '.join(given) or 'neither'} given; give one of {', '.join(names)}")
+    return given[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Where the parts of a model lie."""
+
+    weights: Path
+    model: Path
+    """Has config.json."""
+    tokenizer: Path
+
+
+def main(argv: Sequence[str]) -> int:
+    """Converts or compares, and returns the exit code: 0, 1 after a difference, or 2 after a user's mistake."""
+    configure_output()
+    return run_command(ConvertConfig, convert, argv, prog="psft convert", epilog=EXAMPLES)
+
+
+def convert(config: ConvertConfig) -> int:
+    """Returns the exit code. Raises UserError for what cannot be read or written."""
+    if config.target.via_bridge:
+        convert_by_bridge(config)
+        return 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what only passes through needs no GPU
+    import torch
+
+    from megatron_psft.hf.conversion import outline_of
+    from megatron_psft.model.shape import read_shape
+
+    folders = find_folders(config.source)
+    shape = read_shape(folders.model, "load_hf" if config.source.from_hf is None else "from_hf")
+    outline = outline_of(shape)
+    weights = open_source(config, folders, shape, outline)
+    if config.target.dtype is not None:
+        dtype = export_dtype = getattr(torch, config.target.dtype)
+    else:
+        export_dtype = weights.export_dtype
+        dtype = weights.dtype if config.target.to_hf is None else export_dtype
+    if config.target.check:
+        return compare(config.target, weights, outline, dtype)
+    write(config.target, weights, outline, dtype, export_dtype, folders)
+    return 0
+
+
+def convert_by_bridge(config: ConvertConfig) -> None:
+    """Raises UserError for what Megatron-Bridge cannot do, or where it is not installed."""
+    source, (field, target) = config.source, config.target.place
+    if (source.from_hf is None) == (config.target.to_hf is None):
+        raise UserError(f"{field} ({target}) must be the other format than the source's with via_bridge")
+    if source.tokenizer is not None:
+        raise UserError(f"tokenizer ({source.tokenizer}) has no effect with via_bridge; leave it away")
+    if source.from_hf is None and source.load_hf is None:
+        raise UserError("load_hf must be given with via_bridge: the Hugging Face model that the checkpoint is of")
+    if find_spec("megatron.bridge") is None:
+        raise UserError("via_bridge needs megatron-bridge: pip install megatron-bridge, on Python 3.12")
+    from megatron_psft.hf.hub import model_folder
+    from megatron_psft.nemo.bridge_weights import export_weights, import_weights
+
+    name = "load_hf" if source.from_hf is None else "from_hf"
+    model = model_folder(name, getattr(source, name), with_weights=True)
+    require_room(field, target, sum(path.stat().st_size for path in model.glob("*.safetensors")))
+    if source.from_megatron is None:
+        import_weights(model, target)
+    else:
+        export_weights(Path(source.from_megatron), model, target)
+    print(f"{target} by Megatron-Bridge")
+
+
+def find_folders(source: SourceConfig) -> Folders:
+    """Raises UserError where a part is missing."""
+    from megatron_psft.hf.hub import model_folder
+
+    tokenizer = source.tokenizer
+    if source.from_hf is not None:
+        weights = model = model_folder("from_hf", source.from_hf, with_weights=True)
+    else:
+        assert source.from_megatron is not None
+        weights, load_hf = newest_checkpoint(Path(source.from_megatron)), source.load_hf
+        if load_hf is None and (weights / "config.json").is_file():
+            load_hf = str(weights)
+        if load_hf is None:
+            run = run_config(weights)
+            load_hf, tokenizer = run.load_hf, tokenizer or run.tokenizer
+        model = model_folder("load_hf", load_hf, with_weights=False)
+    tokenizer_folder = model if tokenizer is None else model_folder("tokenizer", tokenizer, with_weights=False)
+    return Folders(weights=weights, model=model, tokenizer=tokenizer_folder)
+
+
+def newest_checkpoint(path: Path) -> Path:
+    if folders.is_step_folder(path):
+        return path
+    found = folders.step_folders(path)
+    if not found:
+        raise UserError(
+            f"from_megatron ({path}) must be a complete step folder, a run folder that holds one, or a folder that "
+            "this command wrote; check the path"
+        )
+    return found[-1]
+
+
+def run_config(checkpoint: Path) -> WeightsConfig:
+    """What the run of a step folder was started with."""
+    path = checkpoint.parent / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"load_hf must be given: {checkpoint} holds no config.json, and there is no {path}")
+    return parse_config(["--config", str(path)]).weights
+
+
+def open_source(config: ConvertConfig, folders: Folders, shape: "ModelShape", outline: "Outline") -> "Weights":
+    from megatron_psft.hf.conversion import HuggingFaceWeights, MegatronWeights
+
+    if config.source.from_hf is None:
+        return MegatronWeights(folders.weights, "from_megatron", shape, outline)
+    weights = HuggingFaceWeights(folders.weights, "from_hf", shape)
+    other = weights.files.other_dtype()
+    if config.target.dtype is None and other is not None:
+        raise UserError(f"from_hf ({folders.weights}) must have one dtype, but {other}; choose one with --dtype")
+    return weights
+
+
+def write(
+    target: TargetConfig,
+    weights: "Weights",
+    outline: "Outline",
+    dtype: "torch.dtype",
+    export_dtype: "torch.dtype",
+    folders: Folders,
+) -> None:
+    from safetensors import SafetensorError
+
+    from megatron_psft.hf.conversion import write_checkpoint
+    from megatron_psft.hf.export import MAX_SHARD_BYTES, write_folder
+    from megatron_psft.hf.mapping import hf_tensors
+
+    field, path = target.place
+    num_parameters = sum(map(math.prod, hf_tensors(weights.shape).values()))
+    require_room(field, path, num_parameters * dtype.itemsize)
+    side_files = {"model_folder": folders.model, "tokenizer_folder": folders.tokenizer}
+    try:
+        if target.to_hf is None:
+            write_checkpoint(path, weights, outline, dtype, export_dtype=export_dtype, **side_files)
+        else:
+            limit = MAX_SHARD_BYTES if target.max_shard_gb is None else int(target.max_shard_gb * 10**9)
+            tensors = weights.tensors(dtype)
+            write_folder(path, tensors, shape=weights.shape, dtype=dtype, max_shard_bytes=limit, **side_files)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the disk's own complaint
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        raise UserError(f"{field} ({path}) could not be written: {cause}; mend it and start again") from None
+    print(f"{num_parameters} parameters as {str(dtype).removeprefix('torch.')} in {path}")
+
+
+def require_room(field: str, target: Path, needed_bytes: int) -> None:
+    """Makes the folder that `target` is to lie in. Raises UserError where that fails or has no room."""
+    parent = target.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise UserError(f"{field} ({target}) must be a folder that can be written: {error.strerror}") from None
+    if free_bytes < needed_bytes:
+        needed, free = (f"{size / 2**30:.2g} GiB" for size in (needed_bytes, free_bytes))
+        raise UserError(f"{field} ({target}) must have room for {needed}, and has {free}; make room and start again")
+
+
+def compare(target: TargetConfig, weights: "Weights", outline: "Outline", dtype: "torch.dtype") -> int:
+    """Prints what differs, and returns the exit code."""
+    from megatron_psft.hf.conversion import HuggingFaceWeights, MegatronWeights, checksums
+
+    field, path = target.place
+    found: Weights
+    if target.to_hf is None:
+        found = MegatronWeights(path, field, weights.shape, outline)
+    else:
+        found = HuggingFaceWeights(path, field, weights.shape)
+    ours, theirs = checksums(weights, "source", dtype), checksums(found, "target")
+    different = [name for name in ours if ours[name] != theirs[name]]
+    for name in different:
+        print(f"differs: {name}: {describe(ours[name])}, in {path} {describe(theirs[name])}")
+    print(f"{len(different)} of {len(ours)} tensors differ" if different else f"{len(ours)} tensors, all equal")
+    return 1 if different else 0
+
+
+def describe(value: tuple["torch.dtype", str]) -> str:
+    dtype, checksum = value
+    return f"{str(dtype).removeprefix('torch.')} {checksum[:16]}"

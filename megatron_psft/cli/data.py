@@ -1,0 +1,180 @@
+"""Prints what a training step gets: records decoded, label tokens marked, and the statistics of the data.
+
+Takes the flags, or the config.yaml, of the training run; `--help` has examples.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Literal
+
+from megatron_psft.cli.output import configure_output
+from megatron_psft.config.flags import require_at_least, run_command
+from megatron_psft.config.schema import Config, WeightsConfig
+from megatron_psft.errors import UserError
+
+if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
+    from transformers import PreTrainedTokenizerBase
+
+    from megatron_psft.data.chat import Example
+    from megatron_psft.data.dataset import TokenizedDataset
+    from megatron_psft.data.loader import BatchLoader, MicroBatch
+
+EXAMPLES = """examples:
+  the first rows of a run, before or after it:
+    psft data --config runs/first/config.yaml
+    psft data --tokenizer Qwen/Qwen2.5-7B-Instruct --data train.jsonl more.parquet=0.3
+  row by row, without shuffling, the ids, positions and labels of each token:
+    psft data --tokenizer DIR --data train.jsonl --no-shuffle --rows 1 --tokens
+  into a pager, in colour:
+    psft data --tokenizer DIR --data train.jsonl --color always | less -R
+
+Flags that say how to train, and not on what, are taken so that a training command can be repeated; they change nothing
+here. In place of colour, ⟦ ⟧ enclose label tokens."""
+
+GREEN, RESET = "\x1b[32m", "\x1b[0m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownWeights(WeightsConfig):
+    """Where the tokenizer comes from. No weights are read."""
+
+    load_hf: str = ""
+    """Hugging Face folder or hub ID; its tokenizer is used where `tokenizer` is absent."""
+    save: str = ""
+    """Run folder of the training command; nothing is written here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """What to print."""
+
+    rows: int = 4
+    """Rows of the global batch to print."""
+    step: int = 1
+    """Optimizer step, from 1, whose global batch is shown."""
+    tokens: bool = False
+    """Print a line per token with its position, id and label instead of the text."""
+    color: Literal["auto", "always", "never"] = "auto"
+    """Green label tokens: on a terminal only, always, or never."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "rows", "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowDataConfig(Config):
+    """The run's configuration, and what to show of its data."""
+
+    weights: ShownWeights
+    show: ShowConfig = ShowConfig()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints to stdout and returns the exit code: 0, or 2 after a user's mistake."""
+    configure_output()
+    try:
+        return run_command(ShowDataConfig, show_data, argv, prog="psft data", epilog=EXAMPLES)
+    except BrokenPipeError:  # the pager was left
+        sys.stderr.close()
+        return 0
+
+
+def show_data(config: ShowDataConfig) -> None:
+    """Prints statistics and rows. Raises UserError for data or a tokenizer that training would refuse."""
+    from megatron_psft.data.dataset import build_dataset
+    from megatron_psft.hf import hub
+
+    if not config.weights.tokenizer_source:
+        raise UserError("missing --tokenizer or --load-hf; name the folder or hub ID of the tokenizer")
+    tokenizer = hub.load_tokenizer(hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False))
+    dataset = build_dataset(
+        config.data.data,
+        tokenizer,
+        config.data,
+        seed=config.batch.seed,
+        show_progress=True,
+        are_pairs=config.objective.needs_pairs,
+    )
+    print(dataset.statistics())
+    loader = build_loader(config, dataset, tokenizer)
+    in_color = config.show.color == "always" or (config.show.color == "auto" and sys.stdout.isatty())
+    lengths = iter(loader.lengths(config.show.step - 1).tolist())
+    for number, row in enumerate(loader.micro_batches(config.show.step - 1)[: config.show.rows], 1):
+        examples = list(records_of(row, list(islice(lengths, row.num_records))))
+        print(f"\n── step {config.show.step}, row {number}: {len(examples)} records, {row.num_tokens} tokens")
+        names = ("chosen", "rejected") if config.objective.needs_pairs else ("record",)
+        for name, example in zip(cycle(names), examples, strict=False):
+            print(describe(name, example))
+            show = show_tokens if config.show.tokens else show_text
+            show(example, tokenizer, in_color)
+
+
+def build_loader(
+    config: ShowDataConfig, dataset: "TokenizedDataset", tokenizer: "PreTrainedTokenizerBase"
+) -> "BatchLoader":
+    """The run's own loader on one rank, a row at a time (a pair's two): its rows do not depend on the layout."""
+    from megatron_psft.data.loader import BatchLoader, Shard
+    from megatron_psft.data.packing import plan_of
+
+    return BatchLoader(
+        dataset,
+        plan_of(dataset.sequence_lengths, config.data),
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=1,
+        shard=Shard(),
+        shuffle_seed=config.batch.seed if config.data.shuffle else None,
+        one_row=config.data.packing,
+        pad_to_multiple_of=1,
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+
+
+def records_of(batch: "MicroBatch", lengths: "Sequence[int]") -> "Iterator[Example]":
+    """The records of a micro-batch, of which the model reads `lengths` tokens, one after the other or in a row each. It
+    never reads a record's last token, which is a label only."""
+    import numpy as np
+
+    from megatron_psft.data.chat import Example
+
+    tokens, labels, mask = (array.flatten().numpy() for array in (batch.tokens, batch.labels, batch.label_mask))
+    row_length = 0 if batch.segments is not None else batch.seq_length
+    ends = np.cumsum(lengths).tolist()
+    for record, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        start = record * row_length if row_length else end - length
+        stop = start + length
+        yield Example(
+            tokens=np.append(tokens[start:stop], labels[stop - 1]).astype(np.int32),
+            label_mask=np.concatenate([[False], mask[start:stop]]),
+            advantage=1.0 if batch.advantages is None else float(batch.advantages[record]),
+        )
+
+
+def describe(name: str, example: "Example") -> str:
+    """The line above a record."""
+    line = f"── {name} of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels"
+    return line if example.advantage == 1 else f"{line}, advantage {example.advantage:g}"
+
+
+def show_text(example: "Example", tokenizer: "PreTrainedTokenizerBase", in_color: bool) -> None:
+    """The decoded record with its labels marked."""
+    from megatron_psft.data.chat import label_runs
+
+    print("".join(mark(text, in_color) if is_label else text for is_label, text in label_runs(example, tokenizer)))
+
+
+def show_tokens(example: "Example", tokenizer: "PreTrainedTokenizerBase", in_color: bool) -> None:
+    """A line per token: position, id, 1 where it is a label, text."""
+    print(f"{'position':>8}  {'id':>7}  label  text")
+    for position, (token, is_label) in enumerate(zip(example.tokens.tolist(), example.label_mask, strict=True)):
+        text = repr(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        print(f"{position:>8}  {token:>7}  {int(is_label):>5}  {mark(text, in_color) if is_label else text}")
+
+
+def mark(text: str, in_color: bool) -> str:
+    """The text of label tokens, to be told from others."""
+    if not in_color:
+        return f"⟦{text}⟧"
+    # A pager forgets the colour at the end of a line.
+    return "\n".join(f"{GREEN}{line}{RESET}" for line in text.split("\n"))

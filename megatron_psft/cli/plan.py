@@ -1,0 +1,159 @@
+"""Prints what a run takes before it is started: memory of each GPU, operations, and the smallest layout that fits.
+
+Takes the flags, or the YAML file, of the training run, and the cluster's; `--help` has examples.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_psft.cli.output import configure_output
+from megatron_psft.config.flags import require_at_least, require_positive, run_command
+from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
+
+if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once
+    from megatron_psft.diagnostics.plan import Memory, Plan
+
+EXAMPLES = """examples:
+  a recipe, on the GPUs that it is made for:
+    psft plan --config examples/recipes/qwen2.5-7b-instruct-8xh100.yaml --gpus 8
+  the same with longer sequences, on GPUs with more memory:
+    psft plan --config examples/recipes/qwen2.5-7b-instruct-8xh100.yaml --seq-length 65536 \\
+        --gpus 8 --gpu-memory-gib 141
+
+Only config.json of the model is read. The sequences are taken to be full, and every token a label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedWeights(WeightsConfig):
+    """Which model. No weights are read."""
+
+    save: str = ""
+    """Run folder of the training command; nothing is written here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedData(DataConfig):
+    """How long the sequences are. No records are read."""
+
+    data: tuple[str, ...] = ("",)
+    """Records of the training command; they are not read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the run is to take place."""
+
+    gpus: int
+    """GPUs of the run, over all nodes."""
+    gpu_memory_gib: float = 80.0
+    """Memory of each, in GiB."""
+    reserve_gib: float = 6.0
+    """Part of it, in GiB, that is kept free for what is not counted: CUDA's context, NCCL's buffers, workspaces of
+    libraries, and memory that the allocator holds in pieces too small to use."""
+    gpus_per_node: int = 8
+    """GPUs with a fast connection to each other, within which tensor parallelism stays in the suggested layout."""
+    transformer_engine: bool = True
+    """Whether Transformer Engine is installed there; without it the layers are plain PyTorch and keep more."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "gpus", "gpus_per_node")
+        require_positive(self, "gpu_memory_gib")
+        require_at_least(0, self, "reserve_gib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Config):
+    """The run's configuration, and the cluster's."""
+
+    weights: PlannedWeights
+    data: PlannedData = PlannedData()
+    cluster: ClusterConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints to stdout and returns the exit code: 0, 1 where the run does not fit, or 2 after a user's mistake."""
+    configure_output()
+    return run_command(PlanConfig, plan, argv, prog="psft plan", epilog=EXAMPLES)
+
+
+def plan(config: PlanConfig) -> int:
+    """Prints the plan; returns 1 where it does not fit. Raises UserError for what training would refuse."""
+    import torch
+
+    from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
+    from megatron_psft.distributed.device import Platform
+    from megatron_psft.hf import hub
+    from megatron_psft.model.shape import read_shape
+
+    cluster = config.cluster
+    shape = read_shape(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))
+    platform = Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=cluster.transformer_engine)
+    planned = Plan(config=config, shape=shape, world_size=cluster.gpus, platform=platform)
+    room = (cluster.gpu_memory_gib - cluster.reserve_gib) * GIB
+    fits = planned.peak.total <= room
+    print("\n".join([*_layout_lines(planned), "", *_memory_lines(planned, planned.peak)]))
+    print(f"of {cluster.gpu_memory_gib:g} GiB, {cluster.reserve_gib:g} kept free: {'fits' if fits else 'does not fit'}")
+    print("\n".join(["", *_cost_lines(planned)]))
+    smallest = smallest_layout(planned, bytes_per_rank=room, ranks_per_node=cluster.gpus_per_node)
+    print(f"smallest layout that fits: {_suggestion(smallest)}")
+    return 0 if fits else 1
+
+
+def _layout_lines(plan: "Plan") -> Iterator[str]:
+    yield f"{plan.shape.model_type}, {_layout(plan)} on {plan.world_size} GPUs"
+    batch = plan.config.batch
+    cut = f"{plan.data_size} replicas x {plan.num_microbatches} micro-batches x {batch.micro_batch_size}"
+    yield f"a step: {batch.global_batch_size} sequences of {plan.tokens_per_sequence:,} tokens = {cut}"
+
+
+def _layout(plan: "Plan") -> str:
+    """The grid of ranks; experts are split over ranks of it."""
+    parallel = plan.config.parallel
+    sizes = {
+        "TP": parallel.tensor_model_parallel_size,
+        "PP": parallel.pipeline_model_parallel_size,
+        "CP": parallel.context_parallel_size,
+        "DP": plan.data_size,
+    }
+    experts = "" if plan.shape.experts is None else f", EP {parallel.expert_model_parallel_size}"
+    return " x ".join(f"{name} {size}" for name, size in sizes.items()) + experts
+
+
+def _memory_lines(plan: "Plan", memory: "Memory") -> Iterator[str]:
+    from megatron_psft.diagnostics.plan import GIB
+
+    where = f", stage {memory.stage + 1} of {plan.stages}" if plan.stages > 1 else ""
+    yield f"GiB of the fullest GPU at its peak ({memory.moment}{where})"
+    rows = {
+        f"weights ({plan.num_parameters(memory.stage) / 1e9:.3g}e9)": memory.weights,
+        "gradients, fp32": memory.gradients,
+        "optimizer's states": memory.optimizer,
+        "activations kept": memory.activations,
+        "working memory": memory.working,
+        "sum": memory.total,
+    }
+    for name, size in rows.items():
+        yield f"  {name:<24}{size / GIB:8.2f}"
+
+
+def _cost_lines(plan: "Plan") -> Iterator[str]:
+    flops = plan.flops_per_step
+    yield f"operations of a step: {flops / 1e15:.4g}e15, {flops / plan.world_size / 1e12:.4g}e12 per GPU"
+    if plan.scored_steps == 0:
+        return
+    yield f"PSFT over SFT: {plan.overhead_bound:.3f} times the operations at most"
+    kept, steps = plan.old_log_prob_bytes / 2**20, plan.scored_steps
+    if steps is None:
+        yield f"old log-probabilities: {kept:.3g} MiB of host memory per GPU of the last stage for each step of the run"
+    else:
+        yield f"old log-probabilities: {kept * steps:.3g} MiB of host memory per GPU of the last stage ({steps} steps)"
+
+
+def _suggestion(smallest: "Plan | None") -> str:
+    from megatron_psft.diagnostics.plan import GIB
+
+    if smallest is None:
+        return "none; recompute activations, shorten seq_length or take more GPUs"
+    flags = "with sequence parallelism and the distributed optimizer"
+    return f"{_layout(smallest)}, {flags}, {smallest.peak.total / GIB:.1f} GiB"

@@ -1,0 +1,118 @@
+"""Samples answers to prompts, scores them with a verifier and writes them as records with advantages.
+
+Each prompt's answers are a group: an answer's advantage says how much better it is than the others (GRPO). The records
+are trained on with `psft train --data ROLLOUTS.jsonl --old-policy-interval fixed --clip-ratio-low 0.2`.
+
+Text is what is kept of an answer, and training tokenizes it again, within the chat template. Where that gives other
+tokens than were sampled, since the text has another tokenization or the template rewrites it, training takes the other
+ones; their number is printed. An answer that was cut at the longest length has no end, but its record would get one: it
+counts in its group's mean and is left out, unless --keep-unfinished. So is a group whose rewards are all equal, where
+every advantage is 0, unless --keep-flat-groups, which is what mixing with demonstrations needs.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_psft.cli.output import configure_output
+from megatron_psft.config.flags import require_absent, run_command
+from megatron_psft.data.chat import ChatRenderer
+from megatron_psft.errors import UserError
+from megatron_psft.hf.hub import ModelConfig
+from megatron_psft.rollout.groups import GroupRecords
+from megatron_psft.rollout.prompts import PromptConfig, read_prompts, render_prompt
+from megatron_psft.rollout.rewards import AdvantageName, VerifierName, build_verifier
+from megatron_psft.rollout.sampling import Sampler, SamplingConfig
+
+EXAMPLES = """examples:
+  eight answers to each of GSM8K's questions, checked as maths:
+    psft rollout --model runs/first/hf --prompts gsm8k/train.jsonl --prompt-key question \\
+        --out rollouts.jsonl
+  prompts as verl has them, 16 answers of at most 4096 tokens from a model that two GPUs share:
+    psft rollout --model Qwen/Qwen2.5-7B-Instruct --prompts aime.parquet \\
+        --answer-key reward_model.ground_truth --num-samples 16 --max-new-tokens 4096 \\
+        --vllm-tensor-parallel-size 2 --out rollouts.jsonl
+
+A record of --out: messages, advantage, reward (0 to 1), answer (the known one), group (row of the prompt, from 0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """What answers are worth."""
+
+    verifier: VerifierName = "math"
+    """What makes an answer right: math, its last expression equals the known answer; exact, its text does."""
+    advantage: AdvantageName = "grpo"
+    """Advantage within a group: grpo, (reward - mean) / standard deviation; drgrpo, reward - mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What is written."""
+
+    out: str
+    """JSON Lines file to write; it must not exist."""
+    keep_flat_groups: bool = False
+    """Also write groups whose rewards are all equal; their advantages are 0."""
+    keep_unfinished: bool = False
+    """Also write answers that were cut at max_new_tokens; training teaches the model to end where they were cut."""
+
+    def __post_init__(self) -> None:
+        require_absent(self, "out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The whole command."""
+
+    model: ModelConfig
+    prompts: PromptConfig
+    sampling: SamplingConfig
+    score: ScoreConfig
+    output: OutputConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the records and returns the exit code: 0, or 2 after a user's mistake."""
+    configure_output()
+    return run_command(RolloutConfig, rollout, argv, prog="psft rollout", epilog=EXAMPLES)
+
+
+def rollout(config: RolloutConfig) -> None:
+    """Samples, scores, writes and reports. Raises UserError for inputs that cannot be used, and if nothing is left that
+    could be trained on."""
+    verifier = build_verifier(config.score.verifier)
+    prompts = read_prompts(config.prompts, verifier)
+    model_folder = config.model.folder()
+    tokenizer = config.model.load_tokenizer()
+    renderer = ChatRenderer(tokenizer, "last")
+    records = GroupRecords(
+        verifier=verifier,
+        renderer=renderer,
+        advantage=config.score.advantage,
+        keep_flat_groups=config.output.keep_flat_groups,
+        keep_unfinished=config.output.keep_unfinished,
+    )
+    sampler = Sampler(model_folder, tokenizer, renderer, config.sampling)
+    rendered = [render_prompt("prompts", prompt, renderer) for prompt in prompts]
+    partial = Path(config.output.out + ".partial")
+    try:  # a folder that cannot be written to costs no sampling
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out ({config.output.out}) must be a file that can be written: {error.strerror}") from None
+    with file:
+        for number, (prompt, answers) in enumerate(zip(prompts, sampler.sample(rendered), strict=True)):
+            for record in records.of(prompt, answers):
+                file.write(json.dumps({**record, "group": number}, ensure_ascii=False) + "\n")
+    print(records.tally)
+    if not records.tally.written:
+        partial.unlink()
+        raise UserError(
+            "no answer is left to train on; use more num_samples, a higher temperature, other prompts, or "
+            "--keep-flat-groups or --keep-unfinished"
+        )
+    os.replace(partial, config.output.out)
+    print(f"{records.tally.written} records in {config.output.out}")

@@ -1,0 +1,91 @@
+"""Trains a Hugging Face model with Proximal SFT: one process, or each of those that torchrun starts."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from megatron_psft.cli.output import configure_output
+from megatron_psft.config.flags import parse_flags
+from megatron_psft.config.rules import validate
+from megatron_psft.config.schema import Config
+from megatron_psft.errors import RankError, UserError
+
+EXIT_USER_ERROR = 2
+EXIT_SIGNALLED = 128  # plus the signal's number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM
+
+EXAMPLES = """examples:
+  eight GPUs; the model is exported at the end:
+    torchrun --nproc-per-node 8 -m megatron_psft --load-hf Qwen/Qwen2.5-7B-Instruct --data train.jsonl \\
+        --tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer --bf16 \\
+        --global-batch-size 64 --epochs 3 --save runs/first --export-hf runs/first/hf
+  one process, with a GPU or without:
+    psft train --load-hf Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --train-iters 100 --save runs/small
+  the same settings from a file, which the command line overrides:
+    torchrun --nproc-per-node 8 -m megatron_psft --config runs/first/config.yaml --lr 2e-6 --save runs/second
+
+The same command again resumes from the newest checkpoint in --save. In a checkout, `torchrun pretrain_psft.py` is
+`torchrun -m megatron_psft`. Before a run, `psft plan` says what it takes, `psft data` what it trains on, and `psft
+doctor` what this machine has.
+
+Exit code: 0; 2 after an error that is explained; 130 after Ctrl-C and 143 after SIGTERM, with a checkpoint."""
+
+_ENV_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""What torchrun sets, and what holds in a process that it has not started."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line on this rank and returns the exit code: 0, 2 after an error that is explained, or 128 plus
+    the number of the signal that ended the run."""
+    rank, world_size, local_rank = _ranks()
+    configure_output(level=logging.INFO, rank=rank)
+    try:
+        config = parse_flags(Config, argv, prog="psft train", epilog=EXAMPLES)
+        validate(config, world_size)
+    except UserError as error:
+        return refuse(error)
+
+    # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
+    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.grid import process_group
+    from megatron_psft.train.run import run
+
+    platform = detect(local_rank)
+    with process_group(platform, world_size, config.parallel.distributed_timeout_minutes):
+        try:
+            signum = run(config, platform, rank, local_rank)
+        except UserError as error:
+            return refuse(error)
+        except RankError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            signum = signal.SIGINT
+    if not signum:
+        return 0
+    if rank == 0:
+        name = signal.Signals(signum).name
+        print(f"ended by {name}: the same command resumes from the newest checkpoint", file=sys.stderr)
+    return EXIT_SIGNALLED + signum
+
+
+def refuse(error: UserError) -> int:
+    """Prints the error once and returns the exit code. All ranks have the same one and leave together: torchrun ends
+    the others when the first exits."""
+    rank, world_size, _ = _ranks()
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if world_size > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        dist.barrier()
+    return EXIT_USER_ERROR
+
+
+def _ranks() -> tuple[int, int, int]:
+    """Global rank, number of ranks, and rank on this node."""
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _ENV_DEFAULTS.items())
+    return rank, world_size, local_rank
