@@ -10,12 +10,15 @@ from pathlib import Path
 
 from docs.draw_rooms import draw
 from megatron_psft.data.formats import PAIR_FORMATS, RECORD_FORMATS, format_table
+from megatron_psft.metrics.metric import Metric, Over
+from megatron_psft.metrics.table import METRICS
 from tests.support.rooms import PACKAGE, SHARED, allowed_imports, imports_of
 
 DOCS = Path(__file__).parent
 PARTS: dict[str, Callable[[], str]] = {
     "record formats": lambda: format_table(RECORD_FORMATS),
     "pair formats": lambda: format_table(PAIR_FORMATS),
+    "metrics": lambda: metric_table(),
     "files": lambda: file_tables(),
 }
 _PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -30,6 +33,26 @@ def generated() -> dict[Path, str]:
 
 def _filled(part: re.Match[str]) -> str:
     return f"{part[1]}\n{PARTS[part[2]]()}\n\n{part[3]}"  # Markdown wants tables between blank lines
+
+
+_OVER: dict[Over | None, str] = {
+    "label_tokens": "label tokens",
+    "denominator": "what `--loss-aggregation` says",
+    "pairs": "pairs",
+    None: "",
+}
+
+
+def metric_table() -> str:
+    """The keys of metrics.jsonl."""
+    rows = [
+        f"| {_name(metric)} | {metric.unit} | {metric.help} | {_OVER[metric.over]} |" for metric in METRICS.values()
+    ]
+    return "\n".join(["| name | unit | what it is | mean over |", "| --- | --- | --- | --- |", *rows])
+
+
+def _name(metric: Metric) -> str:
+    return f"`{metric.name}`" + (f" (was `{metric.former_name}`)" if metric.former_name else "")
 
 
 def file_tables() -> str:

@@ -1,4 +1,4 @@
-"""Token losses, pure: tensors in, losses and sums out. No process group, no Megatron-Core, no host copies.
+"""Token losses, pure: tensors in, losses out. No process group, no Megatron-Core, no host copies.
 
 Losses work on any shape, elementwise over label tokens, and on fp32 as on fp64. l is the natural-log probability of a
 label, p = exp(l), f its log-probability under the initial model, sg() a factor that carries no gradient.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.loss.labels import ExtraStat, LabelInputs, LabelStats
-from megatron_psft.loss.preference import PAIR_METRICS, dpo_loss, pair_metrics
+from megatron_psft.loss.preference import dpo_loss
 
 # exp(20) is far beyond any clip bound and far below the fp32 overflow at exp(88): a diverged policy gives large finite
 # numbers.
@@ -204,75 +204,3 @@ def is_clipped(ratio: Tensor, advantages: Tensor | None, config: ObjectiveConfig
     if advantages is None:
         return above
     return torch.where(advantages < 0, ratio < 1.0 - config.clip_ratio_low, above & (advantages > 0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSums:
-    """Sums over the label tokens of one micro-batch: scalars, if not stated otherwise, fp32, on the device, without a
-    gradient.
-
-    Sums, and not means, because micro-batches and data-parallel ranks hold different numbers of label tokens: the one
-    division is by the tokens, or the records, of the global batch.
-    """
-
-    loss: Tensor
-    denominator: Tensor
-    """What losses are divided by once all are added up: label tokens, records that have any, or pairs."""
-    nll: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    approx_kl: Tensor
-    """Sum of r - 1 - log r, the k3 estimate of KL(pi_old || pi) from samples of pi_old."""
-    label_tokens: Tensor
-    ratios: Tensor
-    """No sum: the ratio of each label token, `[n]`, for percentiles."""
-    pairs: Mapping[str, Tensor]
-    """Sums over pairs of `PAIR_METRICS`; empty where records are no pairs."""
-
-
-def batch_sums(
-    loss: Tensor, stats: LabelStats, given: LabelInputs, config: ObjectiveConfig, *, labelled_records: int
-) -> BatchSums:
-    """Metrics of the label tokens of a micro-batch, which may have none.
-
-    Args:
-        loss: the sum of their losses.
-        stats: of the labels, `[n]`, without a gradient.
-        given: of the labels.
-        config: bounds of the clip, and the aggregation.
-        labelled_records: records with a label that this rank counts. Those of a row that several ranks share are
-            counted by one of them.
-
-    Collective over context-parallel ranks where records are pairs.
-    """
-    log_probs = stats.log_probs
-    old_log_probs = log_probs if given.old_log_probs is None else given.old_log_probs
-    ratio = policy_ratio(log_probs, old_log_probs)
-    # fp64: near r = 1, where training mostly is, the divergence is the small difference of larger numbers.
-    log_ratio = (log_probs - old_log_probs).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    approx_kl = torch.expm1(log_ratio) - log_ratio
-    label_tokens = log_probs.new_full((), len(log_probs))
-    pairs: Mapping[str, Tensor] = {}
-    if config.needs_pairs:
-        metrics = pair_metrics(stats, given, config)
-        is_counted = float(labelled_records > 0)
-        pairs = {name: getattr(metrics, name).sum() * is_counted for name in PAIR_METRICS}
-    return BatchSums(
-        loss=loss,
-        denominator=_denominator(label_tokens, config, labelled_records),
-        nll=-log_probs.sum(),
-        entropy=stats.entropy.sum(),
-        ratio=ratio.sum(),
-        clipped=is_clipped(ratio, given.advantages, config).sum().to(log_probs.dtype),
-        approx_kl=approx_kl.sum().to(log_probs.dtype),
-        label_tokens=label_tokens,
-        ratios=ratio,
-        pairs=pairs,
-    )
-
-
-def _denominator(label_tokens: Tensor, config: ObjectiveConfig, labelled_records: int) -> Tensor:
-    if config.needs_pairs:
-        return torch.full_like(label_tokens, labelled_records // 2)
-    return label_tokens if config.loss_aggregation == "token-mean" else torch.full_like(label_tokens, labelled_records)

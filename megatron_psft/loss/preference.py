@@ -14,9 +14,6 @@ from torch.nn.functional import logsigmoid
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.loss.labels import LabelInputs, LabelStats
 
-PAIR_METRICS = ("margin", "accuracy", "chosen_log_probs", "rejected_log_probs")
-"""Means over pairs: `PairMetrics`."""
-
 
 class PairMetrics(NamedTuple):
     """One value per pair, `[pairs]`, without a gradient."""

@@ -1,8 +1,7 @@
-"""Reduces a step's sums over all ranks, and writes what a run reports."""
+"""Reduces sums over all ranks to the metrics of a step, or of an evaluation."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,49 +11,11 @@ from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.loss.labels import LabelStats
-from megatron_psft.loss.objectives import BatchSums
-from megatron_psft.loss.preference import PAIR_METRICS
+from megatron_psft.metrics.sums import BatchSums
+from megatron_psft.metrics.table import METRICS, means
 
-_SUMMED = tuple(field.name for field in fields(BatchSums) if field.name not in ("ratios", "pairs"))
-_RATIO_PERCENTILES = {"ratio_p05": 5, "ratio_p50": 50, "ratio_p95": 95, "ratio_max": 100}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepMetrics:
-    """Means over the label tokens of the global batch, except where stated; the same on every rank."""
-
-    loss: float
-    """The objective that was optimized, under its aggregation."""
-    nll: float
-    """-log pi, nats."""
-    entropy: float
-    """Of the next-token distribution, nats."""
-    ratio_mean: float
-    """pi / pi_old; 1 where the step has no old policy."""
-    ratio_p05: float
-    """Percentiles of the ratio over label tokens, by nearest rank: each is the ratio of a token."""
-    ratio_p50: float
-    ratio_p95: float
-    ratio_max: float
-    clip_fraction: float
-    """Share of label tokens that have no gradient, as their ratio is beyond the bound of the clip."""
-    approx_kl: float
-    """r - 1 - log r, nats."""
-    tokens: int
-    """Tokens that went through the model, padding not counted."""
-    label_tokens: int
-    """Label tokens."""
-    records: int
-    """Demonstrations; of preference pairs both sides."""
-    pairs: Mapping[str, float]
-    """Means over preference pairs of `PAIR_METRICS`; empty where records are no pairs."""
-
-    def line(self) -> dict[str, float]:
-        """What metrics.jsonl has of them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "pairs"}
-        # The names of 0.1, for one release.
-        former = {"loss_tokens": self.label_tokens, "sequences": self.records}
-        return {**values, **former, **self.pairs}
+_PERCENTILES = {m.name: m.ratio_percentile for m in METRICS.values() if m.ratio_percentile is not None}
+_OF_BATCHES = ("tokens", "records")
 
 
 def reduce_metrics(
@@ -64,7 +25,7 @@ def reduce_metrics(
     step: int,
     *,
     are_pairs: bool = False,
-) -> StepMetrics:
+) -> dict[str, float]:
     """Adds the sums of all micro-batches and data-parallel ranks and divides once; collective over the world.
 
     Args:
@@ -74,24 +35,27 @@ def reduce_metrics(
         step: from 1, for the error.
         are_pairs: whether records are preference pairs.
 
+    Returns:
+        The step's means, percentiles and counts by name, the same on every rank.
+
     Raises:
         UserError: on every rank, where the loss of any rank is not finite; names step and rank.
     """
-    summed = (*_SUMMED, *PAIR_METRICS) if are_pairs else _SUMMED
-    totals = {name: 0.0 for name in (*summed, "tokens", "records", "ratios")}
+    over = means(of_pairs=are_pairs)
+    summed = tuple(dict.fromkeys([*over, *over.values()]))
+    totals = dict.fromkeys((*summed, *_OF_BATCHES, "ratios"), 0.0)
     ratios = torch.empty(0, device=parallel.device)
-    bad_rank = 0.0
     if parallel.reports_sums:
         # One host copy per step. fp64: a sum of 10^7 fp32 losses would otherwise lose its last digits.
-        columns = torch.stack([torch.stack(_values(entry)) for entry in sums]).double()
-        totals.update(zip(summed, columns.sum(dim=0).tolist(), strict=True))
+        columns = torch.stack([torch.stack([entry.totals[name] for name in summed]) for entry in sums]).double()
+        totals |= zip(summed, columns.sum(dim=0).tolist(), strict=True)
+        ratios = torch.cat([entry.ratios for entry in sums])
+        totals["ratios"] = float(len(ratios))
         if parallel.context_rank == 0:
             # These are told of whole rows; losses are of each rank's own part.
             totals["tokens"] = float(sum(batch.num_tokens for batch in micro_batches))
             totals["records"] = float(sum(batch.num_records for batch in micro_batches))
-        ratios = torch.cat([entry.ratios for entry in sums])
-        totals["ratios"] = float(len(ratios))
-        bad_rank = 0.0 if math.isfinite(totals["loss"]) else parallel.rank + 1.0
+    bad_rank = 0.0 if math.isfinite(totals["loss"]) else parallel.rank + 1.0
     added = torch.tensor(list(totals.values()), dtype=torch.float64, device=parallel.device)
     largest = torch.tensor([len(ratios), bad_rank], dtype=torch.float64, device=parallel.device)
     dist.all_reduce(added)
@@ -101,12 +65,13 @@ def reduce_metrics(
             f"step {step}: the loss is not finite on rank {int(largest[1]) - 1}; nothing was updated; resume "
             "from the last checkpoint with a lower lr, or check the data of this step"
         )
-    summed_up = dict(zip(totals, added.tolist(), strict=True))
-    return _means(summed_up, _ratio_percentiles(ratios, most=int(largest[0]), count=int(summed_up["ratios"])))
-
-
-def _values(sums: BatchSums) -> list[Tensor]:
-    return [*(getattr(sums, name) for name in _SUMMED), *(sums.pairs[name] for name in PAIR_METRICS if sums.pairs)]
+    world = dict(zip(totals, added.tolist(), strict=True))
+    values = {
+        **{name: world[name] / max(world[divisor], 1.0) for name, divisor in over.items()},
+        **_ratio_percentiles(ratios, most=int(largest[0]), count=int(world["ratios"])),
+        **{name: int(world[name]) for name in ("label_tokens", *_OF_BATCHES)},
+    }
+    return {name: values[name] for name in METRICS if name in values}
 
 
 def _ratio_percentiles(ratios: Tensor, *, most: int, count: int) -> dict[str, float]:
@@ -118,30 +83,13 @@ def _ratio_percentiles(ratios: Tensor, *, most: int, count: int) -> dict[str, fl
         count: that all ranks have.
     """
     if not count:
-        return dict.fromkeys(_RATIO_PERCENTILES, 0.0)
+        return dict.fromkeys(_PERCENTILES, 0.0)
     padded = torch.nn.functional.pad(ratios, (0, most - len(ratios)), value=math.inf)
     gathered = ratios.new_empty(most * dist.get_world_size())
     dist.all_gather_into_tensor(gathered, padded)
     ordered = gathered.sort().values
-    places = [math.ceil(percent * count / 100) - 1 for percent in _RATIO_PERCENTILES.values()]
-    return dict(zip(_RATIO_PERCENTILES, ordered[places].tolist(), strict=True))
-
-
-def _means(totals: Mapping[str, float], percentiles: Mapping[str, float]) -> StepMetrics:
-    count, denominator = max(totals["label_tokens"], 1.0), max(totals["denominator"], 1.0)
-    return StepMetrics(
-        loss=totals["loss"] / denominator,
-        nll=totals["nll"] / count,
-        entropy=totals["entropy"] / count,
-        ratio_mean=totals["ratio"] / count,
-        **percentiles,
-        clip_fraction=totals["clipped"] / count,
-        approx_kl=totals["approx_kl"] / count,
-        tokens=int(totals["tokens"]),
-        label_tokens=int(totals["label_tokens"]),
-        records=int(totals["records"]),
-        pairs={name: totals[name] / denominator for name in PAIR_METRICS if name in totals},
-    )
+    places = [math.ceil(percent * count / 100) - 1 for percent in _PERCENTILES.values()]
+    return dict(zip(_PERCENTILES, ordered[places].tolist(), strict=True))
 
 
 class EvalSums:

@@ -9,9 +9,12 @@ from types import TracebackType
 from tqdm import tqdm
 
 from megatron_psft.atomic import replace_file
+from megatron_psft.metrics.table import METRICS, with_former_names
 from megatron_psft.metrics.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
+_ON_BAR = [metric.name for metric in METRICS.values() if metric.is_on_bar]
+_PRINTED = [metric.name for metric in METRICS.values() if metric.is_printed]
 
 
 class RunLog:
@@ -30,12 +33,12 @@ class RunLog:
         self._bar = tqdm(total=train_iters, initial=first_step - 1, desc="train", unit="step", dynamic_ncols=True)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one step (from 1)."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Writes one step (from 1), by the names of `METRICS`."""
+        line = with_former_names(values)
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
-        self._trackers.log(step, values)
-        shown = {name: f"{values[name]:.4g}" for name in ("loss", "entropy", "clip_fraction", "tokens_per_second")}
-        self._bar.set_postfix(shown, refresh=False)
+        self._trackers.log(step, line)
+        self._bar.set_postfix({name: f"{values[name]:.4g}" for name in _ON_BAR if name in values}, refresh=False)
         self._bar.update()
         if step % self._log_interval == 0:
             self.say(f"step {step}: " + ", ".join(f"{name} {values[name]:.4g}" for name in _PRINTED if name in values))
@@ -57,9 +60,6 @@ class RunLog:
         self._file.close()
         self._bar.close()
         self._trackers.close(has_failed=error is not None)
-
-
-_PRINTED = ("loss", "nll", "entropy", "clip_fraction", "ratio_max", "grad_norm", "lr", "tokens_per_second", "valid_nll")
 
 
 def _drop_from(path: Path, first_step: int) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from megatron_psft.errors import UserError
 from megatron_psft.head.layer import HeadOutput
-from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums
+from megatron_psft.loss.objectives import Objective
+from megatron_psft.metrics.sums import BatchSums, batch_sums
+from megatron_psft.metrics.table import means
 from megatron_psft.model.end import ask, attach
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.labels import MaskedLabels, MaskedQuestion, scored_labels
@@ -113,21 +115,16 @@ def _loss_of(
         output.loss.new_ones(1), output.loss.view(1), check_for_nan_in_loss, check_for_spiky_loss
     )
     sums = batch_sums(loss.detach(), stats, question.given, question.objective.config, labelled_records=0)
-    return loss, sums.denominator.int(), _metrics_of(sums)
+    return loss, sums.totals["denominator"].int(), _metrics_of(sums)
 
 
 def _metrics_of(sums: BatchSums) -> Metrics:
-    return _paired(
-        sums.denominator,
-        {
-            LOSS_KEY: sums.loss,
-            "nll": sums.nll,
-            "entropy": sums.entropy,
-            "ratio_mean": sums.ratio,
-            "clip_fraction": sums.clipped,
-            "approx_kl": sums.approx_kl,
-        },
-    )
+    """The means of `metrics.table`, with the loss under Bridge's name of it."""
+    totals = sums.totals
+    return {
+        LOSS_KEY if name == "loss" else name: torch.stack([totals[name], totals[over]])
+        for name, over in means(of_pairs=False).items()
+    }
 
 
 def _paired(count: Tensor, sums: dict[str, Tensor]) -> Metrics:

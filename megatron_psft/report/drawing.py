@@ -92,12 +92,12 @@ def curves_of(chart: Chart, runs: Sequence[Run], window: int) -> list[Curve]:
     return [
         curve
         for place, run in enumerate(runs)
-        if chart.key in run.metrics and len((curve := _curve(chart, run, place, window)).steps)
+        if chart.metric in run.metrics and len((curve := _curve(chart, run, place, window)).steps)
     ]
 
 
 def _curve(chart: Chart, run: Run, place: int, window: int) -> Curve:
-    values = chart.factor * run.metrics[chart.key]
+    values = chart.factor * run.metrics[chart.metric]
     weights = run.metrics[chart.per] if chart.per else np.ones_like(values)
     shown = np.isfinite(values) & np.isfinite(weights)
     steps, values, weights = run.steps[shown], values[shown], weights[shown]

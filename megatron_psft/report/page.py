@@ -83,7 +83,7 @@ def _chart(
     left_out = [
         f"{runs[curve.run].label}: {count} {'value is' if count == 1 else 'values are'} nan or infinite and not drawn."
         for curve in curves
-        if (count := runs[curve.run].not_finite.get(chart.key))
+        if (count := runs[curve.run].not_finite.get(chart.metric))
     ]
     if drawing.axes["log"] and any((curve.values <= 0).any() for curve in curves):
         left_out.append("Values of 0 have no place on a logarithmic axis.")

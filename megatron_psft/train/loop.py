@@ -87,12 +87,12 @@ def train_step(
         grad_norm = update(state.optimizer, step + 1, run.parallel.device)
         state.scheduler.step(increment=1)
     return {
-        **metrics.line(),
+        **metrics,
         "grad_norm": grad_norm,
         "lr": lr,
         "step_seconds": total.seconds,
         "old_policy_seconds": scoring.seconds,
-        "tokens_per_second": metrics.tokens / total.seconds,
+        "tokens_per_second": metrics["tokens"] / total.seconds,
         **_gpu_values(run, step, total.seconds - scoring.seconds),
     }
 

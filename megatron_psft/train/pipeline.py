@@ -16,7 +16,8 @@ from megatron_psft.distributed.collective import sum_over_context
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, scatter_labels, select_labels
 from megatron_psft.loss.labels import LabelInputs, LabelStats, Records
-from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums
+from megatron_psft.loss.objectives import Objective
+from megatron_psft.metrics.sums import BatchSums, batch_sums
 from megatron_psft.model.end import ask
 from megatron_psft.model.layers import packed_row_params
 from megatron_psft.scoring.old_policy import OldPolicy, Scores
@@ -64,7 +65,7 @@ class Pipeline:
                 labelled_records=item.labelled_records if self.parallel.context_rank == 0 else 0,
             )
             # Three values: Megatron-Core sums losses and denominators over micro-batches and ranks and divides once.
-            return output.loss, sums.denominator.to(torch.int), sums
+            return output.loss, sums.totals["denominator"].to(torch.int), sums
 
         return self._run(items, loss, forward_only=False)
 

@@ -3,7 +3,7 @@
 import json
 import math
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ from megatron_psft.config.schema import LoggingConfig, ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
 from megatron_psft.loss.labels import LabelInputs, LabelStats
-from megatron_psft.loss.objectives import BatchSums, Objective, batch_sums
+from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.run_log import METRICS_FILE, RunLog
+from megatron_psft.metrics.sums import BatchSums, batch_sums
+from megatron_psft.metrics.table import means
 from megatron_psft.metrics.trackers import Trackers
 from tests.support import reference
 from tests.support.marks import slow
@@ -83,7 +85,7 @@ def _reduce(tensor_size: int, pipeline_size: int):
     with entered(tensor_size, pipeline_size) as place:
         entries = global_batch(place.data_size)[place.data_rank]
         sums = _sums(entries) if place.is_last_stage else []
-        return reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1).line()
+        return reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -116,12 +118,11 @@ def _reduce_big_numbers():
     """2**24 and 1 on each of two micro-batches of each rank: in fp32 their sum is 2**24."""
     with entered(1, 1) as place:
         entries = global_batch(4)[place.data_rank][:2]
-        values = {field.name: torch.tensor(0.0) for field in fields(BatchSums) if field.name not in ("ratios", "pairs")}
+        zeros = dict.fromkeys(means(of_pairs=False), torch.tensor(0.0))
         sums = [
             BatchSums(
                 ratios=torch.ones(1),
-                pairs={},
-                **{**values, **dict.fromkeys(("loss", "denominator", "label_tokens"), torch.tensor(value))},
+                totals={**zeros, **dict.fromkeys(("loss", "denominator", "label_tokens"), torch.tensor(value))},
             )
             for value in (2.0**24, 1.0)
         ]
@@ -129,7 +130,7 @@ def _reduce_big_numbers():
 
 
 def test_sums_of_many_tokens_keep_their_last_digit(pool):
-    assert [(metrics.label_tokens, metrics.loss) for metrics in pool.run(_reduce_big_numbers, 4)] == [
+    assert [(metrics["label_tokens"], metrics["loss"]) for metrics in pool.run(_reduce_big_numbers, 4)] == [
         (4 * (2**24 + 1), 1.0)
     ] * 4
 
@@ -137,7 +138,7 @@ def test_sums_of_many_tokens_keep_their_last_digit(pool):
 def _reduce_nothing_but_prompts():
     with entered(1, 2) as place:
         batch, stats, old = micro_batch(5, 0)
-        return reduce_metrics(_sums([(batch, stats, old)]) if place.is_last_stage else [], [batch], place, 1).line()
+        return reduce_metrics(_sums([(batch, stats, old)]) if place.is_last_stage else [], [batch], place, 1)
 
 
 def test_a_global_batch_without_labels_has_zero_means(pool):
@@ -152,7 +153,7 @@ def _reduce_bad_loss(tensor_size: int, pipeline_size: int, bad_data_ranks: list[
         entries = global_batch(place.data_size)[place.data_rank]
         sums = _sums(entries) if place.is_last_stage else []
         if place.data_rank in bad_data_ranks and sums:
-            sums[-1] = replace(sums[-1], loss=torch.tensor(value))
+            sums[-1] = replace(sums[-1], totals={**sums[-1].totals, "loss": torch.tensor(value)})
         try:
             reduce_metrics(sums, [batch for batch, _, _ in entries], place, 7)
         except UserError as error:

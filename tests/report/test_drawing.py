@@ -12,8 +12,8 @@ from megatron_psft.report.charts import SECTIONS, Chart
 from megatron_psft.report.drawing import curves_of, draw, thinned, window_of
 from megatron_psft.report.runs import Run
 
-CHART = Chart(name="loss", title="Loss", unit="nats", note="")
-RATE = Chart(name="rate", title="Rate", unit="per second", note="", metric="tokens", per="seconds", factor=10)
+CHART = Chart(section="learning", name="loss", title="Loss", unit="nats", note="", metric="loss")
+RATE = dataclasses.replace(CHART, name="rate", metric="tokens", per="seconds", factor=10)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -85,7 +85,7 @@ def texts_of(svg: str) -> list[str]:
 
 
 def draw_values(tmp_path, chart: Chart, *columns: list[float], smooth: int = 1):
-    runs = [run_of(f"run {number}", **{chart.key: column}) for number, column in enumerate(columns)]
+    runs = [run_of(f"run {number}", **{chart.metric: column}) for number, column in enumerate(columns)]
     return draw(chart, runs, curves_of(chart, runs, smooth), [2], tmp_path / "x.png")
 
 

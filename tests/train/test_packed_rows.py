@@ -210,7 +210,7 @@ def test_every_gradient_is_that_of_the_records_one_at_a_time(pool, folder, every
         }
         assert totals([sums[key] for sums in results]) == expected, key
     uneven = every_data["uneven"].sums
-    assert 0.1 < uneven["clipped"] / uneven["label_tokens"] < 0.6
+    assert 0.1 < uneven["clip_fraction"] / uneven["label_tokens"] < 0.6
 
 
 def _score_copies(folder: Path, config: ParallelConfig, data: TokenizedDataset, leak: str | None) -> Tensor:

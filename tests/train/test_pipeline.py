@@ -2,7 +2,7 @@
 
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +22,9 @@ from megatron_psft.config.schema import (
 )
 from megatron_psft.data.chat import Example
 from megatron_psft.data.loader import MicroBatch, collate
-from megatron_psft.loss.objectives import BatchSums, Objective
+from megatron_psft.loss.objectives import Objective
+from megatron_psft.metrics.sums import BatchSums
+from megatron_psft.metrics.table import means
 from megatron_psft.scoring.old_policy import CurrentPolicy, Scores
 from tests.support import reference, tiny
 from tests.support.scores import scores_of
@@ -58,7 +60,7 @@ class Batch:
     gradients: dict[str, dict[str, Tensor]]
     """Objective -> Hugging Face name -> gradient of the mean over label tokens."""
     sums: dict[str, dict[str, float]]
-    """Objective -> field of `BatchSums` -> sum over the batch, and its largest ratio."""
+    """Objective -> name in `BatchSums.totals` -> sum over the batch, and its largest ratio."""
 
 
 def make_batch(model: torch.nn.Module, labels: tuple[tuple[int, int], ...], seed: int = 0) -> Batch:
@@ -110,8 +112,8 @@ def _by_autograd(model: torch.nn.Module, records, objective: str) -> tuple[dict[
         "denominator": torch.tensor(len(loss)),
         "nll": -log_probs.sum(),
         "entropy": entropy.sum(),
-        "ratio": ratio.sum(),
-        "clipped": (ratio > 1 + CLIP).sum(),
+        "ratio_mean": ratio.sum(),
+        "clip_fraction": (ratio > 1 + CLIP).sum(),
         "approx_kl": (ratio - 1 - ratio.log()).sum(),
         "label_tokens": torch.tensor(len(loss)),
         "ratio_max": ratio.max(),
@@ -196,12 +198,10 @@ def objective_of(name: str, **settings) -> Objective:
     return Objective(config=ObjectiveConfig(objective=name, clip_ratio_high=CLIP, **settings))
 
 
-SUMS = [field.name for field in fields(BatchSums) if field.name not in ("ratios", "pairs")]
-
-
 def totals(per_rank: list[list[BatchSums]]) -> dict[str, float]:
     entries = [entry for sums in per_rank for entry in sums]
-    sums = {name: sum(float(getattr(entry, name)) for entry in entries) for name in SUMS}
+    over = means(of_pairs=False)
+    sums = {name: sum(float(entry.totals[name]) for entry in entries) for name in (*over, *over.values())}
     return {**sums, "ratio_max": max((ratio for entry in entries for ratio in entry.ratios.tolist()), default=0.0)}
 
 
@@ -239,7 +239,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_label_tokens(pool, folder, ba
     world_size, config = LAYOUTS[layout]
     results = pool.run(_check_gradients, world_size, folder, config, batches)
     for name, batch in batches.items():
-        assert 0.1 < batch.sums["psft"]["clipped"] / batch.sums["psft"]["label_tokens"] < 0.6
+        assert 0.1 < batch.sums["psft"]["clip_fraction"] / batch.sums["psft"]["label_tokens"] < 0.6
         for objective, expected in batch.sums.items():
             # Without an old policy of its own, SFT is told the same one: the metrics are of both.
             found = totals([sums[name, objective] for sums in results])
@@ -310,7 +310,7 @@ def test_a_window_starts_at_a_ratio_of_exactly_one_and_with_the_gradient_of_sft(
     results = pool.run(_check_window_start, world_size, folder, config, batch)
     sums = totals([entries for _, entries in results])
     assert sums["ratio_max"] == 1.0
-    assert (sums["ratio"], sums["clipped"], sums["approx_kl"]) == (sums["label_tokens"], 0.0, 0.0)
+    assert (sums["ratio_mean"], sums["clip_fraction"], sums["approx_kl"]) == (sums["label_tokens"], 0.0, 0.0)
 
     scored = [stats for part, _ in results for stats in part]
     assert len(scored) == len(batch.micro_batches)
@@ -338,7 +338,7 @@ def _check_nothing_to_learn(folder: Path, config: ParallelConfig, batch: Batch):
 def test_a_global_batch_without_labels_has_no_gradient(pool, folder, batches, layout):
     world_size, config = LAYOUTS[layout]
     results = pool.run(_check_nothing_to_learn, world_size, folder, config, batches["uneven"])
-    assert totals(results) == dict.fromkeys((*SUMS, "ratio_max"), 0.0)
+    assert set(totals(results).values()) == {0.0}
 
 
 def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,0 +1,331 @@
+"""The metrics of metrics.jsonl: what each is, what it is a mean over, how it is shown. Imports no torch.
+
+A metric that is a mean over label tokens has an entry here and a line in `sums.py`; the reduction over ranks,
+metrics.jsonl, the progress bar, Megatron-Bridge's log, charts and docs/metrics.md follow from the entry.
+"""
+
+from collections.abc import Mapping
+
+from megatron_psft.metrics.metric import Drawing, Metric, Over
+
+_TABLE = (
+    Metric(name="step", unit="from 1", help="Optimizer step."),
+    Metric(
+        name="loss",
+        unit="value of the objective",
+        help="What is optimized, under its aggregation; about -1 for `psft`, whatever the model has learned.",
+        over="denominator",
+        is_printed=True,
+        is_on_bar=True,
+        drawing=Drawing(
+            section="learning",
+            title="Loss",
+            note="What the optimizer lowers: nats with cross-entropy, minus the clipped ratio with PSFT. Compare it "
+            "only between runs of one objective.",
+        ),
+    ),
+    Metric(
+        name="nll",
+        unit="nats per label token",
+        help="-log pi of the labels, before the update: the curve to watch.",
+        over="label_tokens",
+        is_printed=True,
+        drawing=Drawing(
+            section="learning", title="Negative log-likelihood", note="Of the labels, before the step's update."
+        ),
+    ),
+    Metric(
+        name="valid_nll",
+        unit="nats per label token",
+        help="`nll` of `--valid-data`, after the update, on steps with an evaluation; sum over all its label tokens "
+        "by their number.",
+        is_printed=True,
+        drawing=Drawing(
+            section="learning",
+            title="Validation: negative log-likelihood",
+            note="Rising while the one of training falls: the demonstrations are being memorized.",
+            over_steps="none",
+        ),
+    ),
+    Metric(
+        name="entropy",
+        unit="nats per label token",
+        help="Entropy of the next-token distribution, over the whole vocabulary.",
+        over="label_tokens",
+        is_printed=True,
+        is_on_bar=True,
+        drawing=Drawing(
+            section="learning",
+            title="Entropy",
+            note="Of the next-token distribution. A collapse leaves reinforcement learning little to explore.",
+            from_zero=True,
+        ),
+    ),
+    Metric(
+        name="valid_entropy",
+        unit="nats per label token",
+        help="`entropy` on `--valid-data`, as `valid_nll`.",
+        drawing=Drawing(
+            section="learning",
+            title="Validation: entropy",
+            note="The same on held-out records.",
+            over_steps="none",
+            from_zero=True,
+        ),
+    ),
+    Metric(
+        name="clip_fraction",
+        unit="share of label tokens",
+        help="Label tokens whose ratio is beyond the bound of the clip, so that they have no gradient.",
+        over="label_tokens",
+        is_printed=True,
+        is_on_bar=True,
+        drawing=Drawing(
+            section="old policy",
+            title="Clip fraction",
+            note="They have no gradient until the next sync. Near 0 PSFT acts like SFT; steadily above 50 %, a smaller "
+            "learning rate or a shorter interval makes use of them.",
+            unit="% of label tokens",
+            factor=100,
+            from_zero=True,
+        ),
+    ),
+    Metric(
+        name="ratio_mean",
+        unit="pi / pi_old",
+        help="Ratio of the label tokens; exactly 1 on the first step of a window, and where there is no old policy.",
+        over="label_tokens",
+        drawing=Drawing(
+            section="old policy",
+            title="Ratio, mean",
+            note="1 right after a sync.",
+            unit="π / π_old, mean over label tokens",
+            may_be_log=True,
+        ),
+    ),
+    Metric(
+        name="ratio_p05",
+        unit="pi / pi_old",
+        help="5th percentile of the ratio over the label tokens, by nearest rank: the ratio of one of them.",
+        ratio_percentile=5,
+        drawing=Drawing(
+            section="old policy",
+            title="Ratio, 5th percentile",
+            note="5 % of the label tokens have become less likely than by this factor.",
+            unit="π / π_old of a label token",
+        ),
+    ),
+    Metric(
+        name="ratio_p50",
+        unit="pi / pi_old",
+        help="Its median.",
+        ratio_percentile=50,
+        drawing=Drawing(
+            section="old policy",
+            title="Ratio, median",
+            note="At 1 half of the label tokens hardly move: most of them are learned, or never get a gradient.",
+            unit="π / π_old of a label token",
+        ),
+    ),
+    Metric(
+        name="ratio_p95",
+        unit="pi / pi_old",
+        help="Its 95th percentile.",
+        ratio_percentile=95,
+        drawing=Drawing(
+            section="old policy",
+            title="Ratio, 95th percentile",
+            note="Beyond the bound of the clip, more than 5 % of the label tokens are clipped.",
+            unit="π / π_old of a label token",
+            may_be_log=True,
+        ),
+    ),
+    Metric(
+        name="ratio_max",
+        unit="pi / pi_old",
+        help="Its largest value.",
+        ratio_percentile=100,
+        is_printed=True,
+        drawing=Drawing(
+            section="old policy",
+            title="Ratio, largest",
+            note="A single token's; of several steps the largest.",
+            unit="π / π_old, largest of a label token",
+            over_steps="max",
+            may_be_log=True,
+        ),
+    ),
+    Metric(
+        name="approx_kl",
+        unit="nats per label token",
+        help="Mean of r - 1 - log r with r the ratio: how far the model is from the old policy.",
+        over="label_tokens",
+        drawing=Drawing(
+            section="old policy",
+            title="Divergence from the old policy",
+            note="Estimated as r - 1 - log r; 0 right after a sync.",
+            may_be_log=True,
+            from_zero=True,
+        ),
+    ),
+    Metric(
+        name="margin",
+        unit="nats times dpo_beta",
+        help="`dpo` only: by how much more than the initial model the policy prefers the chosen sequence.",
+        over="pairs",
+        drawing=Drawing(
+            section="pairs",
+            title="Margin",
+            note="By how much more than the initial model the policy prefers the chosen sequence.",
+            unit="nats times dpo_beta, mean over pairs",
+        ),
+    ),
+    Metric(
+        name="accuracy",
+        unit="share of pairs",
+        help="`dpo` only: pairs whose margin is above 0.",
+        over="pairs",
+        drawing=Drawing(
+            section="pairs",
+            title="Accuracy",
+            note="Pairs with a margin above 0.",
+            unit="% of pairs",
+            factor=100,
+            from_zero=True,
+        ),
+    ),
+    Metric(
+        name="chosen_log_probs",
+        unit="nats per sequence",
+        help="`dpo` only: log-probability of the labels of the chosen sequence.",
+        over="pairs",
+        drawing=Drawing(section="pairs", title="Log-probability of the chosen", note="Sum over its labels."),
+    ),
+    Metric(
+        name="rejected_log_probs",
+        unit="nats per sequence",
+        help="`dpo` only: log-probability of the labels of the rejected sequence.",
+        over="pairs",
+        drawing=Drawing(section="pairs", title="Log-probability of the rejected", note="Sum over its labels."),
+    ),
+    Metric(name="tokens", unit="tokens", help="Tokens that went through the model, without padding."),
+    Metric(name="label_tokens", unit="tokens", help="Tokens that the loss is of.", former_name="loss_tokens"),
+    Metric(
+        name="records",
+        unit="records",
+        help="Demonstrations; of preference pairs both sequences.",
+        former_name="sequences",
+    ),
+    Metric(
+        name="grad_norm",
+        unit="L2 norm over all parameters",
+        help="Of the gradient, before clipping.",
+        is_printed=True,
+        drawing=Drawing(section="optimizer", title="Gradient norm", note="Before clipping.", may_be_log=True),
+    ),
+    Metric(
+        name="lr",
+        unit="step size of AdamW",
+        help="Learning rate of the step.",
+        is_printed=True,
+        drawing=Drawing(
+            section="optimizer", title="Learning rate", note="Of the step's update.", over_steps="none", from_zero=True
+        ),
+    ),
+    Metric(
+        name="tokens_per_second",
+        unit="tokens per second, all ranks",
+        help="`tokens` divided by `step_seconds`, so with the old policy's pass in the time.",
+        is_printed=True,
+        is_on_bar=True,
+        drawing=Drawing(
+            section="speed",
+            title="Throughput",
+            note="Padding is not counted.",
+            metric="tokens",
+            per="step_seconds",
+            from_zero=True,
+        ),
+    ),
+    Metric(
+        name="step_seconds",
+        unit="seconds",
+        help="The step from its data to its update, with the old policy's pass; without evaluation and checkpoint.",
+        drawing=Drawing(
+            section="speed", title="Step time", note="With the old policy's pass where a window begins.", from_zero=True
+        ),
+    ),
+    Metric(
+        name="old_policy_seconds",
+        unit="seconds",
+        help="The part of `step_seconds` that scored a window ahead.",
+        drawing=Drawing(
+            section="old policy",
+            name="old_policy_share",
+            title="Old policy's share of the time",
+            note="The forward-only pass at the start of each window.",
+            unit="% of step time",
+            per="step_seconds",
+            factor=100,
+            from_zero=True,
+        ),
+    ),
+    Metric(
+        name="tflops_per_gpu",
+        unit="TFLOP/s per GPU",
+        help="On GPUs: operations of forward and backward passes, three times those of a forward pass, divided by "
+        "`step_seconds` less `old_policy_seconds` and by the number of GPUs.",
+        drawing=Drawing(
+            section="speed", title="Arithmetic throughput", note="Of forward and backward passes.", from_zero=True
+        ),
+    ),
+    Metric(
+        name="mfu",
+        unit="share of the GPU's peak",
+        help="On GPUs whose peak is known: `tflops_per_gpu` divided by the GPU's dense bf16 peak, in fp8 runs too.",
+        drawing=Drawing(
+            section="speed",
+            title="Model FLOP utilization",
+            note="Of forward and backward passes.",
+            unit="% of the GPU's peak",
+            factor=100,
+            from_zero=True,
+        ),
+    ),
+    Metric(
+        name="max_memory_gib",
+        unit="GiB",
+        help="On GPUs: memory allocated by PyTorch on rank 0, the largest since the process began.",
+        drawing=Drawing(
+            section="speed",
+            title="GPU memory",
+            note="Allocated on rank 0.",
+            unit="GiB, largest so far",
+            over_steps="none",
+            from_zero=True,
+        ),
+    ),
+)
+
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
+"""All metrics by name."""
+
+
+def means(*, of_pairs: bool) -> dict[str, Over]:
+    """What each mean of a step is over, by the metric's name; with those over preference pairs if `of_pairs`."""
+    return {
+        metric.name: metric.over
+        for metric in _TABLE
+        if metric.over is not None and (of_pairs or metric.over != "pairs")
+    }
+
+
+def with_former_names(values: Mapping[str, float]) -> dict[str, float]:
+    """The values by name, each that was renamed under its former name too. Raises KeyError for one without an entry."""
+    line = {}
+    for name, value in values.items():
+        line[name] = value
+        former_name = METRICS[name].former_name
+        if former_name is not None:
+            line[former_name] = value
+    return line
