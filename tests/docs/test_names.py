@@ -1,0 +1,43 @@
+"""Files and names that the pages mention exist."""
+
+import re
+
+import pytest
+
+from tests.support.cli import REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+CODE = re.compile(r"`([^`\n]+)`")
+FILE = re.compile(r"(?:[\w-]+/)+[\w.-]*|[\w-]+\.py")
+PLACES = ("", "megatron_psft", "docs")
+MADE_BY_RUNS = ("runs/", "my_objectives.py")
+NAMES = re.compile(r"\.?[A-Za-z_]\w*(?:\.\w+)*")
+EXAMPLES = ("step_0000012",)
+WRITTEN = ("internals.md", "glossary.md")
+"""Pages whose every word in code type is of the package."""
+
+
+def words_of(path) -> set[str]:
+    """Words in code type, outside of blocks."""
+    return set(CODE.findall(re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_files_of_a_page_exist(path):
+    files = [word for word in words_of(path) if FILE.fullmatch(word) and not word.startswith(MADE_BY_RUNS)]
+    missing = [
+        file
+        for file in files
+        if not any((REPOSITORY / place / file).exists() for place in PLACES)
+        and not any((REPOSITORY / "megatron_psft").rglob(file))  # in layout.md, below the room of its table
+    ]
+    assert missing == [], f"{path.name} names files that do not exist"
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_names_of_a_page_exist(name):
+    sources = "".join(file.read_text(encoding="utf-8") for file in (REPOSITORY / "megatron_psft").rglob("*.py"))
+    known = set(re.findall(r"\w+", sources))
+    words = [word for word in words_of(REPOSITORY / "docs" / name) if NAMES.fullmatch(word) and word not in EXAMPLES]
+    missing = {word for word in words for part in word.split(".") if part and part not in known}
+    assert sorted(missing) == [], f"{name} has words in code type that the package does not know"
