@@ -102,10 +102,6 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         window=_window(config, inputs.train_iters, pipeline, loader, parallel),
         clipped_tokens=clipped_tokens,
     )
-    valid_loader = None
-    if inputs.valid_dataset is not None:
-        plan = plan_of(inputs.valid_dataset.sequence_lengths, config.data)
-        valid_loader = _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
     if checkpoint is not None and first_step != WEIGHTS_ONLY_STEP:
         load_checkpoint(checkpoint, state, loader, parallel)
         log.info("resumed from %s, step %d of %d", checkpoint, first_step, inputs.train_iters)
@@ -118,7 +114,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         agreement=agreement,
         loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
         reference=reference,
-        valid_loader=valid_loader,
+        valid_loader=_valid_loader(config, inputs, parallel),
         identity=identity,
         decode=lambda token_id: str(inputs.tokenizer.decode([token_id])),
         first_step=first_step,
@@ -202,6 +198,13 @@ def _resume_point(config: Config, identity: Identity, train_iters: int) -> tuple
     if step > train_iters:
         raise UserError(f"train_iters ({train_iters}) must not be below the {step} steps of {checkpoint}; raise it")
     return checkpoint, step
+
+
+def _valid_loader(config: Config, inputs: Inputs, parallel: Parallel) -> BatchLoader | None:
+    if inputs.valid_dataset is None:
+        return None
+    plan = plan_of(inputs.valid_dataset.sequence_lengths, config.data)
+    return _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
 
 
 def _loader(
