@@ -53,9 +53,11 @@ def _centers(levels: Sequence[Sequence[str]]) -> dict[str, tuple[int, int]]:
 
 
 def _line(start: tuple[int, int], end: tuple[int, int]) -> str:
+    """Straight down beside the rows between, and over to the other box in the last gap."""
     (x, y), (to_x, to_y) = start, end
-    middle = (y + to_y) // 2
-    return f'<path d="M{x} {y + 14}C{x} {middle} {to_x} {middle} {to_x} {to_y - 14}"/>'
+    turn = max(y, to_y - _ROW) + 14
+    middle = (turn + to_y - 14) // 2
+    return f'<path d="M{x} {y + 14}V{turn}C{x} {middle} {to_x} {middle} {to_x} {to_y - 14}"/>'
 
 
 def _box(room: str, x: int, y: int) -> str:
