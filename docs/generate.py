@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from docs.draw_rooms import draw
+from megatron_psft.config.rules import OLD_POLICY_FIELDS
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.formats import PAIR_FORMATS, RECORD_FORMATS, format_table
 from megatron_psft.metrics.metric import Metric, Over
 from megatron_psft.metrics.table import METRICS
+from megatron_psft.objectives.registry import OBJECTIVES
 from tests.support.rooms import PACKAGE, SHARED, allowed_imports, imports_of
 
 DOCS = Path(__file__).parent
@@ -20,6 +23,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "pair formats": lambda: format_table(PAIR_FORMATS),
     "metrics": lambda: metric_table(),
     "files": lambda: file_tables(),
+    "objectives": lambda: objective_table(),
 }
 _PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -53,6 +57,26 @@ def metric_table() -> str:
 
 def _name(metric: Metric) -> str:
     return f"`{metric.name}`" + (f" (was `{metric.former_name}`)" if metric.former_name else "")
+
+
+def objective_table() -> str:
+    """A row per built-in objective."""
+    rows = [
+        ["name", "token loss", "settings", "source"],
+        ["---"] * 4,
+        *([f"`{name}`", it.formula, _settings_of(name), it.source] for name, it in OBJECTIVES.items()),
+    ]
+    return "\n".join(" ".join(["|", *(f"{cell} |".lstrip() for cell in row)]) for row in rows)
+
+
+def _settings_of(objective: str) -> str:
+    """The flags that have an effect with it, each with its choices or its default."""
+    names = OLD_POLICY_FIELDS if ObjectiveConfig(objective=objective).needs_old_policy else ()
+    values = {name: getattr(ObjectiveConfig, name) for name in names}
+    values |= {one.name: " or ".join(one.choices) or one.default for one in OBJECTIVES[objective].settings}
+    return ", ".join(
+        f"`--{name.replace('_', '-')}`" + ("" if value is None else f" {value}") for name, value in values.items()
+    )
 
 
 def file_tables() -> str:

@@ -1,6 +1,7 @@
 """A tree of dataclasses as command-line flags and as a flat YAML file. Knows no field by name.
 
-The root's fields are sections, and a section's fields are the flags; the string below a field is its help text.
+The root's fields are sections, and a section's fields are the flags; the string below a field is its help text, which
+text under `help` in the field's metadata continues, or stands for where a field was added to a class.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import yaml
 from argcomplete.completers import ChoicesCompleter
 
 from megatron_psft.errors import UserError, nearest_name_hint
+from megatron_psft.objectives.declare import Range
 
 _Root = TypeVar("_Root")
 _RULES: dict[object, str] = {
@@ -52,6 +54,17 @@ def require_positive(section: object, *names: str) -> None:
         value = getattr(section, name)
         if not value > 0:
             raise UserError(f"{name} ({value}) must be greater than 0")
+
+
+def require_range(values: Range | None, section: object, name: str) -> None:
+    """Raises UserError where the named number is out of range; None allows any."""
+    if values in ("positive", "positive probability"):
+        require_positive(section, name)
+    if values == "non-negative":
+        require_at_least(0, section, name)
+    value = getattr(section, name)
+    if values in ("probability", "positive probability") and not 0 <= value <= 1:
+        raise UserError(f"{name} ({value}) must be a probability, between 0 and 1")
 
 
 def require_absent(section: object, name: str, kind: Literal["file", "folder"] = "file") -> None:
@@ -138,7 +151,8 @@ def _build_parser(root: type, prog: str | None, epilog: str | None) -> _Parser:
 def _argument_options(field: Field[Any], docs: dict[str, str]) -> dict[str, Any]:
     default = "required" if field.default is MISSING else f"default: {field.default}"
     suffix = "" if field.default in (None, ()) else f" ({default})"
-    options: dict[str, Any] = {"help": (docs[field.name] + suffix).replace("%", "%%")}
+    text = " ".join(text for text in (docs.get(field.name), field.metadata.get("help")) if text)
+    options: dict[str, Any] = {"help": (text + suffix).replace("%", "%%")}
     kinds = _kinds(field)
     if kinds == [bool]:
         return options | {"action": argparse.BooleanOptionalAction}

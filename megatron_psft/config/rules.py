@@ -4,25 +4,16 @@ import importlib.util
 
 from megatron_psft.config.schema import Config, LoggingConfig, ObjectiveConfig, ParallelConfig
 from megatron_psft.errors import UserError
+from megatron_psft.objectives.registry import OBJECTIVES, SETTINGS, find_objective
 
-ADVANTAGE_OBJECTIVES = ("psft", "sft")
-"""Objectives that weigh a record by its advantage."""
-
-_OBJECTIVES_OF = {
-    "clip_ratio_high": {"psft"},
-    "clip_ratio_low": {"psft"},
-    "old_policy_interval": {"psft"},
-    "sft_warmup_iters": {"psft"},
-    "old_policy_micro_batch_size": {"psft"},
-    "kl_coef": {"sft-kl", "asft"},
-    "iw_level": {"iw-sft"},
-    "p_power_q": {"p-power"},
-    "eaft_alpha": {"eaft"},
-    "trsft_alpha": {"trsft"},
-    "profit_threshold": {"profit"},
-    "dpo_beta": {"dpo"},
-}
-"""Which objectives a field has an effect with."""
+OLD_POLICY_FIELDS = (
+    "clip_ratio_high",
+    "clip_ratio_low",
+    "old_policy_interval",
+    "sft_warmup_iters",
+    "old_policy_micro_batch_size",
+)
+"""Fields that have an effect with objectives that need the old policy."""
 
 _PACKAGES = {"wandb_project": "wandb", "mlflow_experiment": "mlflow"}
 """What a field needs that may not be installed."""
@@ -46,10 +37,11 @@ def validate_advantages(config: Config, *, has_advantages: bool) -> None:
         has_advantages: whether any training record has an advantage other than 1.
     """
     objective = config.objective
-    if has_advantages and objective.objective not in ADVANTAGE_OBJECTIVES:
+    if has_advantages and not find_objective(objective.objective).takes_advantages:
+        choices = [name for name, declaration in OBJECTIVES.items() if declaration.takes_advantages]
         raise UserError(
             f"objective ({objective.objective}) takes no account of the advantages that records of data have; choose "
-            f"{' or '.join(ADVANTAGE_OBJECTIVES)}, or leave them away"
+            f"{' or '.join(choices)}, or leave them away"
         )
     if not has_advantages:
         _refuse_if_set(objective, "where no record of data has an advantage", "clip_ratio_low")
@@ -128,8 +120,8 @@ def _validate_needs(config: Config) -> None:
         raise UserError(f"valid_data ({' '.join(data.valid_data)}) needs eval_interval; set both or neither")
     if data.valid_data and config.objective.needs_pairs:
         raise UserError(
-            f"valid_data ({' '.join(data.valid_data)}) cannot be evaluated with objective dpo, as its likelihood would "
-            "count rejected sequences as good; leave it away"
+            f"valid_data ({' '.join(data.valid_data)}) cannot be evaluated with objective "
+            f"{config.objective.objective}, as its likelihood would count rejected sequences as good; leave it away"
         )
     if data.prompt_key == data.completion_key:
         raise UserError(f"prompt_key ({data.prompt_key}) must differ from completion_key; change one of them")
@@ -159,7 +151,7 @@ def _validate_effects(config: Config) -> None:
     """Refuses fields that were set although another one leaves them without effect."""
     data, optimizer, parallel, recompute = config.data, config.optimizer, config.parallel, config.recompute
     _validate_objective(config.objective)
-    if config.objective.objective != "psft":
+    if not config.objective.needs_old_policy:
         _refuse_if_set(config.logging, f"with objective {config.objective.objective}", "log_clipped_tokens")
     if config.objective.old_policy_interval == 1:
         _refuse_if_set(config.logging, "with old_policy_interval 1", "log_clipped_tokens")
@@ -192,13 +184,15 @@ def _validate_parallel(parallel: ParallelConfig) -> None:
 
 
 def _validate_objective(objective: ObjectiveConfig) -> None:
-    for name, objectives in _OBJECTIVES_OF.items():
-        if objective.objective not in objectives:
-            _refuse_if_set(objective, f"with objective {objective.objective}", name)
+    reason = f"with objective {objective.objective}"
+    if not objective.needs_old_policy:
+        _refuse_if_set(objective, reason, *OLD_POLICY_FIELDS)
+    own = find_objective(objective.objective).settings
+    _refuse_if_set(objective, reason, *(name for name, setting in SETTINGS.items() if setting not in own))
     if objective.old_policy_interval == 1:
         _refuse_if_set(objective, "with old_policy_interval 1", "old_policy_micro_batch_size")
     if objective.needs_pairs:
-        _refuse_if_set(objective, "with objective dpo, which takes the mean over pairs", "loss_aggregation")
+        _refuse_if_set(objective, f"{reason}, which takes the mean over pairs", "loss_aggregation")
 
 
 def _refuse_if_set(section: object, reason: str, *names: str) -> None:

@@ -1,17 +1,19 @@
-"""The run's configuration: one frozen dataclass per section. Rules across sections are in validation.py.
+"""The run's configuration: one frozen dataclass per section. Rules across sections are in rules.py.
 
 Every field is a flag (`global_batch_size` is `--global-batch-size`) and a YAML key. The string below a field is its
 documentation here and its `--help` text. Nothing is rewritten after parsing; derived values are methods and properties.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
-from megatron_psft.config.flags import parse_flags, require_at_least, require_positive
+from megatron_psft.config.flags import parse_flags, require_at_least, require_positive, require_range
 from megatron_psft.errors import UserError
+from megatron_psft.objectives.declare import Requirement
+from megatron_psft.objectives.registry import OBJECTIVES, SETTINGS, needs_of, with_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,18 +124,25 @@ class BatchConfig:
         require_at_least(0, self, "seed")
 
 
-ObjectiveName = Literal[
-    "psft", "sft", "sft-kl", "dft", "iw-sft", "asft", "eaft", "p-power", "trsft", "profit", "deft", "dpo"
-]
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)] | str
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The loss of a label token, and how losses are averaged; objectives.py has formulas and sources."""
+_TITLES = "; ".join(f"{name}: {declaration.title}" for name, declaration in OBJECTIVES.items()) + "."
 
-    objective: ObjectiveName = "psft"
-    """Proximal SFT (arXiv 2508.17784), plain cross-entropy, a relative of theirs, or direct preference optimization."""
+
+@dataclass(frozen=True, kw_only=True)
+@with_settings(SETTINGS)
+class ObjectiveConfig:
+    """The loss of a label token, and how losses are averaged; docs/objectives.md has formulas and sources."""
+
+    # Settings of single objectives are declared in their files under objectives/builtin.
+    objective: ObjectiveName = field(default="psft", metadata={"help": _TITLES})
+    """The loss of a label token: one of the names below, or MODULE:FUNCTION for a function of your own on PYTHONPATH
+    (docs/extending.md)."""
     loss_aggregation: LossAggregation = "token-mean"
     """Sum of the token losses of the global batch over its label tokens; mean over its records of their token means; or
     mean over its records of their token sums. Records without a label count in none of them."""
@@ -150,43 +159,39 @@ class ObjectiveConfig:
     old_policy_micro_batch_size: int | None = None
     """PSFT: sequences per forward pass of one model replica when the old policy scores a window; `micro_batch_size`
     where absent. Any other leaves the ratio after a sync equal to 1 only up to rounding, of bf16 with `bf16`."""
-    kl_coef: float = 0.5
-    """sft-kl and asft: factor of the estimated divergence from the initial model."""
-    iw_level: Literal["sequence", "token"] = "sequence"
-    """iw-sft: one importance weight per record, or one per token."""
-    p_power_q: float = 1.0
-    """p-power: q of the loss (1 - p^q) / q. Towards 0 it is cross-entropy; 1 has the gradient of dft."""
-    eaft_alpha: float = 1.0
-    """eaft: exponent of the entropy that weighs a token."""
-    trsft_alpha: float = 0.1
-    """trsft: tokens of a probability below it have their gradient scaled down by its share of it."""
-    profit_threshold: float = 0.1
-    """profit: tokens of a probability below it have no gradient."""
-    dpo_beta: float = 0.1
-    """dpo: factor of the margin between chosen and rejected sequence; the higher, the closer to the initial model."""
     fused_head: bool = True
     """Compute loss and gradient from the last hidden states in chunks of label tokens, and never all of the logits;
     otherwise from all logits."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "clip_ratio_high", "clip_ratio_low", "p_power_q", "trsft_alpha", "dpo_beta")
-        require_at_least(0, self, "sft_warmup_iters", "kl_coef", "eaft_alpha")
+        needs_of(self.objective, self)  # whether there is such an objective
+        for setting in SETTINGS.values():
+            require_range(setting.range, self, setting.name)
+        require_positive(self, "clip_ratio_high", "clip_ratio_low")
+        require_at_least(0, self, "sft_warmup_iters")
         require_at_least(1, self, "old_policy_micro_batch_size")
         if self.old_policy_interval != "fixed":
             require_at_least(1, self, "old_policy_interval")
-        for name in ("trsft_alpha", "profit_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be a probability, between 0 and 1")
+
+    @property
+    def needs(self) -> frozenset[Requirement]:
+        """What the objective needs besides log-probability and entropy."""
+        return needs_of(self.objective, self)
+
+    @property
+    def needs_old_policy(self) -> bool:
+        """Whether the loss compares with the old policy."""
+        return "old" in self.needs
 
     @property
     def needs_pairs(self) -> bool:
         """Whether records are preference pairs."""
-        return self.objective in {"dpo"}
+        return "pairs" in self.needs
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the model that the run starts from."""
-        return self.objective in {"sft-kl", "iw-sft", "asft", "dpo"}
+        return "reference" in self.needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +367,7 @@ class Config:
 def parse_config(argv: Sequence[str]) -> Config:
     """Builds the configuration from command-line flags and, below them in rank, the YAML file they name with --config.
 
-    Raises UserError for unknown names, wrong types and values out of range. Rules across fields are in validation.py.
+    Raises UserError for unknown names, wrong types and values out of range. Rules across fields are in rules.py.
     """
     return parse_flags(Config, argv)
 

@@ -1,3 +1,3 @@
 """From last hidden states to log-probabilities, entropy and loss of label tokens, the vocabulary split over ranks.
 
-May import loss."""
+May import objectives."""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_psft.head.kernels import ShardPasses, shard_passes
 from megatron_psft.head.shards import ShardExtras, ShardSoftmax, join_shards, shard_width
-from megatron_psft.loss.labels import ExtraStat, LabelStats
+from megatron_psft.objectives.declare import ExtraStat
+from megatron_psft.objectives.labels import LabelStats
 
 ChunkLoss = Callable[[LabelStats, slice], Tensor]
 """Loss of each of some label tokens, `[m]`, from their statistics and from which of the n they are. It must not mix

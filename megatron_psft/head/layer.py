@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_psft.head.chunked import ChunkLoss, fused_label_stats, fused_loss
-from megatron_psft.loss.labels import ExtraStat, LabelStats
+from megatron_psft.objectives.declare import ExtraStat
+from megatron_psft.objectives.labels import LabelStats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 from megatron_psft.head.kernels.portable import shard_gradient_, shard_sums_
 from megatron_psft.head.layer import HeadInputs, HeadOutput, loss_of_all, select_labels
 from megatron_psft.head.shards import ShardExtras, ShardSoftmax, join_shards, shard_width
-from megatron_psft.loss.labels import ExtraStat, LabelStats
+from megatron_psft.objectives.declare import ExtraStat
+from megatron_psft.objectives.labels import LabelStats
 
 
 def label_stats(

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.head.kernels.portable import ShardSums, shard_squares, shard_top
-from megatron_psft.loss.labels import TOP_TOKENS, ExtraStat, LabelStats
+from megatron_psft.objectives.declare import ExtraStat
+from megatron_psft.objectives.labels import TOP_TOKENS, LabelStats
 
 
 class ShardSoftmax(NamedTuple):

@@ -1,3 +1,3 @@
-"""Token losses: tensors in, tensors out. No process group, no Megatron-Core, no host copies.
+"""The loss of a run: its objective bound to its settings. No process group, no Megatron-Core, no host copies.
 
-May import config."""
+May import config, objectives."""

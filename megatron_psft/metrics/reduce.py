@@ -10,9 +10,9 @@ from torch import Tensor
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
-from megatron_psft.loss.labels import LabelStats
 from megatron_psft.metrics.sums import BatchSums
 from megatron_psft.metrics.table import METRICS, means
+from megatron_psft.objectives.labels import LabelStats
 
 _PERCENTILES = {m.name: m.ratio_percentile for m in METRICS.values() if m.ratio_percentile is not None}
 _OF_BATCHES = ("tokens", "records")

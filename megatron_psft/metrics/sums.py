@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.loss.labels import LabelInputs, LabelStats
-from megatron_psft.loss.objectives import MAX_LOG_RATIO, is_clipped, policy_ratio
-from megatron_psft.loss.preference import pair_metrics
+from megatron_psft.objectives.builtin.dpo import pair_metrics
+from megatron_psft.objectives.builtin.psft import is_clipped
+from megatron_psft.objectives.labels import LabelInputs, LabelStats
+from megatron_psft.objectives.ratio import MAX_LOG_RATIO, policy_ratio
 
 
 @dataclass(frozen=True, kw_only=True)

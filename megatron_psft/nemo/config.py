@@ -9,39 +9,41 @@ from megatron.bridge.utils.cuda_graph import is_full_iteration_cuda_graph
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.errors import UserError
 from megatron_psft.loss.objectives import Objective
+from megatron_psft.objectives.declare import Requirement
+from megatron_psft.objectives.registry import OBJECTIVES as BUILTIN
+from megatron_psft.objectives.registry import with_settings
 from megatron_psft.scoring.old_policy import objective_at
 
-OBJECTIVES = ("psft", "sft", "dft", "p-power", "eaft", "trsft", "profit", "deft")
-"""Those that compare neither with the initial model nor tokens of a record with each other."""
+_ABSENT: frozenset[Requirement] = frozenset({"reference", "records"})
+"""What Megatron-Bridge's batches do not carry."""
+
+OBJECTIVES = tuple(name for name in BUILTIN if not ObjectiveConfig(objective=name).needs & _ABSENT)
+"""Built-in objectives that Bridge's batches suffice for."""
+
+_SETTINGS = {setting.name: setting for name in OBJECTIVES for setting in BUILTIN[name].settings}
 
 REPEATABLE_LOADERS = ("single", "cyclic", "batch")
 """Bridge's loaders whose samples follow from the number of samples consumed before."""
 
 
 @dataclass(kw_only=True)
+@with_settings(_SETTINGS)
 class PsftConfig:
     """What `ObjectiveConfig` (config/schema.py) says of the token loss, as far as Bridge's batches suffice.
 
     Not frozen, as none of Bridge's sections is: recipes and command lines assign to fields.
     """
 
-    objective: str = "psft"
-    """One of `OBJECTIVES`."""
-    clip_ratio_high: float = 0.28
+    objective: str = ObjectiveConfig.objective
+    """One of `OBJECTIVES`, or MODULE:FUNCTION for one of your own that needs neither the initial model nor whole
+    records."""
+    clip_ratio_high: float = ObjectiveConfig.clip_ratio_high
     """PSFT: a token has no gradient once its probability exceeds the old policy's by more than this share."""
-    old_policy_interval: int | str = 8
+    old_policy_interval: int | str = ObjectiveConfig.old_policy_interval
     """PSFT: optimizer steps between updates of the old policy, or `fixed`."""
-    sft_warmup_iters: int = 0
+    sft_warmup_iters: int = ObjectiveConfig.sft_warmup_iters
     """PSFT: first optimizer steps, trained with plain SFT."""
-    p_power_q: float = 1.0
-    """p-power: q of the loss (1 - p^q) / q."""
-    eaft_alpha: float = 1.0
-    """eaft: exponent of the entropy that weighs a token."""
-    trsft_alpha: float = 0.1
-    """trsft: tokens of a probability below it have their gradient scaled down by its share of it."""
-    profit_threshold: float = 0.1
-    """profit: tokens of a probability below it have no gradient."""
-    fused_head: bool = True
+    fused_head: bool = ObjectiveConfig.fused_head
     """Compute loss and gradient in chunks of label tokens, and never all of the logits."""
 
     def objective_at(self, step: int) -> Objective:
@@ -50,13 +52,13 @@ class PsftConfig:
         Raises:
             UserError: a value out of range, or an objective that Bridge's batches do not suffice for.
         """
-        if self.objective not in OBJECTIVES:
+        if isinstance(self.old_policy_interval, str) and self.old_policy_interval != "fixed":
+            raise UserError(f"psft.old_policy_interval ({self.old_policy_interval}) must be an integer or fixed")
+        if self.objective_config.needs & _ABSENT:
             raise UserError(
                 f"psft.objective ({self.objective}) must be one of {', '.join(OBJECTIVES)}: any other needs the "
                 "initial model or whole records, which Megatron-Bridge's batches do not carry; `psft train` has all"
             )
-        if isinstance(self.old_policy_interval, str) and self.old_policy_interval != "fixed":
-            raise UserError(f"psft.old_policy_interval ({self.old_policy_interval}) must be an integer or fixed")
         return objective_at(self.objective_config, step)
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.head.layer import HeadOutput
-from megatron_psft.loss.objectives import policy_ratio
+from megatron_psft.objectives.ratio import policy_ratio
 
 log = logging.getLogger(__name__)
 

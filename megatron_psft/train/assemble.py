@@ -21,11 +21,12 @@ from megatron_psft.distributed.grid import Parallel, initialize_parallel
 from megatron_psft.errors import UserError
 from megatron_psft.head.layer import HeadOutput
 from megatron_psft.hf.weights import fill_parameters
-from megatron_psft.loss.objectives import is_clipped, policy_ratio
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model.fp8 import row_multiple
 from megatron_psft.model.gpt import build_model, virtual_size
 from megatron_psft.model.shape import ModelShape
+from megatron_psft.objectives.builtin.psft import is_clipped
+from megatron_psft.objectives.ratio import policy_ratio
 from megatron_psft.scoring.agreement import ScoringAgreement
 from megatron_psft.scoring.host_memory import check_host_memory
 from megatron_psft.scoring.old_policy import OldPolicyWindow

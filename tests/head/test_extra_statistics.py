@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_psft.loss.labels import LabelStats
+from megatron_psft.objectives.labels import LabelStats
 
 EXTRAS = frozenset({"top_entropy", "sum_squares"})
 HIDDEN_SIZE = 6

@@ -1,19 +1,19 @@
 """Token losses against arithmetic in double precision and derivatives written out by hand."""
 
-import ast
 import math
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_psft.config.schema import ObjectiveConfig, ObjectiveName
-from megatron_psft.loss import objectives
-from megatron_psft.loss.labels import LabelInputs, LabelStats, Records
-from megatron_psft.loss.objectives import Objective, is_clipped, policy_ratio
+from megatron_psft.config.schema import ObjectiveConfig
+from megatron_psft.loss.objectives import Objective
+from megatron_psft.objectives.builtin.psft import is_clipped
+from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
+from megatron_psft.objectives.ratio import policy_ratio
+from megatron_psft.objectives.registry import OBJECTIVES
 from tests.support import reference
 
 log_probability = st.floats(-30, 0, width=32)
@@ -107,21 +107,7 @@ def test_sft_is_the_negative_log_probability():
     assert log_probs.grad.tolist() == [-1.0, -1.0, -1.0]
 
 
-def test_the_maths_knows_nothing_of_parallelism():
-    with open(objectives.__file__, encoding="utf-8") as file:
-        nodes = list(ast.walk(ast.parse(file.read())))
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {name for name in imported if "." in name} == {
-        "collections.abc",
-        "megatron_psft.config.schema",
-        "megatron_psft.loss.labels",
-        "megatron_psft.loss.preference",
-    }
-    assert {name for name in imported if "." not in name} == {"dataclasses", "typing", "torch"}
-
-
-EVERY = tuple(name for name in get_args(ObjectiveName) if name != "dpo")  # which test_preference.py is about
+EVERY = tuple(name for name in OBJECTIVES if name != "dpo")  # which test_preference.py is about
 LOG2 = math.log(2)
 BY_HAND = {
     # settings, p, f as a probability, loss, its derivative by log p
@@ -254,9 +240,3 @@ def test_weights_of_the_aggregation_multiply_any_loss(name):
     weighed, weighed_gradient = evaluate(config, stats, replace(given, weights=weights))
     torch.testing.assert_close(weighed, plain * weights)
     torch.testing.assert_close(weighed_gradient, gradient * weights)
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_the_configuration_tells_without_torch_whether_a_reference_is_needed(name):
-    config = ObjectiveConfig(objective=name)
-    assert config.needs_reference == ("reference" in Objective(config=config).needs)

@@ -61,8 +61,8 @@ def test_schedules_find_the_device_of_what_is_scored():
     from megatron.core.pipeline_parallel.schedules import get_tensor_device
 
     from megatron_psft.head.layer import HeadOutput
-    from megatron_psft.loss.labels import LabelStats
     from megatron_psft.nemo.labels import scored_labels
+    from megatron_psft.objectives.labels import LabelStats
 
     output = HeadOutput(stats=LabelStats(torch.tensor([-1.0, -2.0]), torch.zeros(2)), loss=None)
     assert get_tensor_device(output) == torch.device("cpu")

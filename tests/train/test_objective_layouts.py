@@ -5,17 +5,17 @@ What is due comes from transformers, autograd and the formulas of `tests.support
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_psft.config.schema import ObjectiveConfig, ObjectiveName, ParallelConfig
+from megatron_psft.config.schema import ObjectiveConfig, ParallelConfig
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, MicroBatch
 from megatron_psft.data.packing import PackPlan, best_fit
 from megatron_psft.loss.objectives import Objective
+from megatron_psft.objectives.registry import OBJECTIVES
 from megatron_psft.scoring.old_policy import NoOldPolicy
 from tests.support import reference, tiny
 from tests.support.marks import slow
@@ -205,7 +205,7 @@ def test_every_objective_has_the_gradient_of_its_formula(pool, folder, data, lay
 
 def test_the_cases_are_all_objectives_and_differ(data):
     # Pairs need other records: test_preference.py.
-    assert {settings["objective"] for settings in CASES.values()} == set(get_args(ObjectiveName)) - {"dpo"}
+    assert {settings["objective"] for settings in CASES.values()} == set(OBJECTIVES) - {"dpo"}
     directions = [
         torch.cat([gradient.flatten() for gradient in data.gradients[case].values()]).div_(data.losses[case])
         for case in CASES

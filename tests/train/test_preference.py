@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.loss.labels import LabelInputs, LabelStats, Records
-from megatron_psft.loss.preference import dpo_loss, pair_metrics
+from megatron_psft.objectives.builtin.dpo import dpo_loss, pair_metrics
+from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
 from tests.support import reference, tiny
 from tests.support.cli import run_cli
 from tests.support.marks import slow

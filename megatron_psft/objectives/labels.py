@@ -5,12 +5,9 @@ Dimension letters: n label tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-
-ExtraStat = Literal["top_entropy", "sum_squares"]
-"""Statistics that are computed only where an objective asks for them."""
 
 TOP_TOKENS = 20
 """Tokens that `LabelStats.top_entropy` is of."""

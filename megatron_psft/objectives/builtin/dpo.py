@@ -5,14 +5,23 @@ written as losses of its label tokens, so that it takes the way of every other o
 needs of others are sums that carry no gradient.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.loss.labels import LabelInputs, LabelStats
+from megatron_psft.objectives.declare import Setting, Settings, objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_psft.objectives.labels import LabelInputs, LabelStats
+
+DPO_BETA = Setting(
+    name="dpo_beta",
+    default=0.1,
+    range="positive",
+    help="factor of the margin between chosen and rejected sequence; the higher, the closer to the initial model.",
+)
 
 
 class PairMetrics(NamedTuple):
@@ -29,7 +38,7 @@ class PairMetrics(NamedTuple):
     """The same of the rejected one's."""
 
 
-def pair_metrics(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> PairMetrics:
+def pair_metrics(stats: LabelStats, given: LabelInputs, config: Settings) -> PairMetrics:
     """Compares the sequences of each pair; collective over context-parallel ranks, all of which get the same."""
     assert given.records is not None
     assert given.ref_log_probs is not None
@@ -40,20 +49,27 @@ def pair_metrics(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig)
     return PairMetrics(margin, (margin > 0).to(margin.dtype), chosen, rejected)
 
 
-def dpo_loss(stats: LabelStats, given: LabelInputs, config: ObjectiveConfig) -> Tensor:
+@objective(
+    title="direct preference optimization, of pairs",
+    formula="of a pair: -log sigmoid(dpo_beta ((sum of l - f over the chosen labels) - (the same over the rejected)))",
+    source="arXiv 2305.18290",
+    needs={"reference", "pairs"},
+    settings=(DPO_BETA,),
+)
+def dpo_loss(stats: LabelStats, given: LabelInputs, config: Settings) -> Tensor:
     """-log sigmoid(dpo_beta * ((l_c - f_c) - (l_r - f_r))) with sums over the labels of the chosen and the rejected
     sequence (arXiv 2305.18290, equation 7).
 
     Each label token has an equal share of its pair's loss as its value, and as its gradient -/+ dpo_beta * sigmoid(-
     margin) grad l: the pair's own gradient, by the chain rule through the sums.
     """
+    from torch.nn.functional import logsigmoid
+
     assert given.records is not None
     pairs = given.records.ids // 2
     is_chosen = given.records.ids % 2 == 0
     margin = pair_metrics(stats, given, config).margin
     counts = given.records.label_counts.view(-1, 2).sum(dim=1).clamp(min=1)
-    slope = config.dpo_beta * torch.sigmoid(-margin)[pairs]
-    log_probs = stats.log_probs
-    return (-logsigmoid(margin) / counts)[pairs] + torch.where(is_chosen, -slope, slope) * (
-        log_probs - log_probs.detach()
-    )
+    slope = config.dpo_beta * (-margin).sigmoid()[pairs]
+    zero = stats.log_probs - stats.log_probs.detach()
+    return (-logsigmoid(margin) / counts)[pairs] + (-slope).where(is_chosen, slope) * zero

@@ -1,0 +1,32 @@
+"""Objectives as others write them, outside of the package, for the tests beside."""
+
+from megatron_psft.objectives.builtin.iw_sft import IW_LEVEL, iw_sft_loss
+from megatron_psft.objectives.builtin.psft import psft_loss
+from megatron_psft.objectives.declare import Setting, objective
+
+
+@objective(needs={"old"}, takes_advantages=True)
+def psft_again(stats, given, config):
+    return psft_loss(stats, given, config)
+
+
+def sft_again(stats, given, config):
+    return -stats.log_probs
+
+
+@objective(needs={"reference", "records"}, settings=(IW_LEVEL,))
+def iw_sft_again(stats, given, config):
+    return iw_sft_loss(stats, given, config)
+
+
+@objective(needs={"crystal ball"})
+def needs_too_much(stats, given, config):
+    return -stats.log_probs
+
+
+@objective(settings=(Setting(name="gamma", default=1.0, help="a flag that nobody knows."),))
+def has_a_flag(stats, given, config):
+    return -stats.log_probs
+
+
+no_function = 3
