@@ -202,7 +202,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     assert len(workers) >= 2
     parent.kill()
     parent.join()
-    _, alive = psutil.wait_procs(workers, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=300)
     assert not alive
     assert len(build(write_data(tmp_path / "a.jsonl", 20))) == 20
 

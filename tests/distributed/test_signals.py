@@ -75,5 +75,5 @@ def test_helpers_outlive_what_the_trainer_receives():
     assert helper.stdout.readline() == "up\n"
     helper.send_signal(signal.SIGTERM)
     helper.send_signal(signal.SIGINT)
-    out, _ = helper.communicate(timeout=30)
+    out, _ = helper.communicate(timeout=120)
     assert (out, helper.returncode) == ("still here\n", 0)

@@ -155,7 +155,7 @@ def test_two_rounds_of_grpo_raise_the_reward_and_are_not_done_again(tmp_path):
 def run_loop(command: list) -> str:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     argv = list(map(str, command))
-    done = subprocess.run(argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -43,7 +43,7 @@ def exported(pool, tmp_path_factory) -> Path:
 def run_script(name: str, *flags: str | Path) -> None:
     command = [sys.executable, f"examples/rl_cold_start/{name}", *map(str, flags)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 

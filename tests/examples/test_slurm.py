@@ -99,10 +99,10 @@ class Job:
         os.kill(int(self.called("task")[0]), signal.SIGTERM)
 
     def wait_for_torchrun(self) -> None:
-        wait_until((self.calls / "torchrun").exists, 20)
+        wait_until((self.calls / "torchrun").exists, 120)
 
     def end(self) -> int:
-        _, error = self.process.communicate(timeout=20)
+        _, error = self.process.communicate(timeout=120)
         assert error == ""
         return self.process.returncode
 
@@ -171,7 +171,7 @@ def test_torchrun_waits_for_a_checkpoint_but_less_long_than_slurm(start):
 
 def test_a_torchrun_that_cannot_wait_is_not_asked_to(start):
     job = start(TORCHRUN_KNOWS="--max-restarts")
-    _, error = job.process.communicate(timeout=20)
+    _, error = job.process.communicate(timeout=120)
     assert job.process.returncode == 0
     assert error.startswith("this torchrun kills what has not ended 30 seconds after a signal")
     assert "--shutdown-timeout" not in job.called("torchrun")
@@ -248,9 +248,9 @@ def test_a_preempted_run_goes_on_where_it_was(start, tmp_path):
     for _ in range(2):
         before = len(steps())
         job = start(*flags.split(), torchrun_ends_with=None, **node, **cpu)
-        wait_until(lambda before=before: len(steps()) > before + 2, 120)
+        wait_until(lambda before=before: len(steps()) > before + 2, 600)
         job.preempt()
-        _, error = job.process.communicate(timeout=60)
+        _, error = job.process.communicate(timeout=300)
         assert job.process.returncode == 143, error
         assert job.was_requeued
         assert "ended by SIGTERM" in error

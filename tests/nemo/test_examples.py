@@ -45,7 +45,7 @@ def test_dry_run_shows_the_command(where, tmp_path):
         "HOME": str(tmp_path),
         "PATH": "/usr/bin:/bin",
     }
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for shown in ("examples/nemo/finetune_psft.py", "--recipe", "qwen3_4b", "train.train_iters=5"):
         assert shown in done.stdout + done.stderr

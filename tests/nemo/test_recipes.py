@@ -127,7 +127,7 @@ def answer(tmp_path_factory) -> dict:
     (folder / "question.json").write_text(json.dumps(question))
     command = [sys.executable, "-m", "tests.nemo.cpu", "tests.nemo.build_recipes", folder / "question.json"]
     environment = {**os.environ, "HF_HOME": str(write_hub_cache(folder)), "WORLD_SIZE": "8", "RANK": "0"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -75,7 +75,7 @@ def _text(file: IO[str]) -> str:
 
 
 def run_torchrun(
-    args: Sequence[str | Path], nproc: int, *, timeout: float = 300, gpu: bool = False
+    args: Sequence[str | Path], nproc: int, *, timeout: float = 900, gpu: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node NPROC ARGS` from the root of the repository, where `ARGS` starts with the script.
 

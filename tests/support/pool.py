@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_WORKERS = 8
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 30.0
 """How long the other ranks may go on after one has failed: they usually fail too, as its sockets close."""
 
 _PORTS = range(10_000, 32_000)
@@ -82,7 +82,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
         self._workers: list[_Worker] = []
 
-    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900) -> list[Any]:
         """Calls `function(*args)` on ranks 0 to world_size - 1 in torchrun's environment; returns the results by rank.
 
         Function, arguments and results are pickled: `function` is defined at the top of a module. No process group is

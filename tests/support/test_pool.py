@@ -83,7 +83,7 @@ def _hang_on_rank_one():
 
 def test_a_rank_that_hangs_is_shown_where_it_stands_and_the_pool_recovers(pool):
     with pytest.raises(WorkerError) as caught:
-        pool.run(_hang_on_rank_one, 2, timeout=1)
+        pool.run(_hang_on_rank_one, 2, timeout=5)
     assert list(caught.value.failures) == [1]
     assert "did not finish" in caught.value.failures[1]
     assert "_hang_on_rank_one" in caught.value.failures[1]
