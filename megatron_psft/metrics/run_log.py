@@ -13,8 +13,8 @@ from megatron_psft.metrics.table import METRICS, with_former_names
 from megatron_psft.metrics.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
-_ON_BAR = [metric.name for metric in METRICS.values() if metric.is_on_bar]
-_PRINTED = [metric.name for metric in METRICS.values() if metric.is_printed]
+ON_BAR = [metric.name for metric in METRICS.values() if metric.is_on_bar]
+PRINTED = [metric.name for metric in METRICS.values() if metric.is_printed]
 
 
 class RunLog:
@@ -38,10 +38,10 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
         self._trackers.log(step, line)
-        self._bar.set_postfix({name: f"{values[name]:.4g}" for name in _ON_BAR if name in values}, refresh=False)
+        self._bar.set_postfix({name: f"{values[name]:.4g}" for name in ON_BAR if name in values}, refresh=False)
         self._bar.update()
         if step % self._log_interval == 0:
-            self.say(f"step {step}: " + ", ".join(f"{name} {values[name]:.4g}" for name in _PRINTED if name in values))
+            self.say(f"step {step}: " + ", ".join(f"{name} {values[name]:.4g}" for name in PRINTED if name in values))
 
     def sync(self) -> None:
         """Has all lines reach the disk, so that no checkpoint is ahead of them."""
