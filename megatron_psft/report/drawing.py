@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from megatron_psft.report.runs import Run
 DASHES = ("solid", "dashed", "dotted")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 MAX_RUNS = len(palette.RUNS) * len(DASHES)
+_OWN = {"psft": palette.PSFT, "sft": palette.SFT}
 
 MAX_POINTS = 600
 """Of a curve that is drawn: two for each point of the axis."""
@@ -61,7 +62,7 @@ class Curve:
     """One run's part of a chart; nan and infinite values are left out."""
 
     run: int
-    """Its place among the runs, which tells its style."""
+    """Its place among the runs."""
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
     """Each of as many steps as lie around its own; at the ends of the run there are none where they are several."""
@@ -134,7 +135,8 @@ def draw(chart: Chart, runs: Sequence[Run], curves: Sequence[Curve], syncs: Sequ
         for step in syncs:
             axes.axvline(step, color="#D8D8D8", linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)
         first, last = min(run.steps[0] for run in runs), max(run.steps[-1] for run in runs)
-        lines = [_plot(axes, curve, last - first) for curve in curves]
+        styles = styles_of(runs)
+        lines = [_plot(axes, curve, last - first, styles[curve.run]) for curve in curves]
         axes.set_xlim(first - 0.02 * (last - first) - 0.1, last + 0.02 * (last - first) + 0.1)
         _scale(axes, chart, curves)
         svg = StringIO()
@@ -157,8 +159,7 @@ def draw(chart: Chart, runs: Sequence[Run], curves: Sequence[Curve], syncs: Sequ
     return drawing
 
 
-def _plot(axes: Axes, curve: Curve, span: int) -> Line2D:
-    style = style_of(curve.run)
+def _plot(axes: Axes, curve: Curve, span: int, style: Mapping[str, str]) -> Line2D:
     some = thinned(curve.raw)
     axes.plot(curve.raw_steps[some], curve.raw[some], color=style["color"], linewidth=0.6, alpha=0.35, zorder=1.5)
     some = thinned(curve.values)
@@ -175,9 +176,15 @@ def _plot(axes: Axes, curve: Curve, span: int) -> Line2D:
     return line
 
 
-def style_of(run: int) -> dict[str, str]:
-    """Colour and dashes of a run, by its place among the runs."""
-    return {"color": palette.RUNS[run % len(palette.RUNS)], "linestyle": DASHES[run // len(palette.RUNS)]}
+def styles_of(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Colour and dashes of each run: the first run of PSFT and of SFT have the colours that they have in all pictures,
+    the others what is left, in order."""
+    objectives = [run.config.get("objective") for run in runs]
+    own = {objectives.index(name): palette.RUNS.index(colour) for name, colour in _OWN.items() if name in objectives}
+    left = (place for place in range(MAX_RUNS) if place not in own.values())
+    places = [own[run] if run in own else next(left) for run in range(len(runs))]
+    count = len(palette.RUNS)
+    return [{"color": palette.RUNS[place % count], "linestyle": DASHES[place // count]} for place in places]
 
 
 def _scale(axes: Axes, chart: Chart, curves: Sequence[Curve]) -> None:

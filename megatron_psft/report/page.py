@@ -1,7 +1,7 @@
 """The report: one HTML page that needs nothing else, and a PNG of each chart beside it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from megatron_psft import __version__
 from megatron_psft.atomic import replace_file
 from megatron_psft.report.charts import SECTIONS, Chart, Section
-from megatron_psft.report.drawing import MAX_SYNCS, Curve, curves_of, draw, style_of, thinned, window_of
+from megatron_psft.report.drawing import MAX_SYNCS, Curve, curves_of, draw, styles_of, thinned, window_of
 from megatron_psft.report.runs import Run
 from megatron_psft.report.tables import END_STEPS, clipped_tokens, config_table, date, differing, number, summary_table
 
@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Run], folder: Path, *, smooth: int | None) -> Pa
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.get_template("page.html").render(
-        runs=[_legend_entry(run, place) for place, run in enumerate(runs)],
+        runs=[_legend_entry(run, style) for run, style in zip(runs, styles_of(runs), strict=True)],
         summary=summary_table(runs),
         config=config_table(runs),
         mixed=differing(runs, SAME_TASK),
@@ -52,8 +52,7 @@ def write_report(runs: Sequence[Run], folder: Path, *, smooth: int | None) -> Pa
     return path
 
 
-def _legend_entry(run: Run, place: int) -> dict[str, str]:
-    style = style_of(place)
+def _legend_entry(run: Run, style: Mapping[str, str]) -> dict[str, str]:
     return {"label": run.label, "color": style["color"], "dash": _DASH_ARRAYS[style["linestyle"]]}
 
 

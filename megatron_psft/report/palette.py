@@ -9,4 +9,4 @@ BLACK, SKY, ORANGE, GREY = "#000000", "#56B4E9", "#E69F00", "#888888"
 PSFT, SFT = BLUE, VERMILION
 
 RUNS = (BLUE, VERMILION, GREEN, PURPLE, BLACK, SKY, ORANGE)
-"""Of the runs of a report, in the order in which they are named."""
+"""Of the runs of a report; `drawing.styles_of` gives PSFT and SFT their own."""

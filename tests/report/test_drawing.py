@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from megatron_psft.report import drawing
+from megatron_psft.report import drawing, palette
 from megatron_psft.report.charts import SECTIONS, Chart
 from megatron_psft.report.drawing import curves_of, draw, thinned, window_of
 from megatron_psft.report.runs import Run
@@ -17,7 +17,7 @@ RATE = dataclasses.replace(CHART, name="rate", metric="tokens", per="seconds", f
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def run_of(label: str = "run", **metrics: list[float]) -> Run:
+def run_of(label: str = "run", objective: str | None = None, **metrics: list[float]) -> Run:
     values = {name: np.array(column, dtype=np.float64) for name, column in metrics.items()}
     steps = np.arange(1, len(next(iter(values.values()))) + 1)
     return Run(
@@ -26,7 +26,7 @@ def run_of(label: str = "run", **metrics: list[float]) -> Run:
         steps=steps,
         metrics=values,
         not_finite={},
-        config={},
+        config={} if objective is None else {"objective": objective},
         clipped_tokens=None,
         modified=0,
     )
@@ -139,8 +139,15 @@ def test_names_within_pictures_of_one_page_differ(tmp_path):
 
 
 def test_styles_differ_between_all_runs():
-    styles = {tuple(drawing.style_of(run).values()) for run in range(drawing.MAX_RUNS)}
-    assert len(styles) == drawing.MAX_RUNS
+    for objective in ("psft", "sft", "dft"):
+        runs = [run_of(loss=[1], objective=objective)] * drawing.MAX_RUNS
+        assert len({tuple(style.values()) for style in drawing.styles_of(runs)}) == drawing.MAX_RUNS
+
+
+def test_psft_and_sft_have_their_colours_in_any_order():
+    runs = [run_of(loss=[1], objective=name) for name in ("dft", "sft", "psft", "sft")]
+    colours = [style["color"] for style in drawing.styles_of(runs)]
+    assert colours == [palette.GREEN, palette.SFT, palette.PSFT, palette.PURPLE]
 
 
 def test_every_chart_has_a_name_of_its_own_a_title_and_a_unit():
