@@ -15,7 +15,7 @@ OLD_POLICY_FIELDS = (
 )
 """Fields that have an effect with objectives that need the old policy."""
 
-_PACKAGES = {"wandb_project": "wandb", "mlflow_experiment": "mlflow"}
+_PACKAGES = {"tensorboard_dir": "tensorboard", "wandb_project": "wandb", "mlflow_experiment": "mlflow"}
 """What a field needs that may not be installed."""
 
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -292,8 +292,7 @@ def _dataset_source(rows: Sequence[object], name: str, files: tuple[Path, ...], 
 
 
 def _load_from_disk(folder: Path) -> Sequence[object]:
-    import datasets  # a second's import, which plain files do not need
-
+    datasets = _import_datasets(str(folder))
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -307,8 +306,7 @@ def _load_from_disk(folder: Path) -> Sequence[object]:
 
 
 def _load_from_hub(dataset_id: str) -> Sequence[object]:
-    import datasets
-
+    datasets = _import_datasets(dataset_id)
     try:
         return datasets.load_dataset(dataset_id, split="train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -316,6 +314,18 @@ def _load_from_hub(dataset_id: str) -> Sequence[object]:
             f"data ({dataset_id}) is not a local file or folder, and the hub does not have it: {_first_line(error)}; "
             "check the name, or download it and give the folder"
         ) from error
+
+
+def _import_datasets(path: str) -> Any:
+    """The library, a second's import that plain files do not need."""
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise UserError(
+            f"data ({path}) is no file and no folder of files, and needs the package datasets, which is not there; "
+            "pip install datasets, or check the path"
+        ) from None
+    return datasets
 
 
 def _first_line(error: BaseException) -> str:

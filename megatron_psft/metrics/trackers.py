@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron_psft.atomic import replace_file
 from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import RankError
@@ -47,7 +45,7 @@ class Trackers:
             description: settings and versions, kept with the run.
 
         Raises:
-            RankError: a tracker refuses. Its package is there: see validation.py.
+            RankError: a tracker refuses. Its package is there: see config/rules.py.
         """
         ids_path = folder / _IDS_FILE
         ids: dict[str, str] = json.loads(ids_path.read_text(encoding="utf-8")) if ids_path.is_file() else {}
@@ -77,6 +75,8 @@ class _TensorBoard:
     run_id: str | None = None
 
     def __init__(self, folder: str, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(folder, purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

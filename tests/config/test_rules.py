@@ -198,3 +198,15 @@ def test_the_lower_clip_needs_advantages() -> None:
     with pytest.raises(UserError) as error:
         validate_advantages(parse("--clip-ratio-low", "0.1"), has_advantages=False)
     assert str(error.value).startswith("clip_ratio_low (0.1) has no effect where no record of data has an advantage")
+
+
+@pytest.mark.parametrize(
+    ("flag", "package"),
+    [("--tensorboard-dir", "tensorboard"), ("--wandb-project", "wandb"), ("--mlflow-experiment", "mlflow")],
+)
+def test_a_tracker_without_its_package_names_it(monkeypatch, flag, package):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=rf"\(x\) needs the package {package}, which is not there; pip install {package}"
+    ):
+        validate(parse("--train-iters", "10", flag, "x"), world_size=1)

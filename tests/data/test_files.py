@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -164,6 +165,12 @@ def test_a_path_that_does_not_exist_is_a_user_error_and_no_hub_id(path, monkeypa
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=r"does not exist; give a file, a folder or the ID"):
         open_rows(path)
+
+
+def test_an_id_without_the_library_of_the_hub_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"data \(some/set\) is no file .* pip install datasets, or check the path"):
+        open_rows("some/set")
 
 
 def test_other_files_and_empty_folders_are_user_errors(tmp_path):
