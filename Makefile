@@ -4,8 +4,8 @@ PYTHON312 ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Megatron-Core has one line for Python up to 3.11 and one from 3.12 on, and the pins go with them.
-PINS = $(shell $(BIN)/python -c 'import sys; print("py310-py311" if sys.version_info < (3, 12) else "py312")')
+# Megatron-Core has one line for Python 3.11 and one for 3.12, and the pins go with them.
+PINS = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
 CONSTRAINTS = constraints/$(PINS).txt
 # A test of several ranks, or of a command in processes of its own, waits for most of its time: for messages, for a
 # process's start. Nothing waits by spinning, so tests beside each other take longer each and less time together.
@@ -25,9 +25,9 @@ install: $(STAMP) ## Create the virtual environment in VENV (.venv) and install 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): setup.py constraints/py310-py311.txt constraints/py312.txt | $(BIN)/python
+$(STAMP): setup.py pyproject.toml constraints/py311.txt constraints/py312.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev,demo]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev,plot]'
 	touch $@
 
 demo: install ## Train a small model with SFT and PSFT and compare them

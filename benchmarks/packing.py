@@ -6,7 +6,7 @@ Prints one JSON object per figure. Fill is the share of the packs' room that the
 itself reports a little less: a record's last token is a label only and takes no room.)
 Preparation is everything from the files to packs with label masks: TRL's is that of its `SFTTrainer`. It is timed on
 `--copies` copies of the records, so that what only costs once does not count. TRL's packing also copies the tokens into
-the packs, which the trainer here does batch by batch while it trains. Needs TRL (`pip install megatron_psft[rl]`).
+the packs, which the trainer here does batch by batch while it trains. Needs TRL (`pip install -e '.[rl]'`).
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             import trl  # noqa: F401
         except ImportError:
             print(
-                "error: trl is not installed, so there is nothing to compare with; install megatron_psft[rl]",
+                "error: trl is not installed, so there is nothing to compare with; pip install -e '.[rl]'",
                 file=sys.stderr,
             )
             return 2

@@ -1,6 +1,6 @@
 """DPO with TRL from an exported model, on pairs of a chosen and a rejected answer.
 
-On one process as below, on several with `accelerate launch` or torchrun in front. Needs megatron_psft[rl].
+On one process as below, on several with `accelerate launch` or torchrun in front. Needs `pip install -e '.[rl]'`.
 """
 
 import sys

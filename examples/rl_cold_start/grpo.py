@@ -1,6 +1,6 @@
 """GRPO with TRL from an exported model: the rewards are those of tools/rollout.py.
 
-On one process as below, on several with `accelerate launch` or torchrun in front. Needs megatron_psft[rl].
+On one process as below, on several with `accelerate launch` or torchrun in front. Needs `pip install -e '.[rl]'`.
 """
 
 import sys

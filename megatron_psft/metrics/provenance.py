@@ -22,11 +22,13 @@ LIBRARIES = (
 )
 """Those that results depend on, by the name that pip knows."""
 
+_BUILT_FROM = Path(__file__).with_name("commit.txt")  # written by setup.py, and by docker/Dockerfile
+
 
 def versions() -> dict[str, str | None]:
     """Version of this package, with its commit, and of each of `LIBRARIES`, None where it is not installed."""
-    commit = _commit()
-    own = __version__ if commit is None else f"{__version__} (commit {commit})"
+    found = commit()
+    own = __version__ if found is None else f"{__version__} (commit {found})"
     return {"megatron_psft": own, **{name: installed_version(name) for name in LIBRARIES}}
 
 
@@ -38,11 +40,12 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the checkout that this package is in, `-dirty` where files differ from it; None elsewhere."""
+def commit() -> str | None:
+    """The commit that this package is of, `-dirty` where files differ from it: as git says in a checkout, or as a wheel
+    or an image was built from it; None if neither is known."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        return _BUILT_FROM.read_text(encoding="utf-8").strip() if _BUILT_FROM.is_file() else None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

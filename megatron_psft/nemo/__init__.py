@@ -14,4 +14,4 @@ May import config, loss, objectives, distributed, head, model, metrics, scoring.
 from importlib.util import find_spec
 
 if find_spec("megatron.bridge") is None:
-    raise ImportError("megatron_psft.nemo needs megatron-bridge: pip install 'megatron_psft[nemo]'")
+    raise ImportError("megatron_psft.nemo needs megatron-bridge: pip install megatron-bridge, on Python 3.12")

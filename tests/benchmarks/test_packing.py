@@ -30,4 +30,4 @@ def test_without_trl_its_own_figures_and_an_error_that_names_the_extra(argv, mon
     assert (figures["fill"]["records"], figures["tokenize"]["records"]) == (40, 80)
     assert figures["prepare"]["value"] < figures["tokenize"]["value"] < figures["pack"]["value"]
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert line.endswith("install megatron_psft[rl]")
+    assert line.endswith("pip install -e '.[rl]'")

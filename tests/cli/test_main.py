@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_psft.cli.main import COMMANDS, main
-from tests.support import tiny
 from tests.support.cli import REPOSITORY, run_torchrun
 
 SCRIPTS = {
@@ -97,20 +96,8 @@ def test_a_shell_completes_commands_and_their_flags(tmp_path: Path, typed: str, 
 
 
 @pytest.mark.slow
-def test_torchrun_m_trains_with_data_workers_and_background_saves(tmp_path):
-    """Processes for data and for checkpoints import the main module anew, or leave it be."""
-    tiny.build_model(tmp_path / "model", "qwen2", num_hidden_layers=2)
-    tiny.build_tokenizer(tmp_path / "tokenizer")
-    tiny.write_records(tmp_path / "records.jsonl", 1500)  # more than are tokenized before processes are started
-    flags = ["--load-hf", tmp_path / "model", "--tokenizer", tmp_path / "tokenizer", "--save", tmp_path / "run"]
-    flags += ["--data", tmp_path / "records.jsonl", "--data-workers", "2", "--data-cache-dir", tmp_path / "cache"]
-    flags += ["--async-save", "--save-interval", "1", "--keep-last", "2", "--train-iters", "2"]
-    flags += ["--global-batch-size", "2", "--seq-length", "512"]
-    done = run_torchrun(["-m", "megatron_psft", *flags], 2)
-    assert done.returncode == 0, done.stderr
-    steps = sorted(path.name for path in (tmp_path / "run").glob("step_*"))
-    assert steps == ["step_0000001", "step_0000002"]
-    done = run_torchrun(["-m", "megatron_psft", "trains", *flags], 2)
+def test_torchrun_m_with_a_mistyped_command_shows_it_once():
+    done = run_torchrun(["-m", "megatron_psft", "trains"], 2)
     assert done.returncode != 0
     assert done.stderr.count("error: unknown command trains; did you mean train?") == 1
     assert "exitcode  : 2" in done.stderr

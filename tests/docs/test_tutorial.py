@@ -21,7 +21,7 @@ def checkout(tmp_path_factory):
     skipped = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(REPOSITORY, folder, ignore=skipped)
     (folder / ".venv").symlink_to(sys.prefix)
-    for path in (folder / "setup.py", *(folder / "constraints").iterdir()):
+    for path in (folder / "setup.py", folder / "pyproject.toml", *(folder / "constraints").iterdir()):
         os.utime(path, (0, 0))  # else make might install this copy in the tests' own environment
     return folder
 
