@@ -90,6 +90,7 @@ RECIPES = {
 WEIGHTS = str(REPOSITORY / "tests")  # a folder that is there
 START = ["--recipe", "qwen25_7b", "--pretrained-checkpoint", WEIGHTS]
 OVERRIDES = ["psft.old_policy_interval=4", "psft.clip_ratio_high=0.2", "train.train_iters=500", "optimizer.lr=2e-6"]
+OWN = ["psft.objective=tests.objectives.own:sft_again", "psft.eaft_alpha=2"]
 OVERRIDDEN = {
     "psft.old_policy_interval": 4,
     "psft.clip_ratio_high": 0.2,
@@ -102,8 +103,11 @@ OVERRIDDEN = {
     "dataset.hf_dataset": None,
 }
 MISTAKES = {
-    "psft.objective=dpo": "psft.objective (dpo) must be one of psft, sft, dft",
-    "psft.objective=sft-kl": "psft.objective (sft-kl) must be one of psft, sft, dft",
+    "psft.objective=dpo": "psft.objective (dpo) must be one of psft, sft, deft, dft, eaft, p-power, profit, trsft: any",
+    "psft.objective=sft-kl": "psft.objective (sft-kl) must be one of psft, sft, deft, dft",
+    "psft.objective=pfst": "objective ('pfst') must be one of psft, sft, asft",
+    "psft.objective=tests.objectives.own:iw_sft_again": "psft.objective (tests.objectives.own:iw_sft_again) must be",
+    "psft.p_power_q=0": "p_power_q (0) must be greater than 0",
     "psft.clip_ratio_high=0": "clip_ratio_high (0",
     "psft.old_policy_interval=always": "psft.old_policy_interval (always) must be an integer or fixed",
     "psft.old_policy_interval=0": "old_policy_interval (0) must be at least 1",
@@ -122,6 +126,7 @@ def answer(tmp_path_factory) -> dict:
     commands = {
         "overridden": [[*START, "--save", "RUN", "--data", "DATA", "--overrides", *OVERRIDES], list(OVERRIDDEN)]
     }
+    commands["own objective"] = [[*START, "--overrides", *OWN], ["psft.objective", "psft.eaft_alpha"]]
     commands |= {mistake: [[*START, "--overrides", mistake], []] for mistake in MISTAKES}
     question = {"recipes": {name: list(wanted) for name, wanted in RECIPES.items()}, "commands": commands}
     (folder / "question.json").write_text(json.dumps(question))
@@ -139,6 +144,10 @@ def test_recipe_has_the_settings_of_the_paper_and_of_its_model(answer, name):
 
 def test_command_line_overrides_any_field(answer):
     assert answer["overridden"] == OVERRIDDEN
+
+
+def test_an_own_objective_and_settings_of_objectives_are_fields(answer):
+    assert answer["own objective"] == {"psft.objective": "tests.objectives.own:sft_again", "psft.eaft_alpha": 2}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
