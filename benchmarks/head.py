@@ -27,8 +27,8 @@ def _ours(spec: dict[str, Any]) -> Path:
 
     from megatron_psft.config.schema import ObjectiveConfig
     from megatron_psft.head.layer import HeadInputs, fused_head, label_positions
-    from megatron_psft.loss.objectives import Objective
     from megatron_psft.objectives.labels import LabelInputs
+    from megatron_psft.objectives.objective import Objective
 
     place = {"vocab_size": spec["vocab_size"], "group": dist.group.WORLD, "sequence_parallel": False}
     objective = Objective(config=ObjectiveConfig(objective="sft"))

@@ -14,9 +14,9 @@ from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.head.kernels import shard_passes
 from megatron_psft.hf.weights import RandomWeights, fill_parameters
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.model.gpt import build_model
 from megatron_psft.model.shape import ModelShape
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.scoring.old_policy import CurrentPolicy
 from megatron_psft.train.optimizer import build_optimizer, update
 from megatron_psft.train.pipeline import Pipeline

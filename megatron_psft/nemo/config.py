@@ -8,8 +8,8 @@ from megatron.bridge.utils.cuda_graph import is_full_iteration_cuda_graph
 
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.errors import UserError
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.objectives.declare import Requirement
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.registry import OBJECTIVES as BUILTIN
 from megatron_psft.objectives.registry import with_settings
 from megatron_psft.scoring.old_policy import objective_at

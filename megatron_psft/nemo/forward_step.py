@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_psft.errors import UserError
 from megatron_psft.head.layer import HeadOutput
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.sums import BatchSums, batch_sums
 from megatron_psft.metrics.table import means
 from megatron_psft.model.end import ask, attach
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.labels import MaskedLabels, MaskedQuestion, scored_labels
+from megatron_psft.objectives.objective import Objective
 
 LOSS_KEY = "lm loss"
 """Bridge's name of the loss that is trained on, or of an evaluation."""

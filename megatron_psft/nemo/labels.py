@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.objectives.labels import LabelInputs
+from megatron_psft.objectives.objective import Objective
 
 IGNORED = -100
 """In place of a label that does not count."""

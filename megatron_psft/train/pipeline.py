@@ -15,11 +15,11 @@ from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.collective import sum_over_context
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, scatter_labels, select_labels
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.sums import BatchSums, batch_sums
 from megatron_psft.model.end import ask
 from megatron_psft.model.layers import packed_row_params
 from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.scoring.old_policy import OldPolicy, Scores
 
 Observer = Callable[["LabelledBatch", HeadOutput], None]

@@ -8,7 +8,7 @@ from tests.support.extending import copy_repository, follow, run
 CODE = """
 import json, torch
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.loss.labels import LabelInputs, LabelStats
+from megatron_psft.objectives.labels import LabelInputs, LabelStats
 from megatron_psft.metrics import run_log
 from megatron_psft.metrics.sums import batch_sums
 from megatron_psft.metrics.table import means

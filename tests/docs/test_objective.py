@@ -18,7 +18,7 @@ COMMAND = re.compile(r"^(?:PYTHONPATH=\. )?python (pretrain_psft\.py .*--objecti
 EVALUATE = """
 import math, torch
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.loss.objectives import Objective
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
 log_probs = torch.tensor([math.log(0.25)], requires_grad=True)
 objective = Objective(config=ObjectiveConfig(objective="focal", focal_gamma=2.0))

@@ -11,13 +11,13 @@ import torch
 from megatron_psft.config.schema import LoggingConfig, ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.run_log import METRICS_FILE, RunLog
 from megatron_psft.metrics.sums import BatchSums, batch_sums
 from megatron_psft.metrics.table import means
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
+from megatron_psft.objectives.objective import Objective
 from tests.support import reference
 from tests.support.marks import slow
 

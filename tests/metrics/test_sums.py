@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_psft.config.schema import LossAggregation, ObjectiveConfig
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.sums import BatchSums, batch_sums
 from megatron_psft.metrics.table import means
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
+from megatron_psft.objectives.objective import Objective
 
 OBJECTIVES = ("psft", "sft")
 

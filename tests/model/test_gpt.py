@@ -114,8 +114,8 @@ def measure(layout: Layout, folders: list[Path], bf16: bool) -> list[dict]:
 def measure_model(rank, folder: Path, bf16: bool) -> dict:
     from megatron_psft.config.schema import ObjectiveConfig
     from megatron_psft.hf.mapping import pieces
-    from megatron_psft.loss.objectives import Objective
     from megatron_psft.model.parameters import named_parameters, shard_place
+    from megatron_psft.objectives.objective import Objective
     from megatron_psft.scoring.old_policy import NoOldPolicy
     from megatron_psft.train.optimizer import build_optimizer
     from megatron_psft.train.pipeline import Pipeline

@@ -35,8 +35,8 @@ SCORED = torch.tensor([[3.0, 4.0, 5.0], [-1.0, -2.0, -3.0]])
 
 def question_about_scored_labels():
     from megatron_psft.config.schema import ObjectiveConfig
-    from megatron_psft.loss.objectives import Objective
     from megatron_psft.nemo.labels import MaskedQuestion
+    from megatron_psft.objectives.objective import Objective
 
     return MaskedQuestion(Objective(config=ObjectiveConfig()), iter([SCORED]))
 

@@ -12,9 +12,9 @@ import torch
 from megatron_psft.config.rules import validate, validate_advantages
 from megatron_psft.config.schema import ObjectiveConfig, config_to_yaml, parse_config
 from megatron_psft.errors import UserError
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.objectives import builtin
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.registry import OBJECTIVES, SETTINGS
 from tests.config.test_schema import parse, write_yaml
 from tests.support import tiny

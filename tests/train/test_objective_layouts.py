@@ -14,7 +14,7 @@ from megatron_psft.config.schema import ObjectiveConfig, ParallelConfig
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, MicroBatch
 from megatron_psft.data.packing import PackPlan, best_fit
-from megatron_psft.loss.objectives import Objective
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.registry import OBJECTIVES
 from megatron_psft.scoring.old_policy import NoOldPolicy
 from tests.support import reference, tiny

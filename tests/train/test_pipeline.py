@@ -22,8 +22,8 @@ from megatron_psft.config.schema import (
 )
 from megatron_psft.data.chat import Example
 from megatron_psft.data.loader import MicroBatch, collate
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.metrics.sums import BatchSums
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.scoring.old_policy import CurrentPolicy, Scores
 from tests.support import reference, tiny
 from tests.support.scores import scores_of

@@ -1,25 +1,25 @@
-"""The objective of a run: what it needs, and the losses of label tokens. No process group, no host copies."""
+"""The objective of a run, as the trainer asks it: what it needs, and the losses of label tokens."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.objectives.declare import ExtraStat, Requirement
+from megatron_psft.objectives.declare import ExtraStat, Requirement, Settings
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
-from megatron_psft.objectives.registry import find_objective
+from megatron_psft.objectives.registry import find_objective, needs_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """The token loss that a configuration names, with its settings."""
 
-    config: ObjectiveConfig
+    config: Settings
+    """The run's `ObjectiveConfig`."""
 
     @property
     def needs(self) -> frozenset[Requirement]:
         """What it needs."""
-        return self.config.needs
+        return needs_of(self.config.objective, self.config)
 
     @property
     def extra_stats(self) -> frozenset[ExtraStat]:

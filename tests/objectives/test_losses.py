@@ -9,9 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.loss.objectives import Objective
 from megatron_psft.objectives.builtin.psft import is_clipped
 from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.ratio import policy_ratio
 from megatron_psft.objectives.registry import OBJECTIVES
 from tests.support import reference
