@@ -24,7 +24,7 @@ class RunLog:
         self, folder: Path, trackers: Trackers, *, first_step: int, train_iters: int, log_interval: int
     ) -> None:
         """Opens the file; lines of metrics.jsonl from `first_step` (from 1) on, left by a run that went further, are
-        dropped. `trackers` are closed with the report."""
+        dropped. `trackers` are closed with the log."""
         self._path = folder / METRICS_FILE
         _drop_from(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")

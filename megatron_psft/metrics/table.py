@@ -310,6 +310,8 @@ _TABLE = (
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
 """All metrics by name."""
 
+_PRESENT_NAMES = {metric.former_name: metric.name for metric in _TABLE if metric.former_name is not None}
+
 
 def means(*, of_pairs: bool) -> dict[str, Over]:
     """What each mean of a step is over, by the metric's name; with those over preference pairs if `of_pairs`."""
@@ -329,3 +331,8 @@ def with_former_names(values: Mapping[str, float]) -> dict[str, float]:
         if former_name is not None:
             line[former_name] = value
     return line
+
+
+def with_present_names(line: Mapping[str, float]) -> dict[str, float]:
+    """A line of metrics.jsonl, of whatever release, with each value under its present name alone."""
+    return {_PRESENT_NAMES.get(name, name): value for name, value in line.items()}

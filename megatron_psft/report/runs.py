@@ -16,6 +16,7 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_psft.errors import UserError
+from megatron_psft.metrics.table import with_present_names
 
 # The trainer's modules that write these files load torch, which takes seconds.
 METRICS_FILE, CONFIG_FILE, CLIPPED_TOKENS_FILE = "metrics.jsonl", "config.yaml", "clipped_tokens.json"
@@ -123,7 +124,7 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
             raise UserError(f"{path}:{number} must be an object of numbers with a whole number as step")
         if rows and row["step"] <= rows[-1]["step"]:
             raise UserError(f"{path}:{number}: step ({row['step']}) must be above the one before it")
-        rows.append(row)
+        rows.append(with_present_names(row))
     if not rows:
         raise UserError(f"{path} has no step yet; wait for the run's first one")
     return rows

@@ -42,6 +42,13 @@ def test_what_the_writer_wrote_is_read(tmp_path):
     assert (run.config, run.clipped_tokens, run.not_finite) == ({}, None, {})
 
 
+def test_a_run_from_before_a_rename_is_read_by_the_present_names(tmp_path):
+    rows = [{"step": 1, "loss_tokens": 7.0, "loss": 1.0}, {"step": 2, "label_tokens": 5.0, "loss_tokens": 5.0}]
+    (run,) = read_runs([write(tmp_path, lines(*rows))])
+    assert set(run.metrics) == {"step", "label_tokens", "loss"}
+    assert run.metrics["label_tokens"].tolist() == [7, 5]
+
+
 def test_the_half_written_line_of_a_live_run_is_left_out(tmp_path):
     whole = lines({"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0})
     for end in ("", '{"step": 3, "lo', '{"step": 3, "loss": 3.0}'):
