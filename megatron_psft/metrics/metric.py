@@ -11,7 +11,7 @@ ChartSection = Literal["learning", "old policy", "pairs", "optimizer", "speed"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ChartSpec:
     """How the report draws a metric, or one divided by another, over the steps."""
 
     section: ChartSection
@@ -23,7 +23,7 @@ class Drawing:
     unit: str | None = None
     """Of the axis; the metric's own if None."""
     metric: str | None = None
-    """Metric whose values are drawn; the one that the drawing belongs to if None."""
+    """Metric whose values are drawn; the one that the chart belongs to if None."""
     per: str | None = None
     """Metric to divide by; a mean over steps is of sum by sum."""
     factor: float = 1.0
@@ -54,5 +54,5 @@ class Metric:
     """Whether the line of every `log_interval` steps has it."""
     is_on_bar: bool = False
     """Whether the progress bar of training has it."""
-    drawing: Drawing | None = None
+    chart: ChartSpec | None = None
     """None if the report has no chart of it."""

@@ -6,7 +6,7 @@ metrics.jsonl, the progress bar, Megatron-Bridge's log, charts and docs/metrics.
 
 from collections.abc import Mapping
 
-from megatron_psft.metrics.metric import Drawing, Metric, Over
+from megatron_psft.metrics.metric import ChartSpec, Metric, Over
 
 _TABLE = (
     Metric(name="step", unit="from 1", help="Optimizer step."),
@@ -17,7 +17,7 @@ _TABLE = (
         over="denominator",
         is_printed=True,
         is_on_bar=True,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="learning",
             title="Loss",
             note="What the optimizer lowers: nats with cross-entropy, minus the clipped ratio with PSFT. Compare it "
@@ -30,7 +30,7 @@ _TABLE = (
         help="-log pi of the labels, before the update: the curve to watch.",
         over="label_tokens",
         is_printed=True,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="learning", title="Negative log-likelihood", note="Of the labels, before the step's update."
         ),
     ),
@@ -40,7 +40,7 @@ _TABLE = (
         help="`nll` of `--valid-data`, after the update, on steps with an evaluation; sum over all its label tokens "
         "by their number.",
         is_printed=True,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="learning",
             title="Validation: negative log-likelihood",
             note="Rising while the one of training falls: the demonstrations are being memorized.",
@@ -54,7 +54,7 @@ _TABLE = (
         over="label_tokens",
         is_printed=True,
         is_on_bar=True,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="learning",
             title="Entropy",
             note="Of the next-token distribution. A collapse leaves reinforcement learning little to explore.",
@@ -65,7 +65,7 @@ _TABLE = (
         name="valid_entropy",
         unit="nats per label token",
         help="`entropy` on `--valid-data`, as `valid_nll`.",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="learning",
             title="Validation: entropy",
             note="The same on held-out records.",
@@ -80,7 +80,7 @@ _TABLE = (
         over="label_tokens",
         is_printed=True,
         is_on_bar=True,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="old policy",
             title="Clip fraction",
             note="They have no gradient until the next sync. Near 0 PSFT acts like SFT; steadily above 50 %, a smaller "
@@ -95,7 +95,7 @@ _TABLE = (
         unit="pi / pi_old",
         help="Ratio of the label tokens; exactly 1 on the first step of a window, and where there is no old policy.",
         over="label_tokens",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="old policy",
             title="Ratio, mean",
             note="1 right after a sync.",
@@ -108,7 +108,7 @@ _TABLE = (
         unit="pi / pi_old",
         help="5th percentile of the ratio over the label tokens, by nearest rank: the ratio of one of them.",
         ratio_percentile=5,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="old policy",
             title="Ratio, 5th percentile",
             note="5 % of the label tokens have become less likely than by this factor.",
@@ -120,7 +120,7 @@ _TABLE = (
         unit="pi / pi_old",
         help="Its median.",
         ratio_percentile=50,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="old policy",
             title="Ratio, median",
             note="At 1 half of the label tokens hardly move: most of them are learned, or never get a gradient.",
@@ -132,7 +132,7 @@ _TABLE = (
         unit="pi / pi_old",
         help="Its 95th percentile.",
         ratio_percentile=95,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="old policy",
             title="Ratio, 95th percentile",
             note="Beyond the bound of the clip, more than 5 % of the label tokens are clipped.",
@@ -146,7 +146,7 @@ _TABLE = (
         help="Its largest value.",
         ratio_percentile=100,
         is_printed=True,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="old policy",
             title="Ratio, largest",
             note="A single token's; of several steps the largest.",
@@ -160,7 +160,7 @@ _TABLE = (
         unit="nats per label token",
         help="Mean of r - 1 - log r with r the ratio: how far the model is from the old policy.",
         over="label_tokens",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="old policy",
             title="Divergence from the old policy",
             note="Estimated as r - 1 - log r; 0 right after a sync.",
@@ -173,7 +173,7 @@ _TABLE = (
         unit="nats times dpo_beta",
         help="`dpo` only: by how much more than the initial model the policy prefers the chosen sequence.",
         over="pairs",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="pairs",
             title="Margin",
             note="By how much more than the initial model the policy prefers the chosen sequence.",
@@ -185,7 +185,7 @@ _TABLE = (
         unit="share of pairs",
         help="`dpo` only: pairs whose margin is above 0.",
         over="pairs",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="pairs",
             title="Accuracy",
             note="Pairs with a margin above 0.",
@@ -199,14 +199,14 @@ _TABLE = (
         unit="nats per sequence",
         help="`dpo` only: log-probability of the labels of the chosen sequence.",
         over="pairs",
-        drawing=Drawing(section="pairs", title="Log-probability of the chosen", note="Sum over its labels."),
+        chart=ChartSpec(section="pairs", title="Log-probability of the chosen", note="Sum over its labels."),
     ),
     Metric(
         name="rejected_log_probs",
         unit="nats per sequence",
         help="`dpo` only: log-probability of the labels of the rejected sequence.",
         over="pairs",
-        drawing=Drawing(section="pairs", title="Log-probability of the rejected", note="Sum over its labels."),
+        chart=ChartSpec(section="pairs", title="Log-probability of the rejected", note="Sum over its labels."),
     ),
     Metric(name="tokens", unit="tokens", help="Tokens that went through the model, without padding."),
     Metric(name="label_tokens", unit="tokens", help="Tokens that the loss is of.", former_name="loss_tokens"),
@@ -221,14 +221,14 @@ _TABLE = (
         unit="L2 norm over all parameters",
         help="Of the gradient, before clipping.",
         is_printed=True,
-        drawing=Drawing(section="optimizer", title="Gradient norm", note="Before clipping.", may_be_log=True),
+        chart=ChartSpec(section="optimizer", title="Gradient norm", note="Before clipping.", may_be_log=True),
     ),
     Metric(
         name="lr",
         unit="step size of AdamW",
         help="Learning rate of the step.",
         is_printed=True,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="optimizer", title="Learning rate", note="Of the step's update.", over_steps="none", from_zero=True
         ),
     ),
@@ -238,7 +238,7 @@ _TABLE = (
         help="`tokens` divided by `step_seconds`, so with the old policy's pass in the time.",
         is_printed=True,
         is_on_bar=True,
-        drawing=Drawing(
+        chart=ChartSpec(
             section="speed",
             title="Throughput",
             note="Padding is not counted.",
@@ -251,7 +251,7 @@ _TABLE = (
         name="step_seconds",
         unit="seconds",
         help="The step from its data to its update, with the old policy's pass; without evaluation and checkpoint.",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="speed", title="Step time", note="With the old policy's pass where a window begins.", from_zero=True
         ),
     ),
@@ -259,7 +259,7 @@ _TABLE = (
         name="old_policy_seconds",
         unit="seconds",
         help="The part of `step_seconds` that scored a window ahead.",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="old policy",
             name="old_policy_share",
             title="Old policy's share of the time",
@@ -275,7 +275,7 @@ _TABLE = (
         unit="TFLOP/s per GPU",
         help="On GPUs: operations of forward and backward passes, three times those of a forward pass, divided by "
         "`step_seconds` less `old_policy_seconds` and by the number of GPUs.",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="speed", title="Arithmetic throughput", note="Of forward and backward passes.", from_zero=True
         ),
     ),
@@ -283,7 +283,7 @@ _TABLE = (
         name="mfu",
         unit="share of the GPU's peak",
         help="On GPUs whose peak is known: `tflops_per_gpu` divided by the GPU's dense bf16 peak, in fp8 runs too.",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="speed",
             title="Model FLOP utilization",
             note="Of forward and backward passes.",
@@ -296,7 +296,7 @@ _TABLE = (
         name="max_memory_gib",
         unit="GiB",
         help="On GPUs: memory allocated by PyTorch on rank 0, the largest since the process began.",
-        drawing=Drawing(
+        chart=ChartSpec(
             section="speed",
             title="GPU memory",
             note="Allocated on rank 0.",

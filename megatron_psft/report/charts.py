@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_psft.metrics.metric import ChartSection, Drawing, Metric
+from megatron_psft.metrics.metric import ChartSection, ChartSpec, Metric
 from megatron_psft.metrics.table import METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chart(Drawing):
-    """A drawing of a metric, with what it leaves to the metric."""
+class Chart(ChartSpec):
+    """How a metric is drawn, with what its entry leaves to the metric."""
 
     name: str
     unit: str
@@ -30,15 +30,15 @@ class Section:
 def _charts(section: ChartSection) -> tuple[Chart, ...]:
     """Those of a section, in the table's order."""
     return tuple(
-        _chart(metric, metric.drawing)
+        _chart(metric, metric.chart)
         for metric in METRICS.values()
-        if metric.drawing is not None and metric.drawing.section == section
+        if metric.chart is not None and metric.chart.section == section
     )
 
 
-def _chart(metric: Metric, drawing: Drawing) -> Chart:
+def _chart(metric: Metric, chart: ChartSpec) -> Chart:
     own = {"name": metric.name, "unit": metric.unit, "metric": metric.name}
-    fields: dict[str, Any] = {field: value for field, value in vars(drawing).items() if value is not None}
+    fields: dict[str, Any] = {field: value for field, value in vars(chart).items() if value is not None}
     return Chart(**{**own, **fields})
 
 
