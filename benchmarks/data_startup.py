@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for records and cache; its cache is emptied")
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--ranks", type=int, default=2, help="processes that open the cache at once")
-    parser.add_argument("--workers", type=int, help="processes that tokenize; one per usable core where absent")
+    parser.add_argument("--workers", type=int, help="processes that tokenize; one per usable core if unset")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     data, cache = args.folder / f"records_{args.records}.jsonl", args.folder / "cache"

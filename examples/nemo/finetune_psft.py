@@ -29,9 +29,9 @@ class RecipeConfig:
     """Hugging Face folder, or Megatron-Core checkpoint, to start from."""
     data: str | None = None
     """Folder with training.jsonl, and validation.jsonl where validation.eval_iters is not 0; the recipe's data set
-    where absent. For text recipes."""
+    if unset. For text recipes."""
     save: str | None = None
-    """Folder for checkpoints. Where it holds one already, the run resumes from it. The recipe's where absent."""
+    """Folder for checkpoints. Where it holds one already, the run resumes from it. The recipe's if unset."""
     overrides: tuple[str, ...] = ()
     """Fields to set, as section.field=value."""
 

@@ -37,7 +37,7 @@ class JobConfig:
     time: str = "04:00:00"
     """Slurm time limit."""
     container_image: str | None = None
-    """Container that Slurm starts (Pyxis), e.g. NeMo's; none where absent."""
+    """Container that Slurm starts (Pyxis), e.g. NeMo's; none if unset."""
     container_mounts: tuple[str, ...] = ()
     """Mounts of the container, as host:container."""
     name: str = "psft"

@@ -205,7 +205,7 @@ def _begin(target: Path, needed_bytes: int) -> Path:
 
 def _write_failed(cause: str, target: Path) -> str:
     return (
-        f"save: a checkpoint could not be written ({cause}); those before it are intact; mend the folder, or make room "
+        f"save: a checkpoint could not be written ({cause}); those before it are intact; fix the folder, or make room "
         f"in it, and start again: {target}"
     )
 

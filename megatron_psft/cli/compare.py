@@ -34,7 +34,7 @@ class Sides:
     second: str
     """As `first`; differences are second minus first."""
     tokenizer: str | None = None
-    """Models: folder or hub ID of the tokenizer of both; each its own where absent."""
+    """Models: folder or hub ID of the tokenizer of both; each its own if unset."""
     out: str
     """Folder that receives compare.md, and the results of models."""
     examples: int = 3

@@ -58,16 +58,16 @@ class SourceConfig:
     """Run folder, of which the newest checkpoint is read, or one step folder of it, or a folder that this command
     wrote."""
     load_hf: str | None = None
-    """Folder or hub ID whose config.json and generation config go with the weights of `from_megatron`; where absent,
+    """Folder or hub ID whose config.json and generation config go with the weights of `from_megatron`; if unset,
     those that it holds itself, or that its run was started with."""
     tokenizer: str | None = None
-    """Folder or hub ID whose tokenizer goes with the weights; where absent, the run's where `load_hf` is, too, or the
+    """Folder or hub ID whose tokenizer goes with the weights; if unset, the run's where `load_hf` is, too, or the
     one beside config.json."""
 
     def __post_init__(self) -> None:
         require_one(self, "from_hf", "from_megatron")
         if self.load_hf is not None and self.from_megatron is None:
-            raise UserError(f"load_hf ({self.load_hf}) goes with from_megatron; leave it away")
+            raise UserError(f"load_hf ({self.load_hf}) goes with from_megatron; remove it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +79,10 @@ class TargetConfig:
     to_megatron: str | None = None
     """Folder to write a checkpoint of weights to; it must not exist. `psft train` takes it with --load."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of what is written; where absent, that of the source, but for `to_hf` of an fp32 checkpoint the one
+    """Number format of what is written; if unset, that of the source, but for `to_hf` of an fp32 checkpoint the one
     that config.json names, as in its run's own export."""
     max_shard_gb: float | None = None
-    """Size limit of one file of `to_hf`, in 10^9 bytes; 5 where absent. A tensor that is larger has its own file."""
+    """Size limit of one file of `to_hf`, in 10^9 bytes; 5 if unset. A tensor that is larger has its own file."""
     via_bridge: bool = False
     """Convert with Megatron-Bridge's AutoBridge, in its own checkpoint format, and so every family of models that it
     knows. It has the whole model in memory; `from_megatron` needs `load_hf`."""
@@ -98,11 +98,11 @@ class TargetConfig:
             require_absent(self, name, "folder")
         for name in ("dtype", "max_shard_gb", "check"):
             if self.via_bridge and getattr(self, name):
-                raise UserError(f"{name} ({getattr(self, name)}) has no effect with via_bridge; leave it away")
+                raise UserError(f"{name} ({getattr(self, name)}) has no effect with via_bridge; remove it")
         if self.max_shard_gb is not None:
             require_positive(self, "max_shard_gb")
             if self.to_hf is None or self.check:
-                raise UserError(f"max_shard_gb ({self.max_shard_gb}) goes with writing to_hf; leave it away")
+                raise UserError(f"max_shard_gb ({self.max_shard_gb}) goes with writing to_hf; remove it")
 
     @property
     def place(self) -> tuple[str, Path]:
@@ -175,7 +175,7 @@ def convert_by_bridge(config: ConvertConfig) -> None:
     if (source.from_hf is None) == (config.target.to_hf is None):
         raise UserError(f"{field} ({target}) must be the other format than the source's with via_bridge")
     if source.tokenizer is not None:
-        raise UserError(f"tokenizer ({source.tokenizer}) has no effect with via_bridge; leave it away")
+        raise UserError(f"tokenizer ({source.tokenizer}) has no effect with via_bridge; remove it")
     if source.from_hf is None and source.load_hf is None:
         raise UserError("load_hf must be given with via_bridge: the Hugging Face model that the checkpoint is of")
     if find_spec("megatron.bridge") is None:
@@ -274,7 +274,7 @@ def write(
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the disk's own complaint
         if not isinstance(cause, OSError | SafetensorError):
             raise
-        raise UserError(f"{field} ({path}) could not be written: {cause}; mend it and start again") from None
+        raise UserError(f"{field} ({path}) could not be written: {cause}; fix it and start again") from None
     print(f"{num_parameters} parameters as {str(dtype).removeprefix('torch.')} in {path}")
 
 

@@ -32,9 +32,9 @@ class ModelToCheck:
     """A model to look at beside the machine."""
 
     model: str | None = None
-    """Hugging Face folder or hub ID that a run would start from; no model is looked at where absent."""
+    """Hugging Face folder or hub ID that a run would start from; no model is looked at if unset."""
     tokenizer: str | None = None
-    """Folder or hub ID of the tokenizer; `model` where absent."""
+    """Folder or hub ID of the tokenizer; `model` if unset."""
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None and self.model is None:

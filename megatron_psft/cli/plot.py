@@ -31,7 +31,7 @@ class RunsConfig:
     """Run folders, those that `--save` named in training. First on the command line they need no `--runs`."""
     smooth: int | None = None
     """Steps around its own that a curve's value is the mean of, while a pale line has each step's value; 1 draws these
-    alone. A 50th of the longest run, in whole windows of the old policy, where absent."""
+    alone. A 50th of the longest run, in whole windows of the old policy, if unset."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "smooth")

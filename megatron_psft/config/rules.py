@@ -121,7 +121,7 @@ def _validate_needs(config: Config) -> None:
     if data.valid_data and config.objective.needs_pairs:
         raise UserError(
             f"valid_data ({' '.join(data.valid_data)}) cannot be evaluated with objective "
-            f"{config.objective.objective}, as its likelihood would count rejected sequences as good; leave it away"
+            f"{config.objective.objective}, as its likelihood would count rejected sequences as good; remove it"
         )
     if data.prompt_key == data.completion_key:
         raise UserError(f"prompt_key ({data.prompt_key}) must differ from completion_key; change one of them")
@@ -142,9 +142,7 @@ def _validate_precision(config: Config) -> None:
     if precision.fp8_format is not None and not precision.bf16:
         raise UserError(f"fp8_format ({precision.fp8_format}) needs bf16; set it, or leave fp8_format away")
     if config.optimizer.optimizer_cpu_offload and not (precision.bf16 and config.parallel.use_distributed_optimizer):
-        raise UserError(
-            "optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or leave it away"
-        )
+        raise UserError("optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or remove it")
 
 
 def _validate_effects(config: Config) -> None:

@@ -26,13 +26,13 @@ class WeightsConfig:
     """Read only config and tokenizer from `load_hf` and draw the weights from `seed`. No effect where `save` or `load`
     holds a checkpoint."""
     tokenizer: str | None = None
-    """Folder or hub ID of the tokenizer and its chat template; `load_hf` where absent."""
+    """Folder or hub ID of the tokenizer and its chat template; `load_hf` if unset."""
     save: str
     """Run folder: metrics.jsonl, config.yaml and checkpoints. Where it holds one already, the run resumes from it."""
     save_interval: int | None = None
-    """Steps between checkpoints; where absent, one is written at the end only."""
+    """Steps between checkpoints; if unset, one is written at the end only."""
     keep_last: int | None = None
-    """Number of newest checkpoints to keep in `save`; all where absent."""
+    """Number of newest checkpoints to keep in `save`; all if unset."""
     async_save: bool = False
     """Write checkpoints in the background while training goes on; the last one is finished before the run ends."""
     load: str | None = None
@@ -40,7 +40,7 @@ class WeightsConfig:
     weights take the place of those of `load_hf`. No effect where `save` holds a checkpoint. An objective that compares
     with the model at the start compares with this one."""
     export_hf: str | None = None
-    """Folder that receives the trained model in Hugging Face format; none is written where absent."""
+    """Folder that receives the trained model in Hugging Face format; none is written if unset."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "save_interval", "keep_last")
@@ -63,7 +63,7 @@ class DataConfig:
     eval_interval: int | None = None
     """Steps between evaluations. Needs `valid_data`."""
     eval_iters: int | None = None
-    """Global batches per evaluation; all of `valid_data` where absent. Needs `valid_data`."""
+    """Global batches per evaluation; all of `valid_data` if unset. Needs `valid_data`."""
     seq_length: int = 4096
     """Length of the longest record that is trained on whole, in tokens; `overlong` says what happens to longer ones.
     With packing also the room of a pack. Of a preference pair the longer sequence counts, and a pack has room for twice
@@ -73,7 +73,7 @@ class DataConfig:
     has a sequence of its own."""
     shuffle: bool = True
     """Draw a new order from `seed` for each epoch. Otherwise records are trained on in file order, and with packing
-    packs in the order of their first records; which records share a pack is told by their lengths."""
+    packs in the order of their first records; which records share a pack depends on their lengths."""
     overlong: Literal["drop", "truncate", "error"] = "error"
     """What to do with records longer than `seq_length`: leave them out, cut their end off (not of preference pairs), or
     stop."""
@@ -83,7 +83,7 @@ class DataConfig:
     """Name of the completion in records of prompt and completion; its default also finds `demonstration`. No effect on
     records of another form."""
     system_prompt: str | None = None
-    """System message of all records, in place of their own; each record's where absent."""
+    """System message of all records, instead of their own; each record's if unset."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     """Tokens that count as labels: those of all assistant turns, of the last assistant turn, or of the whole text (not
     of preference pairs, of which only what differs is labels)."""
@@ -93,7 +93,7 @@ class DataConfig:
     """Folder that keeps tokenized records for later runs and for the other processes of a node. A folder in it may be
     deleted whenever no run uses it."""
     data_workers: int | None = None
-    """Processes on each node that tokenize, the first time; one per usable core, at most 32, where absent."""
+    """Processes on each node that tokenize, the first time; one per usable core, at most 32, if unset."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "eval_interval", "eval_iters", "data_workers")
@@ -158,7 +158,7 @@ class ObjectiveConfig:
     """PSFT: first optimizer steps, trained with plain SFT; windows of the old policy are counted after them."""
     old_policy_micro_batch_size: int | None = None
     """PSFT: sequences per forward pass of one model replica when the old policy scores a window; `micro_batch_size`
-    where absent. Any other leaves the ratio after a sync equal to 1 only up to rounding, of bf16 with `bf16`."""
+    if unset. Any other leaves the ratio after a sync equal to 1 only up to rounding, of bf16 with `bf16`."""
     fused_head: bool = True
     """Compute loss and gradient from the last hidden states in chunks of label tokens, and never all of the logits;
     otherwise from all logits."""
@@ -248,7 +248,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Ranks over which the layers are spread in stages."""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers per chunk of the interleaved pipeline schedule; plain schedule where absent. Needs several stages."""
+    """Layers per chunk of the interleaved pipeline schedule; plain schedule if unset. Needs several stages."""
     context_parallel_size: int = 1
     """Ranks that share each sequence. Every record is padded to a multiple of twice this number, which may make a row
     longer than `seq_length`: packs do not depend on the layout."""
@@ -256,7 +256,7 @@ class ParallelConfig:
     """Groups into which the experts of a mixture-of-experts model are split, over ranks that elsewhere are data-,
     context- or tensor-parallel."""
     expert_tensor_parallel_size: int | None = None
-    """Ranks that share each expert; `tensor_model_parallel_size` where absent."""
+    """Ranks that share each expert; `tensor_model_parallel_size` if unset."""
     use_distributed_optimizer: bool = False
     """Spread the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -296,7 +296,7 @@ class PrecisionConfig:
     """Compute in bfloat16 with fp32 master weights; otherwise everything is fp32."""
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """Multiply weights in fp8, by Transformer Engine on a GPU that can: e4m3 throughout, or e5m2 for gradients; the
-    output layer and all log-probabilities keep their precision. Needs `bf16`; nothing is fp8 where absent."""
+    output layer and all log-probabilities keep their precision. Needs `bf16`; nothing is fp8 if unset."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """How tensors are scaled to fp8: by their own largest value, by that of earlier steps, in blocks of 128, or in
     blocks of 32 (Blackwell GPUs). With delayed the old policy's pass and training scale differently, so that ratios
@@ -308,7 +308,7 @@ class RecomputeConfig:
     """Activation recomputation: memory bought with a second forward pass."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers, or `recompute_modules` of each; nothing where absent."""
+    """Recompute whole layers, or `recompute_modules` of each; nothing if unset."""
     recompute_method: Literal["uniform", "block"] | None = None
     """Keep the input of each group of layers, or recompute only the first layers of each pipeline stage. Goes with
     recompute_granularity full."""
@@ -334,7 +334,7 @@ class LoggingConfig:
     log_interval: int = 10
     """Steps between printed lines."""
     tensorboard_dir: str | None = None
-    """Folder for TensorBoard event files; none are written where absent."""
+    """Folder for TensorBoard event files; none are written if unset."""
     wandb_project: str | None = None
     """Weights & Biases project that gets a run of the name of `save`'s folder, followed on when the run resumes; needs
     the package wandb, and its login or WANDB_MODE=offline."""
@@ -343,7 +343,7 @@ class LoggingConfig:
     package mlflow, and MLFLOW_TRACKING_URI for a server."""
     log_clipped_tokens: int | None = None
     """PSFT: number of tokens, the most clipped ones of the run so far, that are written to clipped_tokens.json in
-    `save` whenever a checkpoint is; nothing is counted where absent."""
+    `save` whenever a checkpoint is; nothing is counted if unset."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "log_interval", "log_clipped_tokens")

@@ -49,7 +49,7 @@ class TaskConfig:
     """Maths sets: JSON Lines, JSON or Parquet files of questions and known answers; and names of lm-evaluation-harness
     tasks, such as ifeval."""
     limit: int | None = None
-    """Questions of each task, its first ones; all where absent."""
+    """Questions of each task, its first ones; all if unset."""
     verifier: VerifierName = "math"
     """Maths sets: what makes an answer right: math, its last expression equals the known answer; exact, its text
     does."""
@@ -59,7 +59,7 @@ class TaskConfig:
     answer_key: str | None = None
     """Maths sets: name of the known answer in a row; a dot goes into an object. Needs `prompt_key`."""
     system_prompt: str | None = None
-    """Maths sets: system message of all questions, in place of their own; each question's where absent."""
+    """Maths sets: system message of all questions, instead of their own; each question's if unset."""
     include_path: str | None = None
     """lm-evaluation-harness: folder of further task definitions, its YAML files."""
     apply_chat_template: bool = True
@@ -91,7 +91,7 @@ class EvaluationSampling(SamplingConfig):
     say the rest themselves."""
 
     num_samples: int | None = None  # type: ignore[assignment]
-    """Answers per question; where absent, as many as the file repeats it."""
+    """Answers per question; if unset, as many as the file repeats it."""
 
     def of(self, num_samples: int) -> SamplingConfig:
         """The sampler's settings for so many answers per question."""

@@ -59,7 +59,7 @@ class ModelConfig:
     model: str
     """Hugging Face folder, as --export-hf writes it, or hub ID."""
     tokenizer: str | None = None
-    """Folder or hub ID of the tokenizer and its chat template; `model` where absent."""
+    """Folder or hub ID of the tokenizer and its chat template; `model` if unset."""
 
     def folder(self) -> Path:
         """The model's folder. Raises UserError where it has none."""

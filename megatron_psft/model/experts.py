@@ -53,7 +53,7 @@ def check_expert_layout(shape: ModelShape, config: Config) -> None:
             if getattr(parallel, name) != getattr(type(parallel), name):
                 raise UserError(
                     f"{name} ({getattr(parallel, name)}) has no effect, as a {shape.model_type} model has no experts; "
-                    "leave it away"
+                    "remove it"
                 )
         return
     if experts.count % parallel.expert_model_parallel_size:

@@ -51,10 +51,10 @@ def check_machine(config: PrecisionConfig, platform: Platform) -> None:
         return
     recipe, format_text = _RECIPES[config.fp8_recipe], f"fp8_format ({config.fp8_format})"
     if not platform.is_gpu:
-        raise UserError(f"{format_text} needs a GPU, and there is none; leave it away")
+        raise UserError(f"{format_text} needs a GPU, and there is none; remove it")
     version = platform.transformer_engine_version
     if not platform.has_transformer_engine or version is None:
-        raise UserError(f"{format_text} needs Transformer Engine, which is not installed; install it, or leave it away")
+        raise UserError(f"{format_text} needs Transformer Engine, which is not installed; install it, or remove it")
     if version < recipe.engine:
         raise UserError(
             f"fp8_recipe ({config.fp8_recipe}) needs Transformer Engine {_dotted(recipe.engine)} or later, and "

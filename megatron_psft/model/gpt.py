@@ -65,7 +65,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
     if per_chunk and (per_stage % per_chunk or per_stage == per_chunk):
         raise UserError(
             f"num_layers_per_virtual_pipeline_stage ({per_chunk}) must be a proper divisor of the layers per stage "
-            f"({per_stage}); change it or leave it away"
+            f"({per_stage}); change it or remove it"
         )
     _check_recomputed(shape, config)
     check_expert_layout(shape, config)
@@ -78,7 +78,7 @@ def _check_recomputed(shape: ModelShape, config: Config) -> None:
         if module in config.recompute.recompute_modules and not is_there:
             raise UserError(
                 f"recompute_modules ({module}) has no effect, as no layer of this {shape.model_type} model has it; "
-                "leave it away"
+                "remove it"
             )
 
 

@@ -53,7 +53,7 @@ def psft_recipe(sft: ConfigContainer, tokenizer: str | None = None) -> PsftConfi
 
     Args:
         sft: what `megatron.bridge.recipes` returns for full fine-tuning.
-        tokenizer: hub ID or folder of the tokenizer with the chat template; the recipe's where absent.
+        tokenizer: hub ID or folder of the tokenizer with the chat template; the recipe's if unset.
     """
     recipe, adamw = PsftConfigContainer.of(sft), OptimizerConfig()
     if tokenizer is not None:

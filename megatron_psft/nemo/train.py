@@ -19,7 +19,7 @@ def finetune(
 
     Args:
         config: from a recipe, or `PsftConfigContainer.of` a recipe of Bridge's.
-        bridge_step: Bridge's forward step for the model; where absent, that of text models, or of those with a
+        bridge_step: Bridge's forward step for the model; if unset, that of text models, or of those with a
             vision part.
         callbacks: further ones.
     """

@@ -24,7 +24,7 @@ class PromptConfig:
     answer_key: str = "answer"
     """Name of the known answer in a row, a text or a number; a dot goes into an object."""
     system_prompt: str | None = None
-    """System message of all prompts, in place of their own; each prompt's where absent."""
+    """System message of all prompts, instead of their own; each prompt's if unset."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,7 @@ class ReferencePass:
         if not torch.isfinite(rows).all():
             raise UserError(
                 f"load_hf: the model at the start gives log-probabilities that are no numbers, for batch {batch} in "
-                "file order; mend its weights"
+                "file order; fix its weights"
             )
         values = rows.numpy().astype(_DTYPE, copy=False)
         for row, records in zip(values, self.loader.own_packs(batch), strict=False):  # the last rows may be empty
@@ -219,7 +219,7 @@ class ReferencePass:
                 return action()
             except OSError as error:
                 raise UserError(
-                    f"save: {self._partial / VALUES} could not be written ({error}); mend the folder, or make room in "
+                    f"save: {self._partial / VALUES} could not be written ({error}); fix the folder, or make room in "
                     "it, and start again: the reference's pass goes on from where it was"
                 ) from error
 

@@ -98,7 +98,7 @@ def train_step(
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Negative log-likelihood and entropy over the validation records; collective, training is none the wiser."""
+    """Negative log-likelihood and entropy over the validation records; collective, training is not affected."""
     assert run.valid_loader is not None
     run.pipeline.gather_parameters()
     sums = EvalSums(run.parallel)

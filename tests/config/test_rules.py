@@ -146,7 +146,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
         ),
         (
             "--optimizer-cpu-offload --bf16",
-            "optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or leave it away",
+            "optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or remove it",
         ),
         (
             "--optimizer-offload-fraction 0.5",

@@ -85,7 +85,7 @@ def test_a_recipe_needs_a_transformer_engine_that_has_it(gpu, recipe, version, m
 
 
 def test_without_a_gpu_there_is_no_fp8():
-    with pytest.raises(UserError, match=r"fp8_format \(e4m3\) needs a GPU, and there is none; leave it away"):
+    with pytest.raises(UserError, match=r"fp8_format \(e4m3\) needs a GPU, and there is none; remove it"):
         check_machine(precision(fp8_format="e4m3"), CPU)
     check_machine(PrecisionConfig(bf16=True), CPU)
 
