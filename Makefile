@@ -12,7 +12,7 @@ CONSTRAINTS = constraints/$(PINS).txt
 WORKERS ?= 4
 AT_A_TIME = -n $(WORKERS) --dist worksteal --durations=50 --durations-min=1
 # Tests for one Python: of what is no part of the package, and of rooms that call no library that changes with it.
-ONCE = benchmarks docker docs examples report
+ONCE = benchmarks cli docker docs examples report
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-py312 demo miniature test test-slow test-py312 test-nemo test-gpu lint format docs bench bench-gpu clean

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_psft.sealed import MARKER
-from tests.cli.converting import (
+from tests.support import tiny
+from tests.support.cli import REPOSITORY, Exit, run_cli
+from tests.support.converting import (
     assert_refused,
     assert_same_tensors,
     convert,
@@ -28,8 +30,6 @@ from tests.cli.converting import (
     run_convert,
     tensors_of,
 )
-from tests.support import tiny
-from tests.support.cli import REPOSITORY, Exit, run_cli
 from tests.support.marks import slow
 
 __all__ = ["convert", "converted", "inputs"]  # the fixtures

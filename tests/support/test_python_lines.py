@@ -18,7 +18,11 @@ def test_rooms_left_out_of_python_312_call_no_library_of_another_version():
 
 
 def _libraries(path) -> set[str]:
+    """What a file imports, at its top or within a function, but not for its types alone."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    for_types = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    skipped = {inner for node in for_types for inner in ast.walk(node)}
+    imports = [node for node in nodes if node not in skipped]
+    names = [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in imports if isinstance(node, ast.ImportFrom) and node.module]
     return {name.partition(".")[0] for name in names}

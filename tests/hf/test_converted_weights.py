@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megatron_psft.checkpoint.folders import step_folder
-from tests.cli.converting import (
+from tests.support import tiny
+from tests.support.cli import run_cli
+from tests.support.converting import (
     Inputs,
     assert_refused,
     assert_same_tensors,
@@ -19,8 +21,6 @@ from tests.cli.converting import (
     tensors_of,
     train,
 )
-from tests.support import tiny
-from tests.support.cli import run_cli
 from tests.support.marks import slow
 
 __all__ = ["convert", "converted", "inputs"]  # the fixtures
