@@ -41,3 +41,19 @@ def test_names_of_a_page_exist(name):
     words = [word for word in words_of(REPOSITORY / "docs" / name) if NAMES.fullmatch(word) and word not in EXAMPLES]
     missing = {word for word in words for part in word.split(".") if part and part not in known}
     assert sorted(missing) == [], f"{name} has words in code type that the package does not know"
+
+
+def test_internals_find_each_name_in_the_file_they_name():
+    """`name` (`file.py`), `name` in `file.py`, and the rows | `name` | `file.py` | of the table."""
+    page = (REPOSITORY / "docs" / "internals.md").read_text(encoding="utf-8")
+    places = re.findall(r"`(?:\w+\.)?(\w+)`\s(?:\(|in\s|of `\w+` \()(`[\w/]+\.py`)", page)
+    for names, files in re.findall(r"^\| (`[^|]*) \| (`[^|]*\.py`) \|", page, re.MULTILINE):
+        places += [(name, files) for name in CODE.findall(names)]
+    assert len(places) > 30
+    missing = [(name, files) for name, files in places if not any(defines(file, name) for file in CODE.findall(files))]
+    assert missing == []
+
+
+def defines(file: str, name: str) -> bool:
+    text = (REPOSITORY / "megatron_psft" / file).read_text(encoding="utf-8")
+    return re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE) is not None
