@@ -275,7 +275,7 @@ class Plan:
             vocabulary = self._vocab_columns * self.shape.hidden_size * self._itemsize
             yield "gradient of the embedding", 0.0, vocabulary + self._hidden(batch.micro_batch_size)
         yield "update", 0.0, self._update_working(stage)
-        if objective.objective == "psft" and objective.old_policy_interval != 1:
+        if objective.needs_old_policy and objective.old_policy_interval != 1:
             size = objective.old_policy_micro_batch_size or batch.micro_batch_size
             forward = self._layer_working(stage, size)
             if stage == self.stages - 1:
@@ -329,7 +329,7 @@ class Plan:
     def scored_steps(self) -> int | None:
         """Steps that the old policy scores at once, ahead of training on them; None where only the data says it."""
         objective, train_iters = self.config.objective, self.config.batch.train_iters
-        if objective.objective != "psft":
+        if not objective.needs_old_policy:
             return 0
         if objective.old_policy_interval == "fixed":
             return None if train_iters is None else train_iters - objective.sft_warmup_iters - 1
