@@ -17,7 +17,7 @@ from megatron_psft.metrics.sums import BatchSums, batch_sums
 from megatron_psft.metrics.table import means
 from megatron_psft.model.end import ask, attach
 from megatron_psft.nemo.config import PsftConfig
-from megatron_psft.nemo.labels import MaskedLabels, MaskedQuestion, scored_labels
+from megatron_psft.nemo.labels import MaskedLabels, MaskedQuestion, ScoredLabels
 from megatron_psft.objectives.objective import Objective
 
 LOSS_KEY = "lm loss"
@@ -40,15 +40,15 @@ class PsftForwardStep:
         self._config = config
         self._bridge_step = bridge_step
         self._objective = config.objective_at(0)
-        self._scored: Iterator[Tensor] | None = None
+        self._scored: Iterator[ScoredLabels] | None = None
 
-    def begin_step(self, objective: Objective, scored: Sequence[Tensor] | None) -> None:
+    def begin_step(self, objective: Objective, scored: Sequence[ScoredLabels] | None) -> None:
         """Says what the coming optimizer step trains with.
 
         Args:
             objective: the token loss.
-            scored: what the old policy said of each of this rank's micro-batches, in their order; None where the old
-                policy is the current one. Any sequence will do on ranks without the output layer.
+            scored: what the old policy says of each of this rank's micro-batches, in their order; None unless it is an
+                earlier policy. Any sequence will do on ranks without the output layer.
         """
         self._objective = objective
         # Bridge may run the micro-batches of a step again, from the first one on.
@@ -76,8 +76,8 @@ class PsftForwardStep:
 
     def score(
         self, state: GlobalState, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
-    ) -> tuple[Any, Callable[..., Tensor]]:
-        """The forward step of a pass that only scores; what it collects is `scored_labels`."""
+    ) -> tuple[Any, Callable[..., ScoredLabels]]:
+        """The forward step of a pass that only scores; what it collects are `ScoredLabels`."""
         question = MaskedQuestion()
         return self._run(state, data_iterator, model, question), partial(_scored_of, question=question)
 
@@ -95,9 +95,9 @@ class PsftForwardStep:
         return output
 
 
-def _scored_of(output: HeadOutput, non_loss_data: bool, *, question: MaskedQuestion) -> Tensor:
+def _scored_of(output: HeadOutput, non_loss_data: bool, *, question: MaskedQuestion) -> ScoredLabels:
     assert non_loss_data
-    return scored_labels(question.label_ids, output)
+    return ScoredLabels(question.label_ids, output.stats.log_probs)
 
 
 def _loss_of(

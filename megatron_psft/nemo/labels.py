@@ -1,12 +1,12 @@
 """What the head is asked about a micro-batch of Megatron-Bridge's, of whose labels the model knows where they count."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions
+from megatron_psft.head.layer import HeadInputs, label_positions
 from megatron_psft.objectives.labels import LabelInputs
 from megatron_psft.objectives.objective import Objective
 
@@ -31,6 +31,15 @@ class MaskedLabels(Iterator[dict[str, Any]]):
         return {**batch, "labels": torch.where(batch["loss_mask"] > 0, batch["labels"], IGNORED)}
 
 
+class ScoredLabels(NamedTuple):
+    """What a policy says of the labels of a micro-batch."""
+
+    ids: Tensor
+    """`[n]`, integers."""
+    log_probs: Tensor
+    """`[n]` fp32."""
+
+
 class MaskedQuestion:
     """What a forward pass is asked about labels that hold `IGNORED`, which it sees only at the end of the model: a
     `Question` of `megatron_psft.model.end`."""
@@ -40,13 +49,13 @@ class MaskedQuestion:
     given: LabelInputs
     """Of these labels; there once the question was asked."""
 
-    def __init__(self, objective: Objective | None = None, scored: Iterator[Tensor] | None = None) -> None:
+    def __init__(self, objective: Objective | None = None, scored: Iterator[ScoredLabels] | None = None) -> None:
         """Asks for a token loss.
 
         Args:
             objective: the token loss; None to score only.
-            scored: yields what `scored_labels` said of the micro-batch under the old policy; one is taken when the
-                question is asked. None where the old policy is the current one.
+            scored: yields what the old policy says of the micro-batch, if that is an earlier policy; one is taken when
+                the question is asked.
         """
         self.objective, self._scored = objective, scored
 
@@ -59,7 +68,7 @@ class MaskedQuestion:
         if objective is None:
             return inputs
         if self._scored is not None:
-            self.given = LabelInputs(old_log_probs=_log_probs_of(self.label_ids, next(self._scored).to(labels.device)))
+            self.given = LabelInputs(old_log_probs=_log_probs_of(self.label_ids, next(self._scored)))
         given = self.given
         return HeadInputs(
             labels=valid,
@@ -69,17 +78,11 @@ class MaskedQuestion:
         )
 
 
-def scored_labels(label_ids: Tensor, output: HeadOutput) -> Tensor:
-    """`[2, n]` fp32, ids of labels and their log-probabilities. An id is below 2^24, up to which fp32 is exact."""
-    return torch.stack([label_ids.to(torch.float32), output.stats.log_probs])
-
-
-def _log_probs_of(label_ids: Tensor, scored: Tensor) -> Tensor:
+def _log_probs_of(label_ids: Tensor, scored: ScoredLabels) -> Tensor:
     """The old log-probabilities, once it is certain that they are of these labels."""
-    ids, log_probs = scored
-    if not torch.equal(ids, label_ids.to(ids.dtype)):
+    if not torch.equal(scored.ids.to(label_ids), label_ids):
         raise RuntimeError(
             "the old policy has scored other labels than training got: the data set does not return the same sample "
             "for the same index, or something reads from Bridge's training iterator besides training"
         )
-    return log_probs
+    return scored.log_probs.to(label_ids.device)

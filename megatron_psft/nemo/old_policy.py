@@ -18,7 +18,8 @@ from megatron_psft.distributed.collective import on_every_rank
 from megatron_psft.nemo.batches import BatchesAhead
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.forward_step import PsftForwardStep
-from megatron_psft.nemo.window_files import WindowFiles
+from megatron_psft.nemo.labels import ScoredLabels
+from megatron_psft.nemo.window_files import OfSteps, ScoredWindow, WindowFiles
 from megatron_psft.scoring.old_policy import OldPolicyWindow, Scores
 
 
@@ -35,6 +36,8 @@ class OldPolicyCallback(Callback):
         self._config = config
         self._forward_step = forward_step
         self._window: OldPolicyWindow | None = None
+        self._label_ids: OfSteps = {}
+        """Which labels the window's scores are of, in host memory."""
         self._files: WindowFiles | None = None
 
     def on_train_start(self, context: CallbackContext) -> None:
@@ -53,7 +56,8 @@ class OldPolicyCallback(Callback):
         self._files = WindowFiles(layout=layout, interval=self._window.interval, rank=dist.get_rank())
         if step in self._window.window_of(step)[1:]:
             load = Path(state.cfg.checkpoint.load)
-            self._window.load_state(on_every_rank(partial(self._files.read, load, step)))
+            scores, self._label_ids = on_every_rank(partial(self._files.read, load, step))
+            self._window.load_state(scores)
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """Scores ahead where a window begins, and says what the step trains with; collective."""
@@ -67,17 +71,21 @@ class OldPolicyCallback(Callback):
                 context.optimizer.prepare_model_params_for_param_sync()
                 for chunk in context.model:
                     chunk.start_param_sync(force_sync=True)
+            self._label_ids.clear()
             self._window.sync(step)
             if config.checkpoint.save is not None:
-                self._files.write(Path(config.checkpoint.save), step, self._window.state(step))
-        old_policy = self._window.at(step)
-        scored = old_policy.log_probs if isinstance(old_policy, Scores) else None
+                window = ScoredWindow(self._window.state(step), self._label_ids)
+                self._files.write(Path(config.checkpoint.save), step, window)
+        old_policy, scored = self._window.at(step), None
+        if isinstance(old_policy, Scores):
+            pairs = zip(self._label_ids[step], old_policy.log_probs, strict=True)
+            scored = [ScoredLabels(*pair) for pair in pairs]
         self._forward_step.begin_step(self._config.objective_at(step), scored)
 
     def _score(
         self, context: CallbackContext, batches: BatchesAhead, groups: ProcessGroupCollection, step: int
     ) -> list[Tensor]:
-        """One tensor per micro-batch on the last pipeline stage, as `scored_labels` has it; none elsewhere."""
+        """As `ScoreStep` has it; keeps the ids of the labels as well."""
         state, chunks = context.state, context.model
         model_config = get_model_config(chunks[0])
         micro_batches, seq_length = batches.micro_batches(step)
@@ -87,7 +95,7 @@ class OldPolicyCallback(Callback):
         # All parameters are current, and the schedule must not gather them as it does while training.
         param_sync_func, model_config.param_sync_func = model_config.param_sync_func, None
         with torch.no_grad():
-            scored = run_schedule(
+            scored: list[ScoredLabels] = run_schedule(
                 forward_step_func=partial(self._forward_step.score, state),
                 data_iterator=micro_batches,
                 model=chunks,
@@ -101,4 +109,5 @@ class OldPolicyCallback(Callback):
                 pg_collection=groups,
             )
         model_config.param_sync_func = param_sync_func
-        return scored
+        self._label_ids[step] = [labels.ids.to("cpu", torch.int32) for labels in scored]
+        return [labels.log_probs for labels in scored]

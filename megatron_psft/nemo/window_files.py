@@ -2,8 +2,10 @@
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,17 @@ FOLDER = "psft_window"
 _CHECKPOINT = re.compile(r"iter_(\d{7})")
 """Bridge's folder of a checkpoint, by completed steps."""
 
-Stored = dict[int, list[Tensor]]
-"""As `OldPolicyWindow.stored`: step to a tensor per micro-batch of this rank."""
+OfSteps = dict[int, list[Tensor]]
+"""Step to a tensor per micro-batch of this rank; none on ranks without the output layer."""
+
+
+class ScoredWindow(NamedTuple):
+    """What the old policy says of the labels of a window's steps that are still to come."""
+
+    log_probs: OfSteps
+    """`OldPolicyWindow.state`: `[n]` fp32 each."""
+    label_ids: OfSteps
+    """Which labels they are of, `[n]` int32 each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +43,15 @@ class WindowFiles:
     """Steps of a window."""
     rank: int
 
-    def write(self, save: Path, first_step: int, stored: Stored) -> None:
+    def write(self, save: Path, first_step: int, window: ScoredWindow) -> None:
         """Writes the window that begins at `first_step`, and removes those that no checkpoint in `save` needs."""
         folder = save / FOLDER / f"{first_step:07d}"
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({"layout": self.layout, "stored": stored}, folder / self._file_name())
+        torch.save({"layout": self.layout, **window._asdict()}, folder / self._file_name())
         if self.rank == 0:
             self._remove_unneeded(save, first_step)
 
-    def read(self, load: Path, step: int) -> Stored:
+    def read(self, load: Path, step: int) -> ScoredWindow:
         """What is left for this rank of the window that `step` is within.
 
         Raises:
@@ -54,12 +65,14 @@ class WindowFiles:
                 f"checkpoint.load ({load}) is within a window of the old policy, and has no {path}; {remedy}"
             )
         saved = torch.load(path, weights_only=True)
-        if saved["layout"] != self.layout or step not in saved["stored"]:
+        window = _window_in(saved)
+        if saved["layout"] != self.layout or step not in window.log_probs:
             raise UserError(
                 f"checkpoint.load ({load}) is within a window of the old policy that was scored with another number of "
                 f"ranks, layout, micro_batch_size or old_policy_interval; use the same, or {remedy}"
             )
-        return {later: values for later, values in saved["stored"].items() if later >= step}
+        rest = ({later: values for later, values in field.items() if later >= step} for field in window)
+        return ScoredWindow(*rest)
 
     def _remove_unneeded(self, save: Path, first_step: int) -> None:
         matches = (_CHECKPOINT.fullmatch(folder.name) for folder in save.iterdir())
@@ -72,3 +85,14 @@ class WindowFiles:
 
     def _file_name(self) -> str:
         return f"rank_{self.rank:05d}.pt"
+
+
+def _window_in(saved: Mapping[str, Any]) -> ScoredWindow:
+    if "stored" not in saved:
+        return ScoredWindow(saved["log_probs"], saved["label_ids"])
+    # As version 0.1 wrote it: `[2, n]` fp32, ids and log-probabilities; an id is below 2^24, up to which fp32 is exact.
+    stored: OfSteps = saved["stored"]
+    return ScoredWindow(
+        log_probs={step: [pair[1] for pair in pairs] for step, pairs in stored.items()},
+        label_ids={step: [pair[0].to(torch.int32) for pair in pairs] for step, pairs in stored.items()},
+    )

@@ -30,15 +30,13 @@ def test_batch_without_labels_passes():
     assert marked == {"tokens": torch.tensor([[5]]), "labels": None, "loss_mask": None}
 
 
-SCORED = torch.tensor([[3.0, 4.0, 5.0], [-1.0, -2.0, -3.0]])
-
-
 def question_about_scored_labels():
     from megatron_psft.config.schema import ObjectiveConfig
-    from megatron_psft.nemo.labels import MaskedQuestion
+    from megatron_psft.nemo.labels import MaskedQuestion, ScoredLabels
     from megatron_psft.objectives.objective import Objective
 
-    return MaskedQuestion(Objective(config=ObjectiveConfig()), iter([SCORED]))
+    scored = ScoredLabels(torch.tensor([3, 4, 5], dtype=torch.int32), torch.tensor([-1.0, -2.0, -3.0]))
+    return MaskedQuestion(Objective(config=ObjectiveConfig()), iter([scored]))
 
 
 def test_question_has_the_scores_of_the_labels_that_count():
@@ -61,9 +59,7 @@ def test_schedules_find_the_device_of_what_is_scored():
     from megatron.core.pipeline_parallel.schedules import get_tensor_device
 
     from megatron_psft.head.layer import HeadOutput
-    from megatron_psft.nemo.labels import scored_labels
     from megatron_psft.objectives.labels import LabelStats
 
     output = HeadOutput(stats=LabelStats(torch.tensor([-1.0, -2.0]), torch.zeros(2)), loss=None)
     assert get_tensor_device(output) == torch.device("cpu")
-    assert scored_labels(torch.tensor([3, 4]), output).tolist() == [[3.0, 4.0], [-1.0, -2.0]]

@@ -17,15 +17,36 @@ def files(*, rank: int = 0, layout: tuple[int, ...] = LAYOUT):
     return WindowFiles(layout=layout, interval=4, rank=rank)
 
 
-def window(first: int) -> dict[int, list[torch.Tensor]]:
-    return {step: [torch.full((2, 3), float(step))] for step in range(first + 1, first + 4)}
+def window(first: int, *, offset: int = 0):
+    """Of two micro-batches; `offset` is added to every log-probability."""
+    from megatron_psft.nemo.window_files import ScoredWindow
+
+    steps = range(first + 1, first + 4)
+    return ScoredWindow(
+        log_probs={step: [torch.full((n,), float(step + offset)) for n in (3, 0)] for step in steps},
+        label_ids={step: [torch.full((n,), 10 * step, dtype=torch.int32) for n in (3, 0)] for step in steps},
+    )
 
 
 def test_the_steps_to_come_are_read(tmp_path):
     for rank in (0, 1):
-        files(rank=rank).write(tmp_path, 8, {step: [values[0] + rank] for step, values in window(8).items()})
+        files(rank=rank).write(tmp_path, 8, window(8, offset=rank))
     left = files(rank=1).read(tmp_path, 10)
-    assert {step: values[0][0, 0].item() for step, values in left.items()} == {10: 11.0, 11: 12.0}
+    expected = {10: [[11.0] * 3, []], 11: [[12.0] * 3, []]}
+    assert {step: [part.tolist() for part in parts] for step, parts in left.log_probs.items()} == expected
+    expected = {10: [[100] * 3, []], 11: [[110] * 3, []]}
+    assert {step: [part.tolist() for part in parts] for step, parts in left.label_ids.items()} == expected
+
+
+def test_a_window_that_version_0_1_wrote_is_read(tmp_path):
+    files().write(tmp_path, 8, window(8))
+    (path,) = tmp_path.rglob("rank_*.pt")
+    stored = {step: [torch.tensor([[7.0, 16_777_215.0], [-1.0, -2.0]])] for step in (9, 10, 11)}
+    torch.save({"layout": LAYOUT, "stored": stored}, path)
+    left = files().read(tmp_path, 11)
+    assert [part.tolist() for part in left.log_probs[11]] == [[-1.0, -2.0]]
+    assert [part.tolist() for part in left.label_ids[11]] == [[7, 16_777_215]]
+    assert left.label_ids[11][0].dtype == torch.int32
 
 
 def test_windows_of_checkpoints_are_kept_and_no_others(tmp_path):
