@@ -1,10 +1,12 @@
-"""What tells one run, one model and one set of weights from another."""
+"""What tells one run, one model, one start and one set of weights from another."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from megatron_psft import sealed
 from megatron_psft.config.schema import Config
 from megatron_psft.model.gpt import padded_vocab_size
 from megatron_psft.model.shape import ModelShape
@@ -61,3 +63,14 @@ def weights_identity(shape: ModelShape) -> dict[str, Any]:
     """The identity of a checkpoint that holds nothing but weights: only what their names, sizes and use depend on."""
     unrelated = {"model dtype", "model initializer_range"}
     return {field: value for field, value in model_identity(shape).items() if field not in unrelated}
+
+
+def start_identity(checkpoint: Path | None, model_folder: Path, seed: int | None) -> dict[str, Any]:
+    """What tells the weights that a run starts from: those of a checkpoint, random ones of `seed`, or the files of
+    `model_folder` by size and time of change in nanoseconds. JSON values."""
+    if checkpoint is not None:
+        return {"checkpoint": sealed.marker_sum(checkpoint)}
+    if seed is not None:
+        return {"seed": seed}
+    stats = {path.name: path.stat() for path in sorted(model_folder.glob("*.safetensors"))}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

@@ -60,7 +60,7 @@ class OldPolicyCallback(Callback):
             self._window.load_state(scores)
 
     def on_train_step_start(self, context: CallbackContext) -> None:
-        """Scores ahead where a window begins, and says what the step trains with; collective."""
+        """Syncs if the step begins a window, and says what it trains with; collective."""
         assert self._window is not None
         assert self._files is not None
         config, step = context.state.cfg, context.state.train_state.step

@@ -1,4 +1,4 @@
-"""What precision alone makes of the ratio: measured at the start of each window, where it should be 1."""
+"""What precision alone makes of the ratio: measured after each sync, where it should be 1."""
 
 import logging
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class ScoringAgreement:
         if count == 0:
             return
         log.info(
-            "precision: as a window starts, the ratio of %d label tokens is %.6f in the mean, and at most %.3g off 1",
+            "precision: after a sync, the ratio of %d label tokens is %.6f in the mean, and at most %.3g off 1",
             count,
             total / count,
             float(largest),

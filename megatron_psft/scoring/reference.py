@@ -37,7 +37,7 @@ from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.errors import UserError
 from megatron_psft.metrics.progress import progress
 from megatron_psft.objectives.labels import LabelStats
-from megatron_psft.scoring.values import _DTYPE, VALUES, RecordValues
+from megatron_psft.scoring.values import VALUES, RecordValues
 from megatron_psft.sealed import DamageError
 
 FOLDER = "ref_log_probs"
@@ -194,12 +194,10 @@ class ReferencePass:
                 f"load_hf: the model at the start gives log-probabilities that are no numbers, for batch {batch} in "
                 "file order; fix its weights"
             )
-        values = rows.numpy().astype(_DTYPE, copy=False)
-        for row, records in zip(values, self.loader.own_packs(batch), strict=False):  # the last rows may be empty
+        for row, records in zip(rows.numpy(), self.loader.own_packs(batch), strict=False):  # the last rows may be empty
             at = 0
             for record, length in zip(records.tolist(), self.loader.record_lengths(records).tolist(), strict=True):
-                file.seek(self.values.start(record) * _DTYPE.itemsize)
-                file.write(row[at : at + length].tobytes())
+                self.values.write(file, record, row[at : at + length])
                 at += length
 
     def _mark(self, done: int, file: BinaryIO | None) -> None:
@@ -224,14 +222,3 @@ class ReferencePass:
                 ) from error
 
         return on_every_rank(explained)
-
-
-def fingerprint_of_start(checkpoint: Path | None, model_folder: Path, seed: int | None) -> dict[str, Any]:
-    """What tells the weights that a run starts from: a checkpoint, random ones of `seed`, or files of `model_folder` by
-    size and time of change in nanoseconds. JSON values."""
-    if checkpoint is not None:
-        return {"checkpoint": sealed.marker_sum(checkpoint)}
-    if seed is not None:
-        return {"seed": seed}
-    stats = {path.name: path.stat() for path in sorted(model_folder.glob("*.safetensors"))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

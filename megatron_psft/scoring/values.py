@@ -1,6 +1,7 @@
 """A file of values beside a run, one for each token of each record."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from megatron_psft.errors import UserError
 
 VALUES = "values.bin"
-
+"""The file's name in its folder."""
 
 _DTYPE = np.dtype("<f4")
 
@@ -31,9 +32,10 @@ class RecordValues:
         """Of the complete file."""
         return int(self._ends[-1]) * _DTYPE.itemsize
 
-    def start(self, record: int) -> int:
-        """How many values lie before a record's first."""
-        return int(self._ends[record - 1]) if record else 0
+    def write(self, file: BinaryIO, record: int, values: NDArray[np.float32]) -> None:
+        """Puts the values of a record, [length], into its place in a file that is being made."""
+        file.seek(self._start(record) * _DTYPE.itemsize)
+        file.write(values.astype(_DTYPE, copy=False).tobytes())
 
     def open(self) -> None:
         """Maps the complete file. Raises UserError where it is not there."""
@@ -48,4 +50,8 @@ class RecordValues:
     def __call__(self, record: int) -> NDArray[np.float32]:
         """The values of a record, [length]."""
         assert self._values is not None
-        return self._values[self.start(record) : int(self._ends[record])]
+        return self._values[self._start(record) : int(self._ends[record])]
+
+    def _start(self, record: int) -> int:
+        """How many values lie before a record's first."""
+        return int(self._ends[record - 1]) if record else 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_psft.checkpoint.find import find_checkpoint
-from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, run_identity
+from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, run_identity, start_identity
 from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_weights
 from megatron_psft.config.schema import Config, ObjectiveConfig
 from megatron_psft.data.dataset import TokenizedDataset
@@ -31,7 +31,7 @@ from megatron_psft.scoring.agreement import ScoringAgreement
 from megatron_psft.scoring.host_memory import check_host_memory
 from megatron_psft.scoring.old_policy import OldPolicyWindow
 from megatron_psft.scoring.packs import from_packs, to_packs
-from megatron_psft.scoring.reference import FOLDER, START, ReferencePass, fingerprint_of_start
+from megatron_psft.scoring.reference import FOLDER, START, ReferencePass
 from megatron_psft.scoring.values import VALUES, RecordValues
 from megatron_psft.train.inputs import Inputs
 from megatron_psft.train.optimizer import build_optimizer, build_scheduler
@@ -88,11 +88,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     if config.logging.log_clipped_tokens is not None:
         clipped_tokens = ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
     agreement = _scoring_agreement(config, parallel)
-    observers: list[Observer] = []
-    if clipped_tokens is not None:
-        observers.append(_counting(clipped_tokens, config.objective))
-    if agreement is not None:
-        observers.append(agreement.observe)
+    observers = _observers(config.objective, clipped_tokens, agreement)
     pipeline = Pipeline(chunks=chunks, parallel=parallel, observers=observers)
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
     reference = _reference(config, inputs, pipeline, parallel, identity, checkpoint)
@@ -129,6 +125,13 @@ def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement |
     if config.precision.fp8_format is None or objective.objective != "psft" or objective.old_policy_interval == 1:
         return None
     return ScoringAgreement(objective.clip_ratio_high, parallel)
+
+
+def _observers(
+    config: ObjectiveConfig, clipped_tokens: ClippedTokens | None, agreement: ScoringAgreement | None
+) -> list[Observer]:
+    counting = [] if clipped_tokens is None else [_counting(clipped_tokens, config)]
+    return counting if agreement is None else [*counting, agreement.observe]
 
 
 def _counting(clipped_tokens: ClippedTokens, config: ObjectiveConfig) -> Observer:
@@ -176,7 +179,7 @@ def _reference(
     save, weights = Path(config.weights.save), config.weights
     has_begun = checkpoint is not None and checkpoint.parent == save
     seed = config.batch.seed if weights.random_init else None
-    start = None if has_begun else on_rank_zero(lambda: fingerprint_of_start(checkpoint, inputs.model_folder, seed))
+    start = None if has_begun else on_rank_zero(lambda: start_identity(checkpoint, inputs.model_folder, seed))
     folder = Path(weights.load_hf)
     return ReferencePass(
         folder=save / FOLDER,

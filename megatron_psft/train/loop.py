@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,31 +29,50 @@ def train(run: Run) -> int:
     Returns:
         0, or the number of the signal that ended the run early, with its last step completed and saved.
     """
-    completed = saved = run.first_step
+    steps = _Steps(total=run.train_iters, completed=run.first_step, saved=run.first_step)
     with StopSignals(run.parallel.device) as stop, _saver(run) as saver, _run_log(run) as run_log:
         try:
-            if run.reference is not None and completed < run.train_iters:
+            if run.reference is not None and not steps.all_completed:
                 with naming_lost_peers("the reference's pass"):
                     run.reference.complete(between_batches=stop.check)
-            while completed < run.train_iters:
+            while not steps.all_completed:
                 stop.check()
-                with naming_lost_peers(f"step {completed + 1}"):
-                    values = train_step(run, completed, between_batches=stop.check, before_update=saver.wait_for_copy)
-                    completed += 1
-                    if _is_due(completed, run.config.data.eval_interval):
+                step = steps.completed
+                with naming_lost_peers(f"step {step + 1}"):
+                    values = train_step(run, step, between_batches=stop.check, before_update=saver.wait_for_copy)
+                    steps.completed += 1
+                    if steps.are_due(run.config.data.eval_interval):
                         values |= evaluate(run)
                 if run_log:
-                    run_log.record(completed, values)
+                    run_log.record(steps.completed, values)
                 saver.poll()
-                if _is_due(completed, run.config.weights.save_interval) or completed == run.train_iters:
-                    save(run, saver, run_log, completed)
-                    saved = completed
+                if steps.are_due(run.config.weights.save_interval) or steps.all_completed:
+                    save(run, saver, run_log, steps.completed)
+                    steps.saved = steps.completed
             stop.check()
         except StopRequested as request:
-            if saved < completed:
-                save(run, saver, run_log, completed)
+            if steps.saved < steps.completed:
+                save(run, saver, run_log, steps.completed)
             return request.signum
     return 0
+
+
+@dataclass
+class _Steps:
+    """How far a run is."""
+
+    total: int
+    completed: int
+    saved: int
+    """Completed steps that are in a checkpoint."""
+
+    @property
+    def all_completed(self) -> bool:
+        return self.completed >= self.total
+
+    def are_due(self, interval: int | None) -> bool:
+        """Whether what comes every `interval` steps, if ever, comes after those that are completed."""
+        return interval is not None and self.completed % interval == 0
 
 
 def train_step(
@@ -65,8 +84,8 @@ def train_step(
 ) -> dict[str, float]:
     """Makes optimizer step `step` (from 0) and returns its line of metrics.jsonl; collective.
 
-    `between_batches` is called between the batches of the old policy's pass, which comes before anything has changed,
-    `before_update` when weights and optimizer are about to.
+    `between_batches` is called between the batches that a sync scores, before anything has changed, `before_update`
+    when weights and optimizer are about to.
     """
     pipeline, state = run.pipeline, run.state
     with _timer() as total:
@@ -142,10 +161,6 @@ def _measured_agreement(run: Run, micro_batches: Sequence[MicroBatch], old_polic
     agreement.expect([stats.log_probs for stats in scored])
     yield
     agreement.report()
-
-
-def _is_due(completed_steps: int, interval: int | None) -> bool:
-    return interval is not None and completed_steps % interval == 0
 
 
 def _saver(run: Run) -> Saver:

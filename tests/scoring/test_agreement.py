@@ -1,4 +1,4 @@
-"""The ratio at the start of a window, where it should be 1: measured in every layout, and told when it clips."""
+"""The ratio after a sync, where it should be 1: measured in every layout, and told when it clips."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_each_window_says_what_precision_makes_of_the_ratio(pool, inputs, tmp_pa
     world_size, flags = LAYOUTS[layout]
     exits = pool.run(_run_noisily, world_size, command_line(inputs, tmp_path, *flags), 0.1)
     assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
-    lines = re.findall("precision: as a window starts.*", exits[0].err)
+    lines = re.findall("precision: after a sync.*", exits[0].err)
     assert len(lines) == 2, "two windows"
     for line in lines:
         assert "label tokens is 1.105171 in the mean, and at most 0.105 off 1" in line
