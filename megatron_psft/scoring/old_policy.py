@@ -43,10 +43,8 @@ ScoreStep = Callable[[int], Sequence[Tensor]]
 
 def objective_at(config: ObjectiveConfig, step: int) -> Objective:
     """What `step` (from 0) trains with: in warm-up an objective that has an old policy is plain SFT."""
-    objective = Objective(config=config)
-    if "old" in objective.needs and step < config.sft_warmup_iters:
-        return Objective(config=replace(config, objective="sft"))
-    return objective
+    is_warmup = config.needs_old_policy and step < config.sft_warmup_iters
+    return Objective(config=replace(config, objective="sft") if is_warmup else config)
 
 
 class OldPolicyWindow:
@@ -140,7 +138,7 @@ class OldPolicyWindow:
         self._start, self._end = None, max(scores, default=-1) + 1
 
     def _has_old_policy(self, step: int) -> bool:
-        return "old" in objective_at(self._objective, step).needs
+        return objective_at(self._objective, step).config.needs_old_policy
 
 
 def _to_host(log_probs: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
 def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement | None:
     """Where a ratio that should be 1 may not be, and counts."""
     objective = config.objective
-    if config.precision.fp8_format is None or objective.objective != "psft" or objective.old_policy_interval == 1:
+    if config.precision.fp8_format is None or not objective.needs_old_policy or objective.old_policy_interval == 1:
         return None
     return ScoringAgreement(objective.clip_ratio_high, parallel)
 
