@@ -1,4 +1,5 @@
-"""Prints what a training step gets: records decoded, label tokens marked, and the statistics of the data.
+"""Prints what a training step gets: records decoded, label tokens marked, and the statistics of the data; or what the
+cache of tokenized data holds.
 
 Takes the flags, or the config.yaml, of the training run; `--help` has examples.
 """
@@ -7,16 +8,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, run_command
-from megatron_psft.config.schema import Config, WeightsConfig
+from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
 from megatron_psft.errors import UserError
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     from transformers import PreTrainedTokenizerBase
 
+    from megatron_psft.data.cache_folders import CacheFolder
     from megatron_psft.data.chat import Example
     from megatron_psft.data.dataset import TokenizedDataset
     from megatron_psft.data.loader import BatchLoader, MicroBatch
@@ -29,6 +32,9 @@ EXAMPLES = """examples:
     psft data --tokenizer DIR --data train.jsonl --no-shuffle --rows 1 --tokens
   into a pager, in colour:
     psft data --tokenizer DIR --data train.jsonl --color always | less -R
+  what the cache of tokenized data holds, and room in it:
+    psft data --cache list
+    psft data --cache prune --older-than-days 30
 
 Flags that say how to train, and not on what, are taken so that a training command can be repeated; they change nothing
 here. In place of colour, ⟦ ⟧ enclose label tokens."""
@@ -44,6 +50,30 @@ class ShownWeights(WeightsConfig):
     """Hugging Face folder or hub ID; its tokenizer is used where `tokenizer` is absent."""
     save: str = ""
     """Run folder of the training command; nothing is written here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownData(DataConfig):
+    """What is trained on; only `cache` does without `data`."""
+
+    data: tuple[str, ...] = ("",)
+    """Records of the training command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The cache of tokenized data, `data_cache_dir`, instead of rows."""
+
+    cache: Literal["list", "prune"] | None = None
+    """list: print each folder of the cache with its size, the days since its last use, and its source. prune: remove
+    those whose source has changed or is gone, and what was left unfinished. A folder that a run uses stays."""
+    older_than_days: int | None = None
+    """prune: also remove folders that were not used for this many days."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, self, "older_than_days")
+        if self.older_than_days is not None and self.cache != "prune":
+            raise UserError(f"older_than_days ({self.older_than_days}) has no effect without --cache prune; remove it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +97,68 @@ class ShowConfig:
 class ShowDataConfig(Config):
     """The run's configuration, and what to show of its data."""
 
-    weights: ShownWeights
+    weights: ShownWeights = ShownWeights()
+    data: ShownData = ShownData()
     show: ShowConfig = ShowConfig()
+    cache: CacheConfig = CacheConfig()
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints to stdout and returns the exit code: 0, or 2 after a user's mistake."""
     configure_output()
     try:
-        return run_command(ShowDataConfig, show_data, argv, prog="psft data", epilog=EXAMPLES)
+        return run_command(ShowDataConfig, run, argv, prog="psft data", epilog=EXAMPLES)
     except BrokenPipeError:  # the pager was left
         sys.stderr.close()
         return 0
+
+
+def run(config: ShowDataConfig) -> None:
+    """Raises UserError for what training would refuse, and for a cache that cannot be changed."""
+    if config.cache.cache is None:
+        show_data(config)
+        return
+    root = Path(config.data.data_cache_dir).expanduser()
+    try:
+        if config.cache.cache == "list":
+            list_cache(root)
+        else:
+            prune_cache(root, config.cache.older_than_days)
+    except OSError as error:
+        raise UserError(f"data_cache_dir ({root}) cannot be read or changed: {error}; check its permissions") from None
+
+
+def list_cache(root: Path) -> None:
+    """Prints a line per folder, the longest unused first, and the sum."""
+    from megatron_psft.data.cache_folders import cache_folders
+
+    folders = cache_folders(root)
+    for folder in folders:
+        print(describe_folder(folder))
+    print(f"{len(folders)} folders in {root}, {sum(folder.size for folder in folders) / 2**30:.2f} GiB")
+
+
+def prune_cache(root: Path, older_than_days: int | None) -> None:
+    """Removes, with a line for each folder, and prints the sum."""
+    from megatron_psft.data.cache_folders import cache_folders, remove, to_prune
+
+    removed = removed_bytes = 0
+    folders = cache_folders(root)
+    for folder in to_prune(folders, older_than_days):
+        if remove(folder):
+            removed, removed_bytes = removed + 1, removed_bytes + folder.size
+            print(f"removed {describe_folder(folder)}")
+        else:
+            print(f"in use  {describe_folder(folder)}")
+    print(f"removed {removed} of {len(folders)} folders in {root}, {removed_bytes / 2**30:.2f} GiB")
+
+
+def describe_folder(folder: "CacheFolder") -> str:
+    first, others = next(iter(folder.sources), ""), len(folder.sources) - 1
+    source = f"{first} and {others} more" if others > 0 else first
+    state = "" if folder.state == "current" else f"({folder.state})"
+    text = f"{folder.path.name[:32]}  {folder.size / 2**20:>10.1f} MiB  {folder.idle_days:>5.0f} days  {source} {state}"
+    return text.rstrip()
 
 
 def show_data(config: ShowDataConfig) -> None:
@@ -86,6 +166,8 @@ def show_data(config: ShowDataConfig) -> None:
     from megatron_psft.data.dataset import build_dataset
     from megatron_psft.hf import hub
 
+    if config.data.data == ShownData().data:
+        raise UserError("missing --data; give it as a flag or in the --config file")
     if not config.weights.tokenizer_source:
         raise UserError("missing --tokenizer or --load-hf; name the folder or hub ID of the tokenizer")
     tokenizer = hub.load_tokenizer(hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False))

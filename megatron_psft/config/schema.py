@@ -90,8 +90,8 @@ class DataConfig:
     skip_bad_records: bool = False
     """Train without the records that cannot be used, after listing them, instead of stopping."""
     data_cache_dir: str = "~/.cache/megatron_psft"
-    """Folder that keeps tokenized records for later runs and for the other processes of a node. A folder in it may be
-    deleted whenever no run uses it."""
+    """Folder that keeps tokenized records for later runs and for the other processes of a node. `psft data --cache
+    prune` makes room in it."""
     data_workers: int | None = None
     """Processes on each node that tokenize, the first time; one per usable core, at most 32, if unset."""
 

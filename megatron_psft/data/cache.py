@@ -5,12 +5,14 @@ A source's folder holds flat arrays, so that opening it reads nothing but the in
 * `tokens.bin` int32 and `label_mask.bin` bool: all records one after the other;
 * `index.bin`: one entry of `tokenizing.INDEX` per record;
 * `bad.jsonl`: the rows that are no record, with their places;
-* `manifest.json`: sizes and hashes of these, and the key, whose hash is the folder's name.
+* `manifest.json`: sizes and hashes of these, and the key, whose hash is the folder's name; last changed when the folder
+  was last used.
 
 The folder is written aside and renamed in one move: it is whole or not there. A lock keeps a second run from doing the
 same work; where a file system has no locks both work, and the first to finish wins.
 """
 
+import ast
 import fcntl
 import hashlib
 import json
@@ -21,7 +23,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -46,21 +48,9 @@ from megatron_psft.errors import RankError, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _SIZED_FILES = ("tokens.bin", "label_mask.bin", "index.bin", "bad.jsonl")
 _HASHED_FILES = ("index.bin", "bad.jsonl")  # small; the records have a checksum each, compared when one is read
-_CODE = (
-    "files.py",
-    "messages.py",
-    "formats.py",
-    "records.py",
-    "pairs.py",
-    "chat.py",
-    "word_cache.py",
-    "tokenizing.py",
-    "cache.py",
-)
-"""A change of these may change tokens. Their text is part of the key, so that nobody has to think of a version."""
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +74,8 @@ class TokenizedSource:
     """Hash over every token, label, border and advantage."""
     bad_counts: Mapping[str, int]
     """Rows that are no record, by reason."""
+    in_use: BinaryIO | None = None
+    """What tells others that the folder is in use, as long as it is open."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -156,7 +148,7 @@ class DataCache:
         self, folder: Path, source: Source, key: Mapping[str, Any], *, is_locked: bool, show_progress: bool
     ) -> None:
         # Host and process in the name: of what lies around only this host's leavings are surely nobody's, and only
-        # where the lock is held.
+        # where the lock is held. `cache_folders.py` knows these names, too.
         mine = f".{folder.name}.{socket.gethostname()}"
         if is_locked:
             for leaving in self._root.glob(f"{mine}.*"):
@@ -173,7 +165,7 @@ class DataCache:
             if _identity(source) != key["files"]:
                 raise UserError(f"data ({source.name}) changed while it was read; start again when it is complete")
             # Last, so that a folder without it is nothing, whatever a file system made of the order of writes.
-            (staging / _MANIFEST).write_text(json.dumps({**manifest, "key": key}, indent=1))
+            (staging / MANIFEST).write_text(json.dumps({**manifest, "key": key}, indent=1))
             if folder.exists():
                 shutil.rmtree(folder)  # damaged, or `_open_folder` had taken it
             _move(staging, folder)
@@ -248,7 +240,8 @@ def _open_folder(folder: Path, name: str) -> TokenizedSource | None:
     if not folder.is_dir():
         return None
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        in_use = _tell_use(folder / MANIFEST)
+        manifest = json.loads((folder / MANIFEST).read_text())
         for file, size in manifest["sizes"].items():
             if (found := (folder / file).stat().st_size) != size:
                 raise ValueError(f"{file} has {found} bytes instead of {size}")
@@ -264,10 +257,22 @@ def _open_folder(folder: Path, name: str) -> TokenizedSource | None:
             file_names=tuple(manifest["file_names"]),
             content=manifest["content"],
             bad_counts=manifest["bad_counts"],
+            in_use=in_use,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the tokenized data in %s is damaged and made again: %s", folder, error)
         return None
+
+
+def _tell_use(manifest: Path) -> BinaryIO:
+    """Tells `cache_folders.remove` that a folder is in use, until the file is closed, and notes the time of its last
+    use. Where a file system has no locks, or may not be written to, it goes without."""
+    file = manifest.open("rb", buffering=0)
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_SH)
+    with suppress(OSError):
+        os.utime(manifest)
+    return file
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -300,8 +305,33 @@ def _hash_of(tokenizer: "PreTrainedTokenizerBase") -> str:
     return _digest(json.dumps(parts).encode())
 
 
-def _hash_of_code() -> str:
-    return _digest(b"".join((Path(__file__).parent / name).read_bytes() for name in _CODE))
+def _hash_of_code(start: Path = Path(__file__)) -> str:
+    """Of all that may change tokens: the code of this file and of what it imports of this room, directly or through
+    others, so that nobody has to think of a version. Comments and docstrings do not count."""
+    found: dict[str, str] = {}
+    waiting = [start]
+    while waiting:
+        path = waiting.pop()
+        if path.name in found:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found[path.name] = _without_texts(tree)
+        modules = (node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+        names = (module.removeprefix("megatron_psft.data.") for module in modules)
+        waiting += [file for name in names if (file := path.with_name(f"{name}.py")).is_file()]
+    return _digest(json.dumps(sorted(found.items())).encode())
+
+
+def _without_texts(tree: ast.Module) -> str:
+    """The code with its docstrings, and strings below fields, taken out; comments are in no tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [line for line in node.body if not _is_text(line)]
+    return ast.dump(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
 def _digest(data: bytes) -> str:

@@ -159,3 +159,36 @@ def test_mistakes_are_one_line_and_code_2(show, flags, message):
 def test_a_tokenizer_has_to_be_named(inputs, capsys):
     assert main(["--data", str(inputs / "a.jsonl")]) == 2
     assert "missing --tokenizer or --load-hf" in capsys.readouterr().err
+
+
+def test_the_cache_is_listed_and_pruned(show, inputs, tmp_path, capsys):
+    cache = ["--data-cache-dir", str(tmp_path / "cache")]
+    path = tmp_path / "c.jsonl"
+    path.write_text(RECORD * 3)
+    assert show("--data", str(path), *cache).code == 0
+    assert main(["--cache", "list", *cache]) == 0
+    line, total = capsys.readouterr().out.splitlines()
+    assert line.endswith(f"    0 days  {path}")
+    assert total.startswith(f"1 folders in {tmp_path / 'cache'}, 0.00 GiB")
+    path.unlink()
+    assert main(["--cache", "prune", *cache]) == 0
+    removed, total = capsys.readouterr().out.splitlines()
+    assert removed.startswith("removed ")
+    assert removed.endswith(f"{path} (gone)")
+    assert total.startswith("removed 1 of 1 folders in ")
+    assert main(["--cache", "prune", *cache]) == 0
+    assert capsys.readouterr().out.startswith("removed 0 of 0 folders in ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "missing --data; give it as a flag or in the --config file"),
+        (["--cache", "empty"], "cache ('empty') must be one of list, prune"),
+        (["--older-than-days", "3"], "older_than_days (3) has no effect without --cache prune; remove it"),
+        (["--cache", "prune", "--older-than-days", "-1"], "older_than_days (-1) must be at least 0"),
+    ],
+)
+def test_mistakes_about_the_cache_are_one_line_and_code_2(capsys, flags, message):
+    assert main(flags) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"

@@ -1,6 +1,5 @@
 """The cache gives what was tokenized, once, whoever else runs, dies or damages it."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -11,34 +10,20 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_psft.config.schema import DataConfig
 from megatron_psft.data import cache as cache_module
 from megatron_psft.data import tokenizing
 from megatron_psft.data.cache import DamagedCacheError
-from megatron_psft.data.dataset import TokenizedDataset, build_dataset
+from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.errors import UserError
 from tests.data import toys
+from tests.data.cached import TOKENIZER, build, write_data
 from tests.data.toys import byte_tokenizer
 from tests.support.pool import WorkerError
-
-TOKENIZER = byte_tokenizer(toys.CHATML)
 
 
 @pytest.fixture
 def data(tmp_path) -> Path:
     return write_data(tmp_path / "a.jsonl", 20)
-
-
-def write_data(path: Path, count: int, *, bad_every: int = 10**9) -> Path:
-    rows = [{"prompt": f"{i}?", "completion": "x" * (i % 7 + 1)} for i in range(count)]
-    lines = ["{" if i % bad_every == bad_every - 1 else json.dumps(row) for i, row in enumerate(rows)]
-    path.write_text("\n".join(lines))
-    return path
-
-
-def build(data: Path, tokenizer=TOKENIZER, **changes: object) -> TokenizedDataset:
-    config = DataConfig(data=(str(data),), **({"data_cache_dir": str(data.parent / "cache")} | changes))
-    return build_dataset(config.data, tokenizer, config, seed=0, show_progress=False)
 
 
 def folders(data: Path) -> set[Path]:
@@ -253,3 +238,36 @@ def test_a_killed_process_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"data_workers \(2\): a process that tokenizes was killed"):
         build(data, data_workers=2)
     assert not folders(data)
+
+
+def hash_of_code(folder: Path, **texts: str) -> str:
+    """Of a cache.py that imports reading.py; other.py is imported by neither."""
+    files = {
+        "cache": "from megatron_psft.data.reading import read\n",
+        "reading": 'def read():\n    """Reads."""\n    return 1\n',
+        "other": "x = 1\n",
+    }
+    for name, text in (files | texts).items():
+        (folder / f"{name}.py").write_text(text)
+    return cache_module._hash_of_code(folder / "cache.py")
+
+
+def test_code_that_makes_tokens_is_part_of_the_key_and_its_comments_are_not(tmp_path):
+    before = hash_of_code(tmp_path)
+    assert hash_of_code(tmp_path, reading='# Why.\ndef read():\n    """Reads 1."""\n\n    return 1  # one\n') == before
+    assert hash_of_code(tmp_path, reading='"""The room."""\ndef read():\n    return 1\n') == before
+    assert hash_of_code(tmp_path, other="x = 2\n") == before
+    assert hash_of_code(tmp_path, reading="def read():\n    return 2\n") != before
+    assert hash_of_code(tmp_path, reading='def read():\n    return "Reads."\n') != before
+
+
+def test_code_that_makes_tokens_is_found_by_its_imports(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        cache_module.ast, "parse", lambda text, parse=cache_module.ast.parse: read.append(text) or parse(text)
+    )
+    cache_module._hash_of_code()
+    texts = {path.name: path.read_text() for path in Path(cache_module.__file__).parent.glob("*.py")}
+    found = {name for name, text in texts.items() if text in read}
+    assert {"cache.py", "tokenizing.py", "chat.py", "files.py", "formats.py", "messages.py", "pairs.py"} <= found
+    assert not found & {"loader.py", "packing.py", "dataset.py", "cache_folders.py"}
