@@ -1,0 +1,38 @@
+"""Our own code names its device: the CPU's answers to `torch.cuda` are for Megatron-Core."""
+
+import re
+
+from tests.support.cli import REPOSITORY
+
+CUDA = re.compile(r"torch\.cuda\.[\w.]+|\.cuda\(|\"cuda[^\"]*\"|'cuda[^']*'")
+# Questions that are the same with and without the answers.
+HARMLESS = {"torch.cuda.is_available"}
+COMPARED = re.compile(r"type [!=]= \"cuda\"")
+ANSWERS = ("distributed/device.py", "distributed/cpu_shims.py")
+# Asked on a GPU only, of a device that is named; or no device but a key.
+JUSTIFIED = {
+    "checkpoint/state.py": {"torch.cuda.get_rng_state", "torch.cuda.set_rng_state"},
+    "diagnostics/doctor.py": {
+        "torch.cuda.is_bf16_supported",
+        "torch.cuda.device_count",
+        "torch.cuda.get_device_properties",
+        "torch.cuda.nccl.version",
+    },
+    "evaluation/lm_eval.py": {'"cuda"'},
+    "head/chunked.py": {'"cuda"'},
+    "metrics/flops.py": {"torch.cuda.get_device_name"},
+    "model/fp8.py": {"torch.cuda.get_device_capability", "torch.cuda.get_device_name"},
+    "rollout/sampling.py": {'"cuda"'},
+    "train/loop.py": {"torch.cuda.max_memory_allocated"},
+}
+
+
+def test_cuda_is_named_only_where_it_is_there():
+    package = REPOSITORY / "megatron_psft"
+    found: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).as_posix()
+        if name not in ANSWERS:
+            spots = set(CUDA.findall(COMPARED.sub("", path.read_text()))) - HARMLESS
+            found |= {name: spots} if spots else {}
+    assert found == JUSTIFIED
