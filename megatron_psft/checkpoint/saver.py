@@ -38,7 +38,7 @@ from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.megatron_lines import save_options
 from megatron_psft.distributed.signals import helpers_outlive_signals
 from megatron_psft.errors import RankError, UserError
-from megatron_psft.model.parameters import is_first_replica, named_parameters
+from megatron_psft.model.parameters import own_parameters
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Saver:
 
     def _state_bytes(self) -> int:
         """About what a checkpoint takes, over all ranks."""
-        kept = [p for name, p in named_parameters(self._state.chunks) if is_first_replica(name, self._parallel)]
+        kept = own_parameters(self._state.chunks, self._parallel).values()
         own = sum(p.numel() * (p.itemsize + _ADAM_BYTES + _MASTER_BYTES * (p.dtype != torch.float32)) for p in kept)
         total = torch.tensor(own, device=self._parallel.device)
         dist.all_reduce(total)

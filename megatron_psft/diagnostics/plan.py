@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from math import prod
 
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
@@ -21,6 +22,7 @@ from megatron_psft.errors import UserError
 from megatron_psft.head.chunked import CHUNK_BYTES
 from megatron_psft.metrics.flops import forward_flops
 from megatron_psft.model.gpt import check_layout, padded_vocab_size, virtual_size
+from megatron_psft.model.parameters import is_cut
 from megatron_psft.model.shape import ModelShape
 
 GIB = 2**30
@@ -122,25 +124,17 @@ class Plan:
 
     def _layer_parameters(self, layer: int) -> list[int]:
         """Sizes of a layer's parameters on a rank, without its experts'."""
-        shape, hidden, t = self.shape, self.shape.hidden_size, self._tensor
-        queries = shape.num_attention_heads * shape.head_dim
-        mixed = queries + 2 * shape.num_query_groups * shape.head_dim
-        sizes = [hidden * mixed // t, hidden * queries // t, hidden, hidden]
-        sizes += [mixed // t] if shape.qkv_bias else []
-        sizes += [shape.head_dim] * 2 if shape.qk_norm else []
-        if shape.experts is not None and shape.has_experts(layer):
-            return [*sizes, shape.experts.count * hidden]  # the router
-        up = hidden * shape.ffn_hidden_size // t
-        return [*sizes, 2 * up, up]
+        parameters = self.shape.layer_parameters(layer)
+        return [prod(dims) // (self._tensor if is_cut(name) else 1) for name, dims in parameters.items()]
 
     def _expert_parameters(self, stage: int) -> list[int]:
         """Sizes of the experts' parameters on a rank of `stage`."""
         experts, parallel = self.shape.experts, self.config.parallel
         if experts is None:
             return []
-        up = self.shape.hidden_size * experts.ffn_hidden_size // parallel.expert_tensor_size
+        sizes = [prod(dims) // parallel.expert_tensor_size for dims in self.shape.expert_parameters.values()]
         layers = sum(map(self.shape.has_experts, self._layers(stage)))
-        return [2 * up, up] * (layers * experts.count // parallel.expert_model_parallel_size)
+        return sizes * (layers * experts.count // parallel.expert_model_parallel_size)
 
     def _shared_parameters(self, stage: int) -> list[int]:
         """Sizes of all other parameters on a rank of `stage`."""

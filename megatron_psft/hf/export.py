@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
-from megatron_psft.model.parameters import is_first_replica, named_parameters, shard_place
+from megatron_psft.model.parameters import own_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 
 # transformers' own default; what rank 0 holds in memory at a time.
@@ -130,7 +130,7 @@ def _gathered_tensors(
     chunks: Sequence[torch.nn.Module], shape: ModelShape, parallel: Parallel
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields every Hugging Face tensor whole on rank 0, layer by layer; nothing on the other ranks."""
-    local = {name: value for name, value in named_parameters(chunks) if is_first_replica(name, parallel)}
+    local = own_parameters(chunks, parallel)
     if shape.tied_embeddings:
         local.pop("output_layer.weight", None)
     owners = _owners(local, parallel)

@@ -9,52 +9,38 @@ parallel sizes of their own, go by their number in the whole model.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from megatron_psft.model.families import Names
 from megatron_psft.model.shape import ModelShape
 
-_EMBEDDING = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
-_FINAL_NORM = "model.norm.weight"
-
-# Parameters that every tensor-parallel rank holds whole. Transformer Engine fuses two of the norms into the linear that
-# follows.
+# Parameters that every tensor-parallel rank holds whole, and their names in a `Names`. Transformer Engine fuses two of
+# the norms into the linear that follows.
 _REPLICATED = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "input_layernorm.weight": "attention_norm",
+    "self_attention.linear_qkv.layer_norm_weight": "attention_norm",
+    "self_attention.q_layernorm.weight": "q_norm",
+    "self_attention.k_layernorm.weight": "k_norm",
+    "pre_mlp_layernorm.weight": "mlp_norm",
+    "mlp.linear_fc1.layer_norm_weight": "mlp_norm",
 }
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(linear_fc[12])\.weight")
 
 
-@dataclass(frozen=True)
-class _MlpNames:
-    """Of the projections of a plain MLP, or of an expert."""
+class _MlpNames(NamedTuple):
+    """Of the projections of a plain MLP, or of an expert, within a layer."""
 
-    prefix: str
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
+    gate: str
+    up: str
+    down: str
 
-    def weight(self, projection: str) -> str:
-        return f"{self.prefix}.{getattr(self, projection)}.weight"
-
-
-_PLAIN_MLP = _MlpNames("mlp")
-
-
-def _expert(model_type: str, number: int) -> _MlpNames:
-    if model_type == "mixtral":
-        return _MlpNames(f"block_sparse_moe.experts.{number}", gate="w1", up="w3", down="w2")
-    return _MlpNames(f"mlp.experts.{number}")
-
-
-def _router(model_type: str) -> str:
-    return "block_sparse_moe.gate.weight" if model_type == "mixtral" else "mlp.gate.weight"
+    @classmethod
+    def of(cls, names: Names, expert: int | None = None) -> "_MlpNames":
+        if expert is None:
+            return cls(names.gate, names.up, names.down)
+        return cls(*(name.format(expert) for name in (names.expert_gate, names.expert_up, names.expert_down)))
 
 
 @dataclass(frozen=True)
@@ -74,39 +60,49 @@ class Piece:
 
 def hf_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and dimensions of every tensor of the Hugging Face checkpoint, in the order of the layers."""
-    hidden = shape.hidden_size
+    hidden, names = shape.hidden_size, shape.family.names
     q_rows, kv_rows = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
-    tensors: dict[str, tuple[int, ...]] = {_EMBEDDING: (shape.vocab_size, hidden)}
+    tensors: dict[str, tuple[int, ...]] = {embedding_name(shape): (shape.vocab_size, hidden)}
     for layer in range(shape.num_layers):
-        block: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
-        for projection, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
-            block[f"self_attn.{projection}_proj.weight"] = (rows, hidden)
+        block: dict[str, tuple[int, ...]] = {f"{names.attention_norm}.weight": (hidden,)}
+        for projection, rows in ((names.q, q_rows), (names.k, kv_rows), (names.v, kv_rows)):
+            block[f"{projection}.weight"] = (rows, hidden)
             if shape.qkv_bias:
-                block[f"self_attn.{projection}_proj.bias"] = (rows,)
+                block[f"{projection}.bias"] = (rows,)
         if shape.qk_norm:
-            block["self_attn.q_norm.weight"] = block["self_attn.k_norm.weight"] = (shape.head_dim,)
-        block["self_attn.o_proj.weight"] = (hidden, q_rows)
-        block["post_attention_layernorm.weight"] = (hidden,)
+            block[f"{names.q_norm}.weight"] = block[f"{names.k_norm}.weight"] = (shape.head_dim,)
+        block[f"{names.attention_output}.weight"] = (hidden, q_rows)
+        block[f"{names.mlp_norm}.weight"] = (hidden,)
         block |= _mlp_tensors(shape, layer)
-        tensors.update({f"model.layers.{layer}.{name}": dims for name, dims in block.items()})
-    tensors[_FINAL_NORM] = (hidden,)
+        tensors.update({f"{names.layer.format(layer)}.{name}": dims for name, dims in block.items()})
+    tensors[f"{names.final_norm}.weight"] = (hidden,)
     if not shape.tied_embeddings:
-        tensors[_HEAD] = (shape.vocab_size, hidden)
+        tensors[head_name(shape)] = (shape.vocab_size, hidden)
     return tensors
 
 
+def embedding_name(shape: ModelShape) -> str:
+    """The tensor of the embedding."""
+    return f"{shape.family.names.embedding}.weight"
+
+
+def head_name(shape: ModelShape) -> str:
+    """The tensor of the output layer, which a checkpoint with tied embeddings need not have."""
+    return f"{shape.family.names.head}.weight"
+
+
 def _mlp_tensors(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
-    experts, hidden = shape.experts, shape.hidden_size
+    experts, hidden, names = shape.experts, shape.hidden_size, shape.family.names
     block: dict[str, tuple[int, ...]] = {}
     if experts is None or not shape.has_experts(layer):
-        mlps, ffn = [_PLAIN_MLP], shape.ffn_hidden_size
+        mlps, ffn = [_MlpNames.of(names)], shape.ffn_hidden_size
     else:
-        block[_router(shape.model_type)] = (experts.count, hidden)
-        mlps = [_expert(shape.model_type, number) for number in range(experts.count)]
+        block[f"{names.router}.weight"] = (experts.count, hidden)
+        mlps = [_MlpNames.of(names, number) for number in range(experts.count)]
         ffn = experts.ffn_hidden_size
     for mlp in mlps:
-        block[mlp.weight("gate")] = block[mlp.weight("up")] = (ffn, hidden)
-        block[mlp.weight("down")] = (hidden, ffn)
+        block[f"{mlp.gate}.weight"] = block[f"{mlp.up}.weight"] = (ffn, hidden)
+        block[f"{mlp.down}.weight"] = (hidden, ffn)
     return block
 
 
@@ -120,31 +116,31 @@ def pieces(parameter: str, shape: ModelShape, *, tensor_rank: int, tensor_size: 
         tensor_rank, tensor_size: of the shard; among the ranks that share an expert where `is_expert`.
         local_rows: first dimension of the shard. Rows that the pieces do not fill are padding of the vocabulary.
     """
+    names = shape.family.names
     if parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        name = _EMBEDDING if parameter.startswith("embedding") or shape.tied_embeddings else _HEAD
+        is_embedding = parameter.startswith("embedding") or shape.tied_embeddings
         start = min(tensor_rank * local_rows, shape.vocab_size)
+        name = embedding_name(shape) if is_embedding else head_name(shape)
         return [Piece(name, (start, min(start + local_rows, shape.vocab_size)))]
     if parameter == "decoder.final_layernorm.weight":
-        return [Piece(_FINAL_NORM, (0, shape.hidden_size))]
+        return [Piece(f"{names.final_norm}.weight", (0, shape.hidden_size))]
     _, _, layer, suffix = parameter.split(".", 3)
-    prefix = f"model.layers.{layer}."
+    prefix = f"{names.layer.format(layer)}."
     if suffix in _REPLICATED:
-        return [Piece(prefix + _REPLICATED[suffix], (0, local_rows))]
+        return [Piece(f"{prefix}{getattr(names, _REPLICATED[suffix])}.weight", (0, local_rows))]
     experts, expert = shape.experts, _EXPERT.fullmatch(suffix)
     if experts is not None and suffix == "mlp.router.weight":
-        return [Piece(prefix + _router(shape.model_type), (0, local_rows))]
+        return [Piece(f"{prefix}{names.router}.weight", (0, local_rows))]
     if experts is not None and expert is not None:
-        mlp = _expert(shape.model_type, int(expert[1]))
-        return _mlp_pieces(
-            prefix, mlp, expert[2], shape.hidden_size, _part(experts.ffn_hidden_size, tensor_rank, tensor_size)
-        )
+        own = _part(experts.ffn_hidden_size, tensor_rank, tensor_size)
+        return _mlp_pieces(prefix, _MlpNames.of(names, int(expert[1])), expert[2], shape.hidden_size, own)
     module, _, kind = suffix.rpartition(".")
     if module in ("mlp.linear_fc1", "mlp.linear_fc2") and kind == "weight":
         own = _part(shape.ffn_hidden_size, tensor_rank, tensor_size)
-        return _mlp_pieces(prefix, _PLAIN_MLP, module.removeprefix("mlp."), shape.hidden_size, own)
+        return _mlp_pieces(prefix, _MlpNames.of(names), module.removeprefix("mlp."), shape.hidden_size, own)
     if suffix == "self_attention.linear_proj.weight":
         own = _part(shape.num_attention_heads * shape.head_dim, tensor_rank, tensor_size)
-        return [Piece(prefix + "self_attn.o_proj.weight", (0, shape.hidden_size), own)]
+        return [Piece(f"{prefix}{names.attention_output}.weight", (0, shape.hidden_size), own)]
     if module == "self_attention.linear_qkv":
         return list(_qkv_pieces(prefix, kind, shape, tensor_rank, tensor_size))
     raise KeyError(f"no Hugging Face tensor is known for parameter {parameter}")
@@ -159,18 +155,18 @@ def _part(size: int, rank: int, ranks: int) -> tuple[int, int]:
 def _mlp_pieces(prefix: str, mlp: _MlpNames, linear: str, hidden: int, own: tuple[int, int]) -> list[Piece]:
     """Of an MLP's first or second linear layer, of whose inner dimension a rank has the part `own`."""
     if linear == "linear_fc1":
-        return [Piece(prefix + mlp.weight(half), own) for half in ("gate", "up")]
-    return [Piece(prefix + mlp.weight("down"), (0, hidden), own)]
+        return [Piece(f"{prefix}{half}.weight", own) for half in (mlp.gate, mlp.up)]
+    return [Piece(f"{prefix}{mlp.down}.weight", (0, hidden), own)]
 
 
 def _qkv_pieces(prefix: str, kind: str, shape: ModelShape, tensor_rank: int, tensor_size: int) -> Iterator[Piece]:
     """Per query group: its query heads, its key head, its value head."""
-    groups = shape.num_query_groups // tensor_size
+    names, groups = shape.family.names, shape.num_query_groups // tensor_size
     heads_per_group = shape.num_attention_heads // shape.num_query_groups
     for group in range(tensor_rank * groups, (tensor_rank + 1) * groups):
-        for projection, heads in (("q", heads_per_group), ("k", 1), ("v", 1)):
+        for projection, heads in ((names.q, heads_per_group), (names.k, 1), (names.v, 1)):
             rows = heads * shape.head_dim
-            yield Piece(f"{prefix}self_attn.{projection}_proj.{kind}", (group * rows, (group + 1) * rows))
+            yield Piece(f"{prefix}{projection}.{kind}", (group * rows, (group + 1) * rows))
 
 
 def scatter(shard: torch.Tensor, shard_pieces: list[Piece], tensors: dict[str, torch.Tensor]) -> None:

@@ -13,12 +13,11 @@ from tqdm import tqdm
 
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
-from megatron_psft.hf.mapping import Piece, hf_tensors, pieces
+from megatron_psft.hf.mapping import Piece, embedding_name, head_name, hf_tensors, pieces
 from megatron_psft.model.parameters import named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class WeightSource(Protocol):
@@ -48,6 +47,7 @@ class SafetensorsFolder:
             size.
         """
         self._folder, self._field = folder, field
+        self._embedding, self._head = embedding_name(shape), head_name(shape)
         self._opened: tuple[str, safe_open] | None = None
         self._file_of: dict[str, str] = {}
         self._dims: dict[str, tuple[int, ...]] = {}
@@ -92,24 +92,26 @@ class SafetensorsFolder:
 
     def _check_tie(self, shape: ModelShape) -> None:
         """A head of its own under tie_word_embeddings is a contradiction, which transformers resolves by untying."""
-        if shape.tied_embeddings and _HEAD in self._file_of:
-            head, embedding = (self._open(self._file_of[name]).get_tensor(name) for name in (_HEAD, _EMBEDDING))
+        if shape.tied_embeddings and self._head in self._file_of:
+            head, embedding = (
+                self._open(self._file_of[name]).get_tensor(name) for name in (self._head, self._embedding)
+            )
             if not torch.equal(head, embedding):
                 raise UserError(
-                    f"{self._field} ({self._folder}): {_HEAD} differs from {_EMBEDDING}, but config.json has "
+                    f"{self._field} ({self._folder}): {self._head} differs from {self._embedding}, but config.json has "
                     "tie_word_embeddings true; set it to false"
                 )
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the embedding, which stands for all."""
-        return self.read(Piece(_EMBEDDING, (0, 1))).dtype
+        return self.read(Piece(self._embedding, (0, 1))).dtype
 
     def other_dtype(self) -> str | None:
         """What to say of a tensor whose dtype is not the embedding's, where there is one."""
         for name, dtype in self._dtypes.items():
-            if dtype != self._dtypes[_EMBEDDING]:
-                return f"{name} is {dtype} and {_EMBEDDING} is {self._dtypes[_EMBEDDING]}"
+            if dtype != self._dtypes[self._embedding]:
+                return f"{name} is {dtype} and {self._embedding} is {self._dtypes[self._embedding]}"
         return None
 
     def read(self, piece: Piece) -> Tensor:
@@ -184,7 +186,7 @@ def _weight_files(folder: Path, field: str) -> list[str]:
 
 def _is_redundant(name: str, shape: ModelShape) -> bool:
     """Derived rotary tables, and a tied head, which `_check_tie` compares with the embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (shape.tied_embeddings and name == _HEAD)
+    return name.endswith("rotary_emb.inv_freq") or (shape.tied_embeddings and name == head_name(shape))
 
 
 def _some(names: Sequence[str]) -> str:

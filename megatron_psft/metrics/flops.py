@@ -1,6 +1,7 @@
 """Floating-point operations of a batch, and what share of a GPU's peak they make."""
 
 from collections.abc import Iterable
+from math import prod
 
 import torch
 
@@ -22,10 +23,9 @@ _PEAK_FLOPS = {
 def forward_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
     """Operations of one forward pass over records of these lengths in tokens; causal attention costs half of length
     squared."""
-    hidden, kv = shape.hidden_size, shape.num_query_groups * shape.head_dim
     queries = shape.num_attention_heads * shape.head_dim
-    mlp = sum(_mlp_weights(shape, layer) for layer in range(shape.num_layers))
-    weights = shape.num_layers * hidden * (2 * queries + 2 * kv) + mlp + hidden * shape.vocab_size
+    weights = sum(_layer_weights(shape, layer) for layer in range(shape.num_layers))
+    weights += shape.hidden_size * shape.vocab_size
     tokens = squares = 0
     for length in lengths:
         tokens += length
@@ -33,12 +33,12 @@ def forward_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
     return 2.0 * weights * tokens + 2.0 * shape.num_layers * queries * squares
 
 
-def _mlp_weights(shape: ModelShape, layer: int) -> int:
-    """Of those that a token meets: its experts' and the router's, or the plain MLP's."""
-    experts = shape.experts
-    if experts is None or not shape.has_experts(layer):
-        return 3 * shape.hidden_size * shape.ffn_hidden_size
-    return shape.hidden_size * (3 * experts.per_token * experts.ffn_hidden_size + experts.count)
+def _layer_weights(shape: ModelShape, layer: int) -> int:
+    """Elements of the matrices that a token meets in a layer, with those of its experts alone."""
+    weights = sum(prod(dims) for dims in shape.layer_parameters(layer).values() if len(dims) == 2)
+    if shape.experts is not None and shape.has_experts(layer):
+        weights += shape.experts.per_token * sum(map(prod, shape.expert_parameters.values()))
+    return weights
 
 
 def peak_flops(device: torch.device) -> float | None:

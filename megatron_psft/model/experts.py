@@ -7,6 +7,7 @@ import torch
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
+from megatron_psft.model.parameters import is_expert
 from megatron_psft.model.shape import ModelShape
 
 
@@ -94,5 +95,5 @@ def mark_experts(model: torch.nn.Module) -> None:
     without it experts may still be replicated over other ranks than the rest of the model.
     """
     for name, parameter in model.named_parameters():
-        if ".mlp.experts." in name:
+        if is_expert(name):
             setattr(parameter, "allreduce", False)  # noqa: B010 (no attribute of a Parameter)

@@ -15,6 +15,11 @@ def is_expert(parameter: str) -> bool:
     return ".mlp.experts." in parameter
 
 
+def is_cut(parameter: str) -> bool:
+    """Whether tensor parallelism splits a parameter; norms and routers every rank holds whole."""
+    return "norm" not in parameter and not parameter.endswith("mlp.router.weight")
+
+
 # One MLP for each expert of this rank, or all in one module of Transformer Engine's.
 _LOCAL_EXPERT = re.compile(
     r"mlp\.experts\.(?:local_experts\.(?P<one>\d+)\.)?(?P<linear>linear_fc[12])\.weight(?P<of_all>\d*)"
@@ -26,6 +31,12 @@ def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, t
     for chunk in unwrap_model(list(chunks)):
         for name, parameter in chunk.named_parameters():
             yield whole_name(name, chunk), parameter
+
+
+def own_parameters(chunks: Sequence[torch.nn.Module], parallel: Parallel) -> dict[str, torch.nn.Parameter]:
+    """Those of `named_parameters` that this rank speaks for, where all ranks together speak once for each part of the
+    model: what is written or counted."""
+    return {name: value for name, value in named_parameters(chunks) if is_first_replica(name, parallel)}
 
 
 def whole_name(name: str, chunk: torch.nn.Module) -> str:

@@ -2,80 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_psft.errors import UserError, nearest_name_hint
+from megatron_psft.model.families import FAMILIES, ONLY_SUPPORTED, ExpertFields, Family
 
-
-# What a `model_type` of transformers implies about the maths, beyond the common decoder with RMSNorm, RoPE, GQA and
-# SwiGLU.
-@dataclass(frozen=True, kw_only=True)
-class _Family:
-    qkv_bias: bool
-    qk_norm: bool
-    num_query_groups: int | None = None
-    """Where the config does not say; None is one per head."""
-    head_dim: int | None = None
-    """Where the config does not say; None divides the hidden size among the heads."""
-    norm_eps: float = 1e-6
-    """Where the config does not say."""
-    rope_theta: float = 10000.0
-    """Where the config does not say."""
-    experts: "_Experts | None" = None
-    """None where every layer has a plain MLP."""
-    only_supported: Mapping[str, Any] = field(default_factory=dict)
-    """As `_ONLY_SUPPORTED`, of fields that only this family reads."""
-
-
-# How a family's config speaks of experts. Defaults are its own, where the config does not say.
-@dataclass(frozen=True, kw_only=True)
-class _Experts:
-    count: int
-    per_token: int
-    ffn_field: str
-    ffn_hidden_size: int
-    normalizes: bool | None
-    """Whether the weights of a token's experts add up to 1; None where `norm_topk_prob` says, which defaults to no."""
-
-
-_FAMILIES = {
-    "llama": _Family(qkv_bias=False, qk_norm=False),
-    "qwen2": _Family(qkv_bias=True, qk_norm=False, num_query_groups=32),
-    "qwen3": _Family(qkv_bias=False, qk_norm=True, num_query_groups=32, head_dim=128),
-    "qwen3_moe": _Family(
-        qkv_bias=False,
-        qk_norm=True,
-        num_query_groups=4,
-        experts=_Experts(
-            count=128, per_token=8, ffn_field="moe_intermediate_size", ffn_hidden_size=768, normalizes=None
-        ),
-    ),
-    "mixtral": _Family(
-        qkv_bias=False,
-        qk_norm=False,
-        num_query_groups=8,
-        norm_eps=1e-5,
-        rope_theta=1e6,
-        experts=_Experts(count=8, per_token=2, ffn_field="intermediate_size", ffn_hidden_size=14336, normalizes=True),
-        only_supported={"sliding_window": None, "router_jitter_noise": 0.0},
-    ),
-}
 _DTYPES = ("float32", "bfloat16", "float16")
-
-# Fields that change the maths, with the only value this version computes. Fields that transformers' own classes of the
-# families above do not read cannot change the maths, so they are not listed.
-_ONLY_SUPPORTED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "use_sliding_window": False,
-    "is_causal": True,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +63,47 @@ class ModelShape:
     experts: ExpertShape | None = None
     """None where every layer has a plain MLP."""
 
+    @property
+    def family(self) -> Family:
+        """What all models of this `model_type` have in common."""
+        return FAMILIES[self.model_type]
+
     def has_experts(self, layer: int) -> bool:
         """Whether `layer`, from 0, is a mixture of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
+
+    def layer_parameters(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Dimensions of the parameters of `layer`, from 0, before they are cut, by Megatron-Core's names in it; without
+        those of experts."""
+        hidden, queries = self.hidden_size, self.num_attention_heads * self.head_dim
+        mixed = queries + 2 * self.num_query_groups * self.head_dim
+        parameters: dict[str, tuple[int, ...]] = {
+            "self_attention.linear_qkv.weight": (mixed, hidden),
+            "self_attention.linear_proj.weight": (hidden, queries),
+            "input_layernorm.weight": (hidden,),
+            "pre_mlp_layernorm.weight": (hidden,),
+        }
+        if self.qkv_bias:
+            parameters["self_attention.linear_qkv.bias"] = (mixed,)
+        if self.qk_norm:
+            parameters |= {f"self_attention.{name}_layernorm.weight": (self.head_dim,) for name in ("q", "k")}
+        if self.experts is not None and self.has_experts(layer):
+            return parameters | {"mlp.router.weight": (self.experts.count, hidden)}
+        return parameters | _mlp_parameters("mlp", hidden, self.ffn_hidden_size)
+
+    @property
+    def expert_parameters(self) -> dict[str, tuple[int, ...]]:
+        """The same of one expert; empty without experts."""
+        return (
+            {}
+            if self.experts is None
+            else _mlp_parameters("mlp.experts.0", self.hidden_size, self.experts.ffn_hidden_size)
+        )
+
+
+def _mlp_parameters(mlp: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    """Gate and up projection are one matrix."""
+    return {f"{mlp}.linear_fc1.weight": (2 * ffn, hidden), f"{mlp}.linear_fc2.weight": (hidden, ffn)}
 
 
 def read_shape(folder: Path, field: str = "load_hf") -> ModelShape:
@@ -157,18 +129,18 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
     """The same for a parsed `config.json`; `source` names it in errors."""
     if not isinstance(config, Mapping):
         raise UserError(f"{source} must hold a JSON object, not {type(config).__name__}")
-    family = _FAMILIES.get(str(config.get("model_type")))
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         model_type = config.get("model_type")
-        hint = nearest_name_hint(str(model_type), _FAMILIES)
+        hint = nearest_name_hint(str(model_type), FAMILIES)
         raise UserError(
-            f"{source}: model_type ({model_type}) is not supported; supported are {', '.join(_FAMILIES)}{hint}"
+            f"{source}: model_type ({model_type}) is not supported; supported are {', '.join(FAMILIES)}{hint}"
         )
     _refuse_other_maths(config, family, source)
-    rope_theta, rope_scaling = _rope(config, family.rope_theta, source)
+    rope_theta, rope_scaling = _rope(config, family.defaults.get("rope_theta", 10000.0), source)
     hidden_size = _size(config, "hidden_size", source)
     heads = _size(config, "num_attention_heads", source)
-    groups = _size(config, "num_key_value_heads", source, family.num_query_groups or heads)
+    groups = _size(config, "num_key_value_heads", source, family.defaults.get("num_key_value_heads", heads))
     if heads % groups:
         raise UserError(f"{source}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})")
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -181,9 +153,9 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
         ffn_hidden_size=_size(config, "intermediate_size", source),
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=_size(config, "head_dim", source, family.head_dim or hidden_size // heads),
+        head_dim=_size(config, "head_dim", source, family.defaults.get("head_dim", hidden_size // heads)),
         vocab_size=_size(config, "vocab_size", source),
-        norm_eps=config.get("rms_norm_eps", family.norm_eps),
+        norm_eps=config.get("rms_norm_eps", family.defaults.get("rms_norm_eps", 1e-6)),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         qkv_bias=family.qkv_bias,
@@ -191,18 +163,18 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
         tied_embeddings=config.get("tie_word_embeddings", False),
         initializer_range=config.get("initializer_range", 0.02),
         dtype=dtype,
-        experts=None if family.experts is None else _experts(config, family.experts, source),
+        experts=None if family.experts is None else _experts(config, family.experts, family.defaults, source),
     )
 
 
-def _experts(config: Mapping[str, Any], family: _Experts, source: str) -> ExpertShape:
-    # transformers takes either name for either family.
+def _experts(config: Mapping[str, Any], fields: ExpertFields, defaults: Mapping[str, Any], source: str) -> ExpertShape:
+    # transformers takes either name for any family.
     name = "num_local_experts" if config.get("num_local_experts") is not None else "num_experts"
-    count = _size(config, name, source, family.count)
-    per_token = _size(config, "num_experts_per_tok", source, family.per_token)
+    count = _size(config, name, source, defaults.get(fields.count))
+    per_token = _size(config, "num_experts_per_tok", source, defaults.get("num_experts_per_tok"))
     if per_token > count:
         raise UserError(f"{source}: num_experts_per_tok ({per_token}) must be at most {name} ({count})")
-    normalizes = family.normalizes
+    normalizes = fields.normalizes
     if normalizes is None:
         normalizes = bool(config.get("norm_topk_prob", False))
     if normalizes and per_token == 1:
@@ -215,7 +187,7 @@ def _experts(config: Mapping[str, Any], family: _Experts, source: str) -> Expert
     return ExpertShape(
         count=count,
         per_token=per_token,
-        ffn_hidden_size=_size(config, family.ffn_field, source, family.ffn_hidden_size),
+        ffn_hidden_size=_size(config, fields.ffn_hidden_size, source, defaults.get(fields.ffn_hidden_size)),
         normalizes=normalizes,
         dense_layers=tuple(layer for layer in range(num_layers) if layer in named or (layer + 1) % step),
     )
@@ -231,9 +203,9 @@ def _size(config: Mapping[str, Any], field: str, source: str, default: int | Non
     return value
 
 
-def _refuse_other_maths(config: Mapping[str, Any], family: _Family, source: str) -> None:
-    for name, supported in {**_ONLY_SUPPORTED, **family.only_supported}.items():
-        value = config.get(name, supported)
+def _refuse_other_maths(config: Mapping[str, Any], family: Family, source: str) -> None:
+    for name, supported in {**ONLY_SUPPORTED, **family.only_supported}.items():
+        value = config.get(name, family.defaults.get(name, supported))
         if value != supported:
             raise UserError(
                 f"{source}: {name} ({value}) is not supported; this version computes only {name} = {supported}"

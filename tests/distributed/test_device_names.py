@@ -11,6 +11,7 @@ COMPARED = re.compile(r"type [!=]= \"cuda\"")
 ANSWERS = ("distributed/device.py", "distributed/cpu_shims.py")
 # Asked on a GPU only, of a device that is named; or no device but a key.
 JUSTIFIED = {
+    "cli/plan.py": {'"cuda"'},
     "checkpoint/state.py": {"torch.cuda.get_rng_state", "torch.cuda.set_rng_state"},
     "diagnostics/doctor.py": {
         "torch.cuda.is_bf16_supported",

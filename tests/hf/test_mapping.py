@@ -19,7 +19,7 @@ def cut_models(draw) -> tuple[ModelShape, int]:
     """A shape, and a tensor-parallel size that divides it."""
     tensor_size = draw(st.sampled_from([1, 2, 3, 4]))
     groups = tensor_size * draw(st.integers(1, 2))
-    model_type = draw(st.sampled_from(["any", "qwen3_moe", "mixtral"]))
+    model_type = draw(st.sampled_from(["llama", "qwen3_moe", "mixtral"]))
     experts = ExpertShape(
         count=draw(st.integers(1, 3)),
         per_token=1,
@@ -29,7 +29,7 @@ def cut_models(draw) -> tuple[ModelShape, int]:
     )
     shape = ModelShape(
         model_type=model_type,
-        experts=None if model_type == "any" else experts,
+        experts=None if model_type == "llama" else experts,
         num_layers=draw(st.integers(1, 2)),
         hidden_size=draw(st.integers(1, 5)),
         ffn_hidden_size=tensor_size * draw(st.integers(1, 3)),
@@ -143,7 +143,7 @@ def test_what_is_cut_and_put_together_is_what_it_was(cut, seed):
 def test_queries_keys_and_values_are_stacked_by_group():
     """Two of four groups on the second of two ranks, three query heads each, two rows per head; by hand."""
     shape = ModelShape(
-        model_type="any",
+        model_type="llama",
         num_layers=8,
         hidden_size=5,
         ffn_hidden_size=6,

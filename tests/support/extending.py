@@ -33,7 +33,7 @@ def follow(checkout: Path, section: str) -> None:
     """Applies the changes of a section and runs its commands, in order."""
     page = (checkout / "docs" / "extending.md").read_text(encoding="utf-8")
     blocks = BLOCK.findall(page.split(f"\n## {section}\n")[1].split("\n## ")[0])
-    assert {language for language, _ in blocks} == {"diff", "sh"}
+    assert "diff" in {language for language, _ in blocks}
     for language, text in blocks:
         if language == "diff":
             run(["git", "apply", "-"], checkout, given=text)
