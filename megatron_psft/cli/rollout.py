@@ -103,7 +103,7 @@ def rollout(config: RolloutConfig) -> None:
         file = partial.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"out ({config.output.out}) must be a file that can be written: {error.strerror}") from None
-    with file:
+    with file, sampler:
         for number, (prompt, answers) in enumerate(zip(prompts, sampler.sample(rendered), strict=True)):
             for record in records.of(prompt, answers):
                 file.write(json.dumps({**record, "group": number}, ensure_ascii=False) + "\n")

@@ -261,20 +261,26 @@ def _answer_sets(
         for questions in sets
     }
     # Prompts that are too long for the model are refused by the sampler: those come before hours of other sampling.
-    for questions in sorted(sets, key=lambda found: -max(map(len, rendered[found.name]))):
-        log.info("%s: %d questions, %d answers each", questions.name, len(questions.questions), questions.num_samples)
-        generations = folder.read_generations(questions.name)
-        if not generations:
-            sampler = Sampler(model_folder, tokenizer, renderer, evaluation.sampling.of(questions.num_samples))
-            groups = sampler.sample(rendered[questions.name])
-            generations = _generations(questions, groups)
-            folder.write_generations(questions.name, generations)  # checking them may take long too
-        _check_same_questions(generations, questions, folder)
-        if not all(generation.scores for generation in generations):
-            generations = _score(generations, verifier, questions.name)
-            folder.write_generations(questions.name, generations)
-        result = summarize(questions.source, generations)
-        folder.add_results({questions.name: replace(result, versions=versions())})
+    with Sampler(model_folder, tokenizer, renderer, evaluation.sampling.of(num_samples=1)) as sampler:
+        for questions in sorted(sets, key=lambda found: -max(map(len, rendered[found.name]))):
+            _answer_set(questions, rendered[questions.name], sampler, verifier, folder)
+
+
+def _answer_set(
+    questions: QuestionSet, rendered: Sequence[str], sampler: Sampler, verifier: Verifier, folder: ResultsFolder
+) -> None:
+    """Does what the folder does not have: answers, their check, results."""
+    log.info("%s: %d questions, %d answers each", questions.name, len(questions.questions), questions.num_samples)
+    generations = folder.read_generations(questions.name)
+    if not generations:
+        generations = _generations(questions, sampler.sample(rendered, questions.num_samples))
+        folder.write_generations(questions.name, generations)  # checking them may take long too
+    _check_same_questions(generations, questions, folder)
+    if not all(generation.scores for generation in generations):
+        generations = _score(generations, verifier, questions.name)
+        folder.write_generations(questions.name, generations)
+    result = summarize(questions.source, generations)
+    folder.add_results({questions.name: replace(result, versions=versions())})
 
 
 def _generations(questions: QuestionSet, groups: Sequence[Sequence[Answer]]) -> list[Generation]:

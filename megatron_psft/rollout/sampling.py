@@ -5,8 +5,10 @@ generation_config.json says of sampling, such as top-k or a repetition penalty: 
 distribution, but for the temperature and top-p asked for. Of that file only the end tokens count.
 """
 
+import gc
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +76,8 @@ class Answer:
 
 
 class Sampler:
-    """Samples answers of one model; prompts are rendered as training renders them."""
+    """Samples answers of one model; prompts are rendered as training renders them. The first call loads the model, and
+    `close`, or the end of a `with` block, lets go of it."""
 
     def __init__(
         self, model_folder: Path, tokenizer: "PreTrainedTokenizerBase", renderer: ChatRenderer, config: SamplingConfig
@@ -83,20 +86,48 @@ class Sampler:
         self._tokenizer = tokenizer
         self._config = config
         self._end_tokens = _end_tokens(model_folder, tokenizer, renderer)
+        self._engine: _VllmEngine | _TransformersEngine | None = None
 
-    def sample(self, prompts: Sequence[str]) -> list[list[Answer]]:
-        """`num_samples` answers to each rendered prompt, in their order.
+    def __enter__(self) -> "Sampler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def sample(self, prompts: Sequence[str], num_samples: int | None = None) -> list[list[Answer]]:
+        """`num_samples` answers to each rendered prompt, in their order; the configuration's number if None.
 
         Raises UserError where the longest prompt and answer are more than the model's positions.
         """
         prompt_tokens = [self._tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-        self._check_length(max(map(len, prompt_tokens)))
-        engine = _sample_with_vllm if self._config.uses_vllm else _sample_with_transformers
-        groups = engine(self._model_folder, prompt_tokens, self._end_tokens, self._config)
+        longest_prompt = max(map(len, prompt_tokens))
+        self._check_length(longest_prompt)
+        engine = self._loaded(longest_prompt + self._config.max_new_tokens)
+        groups = engine.sample(prompt_tokens, self._config.num_samples if num_samples is None else num_samples)
         return [
             [self._answer(tuple(prompt), tokens) for tokens in group]
             for prompt, group in zip(prompt_tokens, groups, strict=True)
         ]
+
+    def close(self) -> None:
+        """Gives the model's memory back; a later call loads it again."""
+        if self._engine is None:
+            return
+        import torch
+
+        self._engine = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _loaded(self, length: int) -> "_VllmEngine | _TransformersEngine":
+        """The engine, with room for so many tokens of a prompt and its answer."""
+        if self._engine is not None and self._engine.max_length < length:
+            self.close()
+        if self._engine is None:
+            make = _VllmEngine if self._config.uses_vllm else _TransformersEngine
+            self._engine = make(self._model_folder, self._end_tokens, self._config, length)
+        return self._engine
 
     def _answer(self, prompt_tokens: tuple[int, ...], sampled: _TokenIds) -> Answer:
         end = next((place for place, token in enumerate(sampled) if token in self._end_tokens), None)
@@ -119,67 +150,79 @@ class Sampler:
             )
 
 
-def _sample_with_vllm(
-    model_folder: Path, prompts: list[_TokenIds], end_tokens: list[int], config: SamplingConfig
-) -> list[list[_TokenIds]]:
-    """The sampled tokens of each prompt's answers."""
-    from vllm import LLM, SamplingParams
+class _VllmEngine:
+    def __init__(self, model_folder: Path, end_tokens: list[int], config: SamplingConfig, max_length: int) -> None:
+        from vllm import LLM
 
-    engine = LLM(
-        model=str(model_folder),
-        skip_tokenizer_init=True,  # the tokenizer may lie elsewhere, and text is made here
-        tensor_parallel_size=config.vllm_tensor_parallel_size,
-        max_model_len=max(map(len, prompts)) + config.max_new_tokens,
-        seed=config.seed,
-    )
-    params = SamplingParams(
-        n=config.num_samples,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_tokens=config.max_new_tokens,
-        stop_token_ids=end_tokens,
-        detokenize=False,
-    )
-    outputs = engine.generate([{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=True)
-    return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
+        self.max_length = max_length
+        self._config, self._end_tokens = config, end_tokens
+        self._engine = LLM(
+            model=str(model_folder),
+            skip_tokenizer_init=True,  # the tokenizer may lie elsewhere, and text is made here
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
+            max_model_len=max_length,  # memory for the model's longest context may not be there
+            seed=config.seed,
+        )
+
+    def sample(self, prompts: list[_TokenIds], num_samples: int) -> list[list[_TokenIds]]:
+        """The sampled tokens of each prompt's answers."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            n=num_samples,
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            max_tokens=self._config.max_new_tokens,
+            stop_token_ids=self._end_tokens,
+            detokenize=False,
+        )
+        outputs = self._engine.generate([{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=True)
+        return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
 
 
-def _sample_with_transformers(
-    model_folder: Path, prompts: list[_TokenIds], end_tokens: list[int], config: SamplingConfig
-) -> list[list[_TokenIds]]:
-    """As `_sample_with_vllm`; the tokens may go on after an end token."""
-    import torch
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, GenerationConfig
+class _TransformersEngine:
+    max_length = math.inf
 
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model ({model_folder}) must be a folder with a Hugging Face model: {reason}") from None
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    # Put in its place, as generate() fills what is unset from the model's own.
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=0,
-        max_new_tokens=config.max_new_tokens,
-        eos_token_id=end_tokens,
-        pad_token_id=end_tokens[0],  # masked before the prompt, and cut off after the end
-    )
-    torch.manual_seed(config.seed)
-    # Longest first: whatever does not fit into memory fails at once, and a batch's prompts are of about one length.
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    queue = [place for place in order for _ in range(config.num_samples)]
-    groups: list[list[_TokenIds]] = [[] for _ in prompts]
-    with tqdm(total=len(queue), desc="sample", unit="answer") as progress:
-        for start in range(0, len(queue), config.batch_size):
-            batch = queue[start : start + config.batch_size]
-            for place, tokens in zip(batch, _generate(model, [prompts[place] for place in batch]), strict=True):
-                groups[place].append(tokens)
-            progress.update(len(batch))
-    return groups
+    def __init__(self, model_folder: Path, end_tokens: list[int], config: SamplingConfig, _: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"model ({model_folder}) must be a folder with a Hugging Face model: {reason}") from None
+        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._config = config
+        # Put in its place, as generate() fills what is unset from the model's own.
+        self._model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=0,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=end_tokens,
+            pad_token_id=end_tokens[0],  # masked before the prompt, and cut off after the end
+        )
+
+    def sample(self, prompts: list[_TokenIds], num_samples: int) -> list[list[_TokenIds]]:
+        """As `_VllmEngine.sample`; the tokens may go on after an end token."""
+        import torch
+        from tqdm import tqdm
+
+        torch.manual_seed(self._config.seed)
+        # Longest first: whatever does not fit into memory fails at once, and a batch's prompts are of about one length.
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        queue = [place for place in order for _ in range(num_samples)]
+        groups: list[list[_TokenIds]] = [[] for _ in prompts]
+        with tqdm(total=len(queue), desc="sample", unit="answer") as progress:
+            for start in range(0, len(queue), self._config.batch_size):
+                batch = queue[start : start + self._config.batch_size]
+                answers = _generate(self._model, [prompts[place] for place in batch])
+                for place, tokens in zip(batch, answers, strict=True):
+                    groups[place].append(tokens)
+                progress.update(len(batch))
+        return groups
 
 
 def _generate(model: Any, prompts: list[_TokenIds]) -> list[_TokenIds]:

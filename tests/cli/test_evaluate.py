@@ -140,9 +140,9 @@ def test_a_run_goes_on_where_it_was(run, inputs, tmp_path, monkeypatch):
     assert [line["scores"] for line in kept] == [{}] * 36  # sampled, and not checked yet
     sampled = []
 
-    def count(self, prompts):
+    def count(self, prompts, num_samples):
         sampled.append(len(prompts))
-        return sample(self, prompts)
+        return sample(self, prompts, num_samples)
 
     sample = evaluate_sampler().sample
     monkeypatch.setattr(evaluate_sampler(), "sample", count)

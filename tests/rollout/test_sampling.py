@@ -104,6 +104,20 @@ def test_the_same_seed_gives_the_same_answers(inputs):
     assert first != other
 
 
+def test_the_model_is_loaded_once_until_the_sampler_is_closed(inputs, monkeypatch):
+    loads, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k))
+    prompt = render(inputs, PROMPTS[0])
+    with build_sampler(inputs, num_samples=2, max_new_tokens=4) as sampler:
+        assert loads == []
+        first, again = sampler.sample([prompt]), sampler.sample([prompt])
+        assert first == again
+        assert [len(group) for group in sampler.sample([prompt, prompt], num_samples=3)] == [3, 3]
+        assert len(loads) == 1
+    assert sampler.sample([prompt]) == first
+    assert len(loads) == 2
+
+
 def test_prompt_and_answer_have_to_fit_into_the_model(inputs):
     sampler = build_sampler(inputs, max_new_tokens=500)
     with pytest.raises(UserError, match=r"max_new_tokens \(500\).*\d+ tokens.*max_position_embeddings \(512\)"):
@@ -179,6 +193,14 @@ def test_vllm_gets_the_same_prompts_and_ends(inputs, vllm):
         ((30, 31, 32), False),
     ]
     assert groups[0][0].text == tokenizer.decode([30, 31])
+
+
+def test_vllm_is_started_again_only_for_longer_prompts(inputs, vllm):
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
+    sampler = Sampler(inputs / "model", tokenizer, ChatRenderer(tokenizer, "last"), SamplingConfig(max_new_tokens=3))
+    for prompt in ("x", "x", "how many lemon or apple", "x"):
+        sampler.sample([render(inputs, prompt)])
+    assert len([call for call in vllm.calls if len(call) == 5]) == 2
 
 
 def test_vllm_is_taken_where_it_is_installed_and_refused_where_not(vllm, monkeypatch):
