@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from trl_run import TrainConfig, train_and_save
 
 from megatron_psft.config.flags import require_at_least, require_positive, run_command
-from megatron_psft.data.files import BadRecord, Row, open_rows
+from megatron_psft.data.files import BadRecord, open_rows
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import Message
-from megatron_psft.data.records import parse_row
+from megatron_psft.data.pairs import Pair, parse_pair
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
 
@@ -26,8 +26,8 @@ class DpoConfig:
     """Direct preference optimization."""
 
     pairs: tuple[str, ...]
-    """JSON Lines, JSON or Parquet files, folders of them, or hub IDs, whose rows have prompt, chosen and rejected:
-    texts or lists of messages."""
+    """JSON Lines, JSON or Parquet files, folders of them, or hub IDs, whose rows are preference pairs in any form that
+    `psft train --objective dpo` reads; chosen and rejected differ in one assistant turn."""
     dpo_beta: float = 0.1
     """How strongly the trained model is held to the initial one."""
     seq_length: int = 4096
@@ -51,29 +51,22 @@ def read_pairs(paths: Sequence[str]) -> list[dict[str, list[Message]]]:
     """Rows of prompt, chosen and rejected as lists of messages. Raises UserError that names the first bad row."""
     pairs = []
     for row in (row for path in paths for row in open_rows(path)):
-        # Each answer after the prompt is a record, and is checked as such.
-        sides = [_read_side(row, side) for side in ("chosen", "rejected")]
-        for side in sides:
-            if isinstance(side, BadRecord):
-                raise UserError(f"pairs must hold usable rows only; the first that is not is {side}")
-        (prompt, chosen), (_, rejected) = sides
+        pair = parse_pair(row, RecordKeys(are_pairs=True))
+        if isinstance(pair, BadRecord):
+            raise UserError(f"pairs must hold usable rows only; the first that is not is {pair}")
+        prompt, chosen, rejected = _split(pair)
+        if pair.chosen.tools or len(chosen) != 1 or len(rejected) != 1:
+            raise UserError(f"pairs must differ in one assistant turn, and have no tools; {pair.source} does not")
         pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not pairs:
         raise UserError(f"pairs ({' '.join(paths)}) must hold at least one row")
     return pairs
 
 
-def _read_side(row: Row | BadRecord, side: str) -> tuple[list[Message], list[Message]] | BadRecord:
-    """Prompt and answer, whose last turn is the only one."""
-    keys = RecordKeys(prompt="prompt", completion=side)
-    if isinstance(row, Row) and isinstance(row.value, dict):
-        row = Row(source=row.source, value={key: row.value.get(key) for key in ("prompt", side, "system")})
-    record = parse_row(row, keys)
-    if isinstance(record, BadRecord):
-        return record
-    if record.messages[-1]["role"] != "assistant":
-        return BadRecord(source=record.source, reason=f"{side} does not end with an assistant turn")
-    return list(record.messages[:-1]), list(record.messages[-1:])
+def _split(pair: Pair) -> tuple[list[Message], list[Message], list[Message]]:
+    """What both sides begin with, and what each goes on with: an assistant's turn first."""
+    end = pair.chosen.prompt_length
+    return (list(pair.chosen.messages[:end]), list(pair.chosen.messages[end:]), list(pair.rejected.messages[end:]))
 
 
 def train(config: Config) -> None:

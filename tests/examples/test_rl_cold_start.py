@@ -108,9 +108,17 @@ def assert_refused(capsys, code: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "add", "chosen": "3"}, ":1: no known keys"),
+        ({"prompt": "add", "chosen": "3"}, ":1: no preference pair"),
         ({"prompt": "add", "chosen": "3", "rejected": ""}, ":1: empty content (rejected[0], assistant)"),
-        ({"prompt": "add", "chosen": [{"role": "user", "content": "3"}], "rejected": "3"}, ":1: no assistant turn"),
+        ({"prompt": "add", "chosen": [{"role": "user", "content": "3"}], "rejected": "3"}, ":1: two different prompts"),
+        (
+            {
+                "prompt": "add",
+                "chosen": [{"role": "assistant", "content": "3"}, {"role": "user", "content": "?"}],
+                "rejected": "4",
+            },
+            "pairs must differ in one assistant turn",
+        ),
     ],
 )
 def test_a_bad_pair_is_named(tmp_path, capsys, row, message):
