@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from typing import Any
 
 import chains
 import worker
 from digits import read_records, write_records
 from plan import HERE, Job, Rl
+
+from megatron_psft.rollout.rewards import group_advantages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +83,6 @@ def _samples(
     return [
         {"messages": [record["messages"][0], {"role": "assistant", "content": reply}], "advantage": advantage}
         for record, group, values in zip(records, groups, rewards, strict=True)
-        for reply, advantage in zip(group, advantages(values), strict=True)
+        for reply, advantage in zip(group, group_advantages(values, "grpo"), strict=True)
         if reply.strip()
     ]
-
-
-def advantages(rewards: Sequence[float]) -> list[float]:
-    """GRPO's: rewards of one group less their mean, over their standard deviation (arXiv 2402.03300, section 4.1.2)."""
-    spread = pstdev(rewards)
-    return [(reward - mean(rewards)) / spread if spread else 0.0 for reward in rewards]

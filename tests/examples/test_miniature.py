@@ -1,7 +1,6 @@
 """The miniature's records, points, tables and commands, and a small run of it; the whole is `make miniature`."""
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -138,10 +137,13 @@ def test_recipe_of_grpo_is_valid():
     validate(parse_config(["--config", str(MINIATURE / "grpo.yaml"), *flags]), 1)
 
 
-def test_advantages_of_a_group():
-    third = 1 / math.sqrt(3)
-    assert grpo.advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx([math.sqrt(3), -third, -third, -third])
-    assert grpo.advantages([1.0, 1.0]) == [0.0, 0.0]
+def test_replies_get_the_advantage_of_their_group_as_rollouts_do():
+    records = [{"messages": [{"role": "user", "content": text}]} for text in "ab"]
+    samples = grpo._samples(records, [["1", "2", " ", "4"], ["5", "6"]], [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0]])
+    assert [sample["messages"][1]["content"] for sample in samples] == ["1", "2", "4", "5", "6"]
+    # Of 1, 0, 0, 0: mean 1/4, squares 9/16 + 3/16, over 3: 1/4.
+    expected = [0.75 / (0.5 + 1e-6), -0.25 / (0.5 + 1e-6), -0.25 / (0.5 + 1e-6), 0.0, 0.0]
+    assert [sample["advantage"] for sample in samples] == pytest.approx(expected)
 
 
 def _result(method, lr, seed, target, general):
