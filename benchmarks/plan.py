@@ -1,4 +1,4 @@
-"""Peak memory of training steps over what tools/plan.py says of them, in several layouts.
+"""Peak memory of training steps over what `psft plan` says of them, in several layouts.
 
 On the CPU peak memory is the growth of the peak resident set since before the model was built, in fresh processes, of
 the rank that takes most; records fill their rows, and every token is a label.

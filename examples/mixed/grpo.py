@@ -1,4 +1,4 @@
-"""GRPO as a loop: tools/rollout.py on the model as it is, pretrain_psft.py on the rollouts, and again.
+"""GRPO as a loop: `psft rollout` on the model as it is, `psft train` on the rollouts, and again.
 
 Each round has a folder in --out: prompts.jsonl, rollouts.jsonl, run/ (metrics, checkpoints) and hf/, the model of the
 next round. The same command again goes on where it ended: what a round has finished stands under its name and is not
@@ -40,9 +40,9 @@ class LoopConfig:
     prompts_per_round: int
     """Prompts that a round answers; each is asked once before any is asked again."""
     rollout_config: str = str(HERE / "rollout.yaml")
-    """YAML file of further flags of tools/rollout.py."""
+    """YAML file of further flags of `psft rollout`."""
     train_config: str = str(HERE / "train.yaml")
-    """YAML file of further flags of pretrain_psft.py."""
+    """YAML file of further flags of `psft train`."""
     nproc_per_node: int = 1
     """Processes that train, on this machine."""
     seed: int = 1234
@@ -91,7 +91,7 @@ def run_rounds(config: Config) -> int:
 
 
 def read_rows(paths: Sequence[str]) -> list[object]:
-    """The rows as they are: tools/rollout.py says which keys are wanted."""
+    """The rows as they are: `psft rollout` says which keys are wanted."""
     rows = []
     for row in (row for path in paths for row in open_rows(path)):
         if not isinstance(row, Row):

@@ -1,6 +1,6 @@
 """Mixes demonstrations and rollouts into records for one training, after LUFFY or HPT.
 
-The rollouts are those of tools/rollout.py on the demonstrations' own prompts, with --keep-flat-groups: where every
+The rollouts are those of `psft rollout` on the demonstrations' own prompts, with --keep-flat-groups: where every
 answer is wrong, or every one is right, is what these methods decide by. A rollout belongs to the demonstration whose
 messages before the last turn are its own.
 
@@ -29,12 +29,12 @@ from megatron_psft.errors import UserError
 from megatron_psft.rollout.rewards import group_advantages
 
 EXAMPLES = """example:
-    python tools/rollout.py --model runs/first/hf --prompts train.jsonl --keep-flat-groups --out rollouts.jsonl
+    psft rollout --model runs/first/hf --prompts train.jsonl --keep-flat-groups --out rollouts.jsonl
     python examples/mixed/mix.py --demonstrations train.jsonl --rollouts rollouts.jsonl --out mixed.jsonl
     torchrun pretrain_psft.py --config examples/mixed/train.yaml --data mixed.jsonl --load-hf runs/first/hf ..."""
 
 RolloutRow = dict[str, Any]
-"""What tools/rollout.py writes: messages, advantage, reward and more."""
+"""What `psft rollout` writes: messages, advantage, reward and more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class MixConfig:
     demonstrations: tuple[str, ...]
     """Records as `pretrain_psft.py --data` takes them."""
     rollouts: tuple[str, ...]
-    """Files of tools/rollout.py."""
+    """Files of `psft rollout`."""
     system_prompt: str | None = None
     """System message of the demonstrations, in place of their own; the one that the rollouts were sampled with."""
     method: Literal["all", "luffy", "hpt"] = "luffy"
@@ -99,11 +99,11 @@ def mix(config: MixConfig) -> None:
 
 
 def read_groups(paths: Sequence[str]) -> dict[str, list[RolloutRow]]:
-    """Rollouts by prompt, with their source noted. Raises UserError for rows that tools/rollout.py has not written."""
+    """Rollouts by prompt, with their source noted. Raises UserError for rows that `psft rollout` has not written."""
     groups: dict[str, list[RolloutRow]] = defaultdict(list)
     for row in (row for path in paths for row in open_rows(path)):
         if not isinstance(row, Row) or not isinstance(row.value, dict) or "reward" not in row.value:
-            raise UserError(f"rollouts must be written by tools/rollout.py; {row.source} has no reward")
+            raise UserError(f"rollouts must be written by `psft rollout`; {row.source} has no reward")
         groups[key_of(row.value["messages"])].append({**row.value, "source": "rollout"})
     return groups
 

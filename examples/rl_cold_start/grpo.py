@@ -1,4 +1,4 @@
-"""GRPO with TRL from an exported model: the rewards are those of tools/rollout.py.
+"""GRPO with TRL from an exported model: the rewards are those of `psft rollout`.
 
 On one process as below, on several with `accelerate launch` or torchrun in front. Needs `pip install -e '.[rl]'`.
 """

@@ -144,7 +144,7 @@ def test_a_recipe_fits_and_says_how(path):
     """Its comment has the arithmetic of the plan, to the decimal."""
     peak = plan_of(path).peak
     assert peak.total < ROOM_GIB * GIB
-    said = re.search(r"# GiB per GPU of 80, as tools/plan.py counts them: ([\d.]+)\n#   = (.+)\n", path.read_text())
+    said = re.search(r"# GiB per GPU of 80, as psft plan counts them: ([\d.]+)\n#   = (.+)\n", path.read_text())
     terms = dict(reversed(term.split(" ")) for term in said[2].split(" + "))
     assert terms == {part: f"{getattr(peak, part) / GIB:.1f}" for part in PARTS}
     assert said[1] == f"{peak.total / GIB:.1f}"
