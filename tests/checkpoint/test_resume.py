@@ -89,7 +89,7 @@ def test_random_generators_go_on_where_they_were(pool, tmp_path, inputs):
     assert len({number for drawn in whole for number in drawn}) >= 8
 
 
-MOMENTS = {"in training": "train", "in the old policy's pass": "score", "in evaluation": "evaluate"}
+MOMENTS = {"in training": "train", "in the old policy's pass": "score_labels", "in evaluation": "evaluate"}
 
 
 def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Exit:
@@ -103,7 +103,7 @@ def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Ex
 
     def signalled(*args, **kwargs):
         calls.append(moment)
-        if os.environ["RANK"] == rank and len(calls) == {"train": 3, "score": 2, "evaluate": 1}[moment]:
+        if os.environ["RANK"] == rank and len(calls) == {"train": 3, "score_labels": 2, "evaluate": 1}[moment]:
             os.kill(os.getpid(), signum)
         return original(*args, **kwargs)
 
