@@ -95,3 +95,17 @@ def test_functions_have_at_most_60_lines_and_half_of_them_8():
     }
     assert {place: length for place, length in lengths.items() if length > 60} == {}, "take steps out into functions"
     assert statistics.median(lengths.values()) <= 8
+
+
+def test_no_test_is_imported():
+    """What several tests need lies in tests/support, or in a file of the room's folder that is no test."""
+    for path in sorted((REPOSITORY / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            tests = [name for name in modules if name.startswith("tests.") and ".test_" in name]
+            assert not tests, f"{path}:{node.lineno}: move what is shared with {tests[0]} to tests/support"

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_psft.checkpoint.folders import step_folder, step_folders
 from megatron_psft.sealed import MARKER
-from tests.checkpoint.test_saver import DIST_OPT, inputs, metrics_of, refuse, train
 from tests.support.cli import Exit, run_cli
+from tests.support.runs import DIST_OPT, inputs, metrics_of, refuse, train
 
 __all__ = ["inputs"]  # the fixture
 

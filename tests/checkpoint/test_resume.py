@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from megatron_psft.checkpoint.folders import step_folder, step_folders
-from tests.checkpoint.test_saver import DIST_OPT, ONE, PP2, TP2_SP, forget_steps_from, inputs, metrics_of, refuse, train
 from tests.support.cli import Exit, run_cli
 from tests.support.marks import slow
 from tests.support.pool import WorkerError
+from tests.support.runs import DIST_OPT, ONE, PP2, TP2_SP, forget_steps_from, inputs, metrics_of, refuse, train
 
 __all__ = ["inputs"]  # the fixture
 

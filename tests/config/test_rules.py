@@ -4,7 +4,7 @@ import pytest
 
 from megatron_psft.config.rules import validate, validate_advantages, validate_train_iters
 from megatron_psft.errors import UserError
-from tests.config.test_schema import parse
+from tests.support.configs import parse
 
 
 @pytest.mark.parametrize(

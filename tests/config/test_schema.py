@@ -16,31 +16,15 @@ from hypothesis import strategies as st
 from megatron_psft.config.schema import Config, WeightsConfig, config_to_yaml, parse_config
 from megatron_psft.errors import UserError
 from tests.support.cli import REPOSITORY
+from tests.support.configs import flag, parse, write_yaml
 
-REQUIRED = {"load_hf": "hf", "save": "run", "data": "train.jsonl"}
 FIELDS = [(section, field) for section, cls in get_type_hints(Config).items() for field in fields(cls)]
 BOOLEANS = [field.name for _, field in FIELDS if field.type is bool]
 SETTABLE = [field for _, field in FIELDS]
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def parse(*flags: str, given_elsewhere: str = "") -> Config:
-    """Parses `flags` after the required ones, leaving away the one that they, or their YAML file, give."""
-    required = [text for name, value in REQUIRED.items() if name != given_elsewhere for text in (flag(name), value)]
-    return parse_config([*required, *flags])
-
-
 def values_of(config: Config) -> dict[str, Any]:
     return {name: value for section in asdict(config).values() for name, value in section.items()}
-
-
-def write_yaml(folder: Path, text: str) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(text, encoding="utf-8")
-    return str(path)
 
 
 def other_value(field: Field) -> Any:

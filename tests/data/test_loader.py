@@ -13,9 +13,8 @@ from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, MicroBatch, Shard, collate
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from megatron_psft.errors import UserError
+from tests.data.shards import PAD, assert_right_where_real, layouts, shards
 from tests.support.datasets import dataset_of
-
-PAD = 0
 
 
 def make_dataset(lengths: list[int], *, has_advantages: bool = False) -> TokenizedDataset:
@@ -62,19 +61,7 @@ def rows(batches: list[MicroBatch]) -> torch.Tensor:
 CAPACITY = 16
 
 
-def shards(data_size: int, context_size: int) -> list[Shard]:
-    """Of all ranks that have different tokens."""
-    return [
-        Shard(data_rank=data_rank, data_size=data_size, context_rank=context_rank, context_size=context_size)
-        for data_rank in range(data_size)
-        for context_rank in range(context_size)
-    ]
-
-
 datasets = st.lists(st.integers(2, 12), min_size=1, max_size=30).map(make_dataset)
-layouts = st.tuples(
-    st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
-)  # ranks, rows of a micro-batch, micro-batches
 context_sizes = st.sampled_from([1, 2, 3, 4])
 
 
@@ -217,28 +204,6 @@ def test_the_sequence_length_is_the_longest_row_rounded_up(dataset, multiple, st
 def test_batch_sizes_that_do_not_divide_are_a_user_error():
     with pytest.raises(UserError, match=r"global_batch_size \(6\) must be a multiple of .* \(2 \* 2\)"):
         make_loader(make_dataset([3]), global_batch_size=6, micro_batch_size=2, shard=Shard(data_size=2))
-
-
-def assert_right_where_real(batch: MicroBatch, dataset: TokenizedDataset) -> list[int]:
-    """Checks label, mask and position of each token that is no padding; returns these tokens."""
-    is_real = batch.tokens != PAD
-    tokens, labels = batch.tokens[is_real], batch.labels[is_real]
-    assert torch.equal(labels, tokens + 1), "the label is not the record's next token"
-    assert torch.equal(batch.position_ids[is_real], tokens % 1000), "positions do not restart with the record"
-    examples = [dataset[index] for index in range(len(dataset))]
-    masks = {
-        int(token): bool(mask)
-        for example in examples
-        for token, mask in zip(example.tokens, example.label_mask, strict=True)
-    }
-    assert batch.label_mask[is_real].tolist() == [masks[int(label)] for label in labels]
-    assert not batch.label_mask[~is_real].any()
-    owners = dict(zip(batch.record_ids[is_real].tolist(), (tokens // 1000).tolist(), strict=True))
-    assert [owners[record] for record in batch.record_ids[is_real].tolist()] == (tokens // 1000).tolist()
-    assert {record: int(batch.label_counts[record]) for record in owners} == {
-        record: int(dataset[owner - 1].label_mask[1:].sum()) for record, owner in owners.items()
-    }
-    return tokens.tolist()
 
 
 @settings(max_examples=40)

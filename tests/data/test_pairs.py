@@ -19,7 +19,7 @@ from megatron_psft.data.pairs import Pair, parse_pair
 from megatron_psft.data.records import parse_row
 from megatron_psft.errors import UserError
 from tests.data import toys
-from tests.data.test_loader import assert_right_where_real, layouts, shards
+from tests.data.shards import assert_right_where_real, layouts, shards
 from tests.data.toys import byte_tokenizer, label_texts_of
 from tests.support.datasets import dataset_of
 

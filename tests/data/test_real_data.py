@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from megatron_psft.data.chat import Example, render_record
 from megatron_psft.data.loader import collate
 from megatron_psft.data.records import Record
-from tests.model.layouts import Layout, rank_of
 from tests.support import reference
 from tests.support.cli import REPOSITORY, run_cli
+from tests.support.layouts import Layout, rank_of
 
 pytestmark = pytest.mark.slow
 

@@ -21,8 +21,8 @@ from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.metrics.flops import forward_flops
 from megatron_psft.model.shape import ExpertShape, ModelShape
-from tests.model.layouts import Layout, make_config, rank_of
 from tests.support import tiny
+from tests.support.layouts import Layout, make_config, rank_of
 from tests.support.marks import slow
 
 GPU = Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=True)

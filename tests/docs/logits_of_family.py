@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_psft.cli import convert
-from tests.model.layouts import Layout, rank_of
+from tests.support.layouts import Layout, rank_of
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 

@@ -12,8 +12,8 @@ from megatron_psft.errors import UserError
 from megatron_psft.hf.export import MAX_SHARD_BYTES, check_target, export
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.shape import read_shape
-from tests.model.layouts import Layout, rank_of
 from tests.support import tiny
+from tests.support.layouts import Layout, rank_of
 from tests.support.marks import slow
 
 INDEX = "model.safetensors.index.json"

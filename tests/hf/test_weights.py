@@ -13,8 +13,8 @@ from megatron_psft.errors import UserError
 from megatron_psft.hf.mapping import Piece, hf_tensors
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.shape import read_shape
-from tests.model.layouts import Layout, rank_of
 from tests.support import tiny
+from tests.support.layouts import Layout, rank_of
 
 INDEX = "model.safetensors.index.json"
 

@@ -9,7 +9,7 @@ from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.errors import RankError, UserError
 from megatron_psft.metrics.trackers import Trackers
-from tests.config.test_schema import parse
+from tests.support.configs import parse
 
 NAMES = ("loss", "grad_norm")
 

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron_psft.errors import UserError
 from megatron_psft.model.end import ask, attach
 from megatron_psft.model.shape import ModelShape
-from tests.model.layouts import Layout, make_config, rank_of
+from tests.support.layouts import Layout, make_config, rank_of
 
 VOCAB_SIZE = 241  # of 256 columns or more
 SHAPE = ModelShape(

@@ -11,9 +11,9 @@ from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.experts import expert_options
 from megatron_psft.model.gpt import check_layout
-from megatron_psft.model.shape import ExpertShape, ModelShape, read_shape
-from tests.model.layouts import Layout, make_config
-from tests.model.test_gpt import (
+from megatron_psft.model.shape import read_shape
+from tests.model.experts import SHAPE
+from tests.model.statistics import (
     LENGTHS,
     VOCAB_SIZE,
     assert_same_gradients,
@@ -22,6 +22,7 @@ from tests.model.test_gpt import (
     reference_numbers,
 )
 from tests.support import tiny
+from tests.support.layouts import Layout, make_config
 from tests.support.marks import slow
 
 LAYOUTS = [
@@ -85,27 +86,6 @@ def test_a_model_in_bf16_stays_near_fp32(pool, folders, references):
             record = result["data_rank"] * len(log_probs) + row
             wanted = references["mixtral"]["log_probs"][record]
             assert float((found[: len(wanted)] - wanted).abs().mean()) < 0.05
-
-
-SHAPE = ModelShape(
-    model_type="qwen3_moe",
-    num_layers=4,
-    hidden_size=64,
-    ffn_hidden_size=90,
-    num_attention_heads=12,
-    num_query_groups=12,
-    head_dim=8,
-    vocab_size=211,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    qkv_bias=False,
-    qk_norm=True,
-    tied_embeddings=False,
-    initializer_range=0.02,
-    dtype="float32",
-    experts=ExpertShape(count=6, per_token=2, ffn_hidden_size=20, normalizes=True, dense_layers=()),
-)
 
 
 @pytest.mark.parametrize(

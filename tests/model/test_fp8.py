@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_psft.config.schema import Config, DataConfig, ParallelConfig, PrecisionConfig, WeightsConfig
+from megatron_psft.config.schema import PrecisionConfig
 from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.fp8 import check_dimensions, check_machine, row_multiple
 from megatron_psft.model.gpt import check_layout, transformer_config
 from megatron_psft.model.shape import ModelShape
-from tests.model.test_experts import SHAPE as EXPERTS
+from tests.model.experts import SHAPE as EXPERTS
+from tests.support.fp8 import make_config, precision
 
 CPU = Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
 GPU = Platform(
@@ -29,19 +30,6 @@ SHAPE = replace(
     num_query_groups=4,
     head_dim=32,
 )
-
-
-def precision(recipe: str = "delayed", fp8_format: str = "hybrid") -> PrecisionConfig:
-    return PrecisionConfig(bf16=True, fp8_format=fp8_format, fp8_recipe=recipe)
-
-
-def make_config(recipe: str, **parallel: int) -> Config:
-    return Config(
-        weights=WeightsConfig(load_hf="unused", save="unused"),
-        data=DataConfig(data=("unused",)),
-        parallel=ParallelConfig(**parallel),
-        precision=precision(recipe),
-    )
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.layouts import Layout, rank_of
 from tests.support import tiny
+from tests.support.layouts import Layout, rank_of
 
 FAMILIES = (*tiny.FAMILIES, *tiny.MOE_FAMILIES)
 

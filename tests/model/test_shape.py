@@ -8,32 +8,14 @@ import pytest
 import torch
 from transformers import (
     LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from megatron_psft.errors import UserError
-from megatron_psft.model.shape import ExpertShape, Llama3RopeScaling, ModelShape, read_shape, shape_from_config
+from megatron_psft.model.shape import ExpertShape, Llama3RopeScaling, ModelShape, read_shape
+from tests.model.shapes import CLASSES, SMALL, read
 from tests.support import tiny
-
-CLASSES: dict[str, type[PreTrainedConfig]] = {
-    "llama": LlamaConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "qwen3_moe": Qwen3MoeConfig,
-    "mixtral": MixtralConfig,
-}
-FAMILIES = tuple(CLASSES)
-SMALL = {
-    "num_hidden_layers": 3,
-    "hidden_size": 40,
-    "intermediate_size": 24,
-    "num_attention_heads": 5,
-    "vocab_size": 17,
-}
 
 
 @pytest.fixture(scope="session")
@@ -161,14 +143,6 @@ def test_published_config_of_another_architecture_is_refused_by_its_name(publish
 
 def test_every_published_config_is_covered(published):
     assert {path.parent.name for path in published.glob("*/config.json")} <= {*PUBLISHED, *REFUSED}
-
-
-def make_config(model_type: str = "llama", **changes: object) -> dict:
-    return {"model_type": model_type, **SMALL, **changes}
-
-
-def read(**changes: object) -> ModelShape:
-    return shape_from_config(make_config(**changes), "here")
 
 
 def test_absent_fields_have_transformers_defaults():

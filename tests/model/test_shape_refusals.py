@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import read_shape, shape_from_config
-from tests.model.test_shape import CLASSES, FAMILIES, SMALL, make_config, read
+from tests.model.shapes import CLASSES, FAMILIES, SMALL, make_config, read
 
 UNSUPPORTED = {
     "hidden_act": "gelu",

@@ -16,9 +16,9 @@ from megatron_psft.objectives import builtin
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
 from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.registry import OBJECTIVES, SETTINGS
-from tests.config.test_schema import parse, write_yaml
 from tests.support import tiny
 from tests.support.cli import run_cli
+from tests.support.configs import parse, write_yaml
 from tests.support.marks import slow
 
 OWN = "tests.objectives.own"

@@ -9,9 +9,9 @@ import pytest
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.scoring.agreement import ScoringAgreement
 from megatron_psft.train.assemble import _scoring_agreement
-from tests.model.test_fp8 import make_config
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
+from tests.support.fp8 import make_config
 from tests.support.marks import slow
 
 

@@ -18,11 +18,11 @@ from transformers import AutoTokenizer
 from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.scoring.reference import PROGRESS
 from megatron_psft.scoring.values import VALUES
-from tests.checkpoint.test_saver import CP2, DIST_OPT, ONE, OVERLAP, PP2, TP2_SP
 from tests.support import reference, tiny
 from tests.support.cli import Exit, run_cli
 from tests.support.marks import slow
 from tests.support.pool import WorkerError
+from tests.support.runs import CP2, DIST_OPT, ONE, OVERLAP, PP2, TP2_SP
 
 PACKED, SEPARATE = ("--packing",), ("--no-packing",)
 LAYOUTS = {

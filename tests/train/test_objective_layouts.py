@@ -18,10 +18,10 @@ from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.registry import OBJECTIVES
 from megatron_psft.scoring.old_policy import NoOldPolicy
 from tests.support import reference, tiny
+from tests.support.gradients import GradientSource, gradients_of, ready
 from tests.support.marks import slow
+from tests.support.packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
 from tests.support.scores import scores_of
-from tests.train.test_packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
-from tests.train.test_pipeline import GradientSource, gradients_of, ready
 
 TOKEN_MEAN, SEQ_MEAN, SEQ_SUM = "token-mean", "seq-mean-token-mean", "seq-mean-token-sum"
 CASES: dict[str, dict] = {
@@ -93,7 +93,7 @@ def data(folder) -> Data:
         known.append((distribution, labels, old[-1][label_mask[1:]], ref[-1][label_mask[1:]]))
         tokens.append(ids.numpy())
         label_masks.append(label_mask.numpy())
-    due = {name: _by_autograd(model, known, name, advantages.tolist()) for name in CASES}
+    due = {name: by_autograd(model, known, name, advantages.tolist()) for name in CASES}
     return Data(
         make_dataset(tokens, label_masks),
         old,
@@ -104,7 +104,7 @@ def data(folder) -> Data:
     )
 
 
-def _by_autograd(
+def by_autograd(
     model: torch.nn.Module, known: list[tuple[Tensor, ...]], case: str, advantages: list[float]
 ) -> tuple[dict[str, Tensor], float]:
     settings = dict(CASES[case])

@@ -9,34 +9,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from megatron_psft.data.packing import best_fit
 from tests.support import reference, tiny
 from tests.support.cli import run_cli
 from tests.support.marks import slow
+from tests.support.parity import CP2, LAYOUTS, OVERLAPPED, PP2, TP2, assert_same_logits
 
 STEPS, GLOBAL_BATCH_SIZE = 12, 8
 COMPARED = ("loss", "nll", "entropy", "grad_norm", "clip_fraction")
 PERCENTILES = ("ratio_p05", "ratio_p50", "ratio_p95")
 
-TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
-CP2 = ["--context-parallel-size", "2"]
-OVERLAPPED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-LAYOUTS = {
-    "1": (1, []),
-    "tp2": (2, TP2),
-    "tp2-sp": (2, [*TP2, "--sequence-parallel"]),
-    "pp2": (2, PP2),
-    "pp2-interleaved": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
-    "cp2": (2, CP2),
-    "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer"]),
-    "dp2-overlapped-reduction": (2, ["--overlap-grad-reduce"]),
-    "dp2-overlapped": (2, OVERLAPPED),
-    "pp2-interleaved-dp2-overlapped": (4, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1", *OVERLAPPED]),
-    "tp2-pp2": (4, [*TP2, *PP2]),
-    "tp2-pp2-dp2": (8, [*TP2, "--sequence-parallel", *PP2, "--use-distributed-optimizer"]),
-}
 PACKED_LAYOUTS = {
     **{
         name: LAYOUTS[name]
@@ -133,14 +117,6 @@ def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]
             assert line[name] == pytest.approx(reference_line[name], rel=10 * rel), (line["step"], name)
         for name in ("tokens", "label_tokens", "records"):
             assert line[name] == reference_line[name]
-
-
-def assert_same_logits(exported: Path, model: torch.nn.Module) -> None:
-    tokens = torch.randint(0, tiny.VOCAB_SIZE, (2, 90), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        found = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)(tokens).logits
-        wanted = model(tokens).logits
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
 
 
 OF_ONE_FAMILY = ("cp2", "dp2-overlapped-reduction", "dp2-overlapped", "pp2-interleaved-dp2-overlapped")

@@ -18,7 +18,7 @@ from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
 from tests.support import reference, tiny
 from tests.support.cli import run_cli
 from tests.support.marks import slow
-from tests.train.test_parity import CP2, LAYOUTS, TP2, assert_same_logits
+from tests.support.parity import CP2, LAYOUTS, TP2, assert_same_logits
 
 STEPS, PAIRS, BETA = 4, 8, 0.3
 COMPARED = ("loss", "margin", "accuracy", "chosen_log_probs", "rejected_log_probs", "grad_norm")
