@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_psft.cli.plot import main
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.cli import REPOSITORY, Exit, run_cli
 
 ALWAYS = {"loss", "nll", "entropy", "grad_norm", "lr", "tokens_per_second", "step_seconds"}
@@ -31,7 +31,7 @@ def runs(pool, tmp_path_factory) -> Path:
         {"prompt": "add one", "chosen": f"two {word}", "rejected": f"{word} x"} for word in ("one", "two", "three")
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs * 4))
-    common = ["--load-hf", folder / "model", "--tokenizer", folder / "tokenizer", "--lr", reference.PARITY_LR]
+    common = ["--load-hf", folder / "model", "--tokenizer", folder / "tokenizer", "--lr", oracle.PARITY_LR]
     common += ["--global-batch-size", 4, "--no-packing"]
     records = ["--data", folder / "records.jsonl"]
     valid = ["--valid-data", folder / "records.jsonl", "--eval-interval", 4, "--eval-iters", 1]

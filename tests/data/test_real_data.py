@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from megatron_psft.data.chat import Example, render_record
 from megatron_psft.data.loader import collate
 from megatron_psft.data.records import Record
-from tests.support import reference
+from tests.support import oracle
 from tests.support.cli import REPOSITORY, run_cli
 from tests.support.layouts import Layout, rank_of
 
@@ -117,7 +117,7 @@ def test_published_shapes_at_full_width_score_as_transformers_does(
     real = AutoTokenizer.from_pretrained(data_folder / "tokenizers" / tokenizer)
     example = render_record(Record(messages=tuple(messages), source="gsm8k:1"), real, "assistant")
     with torch.no_grad():
-        wanted, _ = reference.label_statistics(model.float(), example.tokens.tolist(), example.label_mask.tolist())
+        wanted, _ = oracle.label_statistics(model.float(), example.tokens.tolist(), example.label_mask.tolist())
     del model
     for found in pool.run(_score, 2, tmp_path / "hf", Layout(tensor=2), example, timeout=600):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

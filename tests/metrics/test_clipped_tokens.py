@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 
 
@@ -62,7 +62,7 @@ def inputs(tmp_path_factory) -> Path:
 def train(pool, inputs: Path, save: Path, world_size: int, *flags: str) -> dict:
     argv = ["--load-hf", inputs / "model", "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
     argv += ["--save", save, "--train-iters", 7, "--global-batch-size", 8, "--old-policy-interval", 4, "--no-packing"]
-    argv += ["--lr", reference.PARITY_LR, "--lr-decay-style", "constant", "--log-clipped-tokens", 5, *flags]
+    argv += ["--lr", oracle.PARITY_LR, "--lr-decay-style", "constant", "--log-clipped-tokens", 5, *flags]
     exits = pool.run(run_cli, world_size, [str(value) for value in argv])
     assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
     return json.loads((save / "clipped_tokens.json").read_text())

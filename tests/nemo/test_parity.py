@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.nemo.bridge import SEQ_LENGTH, needs_bridge, run_bridge
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 
 pytestmark = [needs_bridge, pytest.mark.slow]
@@ -66,7 +66,7 @@ def expected(pool, inputs, tmp_path_factory):
         argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--save", save]
         argv += ["--data", inputs / "data" / "training.jsonl", "--train-iters", STEPS, "--no-shuffle", "--no-packing"]
         argv += ["--global-batch-size", GLOBAL_BATCH_SIZE, "--micro-batch-size", 2]
-        argv += ["--lr", reference.PARITY_LR, "--lr-decay-style", "constant", "--seq-length", SEQ_LENGTH]
+        argv += ["--lr", oracle.PARITY_LR, "--lr-decay-style", "constant", "--seq-length", SEQ_LENGTH]
         argv += [] if "--objective" in flags else ["--old-policy-interval", 4]  # no use otherwise
         argv += flags
         (exit,) = pool.run(run_cli, 1, [str(value) for value in argv])
@@ -83,7 +83,7 @@ def bridge_run(bridge_pool, inputs, tmp_path):
     def train(family: str, *overrides: str, layout: str = "1") -> list[dict[str, float]]:
         nproc, layout_overrides = (LAYOUTS | EXPERT_LAYOUTS)[layout]
         own = [f"train.train_iters={STEPS}", f"train.global_batch_size={GLOBAL_BATCH_SIZE}", "train.micro_batch_size=2"]
-        own += ["psft.old_policy_interval=4", f"optimizer.lr={reference.PARITY_LR}", "checkpoint.save=null"]
+        own += ["psft.old_policy_interval=4", f"optimizer.lr={oracle.PARITY_LR}", "checkpoint.save=null"]
         paths = {"model": inputs / family, "tokenizer": inputs / "tokenizer", "data": inputs / "data"}
         return run_bridge(bridge_pool, tmp_path, **paths, overrides=[*own, *layout_overrides, *overrides], nproc=nproc)
 

@@ -14,7 +14,7 @@ from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
 from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.ratio import policy_ratio
 from megatron_psft.objectives.registry import OBJECTIVES
-from tests.support import reference
+from tests.support import oracle
 
 log_probability = st.floats(-30, 0, width=32)
 
@@ -167,7 +167,7 @@ def test_each_loss_and_gradient_is_that_of_autograd_through_the_whole_softmax(na
     now = distribution.detach().gather(1, labels[:, None])[:, 0]
     old, ref = now + 0.5 * torch.randn(2, 40, generator=generator, dtype=torch.float64)
     settings = {"iw_level": ("sequence", "token")[seed % 2]} if name == "iw-sft" else {}
-    wanted = reference.token_losses(name, distribution, labels, old_log_probs=old, ref_log_probs=ref, **settings)
+    wanted = oracle.token_losses(name, distribution, labels, old_log_probs=old, ref_log_probs=ref, **settings)
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), logits)
 
     fresh = logits.detach().requires_grad_()

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.scoring.reference import PROGRESS
 from megatron_psft.scoring.values import VALUES
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.cli import Exit, run_cli
 from tests.support.marks import slow
 from tests.support.pool import WorkerError
@@ -64,12 +64,12 @@ def inputs(tmp_path_factory) -> Inputs:
 
 @torch.no_grad()
 def log_probs_of(model: Path, tokenizer: Path, data: Path):
-    hf_model = reference.load_model(model)
+    hf_model = oracle.load_model(model)
     records = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
     for messages in records:
-        ids, label_mask = reference.chatml_example(messages, AutoTokenizer.from_pretrained(tokenizer))
+        ids, label_mask = oracle.chatml_example(messages, AutoTokenizer.from_pretrained(tokenizer))
         values = np.zeros(len(ids) - 1, np.float32)
-        values[label_mask[1:]] = reference.label_statistics(hf_model, ids, label_mask)[0].numpy()
+        values[label_mask[1:]] = oracle.label_statistics(hf_model, ids, label_mask)[0].numpy()
         yield values
 
 

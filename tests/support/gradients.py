@@ -19,7 +19,7 @@ from megatron_psft.config.schema import (
 )
 from megatron_psft.metrics.sums import BatchSums
 from megatron_psft.objectives.objective import Objective
-from tests.support import reference
+from tests.support import oracle
 
 SEQ_LENGTH, ROWS, CLIP = 22, 2, 0.28
 
@@ -27,7 +27,7 @@ SEQ_LENGTH, ROWS, CLIP = 22, 2, 0.28
 def by_autograd(model: torch.nn.Module, records, objective: str) -> tuple[dict[str, Tensor], dict[str, float]]:
     columns: dict[str, list[Tensor]] = {"loss": [], "log_prob": [], "entropy": [], "ratio": []}
     for ids, label_mask, before in records:
-        log_probs, entropy = reference.label_statistics(model, ids, label_mask)
+        log_probs, entropy = oracle.label_statistics(model, ids, label_mask)
         ratio = (log_probs - before).exp()
         loss = -log_probs if objective == "sft" else -torch.minimum(ratio, torch.tensor(1 + CLIP))
         for column, values in zip(columns.values(), (loss, log_probs, entropy, ratio), strict=True):

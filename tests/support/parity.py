@@ -1,4 +1,4 @@
-"""Layouts in which the trainer is compared with the reference, as flags, and how what both have learned is compared."""
+"""Layouts in which the trainer is compared with the oracle, as flags, and how what both have learned is compared."""
 
 from pathlib import Path
 

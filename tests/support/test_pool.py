@@ -1,4 +1,4 @@
-"""The harness itself: a pool that survives its tests, and a reference that agrees with arithmetic done by hand."""
+"""The harness itself: a pool that survives its tests, and an oracle that agrees with arithmetic done by hand."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.cli import Exit, call_main, run_torchrun
 from tests.support.marks import slow
 from tests.support.pool import WorkerError
@@ -161,12 +161,12 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory, tokenizer):
     path = tiny.write_records(tmp_path_factory.mktemp("records") / "records.jsonl", 96)
-    return list(reference.chatml_batches(path, tokenizer, global_batch_size=8, steps=12))
+    return list(oracle.chatml_batches(path, tokenizer, global_batch_size=8, steps=12))
 
 
 def test_rendering_by_hand_equals_the_template(tokenizer):
     messages = [{"role": "user", "content": "count two"}, {"role": "assistant", "content": "one two"}]
-    ids, label_mask = reference.chatml_example(messages, tokenizer)
+    ids, label_mask = oracle.chatml_example(messages, tokenizer)
     assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
     labels = [token for token, is_label in zip(ids, label_mask, strict=True) if is_label]
     assert tokenizer.decode(labels) == "one two<|im_end|>"
@@ -209,15 +209,15 @@ class _TableModel(torch.nn.Module):
 
 
 def test_statistics_equal_arithmetic_by_hand():
-    log_probs, entropy = reference.label_statistics(_TableModel([0.5, 0.75, 0.1]), [1, 0, 0], [False, False, True])
+    log_probs, entropy = oracle.label_statistics(_TableModel([0.5, 0.75, 0.1]), [1, 0, 0], [False, False, True])
     torch.testing.assert_close(log_probs, torch.tensor([math.log(0.75)]))
     torch.testing.assert_close(entropy, torch.tensor([-0.75 * math.log(0.75) - 0.25 * math.log(0.25)]))
 
 
 def test_only_tokens_within_the_bound_have_a_gradient():
     model, old_model = _TableModel([0.75, 0.25, 0.5]), _TableModel([0.5, 0.5, 0.5])
-    loss_of = functools.partial(reference.token_losses, "psft", clip_ratio_high=0.28)
-    metrics = reference._accumulate_gradients(model, old_model, None, [([1, 0, 0], [False, True, True])], loss_of, 0.28)
+    loss_of = functools.partial(oracle.token_losses, "psft", clip_ratio_high=0.28)
+    metrics = oracle._accumulate_gradients(model, old_model, None, [([1, 0, 0], [False, True, True])], loss_of, 0.28)
     # The ratios are 1.5, which is clipped, and 0.5.
     assert metrics["loss"] == pytest.approx(-(1.28 + 0.5) / 2)
     assert metrics["ratio_mean"] == pytest.approx(1.0)
@@ -237,7 +237,7 @@ def test_a_window_of_one_step_has_the_gradient_of_sft(tmp_path, batches):
     hf_dir = tiny.build_model(tmp_path, "qwen2", num_hidden_layers=1)
     names = ("nll", "entropy", "grad_norm", "label_tokens")
     runs = [
-        reference.run_reference(hf_dir, batches[:3], lr=1e-3, objective=objective, old_policy_interval=1)[0]
+        oracle.train(hf_dir, batches[:3], lr=1e-3, objective=objective, old_policy_interval=1)[0]
         for objective in ("psft", "sft")
     ]
     assert [[metrics[name] for name in names] for metrics in runs[0]] == _rounded(runs[1], *names)
@@ -248,9 +248,7 @@ def test_windows_start_after_warm_up_and_a_fixed_one_never_ends(tmp_path, batche
     hf_dir = tiny.build_model(tmp_path, "qwen2", num_hidden_layers=1)
 
     def steps_at_ratio_one(interval):
-        history, _ = reference.run_reference(
-            hf_dir, batches[:6], lr=1e-3, old_policy_interval=interval, sft_warmup_iters=1
-        )
+        history, _ = oracle.train(hf_dir, batches[:6], lr=1e-3, old_policy_interval=interval, sft_warmup_iters=1)
         return [metrics["step"] for metrics in history if metrics["ratio_max"] == 1]
 
     assert steps_at_ratio_one(2) == [1, 2, 4, 6]
@@ -263,11 +261,11 @@ def test_parity_over_twelve_steps_means_something(tmp_path, batches, monkeypatch
     hf_dir = tiny.build_model(tmp_path, family, tied=tied)
 
     def run():
-        return reference.run_reference(hf_dir, batches, lr=reference.PARITY_LR, old_policy_interval=4)[0]
+        return oracle.train(hf_dir, batches, lr=oracle.PARITY_LR, old_policy_interval=4)[0]
 
     history = run()
-    load_model = reference.load_model
-    monkeypatch.setattr(reference, "load_model", lambda hf_dir: _jolted(load_model(hf_dir)))
+    load_model = oracle.load_model
+    monkeypatch.setattr(oracle, "load_model", lambda hf_dir: _jolted(load_model(hf_dir)))
     jolted = run()
     clip_fractions = [metrics["clip_fraction"] for metrics in history]
     assert clip_fractions[::4] == [0.0] * 3

@@ -1,6 +1,6 @@
 """Every objective under every aggregation has one gradient, however the batch is cut and wherever its parts lie.
 
-What is due comes from transformers, autograd and the formulas of `tests.support.reference`, a record at a time.
+What is due comes from transformers, autograd and the formulas of `tests.support.oracle`, a record at a time.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from megatron_psft.data.packing import PackPlan, best_fit
 from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.registry import OBJECTIVES
 from megatron_psft.scoring.old_policy import NoOldPolicy
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.gradients import GradientSource, gradients_of, ready
 from tests.support.marks import slow
 from tests.support.packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
@@ -77,7 +77,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(folder) -> Data:
-    model = reference.load_model(folder)
+    model = oracle.load_model(folder)
     generator = torch.Generator().manual_seed(11)
     tokens, label_masks, old, ref, known = [], [], [], [], []
     advantages = torch.randn(len(RECORDS["uneven"]), generator=generator)
@@ -85,7 +85,7 @@ def data(folder) -> Data:
         ids = torch.randint(1, tiny.VOCAB_SIZE, (length,), generator=generator)
         label_mask = torch.zeros(length, dtype=torch.bool)
         label_mask[1 + torch.randperm(length - 1, generator=generator)[:num_labels]] = True
-        distribution, labels = reference.label_distributions(model, ids.tolist(), label_mask.tolist())
+        distribution, labels = oracle.label_distributions(model, ids.tolist(), label_mask.tolist())
         now = distribution.detach().gather(1, labels[:, None])[:, 0]
         for every, spread in ((old, 0.4), (ref, 0.6)):
             every.append(torch.full((length - 1,), torch.nan))
@@ -110,7 +110,7 @@ def by_autograd(
     settings = dict(CASES[case])
     name, aggregation = settings.pop("objective"), settings.pop("loss_aggregation", TOKEN_MEAN)
     losses = [
-        reference.token_losses(
+        oracle.token_losses(
             name,
             distribution,
             labels,
@@ -121,7 +121,7 @@ def by_autograd(
         )
         for (distribution, labels, old, ref), advantage in zip(known, advantages, strict=True)
     ]
-    loss = reference.aggregate(losses, aggregation)
+    loss = oracle.aggregate(losses, aggregation)
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
     return dict(zip(names, gradients, strict=True)), loss.item()
@@ -142,7 +142,7 @@ def _inputs_of(
         return loader.from_packs(0, rows)
 
     batches, size = loader.micro_batches(0), loader.micro_batch_size
-    needs_reference = CASES[case]["objective"] in reference.ANCHORED
+    needs_reference = CASES[case]["objective"] in oracle.ANCHORED
     for index, ref in enumerate(in_rows(data.ref_log_probs)):
         records = [int(record) for pack in packs[index * size : (index + 1) * size] for record in order[pack]]
         batches[index] = replace(

@@ -15,7 +15,7 @@ from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.gradients import GradientSource, by_autograd, gradients_of, objective_of, ready, totals
 from tests.support.marks import slow
 from tests.support.packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
@@ -43,7 +43,7 @@ def make_data(model: torch.nn.Module, records: tuple[tuple[int, int], ...], seed
         label_masks[-1][1 + torch.randperm(length - 1, generator=generator)[:num_labels].numpy()] = True
         ids, label_mask = tokens[-1].tolist(), label_masks[-1].tolist()
         with torch.no_grad():
-            now, _ = reference.label_statistics(model, ids, label_mask)
+            now, _ = oracle.label_statistics(model, ids, label_mask)
         before = now + 0.4 * torch.randn(now.shape, generator=generator)
         old_log_probs.append(torch.full((length - 1,), torch.nan))
         old_log_probs[-1][torch.tensor(label_mask[1:])] = before
@@ -59,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def every_data(folder) -> dict[str, Data]:
-    model = reference.load_model(folder)
+    model = oracle.load_model(folder)
     return {name: make_data(model, records, seed) for seed, (name, records) in enumerate(RECORDS.items())}
 
 
@@ -170,8 +170,8 @@ def test_a_copy_behind_a_record_knows_nothing_of_it(pool, folder, copies, layout
     """A model that saw the first record would copy it; positions that ran on would be others."""
     world_size, config = LAYOUTS[layout]
     with torch.no_grad():
-        alone, _ = reference.label_statistics(
-            reference.load_model(folder), copies[0].tokens.tolist(), copies[0].label_mask.tolist()
+        alone, _ = oracle.label_statistics(
+            oracle.load_model(folder), copies[0].tokens.tolist(), copies[0].label_mask.tolist()
         )
     for scores in pool.run(_score_copies, world_size, folder, config, copies, None):
         for found in scores.view(2, -1):

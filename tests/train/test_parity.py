@@ -1,4 +1,4 @@
-"""The trainer against an independent reference: plain PyTorch and transformers, one process, fp32."""
+"""The trainer against an independent oracle: plain PyTorch and transformers, one process, fp32."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from megatron_psft.data.packing import best_fit
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 from tests.support.marks import slow
 from tests.support.parity import CP2, LAYOUTS, OVERLAPPED, PP2, TP2, assert_same_logits
@@ -67,24 +67,24 @@ def inputs(tmp_path_factory) -> Path:
 
 @functools.cache
 def expected(inputs: Path, family: str, **objective) -> tuple[list[dict[str, float]], torch.nn.Module]:
-    """The reference's metrics and trained model."""
+    """The oracle's metrics and trained model."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
-    batches = reference.chatml_batches(inputs / "records.jsonl", tokenizer, GLOBAL_BATCH_SIZE, STEPS)
-    return reference.run_reference(inputs / family, batches, lr=reference.PARITY_LR, **objective)
+    batches = oracle.chatml_batches(inputs / "records.jsonl", tokenizer, GLOBAL_BATCH_SIZE, STEPS)
+    return oracle.train(inputs / family, batches, lr=oracle.PARITY_LR, **objective)
 
 
 @functools.cache
 def expected_of_packs(inputs: Path, family: str) -> tuple[list[dict[str, float]], torch.nn.Module]:
     """The same for batches of two packs each; which records share a pack is all that the package is asked for."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
-    (records,) = reference.chatml_batches(inputs / "records.jsonl", tokenizer, 40, 1)
+    (records,) = oracle.chatml_batches(inputs / "records.jsonl", tokenizer, 40, 1)
     packs = best_fit(np.array([len(ids) - 1 for ids, _ in records]), PACK_LENGTH).file_order()
     batches = [
         [records[record] for pack in (2 * step, 2 * step + 1) for record in packs[pack % len(packs)]]
         for step in range(STEPS)
     ]
     assert len({len(batch) for batch in batches}) > 1, "batches differ in their number of records"
-    return reference.run_reference(inputs / family, batches, lr=reference.PARITY_LR, **PSFT)
+    return oracle.train(inputs / family, batches, lr=oracle.PARITY_LR, **PSFT)
 
 
 def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str = "1") -> list[dict[str, float]]:
@@ -101,7 +101,7 @@ def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str 
         "--global-batch-size",
         GLOBAL_BATCH_SIZE,
     ]
-    argv += ["--micro-batch-size", "2", "--lr", reference.PARITY_LR, "--lr-decay-style", "constant"]
+    argv += ["--micro-batch-size", "2", "--lr", oracle.PARITY_LR, "--lr-decay-style", "constant"]
     argv += ["--no-shuffle", "--no-packing", *layout_flags, *flags]
     exits = pool.run(run_cli, world_size, [str(value) for value in argv])
     assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
@@ -110,13 +110,13 @@ def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str 
 
 def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]], rel: float = 1e-4) -> None:
     assert [line["step"] for line in found] == [line["step"] for line in wanted]
-    for line, reference_line in zip(found, wanted, strict=True):
+    for line, oracle_line in zip(found, wanted, strict=True):
         for name in COMPARED:
-            assert line[name] == pytest.approx(reference_line[name], rel=rel), (line["step"], name)
+            assert line[name] == pytest.approx(oracle_line[name], rel=rel), (line["step"], name)
         for name in PERCENTILES:  # a single token's, whose rounding no mean takes away
-            assert line[name] == pytest.approx(reference_line[name], rel=10 * rel), (line["step"], name)
+            assert line[name] == pytest.approx(oracle_line[name], rel=10 * rel), (line["step"], name)
         for name in ("tokens", "label_tokens", "records"):
-            assert line[name] == reference_line[name]
+            assert line[name] == oracle_line[name]
 
 
 OF_ONE_FAMILY = ("cp2", "dp2-overlapped-reduction", "dp2-overlapped", "pp2-interleaved-dp2-overlapped")
@@ -134,7 +134,7 @@ QUICK_PACKED_LAYOUTS = ("1", "tp2-sp", "pp2", "dp2-overlapped", "cp2", "cp2-tp2"
     ("family", "layout"),
     [case if case in QUICK else slow(*case) for case in CASES],
 )
-def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
+def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
     found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout)
@@ -153,7 +153,7 @@ def test_psft_follows_the_reference(pool, inputs, tmp_path, family, layout):
         slow("mixtral", "ep2-tp2"),
     ],
 )
-def test_a_mixture_of_experts_follows_the_reference(pool, inputs, tmp_path, family, layout):
+def test_a_mixture_of_experts_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
     found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout)
@@ -169,7 +169,7 @@ def test_a_mixture_of_experts_follows_the_reference(pool, inputs, tmp_path, fami
         slow("qwen3_moe", "cp2-ep2"),
     ],
 )
-def test_packs_follow_the_reference_on_their_records(pool, inputs, tmp_path, family, layout):
+def test_packs_follow_the_oracle_on_their_records(pool, inputs, tmp_path, family, layout):
     wanted, model = expected_of_packs(inputs, family)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
     flags = ["--old-policy-interval", "4", "--packing", "--seq-length", str(PACK_LENGTH)]
@@ -199,7 +199,7 @@ def test_evaluation_of_packs_is_that_of_their_records(pool, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["1", slow("tp2-pp2")])
-def test_fixed_old_policy_follows_the_reference(pool, inputs, tmp_path, layout):
+def test_fixed_old_policy_follows_the_oracle(pool, inputs, tmp_path, layout):
     wanted, model = expected(inputs, "qwen2", old_policy_interval="fixed")
     found = train(pool, inputs, "qwen2", tmp_path, "--old-policy-interval", "fixed", layout=layout)
     assert_same_run(found, wanted)
@@ -217,7 +217,7 @@ def test_warm_up_comes_before_the_first_window(pool, inputs, tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", ["1", slow("tp2-sp")])
-def test_sft_follows_the_reference(pool, inputs, tmp_path, layout):
+def test_sft_follows_the_oracle(pool, inputs, tmp_path, layout):
     wanted, model = expected(inputs, "qwen3", objective="sft")
     found = train(pool, inputs, "qwen3", tmp_path, "--objective", "sft", layout=layout)
     assert_same_run(found, wanted)
@@ -227,7 +227,7 @@ def test_sft_follows_the_reference(pool, inputs, tmp_path, layout):
 @pytest.mark.parametrize(
     ("objective", "layout"), [("dft", "1"), slow("dft", "tp2-pp2"), ("sft-kl", "1"), slow("sft-kl", "tp2-pp2")]
 )
-def test_a_relative_follows_the_reference(pool, inputs, tmp_path, objective, layout):
+def test_a_relative_follows_the_oracle(pool, inputs, tmp_path, objective, layout):
     wanted, model = expected(inputs, "llama", objective=objective)
     found = train(pool, inputs, "llama", tmp_path, "--objective", objective, layout=layout)
     assert_same_run(found, wanted)
@@ -290,9 +290,9 @@ def test_bf16_follows_fp32_at_its_own_precision(pool, inputs, tmp_path):
     found = train(
         pool, inputs, "llama", tmp_path, "--old-policy-interval", "4", "--bf16", layout="dp2-distributed-optimizer"
     )
-    for line, reference_line in zip(found, wanted, strict=True):
-        assert line["nll"] == pytest.approx(reference_line["nll"], rel=0.02)
-        assert line["entropy"] == pytest.approx(reference_line["entropy"], rel=0.02)
+    for line, oracle_line in zip(found, wanted, strict=True):
+        assert line["nll"] == pytest.approx(oracle_line["nll"], rel=0.02)
+        assert line["entropy"] == pytest.approx(oracle_line["entropy"], rel=0.02)
     assert [line["ratio_max"] for line in found[::4]] == [1.0, 1.0, 1.0]
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as exported:
         assert exported.get_tensor("model.norm.weight").dtype == torch.bfloat16
@@ -336,7 +336,7 @@ def _train_scoring_first(save: Path, inputs: Path, family: str, layout: list[str
     assemble.OldPolicyWindow = functools.partial(window, score_first=True)
     try:
         argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
-        argv += ["--save", save, "--train-iters", 6, "--global-batch-size", 8, "--lr", reference.PARITY_LR]
+        argv += ["--save", save, "--train-iters", 6, "--global-batch-size", 8, "--lr", oracle.PARITY_LR]
         argv += ["--old-policy-interval", "2", "--seq-length", PACK_LENGTH, *layout]
         assert run_cli([str(value) for value in argv]).code == 0
     finally:

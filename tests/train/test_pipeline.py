@@ -15,7 +15,7 @@ from megatron_psft.config.schema import (
 from megatron_psft.data.chat import Example
 from megatron_psft.data.loader import MicroBatch, collate
 from megatron_psft.scoring.old_policy import CurrentPolicy, Scores
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.gradients import (
     ROWS,
     SEQ_LENGTH,
@@ -71,7 +71,7 @@ def make_batch(model: torch.nn.Module, labels: tuple[tuple[int, int], ...], seed
         for row, example in enumerate(examples):
             ids, label_mask = example.tokens.tolist(), example.label_mask.tolist()
             with torch.no_grad():
-                now, _ = reference.label_statistics(model, ids, label_mask)
+                now, _ = oracle.label_statistics(model, ids, label_mask)
             before = now + 0.4 * torch.randn(now.shape, generator=generator)
             old[row, : len(ids) - 1][torch.tensor(label_mask[1:])] = before
             records.append((ids, label_mask, before))
@@ -101,7 +101,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def batches(folder) -> dict[str, Batch]:
-    model = reference.load_model(folder)
+    model = oracle.load_model(folder)
     return {name: make_batch(model, labels, seed) for seed, (name, labels) in enumerate(LABELS.items())}
 
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.objectives.builtin.dpo import dpo_loss, pair_metrics
 from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
-from tests.support import reference, tiny
+from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 from tests.support.marks import slow
 from tests.support.parity import CP2, LAYOUTS, TP2, assert_same_logits
@@ -85,12 +85,12 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def pairs_of(folder: Path) -> list[tuple[reference.Example, reference.Example]]:
+def pairs_of(folder: Path) -> list[tuple[oracle.Example, oracle.Example]]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
     return [
         tuple(
-            reference.chatml_example(
+            oracle.chatml_example(
                 [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}], tokenizer
             )
             for side in ("chosen", "rejected")
@@ -103,11 +103,11 @@ def pairs_of(folder: Path) -> list[tuple[reference.Example, reference.Example]]:
 def expected(folder: Path) -> tuple[list[dict[str, float]], torch.nn.Module]:
     """DPO from its formula, all pairs in each step."""
     pairs = pairs_of(folder)
-    model, initial = (reference.load_model(folder / "model") for _ in range(2))
-    optimizer = torch.optim.AdamW(reference._parameter_groups(model, 0.1), betas=(0.9, 0.95), eps=1e-8)
+    model, initial = (oracle.load_model(folder / "model") for _ in range(2))
+    optimizer = torch.optim.AdamW(oracle._parameter_groups(model, 0.1), betas=(0.9, 0.95), eps=1e-8)
 
     def sequence_log_probs(of: torch.nn.Module) -> Tensor:
-        return torch.stack([torch.stack([reference.label_statistics(of, *side)[0].sum() for side in p]) for p in pairs])
+        return torch.stack([torch.stack([oracle.label_statistics(of, *side)[0].sum() for side in p]) for p in pairs])
 
     with torch.no_grad():
         anchor = sequence_log_probs(initial)
@@ -120,7 +120,7 @@ def expected(folder: Path) -> tuple[list[dict[str, float]], torch.nn.Module]:
         loss.backward()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         for group in optimizer.param_groups:
-            group["lr"] = reference.PARITY_LR
+            group["lr"] = oracle.PARITY_LR
         optimizer.step()
         optimizer.zero_grad()
         accuracy = (margin > 0).float().mean()
@@ -133,7 +133,7 @@ def train(pool, folder: Path, save: Path, layout: str, *flags: str) -> list[dict
     world_size, layout_flags = (LAYOUTS | {"cp2-tp2": (4, [*CP2, *TP2, "--sequence-parallel"])})[layout]
     argv = ["--load-hf", folder / "model", "--tokenizer", folder / "tokenizer", "--data", folder / "pairs.jsonl"]
     argv += ["--objective", "dpo", "--dpo-beta", BETA, "--save", save, "--export-hf", save / "hf", "--no-shuffle"]
-    argv += ["--lr", reference.PARITY_LR, "--lr-decay-style", "constant", "--seq-length", "256", *layout_flags, *flags]
+    argv += ["--lr", oracle.PARITY_LR, "--lr-decay-style", "constant", "--seq-length", "256", *layout_flags, *flags]
     exits = pool.run(run_cli, world_size, [str(value) for value in argv])
     assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
@@ -155,15 +155,15 @@ ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
     ],
     ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2"],
 )
-def test_dpo_follows_the_reference(pool, inputs, tmp_path, layout, flags):
+def test_dpo_follows_the_oracle(pool, inputs, tmp_path, layout, flags):
     wanted, model = expected(inputs)
     found = train(pool, inputs, tmp_path, layout, "--train-iters", str(STEPS), *flags)
     assert len(found) == STEPS
-    for line, reference_line in zip(found, wanted, strict=True):
+    for line, oracle_line in zip(found, wanted, strict=True):
         for name in COMPARED:
             # Before the first update the margin is the rounding between two ways to compute one number.
             if line["step"] > 1 or name not in ("margin", "accuracy"):
-                assert line[name] == pytest.approx(reference_line[name], rel=1e-4), (line["step"], name)
+                assert line[name] == pytest.approx(oracle_line[name], rel=1e-4), (line["step"], name)
     assert found[0]["margin"] == pytest.approx(0, abs=1e-4)
     assert found[-1]["accuracy"] > 0.5
     assert_same_logits(tmp_path / "hf", model)
@@ -186,8 +186,8 @@ def test_the_loss_is_that_of_trl(pool, inputs, tmp_path):
         examples.append({"prompt_ids": ids[:start], **sides})
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
     trainer = DPOTrainer(
-        model=reference.load_model(tmp_path / "two" / "hf"),
-        ref_model=reference.load_model(inputs / "model"),
+        model=oracle.load_model(tmp_path / "two" / "hf"),
+        ref_model=oracle.load_model(inputs / "model"),
         args=DPOConfig(output_dir=str(tmp_path / "trl"), beta=BETA, report_to=[], use_cpu=True, bf16=False),
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=tokenizer,

@@ -1,4 +1,4 @@
-"""Proximal SFT from its formulas, in plain PyTorch on one process: what the trainer's numbers are compared with.
+"""The oracle: Proximal SFT from its formulas, in plain PyTorch on one process, which the trainer must agree with.
 
 It shares no code with the package, and it is slow on purpose: one record per forward pass, so that there is no padding,
 packing or sharding to get wrong.
@@ -25,7 +25,7 @@ weights stays below 1e-5 in every mean and gradient norm of 12 steps. At twice t
 with next to no gradient as far as all others."""
 
 
-def run_reference(
+def train(
     hf_dir: Path,
     batches: Iterable[Sequence[Example]],
     *,
