@@ -10,7 +10,8 @@ CONSTRAINTS = constraints/$(PINS).txt
 # A test of several ranks, or of a command in processes of its own, waits for most of its time: for messages, for a
 # process's start. Nothing waits by spinning, so tests beside each other take longer each and less time together.
 WORKERS ?= 4
-AT_A_TIME = -n $(WORKERS) --dist worksteal --durations=50 --durations-min=1
+DURATIONS = --durations=50 --durations-min=1
+AT_A_TIME = -n $(WORKERS) --dist worksteal $(DURATIONS)
 # Tests for one Python: of what is no part of the package, and of rooms that call no library that changes with it.
 ONCE = benchmarks cli docker docs examples report
 
@@ -40,7 +41,8 @@ test: install ## Run the CPU tests that take seconds
 	$(BIN)/python -m pytest $(AT_A_TIME) -m "not slow and not gpu"
 
 test-slow: install ## Run the CPU tests that take minutes
-	$(BIN)/python -m pytest $(AT_A_TIME) -m "slow and not gpu"
+	$(BIN)/python -m pytest $(AT_A_TIME) -m "slow and not large and not gpu"
+	$(BIN)/python -m pytest $(DURATIONS) -m "large and not gpu"
 
 $(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt
 	$(PYTHON312) -m venv $(VENV)312
