@@ -7,8 +7,8 @@ STAMP := $(VENV)/.installed
 # Megatron-Core has one line for Python 3.11 and one for 3.12, and the pins go with them.
 PINS = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
 CONSTRAINTS = constraints/$(PINS).txt
-# A test of several ranks, or of a command in processes of its own, waits for most of its time: for messages, for a
-# process's start. Nothing waits by spinning, so tests beside each other take longer each and less time together.
+# A test of several ranks, or of a command in a process of its own, also waits: for messages, for a process's start. It does
+# not wait by spinning, so tests beside each other take longer each and less time together. Each takes up to 3 GB.
 WORKERS ?= 4
 DURATIONS = --durations=50 --durations-min=1
 AT_A_TIME = -n $(WORKERS) --dist worksteal $(DURATIONS)

@@ -90,7 +90,7 @@ def test_a_run_falls_back_to_the_newest_intact_checkpoint_and_says_so(pool, tmp_
     assert step_folders(run)[-1] == step_folder(run, 8)
 
 
-def test_a_run_of_which_no_checkpoint_is_left_does_not_start_anew_unasked(pool, tmp_path, inputs, finished):
+def test_run_without_an_intact_checkpoint_is_not_started_anew(pool, tmp_path, inputs, finished):
     run = shutil.copytree(finished, tmp_path / "run")
     for folder in step_folders(run):
         (folder / MARKER).unlink()

@@ -92,7 +92,7 @@ def test_every_file_is_checked_by_one_of_the_ranks(tmp_path):
     assert len(damages(checkpoint, parts=len(FILES))) == len(FILES)
 
 
-def test_what_is_not_sealed_or_has_another_name_is_no_checkpoint(tmp_path):
+def test_step_folders_leave_out_what_is_not_sealed_or_not_a_step(tmp_path):
     for step in (9, 10, 11, 10_000_000):
         write_checkpoint(tmp_path, step)
     sealed.begin(step_folder(tmp_path, 12))

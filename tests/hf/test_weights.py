@@ -142,7 +142,7 @@ def test_a_truncated_file_is_named(folder, kept_bytes):
         open_folder(folder)
 
 
-def test_a_file_that_the_index_names_and_that_is_not_there_is_named(sharded):
+def test_index_that_names_a_missing_file_is_an_error_naming_it(sharded):
     path = sorted(sharded.glob("*.safetensors"))[1]
     path.unlink()
     with pytest.raises(UserError, match=f"{path} must be a readable safetensors file"):
@@ -159,7 +159,7 @@ def test_a_broken_index_is_named(sharded, text):
     assert str(sharded / INDEX) in str(caught.value)
 
 
-def test_a_tensor_that_stands_in_no_file_is_named_although_the_index_lists_it(sharded):
+def test_index_that_lists_a_tensor_of_no_file_is_an_error_naming_it(sharded):
     index = json.loads((sharded / INDEX).read_text())
     path = sharded / index["weight_map"]["model.norm.weight"]
     tensors = load_file(path)

@@ -93,7 +93,7 @@ def test_attention_and_its_gradients_follow_the_formula(groups, softmax_scale):
         torch.testing.assert_close(found, expected)
 
 
-def test_what_stands_on_the_right_reaches_neither_value_nor_gradient_of_what_stands_on_the_left():
+def test_attention_is_causal_in_value_and_gradient():
     torch.manual_seed(0)
     query, key, value = (torch.randn(6, 2, heads, 4) for heads in (4, 2, 2))
     results = []

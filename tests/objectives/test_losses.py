@@ -62,7 +62,7 @@ def test_psft_is_the_ratio_up_to_its_bound_and_so_is_its_gradient(log_prob, old_
 
 
 @pytest.mark.parametrize("log_ratio", [0.0625, 0.25, 0.7, 3.0])
-def test_a_ratio_that_equals_its_bound_still_learns_and_the_next_number_does_not(log_ratio):
+def test_clip_at_the_bound_has_a_gradient_and_above_it_none(log_ratio):
     log_probs, old_log_probs = leaf([-1.0 + log_ratio]), torch.tensor([-1.0])
     ratio = torch.exp(log_probs.detach() - old_log_probs)
     below = float(torch.nextafter(ratio, torch.zeros(1)))

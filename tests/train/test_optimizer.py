@@ -284,7 +284,7 @@ FC1, EMBEDDING = "decoder.layers.1.mlp.linear_fc1.weight", "embedding.word_embed
     ],
     ids=["DP2", "DP2 distributed", "DP2 distributed bf16", "DP2 half offloaded", "TP2", "PP2 bf16"],
 )
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_any_weight_changes(
+def test_update_with_a_non_finite_gradient_on_one_rank_stops_all_and_changes_nothing(
     pool, parallel, bf16, offloading, name, value
 ):
     options = OptimizerConfig(lr=0.01, lr_decay_style="constant", **offloading)
