@@ -13,11 +13,11 @@ from megatron_psft.hf.export import MAX_SHARD_BYTES, check_target, export
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.shape import read_shape
 from tests.support import tiny
-from tests.support.layouts import Layout, rank_of
+from tests.support.layouts import LAYOUTS, rank_of
 from tests.support.marks import slow
 
 INDEX = "model.safetensors.index.json"
-LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2, per_chunk=1), Layout(tensor=2, pipeline=2, data=2)]
+EXPORT_LAYOUTS = ("one", "TP2-SP", "PP2-VPP1", "TP2-SP-PP2-DP2")
 VOCAB_SIZE = 1000  # both of two tensor-parallel ranks have rows of it, and the second one padding too
 MODELS = [(family, tied) for family in tiny.FAMILIES for tied in (False, True)]
 MODEL_IDS = [f"{family}-{'tied' if tied else 'untied'}" for family, tied in MODELS]
@@ -41,7 +41,7 @@ def logits_of(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def import_and_export(
-    layout: Layout,
+    layout: str,
     jobs: list[tuple[Path, Path]],
     bf16: bool = False,
     random_init: bool = False,
@@ -49,7 +49,7 @@ def import_and_export(
     tokenizer_folder: Path | None = None,
 ) -> None:
     """Each job is where from and where to."""
-    with rank_of(layout) as rank:
+    with rank_of(LAYOUTS[layout]) as rank:
         for source, target in jobs:
             shape = read_shape(source)
             weights = RandomWeights(shape, 5) if random_init else SafetensorsFolder(source, shape)
@@ -78,7 +78,7 @@ def sources(tmp_path_factory) -> dict[tuple[str, bool, torch.dtype], Path]:
     }
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+@pytest.fixture(scope="module", params=EXPORT_LAYOUTS)
 def exported(request, pool, sources, tmp_path_factory) -> dict[tuple[str, bool, str], tuple[Path, Path]]:
     """Model and precision to the folder read and the folder written."""
     layout = request.param
@@ -93,7 +93,7 @@ def exported(request, pool, sources, tmp_path_factory) -> dict[tuple[str, bool, 
             (family, tied, precision): (sources[family, tied, dtype], root / f"{family}-{tied}-{precision}")
             for family, tied in MODELS
         }
-        pool.run(import_and_export, layout.world_size, layout, list(jobs.values()), bf16)
+        pool.run(import_and_export, LAYOUTS[layout].world_size, layout, list(jobs.values()), bf16)
         results |= jobs
     return results
 
@@ -123,15 +123,9 @@ def test_transformers_loads_the_folder_and_computes_the_same(exported, family, t
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(),
-        Layout(data=2, expert=2),
-        Layout(tensor=2, expert=2, expert_tensor=1),
-        Layout(tensor=2, data=2, expert=2),
-        Layout(pipeline=2, per_chunk=1, data=2, expert=2),
-        slow(Layout(tensor=2)),
-        slow(Layout(data=4, expert=2)),
+        *("one", "DP2-EP2", "TP2-SP-EP2-ETP1", "TP2-SP-DP2-EP2", "PP2-DP2-EP2-VPP1"),
+        *map(slow, ("TP2-SP", "DP4-EP2")),
     ],
-    ids=str,
 )
 def test_experts_are_gathered_from_wherever_they_are(pool, tmp_path, layout):
     jobs = []
@@ -139,7 +133,7 @@ def test_experts_are_gathered_from_wherever_they_are(pool, tmp_path, layout):
         source = tiny.build_model(tmp_path / family, family, dtype=torch.bfloat16, vocab_size=VOCAB_SIZE)
         jobs.append((source, tmp_path / f"{family}-exported"))
     # Several files, each with a part of the experts of a layer.
-    pool.run(import_and_export, layout.world_size, layout, jobs, True, False, 100_000)
+    pool.run(import_and_export, LAYOUTS[layout].world_size, layout, jobs, True, False, 100_000)
     for source, target in jobs:
         assert len(list(target.glob("*.safetensors"))) > 3
         assert_same_tensors(target, source)
@@ -150,7 +144,7 @@ def test_experts_are_gathered_from_wherever_they_are(pool, tmp_path, layout):
 def test_vllm_knows_the_model_of_the_folder(pool, tmp_path, family):
     vllm_config = pytest.importorskip("vllm.config")
     source, target = tiny.build_model(tmp_path / "source", family), tmp_path / "target"
-    pool.run(import_and_export, 1, Layout(), [(source, target)])
+    pool.run(import_and_export, 1, "one", [(source, target)])
     model, wanted = vllm_config.ModelConfig(model=str(target)), AutoConfig.from_pretrained(source)
     assert model.architectures == wanted.architectures
     assert model.get_vocab_size() == wanted.vocab_size
@@ -161,20 +155,20 @@ def test_vllm_knows_the_model_of_the_folder(pool, tmp_path, family):
 def test_random_weights_do_not_depend_on_the_layout(pool, tmp_path, dtype):
     source = tiny.build_model(tmp_path / "source", "qwen2", dtype=getattr(torch, dtype), vocab_size=VOCAB_SIZE)
     folders = []
-    for layout in (Layout(), Layout(tensor=2), Layout(pipeline=2)):
-        folders.append(tmp_path / str(layout))
-        pool.run(import_and_export, layout.world_size, layout, [(source, folders[-1])], False, True)
+    for layout in ("one", "TP2-SP", "PP2"):
+        folders.append(tmp_path / layout)
+        pool.run(import_and_export, LAYOUTS[layout].world_size, layout, [(source, folders[-1])], False, True)
     for folder in folders[1:]:
         assert_same_tensors(folder, folders[0])
     assert not torch.equal(logits_of(folders[0]), logits_of(source))
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2)], ids=str)
+@pytest.mark.parametrize("layout", ["one", "TP2-SP-PP2"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_many_files_have_a_right_index(pool, tmp_path, layout, tied):
     limit = 40_000
     source, target = tiny.build_model(tmp_path / "source", "qwen3", tied=tied), tmp_path / "target"
-    pool.run(import_and_export, layout.world_size, layout, [(source, target)], False, False, limit)
+    pool.run(import_and_export, LAYOUTS[layout].world_size, layout, [(source, target)], False, False, limit)
     files = sorted(target.glob("*.safetensors"))
     count = len(files)
     assert count > 5
@@ -195,20 +189,20 @@ def test_an_earlier_export_is_replaced_and_leaves_nothing_behind(pool, tmp_path)
     first = tiny.build_model(tmp_path / "first", "llama", seed=1)
     second = tiny.build_model(tmp_path / "second", "llama", seed=2)
     target = tmp_path / "target"
-    pool.run(import_and_export, 1, Layout(), [(first, target)], False, False, 40_000)
+    pool.run(import_and_export, 1, "one", [(first, target)], False, False, 40_000)
     assert (target / INDEX).is_file()
     # What a killed export and a killed replacement leave behind.
     for suffix in (".partial", ".old"):
         (tmp_path / f"target{suffix}").mkdir()
         (tmp_path / f"target{suffix}" / "junk.json").write_text("{}")
-    pool.run(import_and_export, 1, Layout(), [(second, target)])
+    pool.run(import_and_export, 1, "one", [(second, target)])
     assert {path.name for path in target.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     assert_same_tensors(target, second)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second", "target"]
 
 
 def fail_to_export(source: Path, target: Path, nothing: Path) -> str:
-    with rank_of(Layout()) as rank:
+    with rank_of(LAYOUTS["one"]) as rank:
         chunks, shape = rank.build(source)
         try:
             export(
@@ -230,14 +224,14 @@ def test_an_export_that_fails_leaves_the_earlier_one_whole(pool, tmp_path):
     second = tiny.build_model(tmp_path / "second", "llama", seed=2)
     target, nothing = tmp_path / "target", tmp_path / "nothing"
     nothing.mkdir()
-    pool.run(import_and_export, 1, Layout(), [(first, target)])
+    pool.run(import_and_export, 1, "one", [(first, target)])
     assert "config.json" in pool.run(fail_to_export, 1, second, target, nothing)[0]
     assert_same_tensors(target, first)
 
 
 def test_a_parent_folder_is_created(pool, tmp_path):
     source = tiny.build_model(tmp_path / "source", "llama")
-    pool.run(import_and_export, 1, Layout(), [(source, tmp_path / "a" / "b" / "target")])
+    pool.run(import_and_export, 1, "one", [(source, tmp_path / "a" / "b" / "target")])
     assert_same_tensors(tmp_path / "a" / "b" / "target", source)
 
 
@@ -264,7 +258,7 @@ def test_side_files_are_copied_byte_for_byte_each_from_its_folder(pool, tmp_path
     (source / "README.md").write_text("of the model that it was made from")
     (tokenizer / "config.json").write_text("of another model")
     (tokenizer / "generation_config.json").write_text("of another model")
-    pool.run(import_and_export, 1, Layout(), [(source, target)], False, False, MAX_SHARD_BYTES, tokenizer)
+    pool.run(import_and_export, 1, "one", [(source, target)], False, False, MAX_SHARD_BYTES, tokenizer)
     names = {*MODEL_FILES, *TOKENIZER_FILES, "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in target.iterdir()} == {*names, "config.json", "model.safetensors"}
     for name in names:
@@ -276,7 +270,7 @@ def test_the_tokenizer_and_its_template_load_from_the_folder(pool, tmp_path):
     source, tokenizer, target = tmp_path / "source", tmp_path / "tokenizer", tmp_path / "target"
     tiny.build_model(source, "llama")
     tiny.build_tokenizer(tokenizer)
-    pool.run(import_and_export, 1, Layout(), [(source, target)], False, False, MAX_SHARD_BYTES, tokenizer)
+    pool.run(import_and_export, 1, "one", [(source, target)], False, False, MAX_SHARD_BYTES, tokenizer)
     messages = [{"role": "user", "content": "add 3 plus 17"}, {"role": "assistant", "content": "twenty"}]
     found, expected = (
         AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=True, return_dict=False)
@@ -293,7 +287,7 @@ def test_the_config_changes_in_nothing_but_its_dtype(pool, tmp_path, family, hub
     config = json.loads((source / "config.json").read_text())
     config["something_new"] = {"ü": [1, None, 0.1]}
     (source / "config.json").write_text(json.dumps(config))
-    pool.run(import_and_export, 1, Layout(), [(source, tmp_path / "target")])
+    pool.run(import_and_export, 1, "one", [(source, tmp_path / "target")])
     found = json.loads((tmp_path / "target" / "config.json").read_text())
     assert found.pop("torch_dtype") == "bfloat16"
     assert "dtype" not in found

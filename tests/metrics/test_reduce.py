@@ -19,9 +19,10 @@ from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
 from megatron_psft.objectives.objective import Objective
 from tests.support import oracle
+from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
 
-LAYOUTS = {"PP2 DP2": (1, 2), "TP2 DP2": (2, 1), "TP2 PP2": (2, 2), "DP4": (1, 1)}
+FOUR_RANKS = ("PP2-DP2", "TP2-DP2", "TP2-PP2", "DP4")
 """Tensor and pipeline-parallel sizes on four ranks."""
 CLIP = 0.28
 PSFT = ObjectiveConfig(objective="psft", clip_ratio_high=CLIP)
@@ -59,16 +60,14 @@ def global_batch(data_size: int) -> list[list[tuple[MicroBatch, LabelStats, torc
 
 
 @contextmanager
-def entered(tensor_size: int, pipeline_size: int):
+def entered(layout: str):
     """The process group of four ranks, for the length of a block, and this rank's place in it."""
-    from megatron_psft.config.schema import ParallelConfig
     from megatron_psft.distributed.device import detect
     from megatron_psft.distributed.grid import initialize_parallel, process_group
 
     here = detect(0)
-    config = ParallelConfig(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
     with process_group(here, 4):
-        yield initialize_parallel(config, virtual_size=None, seed=1, device=here.device)
+        yield initialize_parallel(LAYOUTS[layout].parallel, virtual_size=None, seed=1, device=here.device)
 
 
 def _sums(entries) -> list[BatchSums]:
@@ -81,14 +80,14 @@ def _sums(entries) -> list[BatchSums]:
     return sums
 
 
-def _reduce(tensor_size: int, pipeline_size: int):
-    with entered(tensor_size, pipeline_size) as place:
+def _reduce(layout: str):
+    with entered(layout) as place:
         entries = global_batch(place.data_size)[place.data_rank]
         sums = _sums(entries) if place.is_last_stage else []
         return reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", FOUR_RANKS)
 def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
     (batches,) = global_batch(1)
     mask = torch.cat([batch.label_mask for batch, _, _ in batches])
@@ -109,14 +108,14 @@ def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
         "label_tokens": sum(LABELS),
         "records": 18,
     }
-    results = pool.run(_reduce, 4, *layout)
+    results = pool.run(_reduce, 4, layout)
     assert {name: results[0][name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert results[1:] == [results[0]] * 3
 
 
 def _reduce_big_numbers():
     """2**24 and 1 on each of two micro-batches of each rank: in fp32 their sum is 2**24."""
-    with entered(1, 1) as place:
+    with entered("DP4") as place:
         entries = global_batch(4)[place.data_rank][:2]
         zeros = dict.fromkeys(means(of_pairs=False), torch.tensor(0.0))
         sums = [
@@ -136,7 +135,7 @@ def test_sums_of_many_tokens_keep_their_last_digit(pool):
 
 
 def _reduce_nothing_but_prompts():
-    with entered(1, 2) as place:
+    with entered("PP2-DP2") as place:
         batch, stats, old = micro_batch(5, 0)
         return reduce_metrics(_sums([(batch, stats, old)]) if place.is_last_stage else [], [batch], place, 1)
 
@@ -148,8 +147,8 @@ def test_a_global_batch_without_labels_has_zero_means(pool):
     assert {name: value for name, value in first.items() if value != 0} == {"tokens": 28, "records": 4}
 
 
-def _reduce_bad_loss(tensor_size: int, pipeline_size: int, bad_data_ranks: list[int], value: float) -> str | None:
-    with entered(tensor_size, pipeline_size) as place:
+def _reduce_bad_loss(layout: str, bad_data_ranks: list[int], value: float) -> str | None:
+    with entered(layout) as place:
         entries = global_batch(place.data_size)[place.data_rank]
         sums = _sums(entries) if place.is_last_stage else []
         if place.data_rank in bad_data_ranks and sums:
@@ -163,19 +162,19 @@ def _reduce_bad_loss(tensor_size: int, pipeline_size: int, bad_data_ranks: list[
 
 @pytest.mark.parametrize(
     ("layout", "bad_data_ranks", "culprits"),
-    [("PP2 DP2", [0], (2,)), slow("PP2 DP2", [0, 1], (2, 3)), ("TP2 DP2", [1], (2,)), slow("DP4", [0], (0,))],
+    [("PP2-DP2", [0], (2,)), slow("PP2-DP2", [0, 1], (2, 3)), ("TP2-DP2", [1], (2,)), slow("DP4", [0], (0,))],
 )
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_rank(pool, layout, bad_data_ranks, culprits):
     for value in (math.nan, math.inf, -math.inf):
-        messages = pool.run(_reduce_bad_loss, 4, *LAYOUTS[layout], bad_data_ranks, value)
+        messages = pool.run(_reduce_bad_loss, 4, layout, bad_data_ranks, value)
         assert len(set(messages)) == 1
         assert messages[0] is not None
         assert messages[0].startswith("step 7: the loss is not finite on rank ")
         assert any(f"on rank {rank};" in messages[0] for rank in culprits)
 
 
-def _evaluate(tensor_size: int, pipeline_size: int):
-    with entered(tensor_size, pipeline_size) as place:
+def _evaluate(layout: str):
+    with entered(layout) as place:
         sums = EvalSums(place)
         for batch, stats, _ in global_batch(place.data_size)[place.data_rank]:
             masked = stats.map(lambda values, mask=batch.label_mask: torch.where(mask, values, math.nan))
@@ -183,7 +182,7 @@ def _evaluate(tensor_size: int, pipeline_size: int):
         return sums.means()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", FOUR_RANKS)
 def test_evaluation_is_a_sum_over_a_sum(pool, layout):
     (batches,) = global_batch(1)
     mask = torch.cat([batch.label_mask for batch, _, _ in batches])
@@ -193,7 +192,7 @@ def test_evaluation_is_a_sum_over_a_sum(pool, layout):
         "valid_nll": -math.fsum(log_probs.tolist()) / len(log_probs),
         "valid_entropy": math.fsum(entropy.tolist()) / len(entropy),
     }
-    results = pool.run(_evaluate, 4, *layout)
+    results = pool.run(_evaluate, 4, layout)
     assert results[0] == pytest.approx(expected, rel=1e-7)
     assert results[1:] == [results[0]] * 3
 

@@ -22,21 +22,14 @@ from tests.model.statistics import (
     reference_numbers,
 )
 from tests.support import tiny
-from tests.support.layouts import Layout, make_config
+from tests.support.layouts import LAYOUTS, Layout, make_config
 from tests.support.marks import slow
 
-LAYOUTS = [
-    Layout(),
-    slow(Layout(data=2)),
-    slow(Layout(data=2, expert=2)),
-    slow(Layout(tensor=2)),
-    slow(Layout(tensor=2, expert_tensor=1)),
-    slow(Layout(tensor=2, expert=2, expert_tensor=1)),
-    Layout(tensor=2, data=2, expert=2),
-    slow(Layout(tensor=2, data=2, expert=4, expert_tensor=1)),
-    Layout(pipeline=2, data=2, expert=2),
-    slow(Layout(pipeline=2, per_chunk=1)),
-]
+QUICK_LAYOUTS = ("one", "TP2-SP-DP2-EP2", "PP2-DP2-EP2")
+SLOW_LAYOUTS = (
+    *("DP2", "DP2-EP2", "TP2-SP", "TP2-SP-ETP1", "TP2-SP-EP2-ETP1"),
+    *("TP2-SP-DP2-EP4-ETP1", "PP2-VPP1"),
+)
 MODELS: dict[str, tuple[str, dict]] = {
     "qwen3_moe": ("qwen3_moe", {}),
     "weights as they come": ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": []}),
@@ -59,9 +52,9 @@ def references(folders) -> dict[str, dict]:
     return {name: reference_numbers(folder, MODELS[name][0]) for name, folder in folders.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*QUICK_LAYOUTS, *map(slow, SLOW_LAYOUTS)])
 def test_statistics_and_gradients_are_those_of_transformers(pool, folders, references, layout):
-    by_rank = pool.run(measure, layout.world_size, layout, list(folders.values()), False)
+    by_rank = pool.run(measure, LAYOUTS[layout].world_size, LAYOUTS[layout], list(folders.values()), False)
     for name, results in zip(folders, zip(*by_rank, strict=True), strict=True):
         assert_same_statistics(list(results), references[name])
         assert_same_gradients(list(results), references[name])
@@ -78,7 +71,7 @@ def assert_padding_is_without_effect(results: tuple[dict, ...]) -> None:
 
 
 def test_a_model_in_bf16_stays_near_fp32(pool, folders, references):
-    layout = Layout(data=2, expert=2)
+    layout = LAYOUTS["DP2-EP2"]
     results = [result for (result,) in pool.run(measure, 2, layout, [folders["mixtral"]], True)]
     for result in results:
         (log_probs, _), _ = result["scores"]

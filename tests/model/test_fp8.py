@@ -78,7 +78,7 @@ def test_without_a_gpu_there_is_no_fp8():
     check_machine(PrecisionConfig(bf16=True), CPU)
 
 
-@pytest.mark.parametrize(("recipe", "multiple"), zip(RECIPES, (16, 16, 128, 32), strict=True))
+@pytest.mark.parametrize(("recipe", "multiple"), list(zip(RECIPES, (16, 16, 128, 32), strict=True)))
 def test_rows_are_padded_to_what_a_recipe_scales_at_a_time(recipe, multiple):
     assert row_multiple(precision(recipe)) == multiple
     assert row_multiple(PrecisionConfig(bf16=True)) == 1

@@ -20,17 +20,9 @@ from tests.model.statistics import (
     reference_numbers,
 )
 from tests.support import tiny
-from tests.support.layouts import Layout, make_config
+from tests.support.layouts import LAYOUTS, Layout, make_config
 
-LAYOUTS = [
-    Layout(),
-    Layout(tensor=2),
-    Layout(tensor=2, sequence=False),
-    Layout(pipeline=2),
-    Layout(pipeline=2, per_chunk=1),
-    Layout(data=2),
-    Layout(tensor=2, pipeline=2),
-]
+MODEL_LAYOUTS = [LAYOUTS[name] for name in ("one", "TP2-SP", "TP2", "PP2", "PP2-VPP1", "DP2", "TP2-SP-PP2")]
 MODELS = [(family, tied) for family in tiny.FAMILIES for tied in (False, True)]
 MODEL_IDS = [f"{family}-{'tied' if tied else 'untied'}" for family, tied in MODELS]
 
@@ -52,7 +44,7 @@ def references(folders) -> dict[tuple[str, bool], dict]:
     return {key: reference_numbers(folder, key[0]) for key, folder in folders.items()}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+@pytest.fixture(scope="module", params=MODEL_LAYOUTS, ids=str)
 def measured(request, pool, folders) -> dict[tuple[str, bool], list[dict]]:
     """Model to the numbers of every rank."""
     layout = request.param

@@ -10,6 +10,7 @@ import torch
 from tests.nemo.bridge import SEQ_LENGTH, needs_bridge, run_bridge
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
+from tests.support.layouts import LAYOUTS
 
 pytestmark = [needs_bridge, pytest.mark.slow]
 
@@ -17,19 +18,27 @@ STEPS, GLOBAL_BATCH_SIZE = 12, 8
 COMPARED = {"lm loss": "loss", **{name: name for name in ("nll", "entropy", "grad_norm", "clip_fraction")}}
 COMPARED |= {name: name for name in ("ratio_mean", "approx_kl")}
 VOCAB_SIZE = 212  # Bridge pads no vocabulary that a model brings along: two ranks must divide it
-TP2, PP2 = (f"model.{name}_model_parallel_size=2" for name in ("tensor", "pipeline"))
-SP = "model.sequence_parallel=true"
-OVERLAPPED = [f"{name}.use_distributed_optimizer=true" for name in ("ddp", "optimizer")]
-OVERLAPPED += ["ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"]
-LAYOUTS = {
-    "1": (1, []),
-    "tp2": (2, [TP2]),
-    "tp2-sp": (2, [TP2, SP]),
-    "pp2": (2, [PP2, "dataset.dataset_kwargs.pad_to_max_length=true"]),
-    "dp2": (2, []),
-    "dp2-overlapped": (2, OVERLAPPED),
-}
-EXPERT_LAYOUTS = {"ep2": (2, ["model.expert_model_parallel_size=2"])}
+IN_MODEL = (
+    *("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size"),
+    "expert_model_parallel_size",
+)
+BRIDGE_LAYOUTS = ("one", "TP2", "TP2-SP", "PP2", "DP2", "DP2-overlap")
+
+
+def overrides_of(layout: str) -> list[str]:
+    """What Bridge's configuration is told of a layout: all that differs from one rank's."""
+    parallel, one = LAYOUTS[layout].parallel, LAYOUTS["one"].parallel
+    sections = {name: ("model",) for name in IN_MODEL}
+    sections |= {"use_distributed_optimizer": ("ddp", "optimizer")}
+    sections |= {"overlap_grad_reduce": ("ddp",), "overlap_param_gather": ("ddp",)}
+    found = [
+        f"{section}.{name}={getattr(parallel, name)}".lower()
+        for name, places in sections.items()
+        for section in places
+        if getattr(parallel, name) != getattr(one, name)
+    ]
+    # The stages of a pipeline exchange rows of one length.
+    return [*found, "dataset.dataset_kwargs.pad_to_max_length=true"] if layout == "PP2" else found
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -80,12 +89,12 @@ def expected(pool, inputs, tmp_path_factory):
 def bridge_run(bridge_pool, inputs, tmp_path):
     """What Bridge says of each step, of a run that saves below `tmp_path`."""
 
-    def train(family: str, *overrides: str, layout: str = "1") -> list[dict[str, float]]:
-        nproc, layout_overrides = (LAYOUTS | EXPERT_LAYOUTS)[layout]
+    def train(family: str, *overrides: str, layout: str = "one") -> list[dict[str, float]]:
         own = [f"train.train_iters={STEPS}", f"train.global_batch_size={GLOBAL_BATCH_SIZE}", "train.micro_batch_size=2"]
         own += ["psft.old_policy_interval=4", f"optimizer.lr={oracle.PARITY_LR}", "checkpoint.save=null"]
         paths = {"model": inputs / family, "tokenizer": inputs / "tokenizer", "data": inputs / "data"}
-        return run_bridge(bridge_pool, tmp_path, **paths, overrides=[*own, *layout_overrides, *overrides], nproc=nproc)
+        nproc, overridden = LAYOUTS[layout].world_size, [*own, *overrides_of(layout), *overrides]
+        return run_bridge(bridge_pool, tmp_path, **paths, overrides=overridden, nproc=nproc)
 
     return train
 
@@ -97,7 +106,12 @@ def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]
             assert line[bridge_name] == pytest.approx(wanted_line[name], rel=1e-4), (line["step"], name)
 
 
-CASES = [("qwen2", "1"), *(("qwen3", layout) for layout in LAYOUTS), ("qwen3_moe", "1"), ("qwen3_moe", "ep2")]
+CASES = [
+    ("qwen2", "one"),
+    *(("qwen3", layout) for layout in BRIDGE_LAYOUTS),
+    ("qwen3_moe", "one"),
+    ("qwen3_moe", "DP2-EP2"),
+]
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
@@ -143,7 +157,7 @@ def test_shuffled_epochs_are_read_ahead_in_their_order(bridge_run, inputs, expec
     assert_same_run(bridge_run("qwen2", *overrides), wanted)
 
 
-@pytest.mark.parametrize("layout", ["1", "dp2"])
+@pytest.mark.parametrize("layout", ["one", "DP2"])
 def test_run_resumes_within_a_window(bridge_run, expected, tmp_path, layout):
     """Two steps into a window of four; the weights of the window's begin are gone."""
     overrides = [f"checkpoint.save={tmp_path}", f"checkpoint.load={tmp_path}"]

@@ -12,6 +12,7 @@ from megatron_psft.train.assemble import _scoring_agreement
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
 from tests.support.fp8 import make_config
+from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
 
 
@@ -49,18 +50,10 @@ def command_line(inputs, save, *flags: str) -> list[str]:
     return [*shared.split(), *flags]
 
 
-LAYOUTS = {
-    "one": (1, []),
-    "dp2": (2, []),
-    "tp2": (2, ["--tensor-model-parallel-size", "2"]),
-    "pp2-interleaved": (2, ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
-}
-
-
-@pytest.mark.parametrize("layout", ["one", "pp2-interleaved", slow("dp2"), slow("tp2")])
+@pytest.mark.parametrize("layout", ["one", "PP2-VPP1", slow("DP2"), slow("TP2")])
 def test_each_window_says_what_precision_makes_of_the_ratio(pool, inputs, tmp_path, layout):
     """A scoring pass that is off by 0.1 makes every ratio exp(0.1), which is below the bound of the clip."""
-    world_size, flags = LAYOUTS[layout]
+    world_size, flags = LAYOUTS[layout].world_size, LAYOUTS[layout].flags
     exits = pool.run(_run_noisily, world_size, command_line(inputs, tmp_path, *flags), 0.1)
     assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
     lines = re.findall("precision: after a sync.*", exits[0].err)

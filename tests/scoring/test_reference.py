@@ -20,18 +20,13 @@ from megatron_psft.scoring.reference import PROGRESS
 from megatron_psft.scoring.values import VALUES
 from tests.support import oracle, tiny
 from tests.support.cli import Exit, run_cli
+from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
 from tests.support.pool import WorkerError
-from tests.support.runs import CP2, DIST_OPT, ONE, OVERLAP, PP2, TP2_SP
+from tests.support.runs import CP2, DIST_OPT, TP2_SP
 
 PACKED, SEPARATE = ("--packing",), ("--no-packing",)
-LAYOUTS = {
-    "one": (1, (*ONE, *SEPARATE)),
-    "TP2-SP": (2, (*TP2_SP, *SEPARATE)),
-    "PP2-packed": (2, (*PP2, *PACKED)),
-    "CP2-packed": (2, (*CP2, *PACKED)),
-    "DP2-packed-overlapped": (2, (*OVERLAP, *PACKED)),
-}
+PACKING = {"one": SEPARATE, "TP2-SP": SEPARATE, "PP2": PACKED, "CP2": PACKED, "DP2-overlap": PACKED}
 
 
 @dataclass(frozen=True)
@@ -151,12 +146,10 @@ def forget_steps(save: Path) -> None:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(
-    "layout", ["one", slow("TP2-SP"), "PP2-packed", slow("CP2-packed"), slow("DP2-packed-overlapped")]
-)
+@pytest.mark.parametrize("layout", ["one", slow("TP2-SP"), "PP2", slow("CP2"), slow("DP2-overlap")])
 def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tmp_path, inputs, layout):
     """In the file in the order of the records; in a shuffled training batch of the layout at each label."""
-    world_size, flags = LAYOUTS[layout]
+    world_size, flags = LAYOUTS[layout].world_size, (*LAYOUTS[layout].flags, *PACKING[layout])
     done = train(pool, world_size, inputs.argv(tmp_path / "run", *flags))
     found = np.frombuffer(values_of(tmp_path / "run"), "<f4")
     expected = np.concatenate(inputs.expected)
@@ -169,7 +162,7 @@ def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tm
 
 @pytest.mark.parametrize(
     "layout",
-    ["CP2-packed", slow("one"), slow("DP2-packed-overlapped")],
+    ["CP2", slow("one"), slow("DP2-overlap")],
 )
 def test_the_sequences_of_a_pair_have_the_log_probabilities_that_they_have_alone(pool, tmp_path, inputs, layout):
     """A pair's chosen sequence, then its rejected one."""
@@ -180,7 +173,7 @@ def test_the_sequences_of_a_pair_have_the_log_probabilities_that_they_have_alone
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sides = [{"messages": [*ask, answer]} for pair in pairs for answer in pair]
     (tmp_path / "sides.jsonl").write_text("".join(json.dumps(side) + "\n" for side in sides))
-    world_size, flags = LAYOUTS[layout]
+    world_size, flags = LAYOUTS[layout].world_size, (*LAYOUTS[layout].flags, *PACKING[layout])
     argv = replace(inputs, data=tmp_path / "pairs.jsonl").argv(tmp_path / "run", *flags, objective="dpo")
     assert train(pool, world_size, argv).difference < 1e-5
     expected = np.concatenate(list(log_probs_of(inputs.model, inputs.tokenizer, tmp_path / "sides.jsonl")))

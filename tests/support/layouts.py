@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,24 +14,56 @@ from megatron_psft.config.schema import Config, DataConfig, ParallelConfig, Prec
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes; sequence parallelism goes with tensor parallelism unless it is switched off."""
+    """How ranks share a model and its batches; its text names it, as in `TP2-SP-PP2`."""
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     data: int = 1
     per_chunk: int | None = None
+    """Layers per chunk of an interleaved pipeline."""
     sequence: bool = True
+    """Whether sequence parallelism goes with tensor parallelism."""
     expert: int = 1
     """Over the data-parallel ranks, and others where these are too few."""
     expert_tensor: int | None = None
+    optimizer: Literal["distopt", "reduce", "overlap"] | None = None
+    """The distributed optimizer, the overlapped reduction of gradients, or all that can be overlapped."""
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """As the configuration has it."""
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor,
+            sequence_parallel=self.tensor > 1 and self.sequence,
+            pipeline_model_parallel_size=self.pipeline,
+            num_layers_per_virtual_pipeline_stage=self.per_chunk,
+            context_parallel_size=self.context,
+            expert_model_parallel_size=self.expert,
+            expert_tensor_parallel_size=self.expert_tensor,
+            use_distributed_optimizer=self.optimizer in ("distopt", "overlap"),
+            overlap_grad_reduce=self.optimizer in ("reduce", "overlap"),
+            overlap_param_gather=self.optimizer == "overlap",
+        )
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """As the command line has it."""
+        found: list[str] = []
+        for field in fields(ParallelConfig):
+            value = getattr(self.parallel, field.name)
+            if value != field.default:
+                flag = "--" + field.name.replace("_", "-")
+                found += [flag] if value is True else [flag, str(value)]
+        return tuple(found)
 
     def __str__(self) -> str:
-        parts = [f"{name}{size}" for name, size in (("TP", self.tensor), ("PP", self.pipeline), ("DP", self.data))]
-        names = [part for part in parts if not part.endswith("1")]
+        sizes = (("TP", self.tensor), ("PP", self.pipeline), ("CP", self.context), ("DP", self.data))
+        names = [f"{name}{size}" for name, size in sizes if size > 1]
         if self.tensor > 1 and self.sequence:
             names.insert(1, "SP")
         if self.expert > 1:
@@ -39,21 +72,58 @@ class Layout:
             names.append(f"ETP{self.expert_tensor}")
         if self.per_chunk is not None:
             names.append(f"VPP{self.per_chunk}")
+        if self.optimizer is not None:
+            names.append(self.optimizer)
         return "-".join(names) or "one"
+
+
+LAYOUTS = {
+    str(layout): layout
+    for layout in (
+        Layout(),
+        Layout(tensor=2),
+        Layout(tensor=2, sequence=False),
+        Layout(tensor=2, sequence=False, data=2),
+        Layout(tensor=2, sequence=False, pipeline=2),
+        Layout(tensor=2, pipeline=2),
+        Layout(tensor=2, pipeline=2, data=2),
+        Layout(tensor=2, pipeline=2, data=2, optimizer="distopt"),
+        Layout(tensor=2, context=2),
+        Layout(pipeline=2),
+        Layout(pipeline=2, per_chunk=1),
+        Layout(pipeline=2, data=2),
+        Layout(pipeline=2, data=2, per_chunk=1, optimizer="overlap"),
+        Layout(pipeline=2, context=2),
+        Layout(pipeline=2, context=2, data=2, optimizer="distopt"),
+        Layout(context=2),
+        Layout(context=4),
+        Layout(context=2, data=2, optimizer="reduce"),
+        Layout(data=2),
+        Layout(data=4),
+        Layout(data=2, optimizer="distopt"),
+        Layout(data=2, optimizer="reduce"),
+        Layout(data=2, optimizer="overlap"),
+        Layout(data=2, expert=2),
+        Layout(data=4, expert=2),
+        Layout(data=2, expert=2, optimizer="overlap"),
+        Layout(tensor=2, data=2, expert=2),
+        Layout(tensor=2, data=2, expert=4, expert_tensor=1),
+        Layout(tensor=2, expert_tensor=1),
+        Layout(tensor=2, expert=2, expert_tensor=1),
+        Layout(tensor=2, pipeline=2, data=2, expert=2, optimizer="overlap"),
+        Layout(pipeline=2, data=2, expert=2),
+        Layout(pipeline=2, data=2, expert=2, per_chunk=1),
+        Layout(context=2, expert=2),
+    )
+}
+"""By name, all in which something is compared; layouts that must be refused stand in the tests of refusals."""
 
 
 def make_config(layout: Layout, *, bf16: bool = False) -> Config:
     return Config(
         weights=WeightsConfig(load_hf="unused", save="unused"),
         data=DataConfig(data=("unused",)),
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=layout.tensor,
-            sequence_parallel=layout.tensor > 1 and layout.sequence,
-            pipeline_model_parallel_size=layout.pipeline,
-            num_layers_per_virtual_pipeline_stage=layout.per_chunk,
-            expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=layout.expert_tensor,
-        ),
+        parallel=layout.parallel,
         precision=PrecisionConfig(bf16=bf16),
     )
 
@@ -92,7 +162,7 @@ def rank_of(layout: Layout, *, num_layers: int = 4) -> Iterator[Rank]:
     with process_group(here, int(os.environ["WORLD_SIZE"])):
         per_chunk = layout.per_chunk
         place = initialize_parallel(
-            make_config(layout).parallel,
+            layout.parallel,
             virtual_size=None if per_chunk is None else num_layers // layout.pipeline // per_chunk,
             seed=1,
             device=here.device,

@@ -1,4 +1,4 @@
-"""Records in packed rows, and the layouts that compute on them."""
+"""Records in packed rows, and the layouts in which they are compared."""
 
 import numpy as np
 
@@ -9,29 +9,11 @@ from megatron_psft.data.packing import PackPlan
 from tests.support.datasets import dataset_of
 
 CAPACITY = 64
-TP2 = ParallelConfig(tensor_model_parallel_size=2)
-LAYOUTS = {
-    "one": (1, ParallelConfig()),
-    "TP2": (2, TP2),
-    "TP2 SP": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "PP2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
-    "PP2 interleaved": (
-        2,
-        ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
-    ),
-    "DP2": (2, ParallelConfig()),
-    "CP2": (2, ParallelConfig(context_parallel_size=2)),
-    "CP4": (4, ParallelConfig(context_parallel_size=4)),
-    "CP2 PP2": (4, ParallelConfig(context_parallel_size=2, pipeline_model_parallel_size=2)),
-    "CP2 TP2 SP": (
-        4,
-        ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),
-    ),
-    "CP2 DP2 overlapped": (
-        4,
-        ParallelConfig(context_parallel_size=2, overlap_grad_reduce=True),
-    ),
-}
+PACKED_LAYOUTS = (
+    *("one", "TP2", "TP2-SP", "PP2", "PP2-VPP1", "DP2"),
+    *("CP2", "CP4", "PP2-CP2", "TP2-SP-CP2", "CP2-DP2-reduce"),
+)
+"""In which packs are compared with their records one at a time."""
 # Lengths and label tokens. In packs of 64: 60 + 3 | 33 + 22 + 9 | 31 + 25 + 7 + 1 | 20 + 15 + ... ; the shortest record
 # is one token and its label.
 RECORDS = {

@@ -10,14 +10,12 @@ from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.sealed import MARKER
 from tests.support import tiny
 from tests.support.cli import run_cli
+from tests.support.layouts import LAYOUTS
 
 TIMINGS = {"step_seconds", "old_policy_seconds", "tokens_per_second"}
 ONE: tuple[str, ...] = ()
-TP2_SP = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
-PP2 = ("--pipeline-model-parallel-size", "2")
-DIST_OPT = ("--use-distributed-optimizer",)
-OVERLAP = (*DIST_OPT, "--overlap-grad-reduce", "--overlap-param-gather")
-CP2 = ("--context-parallel-size", "2")
+TP2_SP, PP2, CP2 = (LAYOUTS[name].flags for name in ("TP2-SP", "PP2", "CP2"))
+DIST_OPT, OVERLAP = (LAYOUTS[name].flags for name in ("DP2-distopt", "DP2-overlap"))
 
 
 @dataclass(frozen=True)

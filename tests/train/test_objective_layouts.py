@@ -19,8 +19,9 @@ from megatron_psft.objectives.registry import OBJECTIVES
 from megatron_psft.scoring.old_policy import NoOldPolicy
 from tests.support import oracle, tiny
 from tests.support.gradients import GradientSource, gradients_of, ready
+from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
-from tests.support.packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
+from tests.support.packed_rows import CAPACITY, RECORDS, make_dataset, make_loader
 from tests.support.scores import scores_of
 
 TOKEN_MEAN, SEQ_MEAN, SEQ_SUM = "token-mean", "seq-mean-token-mean", "seq-mean-token-sum"
@@ -46,13 +47,13 @@ SETUPS = [
     # layout, packs per micro-batch, fused head
     ("one", 1, True),
     ("one", 2, False),
-    ("TP2 SP", 2, True),
+    ("TP2-SP", 2, True),
     ("TP2", 1, False),
     ("PP2", 1, True),
     ("DP2", 2, True),
     ("CP2", 2, False),
-    ("CP2 TP2 SP", 1, True),
-    ("CP2 DP2 overlapped", 1, True),
+    ("TP2-SP-CP2", 1, True),
+    ("CP2-DP2-reduce", 1, True),
 ]
 
 
@@ -189,7 +190,7 @@ def _check_gradients(
     return losses
 
 
-QUICK = ("one", "TP2 SP", "CP2 DP2 overlapped")
+QUICK = ("one", "TP2-SP", "CP2-DP2-reduce")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ QUICK = ("one", "TP2 SP", "CP2 DP2 overlapped")
     [setup if setup[0] in QUICK else slow(*setup) for setup in SETUPS],
 )
 def test_every_objective_has_the_gradient_of_its_formula(pool, folder, data, layout, micro_batch_size, fused_head):
-    world_size, config = LAYOUTS[layout]
+    world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     results = pool.run(_check_gradients, world_size, folder, config, data, micro_batch_size, fused_head)
     for losses in results:
         assert losses == pytest.approx(data.losses, rel=2e-5)

@@ -17,8 +17,9 @@ from megatron_psft.data.loader import BatchLoader
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from tests.support import oracle, tiny
 from tests.support.gradients import GradientSource, by_autograd, gradients_of, objective_of, ready, totals
+from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
-from tests.support.packed_rows import CAPACITY, LAYOUTS, RECORDS, make_dataset, make_loader
+from tests.support.packed_rows import CAPACITY, PACKED_LAYOUTS, RECORDS, make_dataset, make_loader
 from tests.support.scores import scores_of
 
 
@@ -108,13 +109,13 @@ def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str,
         return {key: sums if run.place.reports_sums else [] for key, (sums, _) in found.items()}
 
 
-CASES = [(layout, 1) for layout in LAYOUTS] + [(layout, 2) for layout in ("one", "PP2", "CP2 TP2 SP")]
-QUICK = (("one", 1), ("TP2 SP", 1), ("PP2 interleaved", 1), ("CP2", 1), ("CP2 DP2 overlapped", 1), ("PP2", 2))
+CASES = [(layout, 1) for layout in PACKED_LAYOUTS] + [(layout, 2) for layout in ("one", "PP2", "TP2-SP-CP2")]
+QUICK = (("one", 1), ("TP2-SP", 1), ("PP2-VPP1", 1), ("CP2", 1), ("CP2-DP2-reduce", 1), ("PP2", 2))
 
 
 @pytest.mark.parametrize(("layout", "micro_batch_size"), [case if case in QUICK else slow(*case) for case in CASES])
 def test_every_gradient_is_that_of_the_records_one_at_a_time(pool, folder, every_data, layout, micro_batch_size):
-    world_size, config = LAYOUTS[layout]
+    world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     results = pool.run(_check_gradients, world_size, folder, config, every_data, micro_batch_size)
     for key in results[0]:
         # The divergence of one token is what two almost equal fp32 numbers differ by.
@@ -165,10 +166,10 @@ def copies() -> TokenizedDataset:
     return make_dataset([tokens, tokens], [label_mask, label_mask])
 
 
-@pytest.mark.parametrize("layout", ["one", "TP2 SP", "CP2"])
+@pytest.mark.parametrize("layout", ["one", "TP2-SP", "CP2"])
 def test_a_copy_behind_a_record_knows_nothing_of_it(pool, folder, copies, layout):
     """A model that saw the first record would copy it; positions that ran on would be others."""
-    world_size, config = LAYOUTS[layout]
+    world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     with torch.no_grad():
         alone, _ = oracle.label_statistics(
             oracle.load_model(folder), copies[0].tokens.tolist(), copies[0].label_mask.tolist()
@@ -188,6 +189,6 @@ def test_a_planted_leak_is_seen(pool, folder, copies, layout, leak):
     Positions that run on through a whole row change nothing: rotary embeddings know differences only. Under context
     parallelism they do, as a rank has two chunks of each record.
     """
-    world_size, config = LAYOUTS[layout]
+    world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     clean, leaking = (pool.run(_score_copies, world_size, folder, config, copies, plant)[0] for plant in (None, leak))
     assert (clean - leaking)[len(clean) // 2 :].abs().max() > 1e-3

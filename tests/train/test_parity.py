@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,43 +15,41 @@ from transformers import AutoTokenizer
 from megatron_psft.data.packing import best_fit
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
+from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
-from tests.support.parity import CP2, LAYOUTS, OVERLAPPED, PP2, TP2, assert_same_logits
+from tests.support.parity import assert_same_logits
 
 STEPS, GLOBAL_BATCH_SIZE = 12, 8
 COMPARED = ("loss", "nll", "entropy", "grad_norm", "clip_fraction")
 PERCENTILES = ("ratio_p05", "ratio_p50", "ratio_p95")
 
-PACKED_LAYOUTS = {
-    **{
-        name: LAYOUTS[name]
-        for name in ("1", "tp2", "tp2-sp", "pp2", "dp2-distributed-optimizer", "dp2-overlapped", "cp2")
-    },
-    "cp4": (4, ["--context-parallel-size", "4"]),
-    "cp2-tp2": (4, [*CP2, *TP2, "--sequence-parallel"]),
-    "cp2-pp2-dp2": (8, [*CP2, *PP2, "--use-distributed-optimizer"]),
-}
-EP2 = ["--expert-model-parallel-size", "2"]
-EXPERT_LAYOUTS = {
-    "1": (1, []),
-    "ep2": (2, EP2),
-    "ep2-overlapped": (2, [*EP2, *OVERLAPPED]),
-    "ep2-tp2": (4, [*EP2, *TP2, "--sequence-parallel"]),
-    "ep2-within-tp2": (2, [*EP2, *TP2, "--sequence-parallel", "--expert-tensor-parallel-size", "1"]),
-    "ep2-pp2": (4, [*EP2, *PP2]),
-    "ep2-pp2-interleaved": (4, [*EP2, *PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
-    "ep2-tp2-pp2-overlapped": (8, [*EP2, *TP2, "--sequence-parallel", *PP2, *OVERLAPPED]),
-}
+PARITY_LAYOUTS = (
+    "one",
+    "TP2",
+    "TP2-SP",
+    "PP2",
+    "PP2-VPP1",
+    "CP2",
+    "DP2-distopt",
+    "DP2-reduce",
+    "DP2-overlap",
+    "PP2-DP2-VPP1-overlap",
+    "TP2-PP2",
+    "TP2-SP-PP2-DP2-distopt",
+)
+PACKED_LAYOUTS = (
+    *("one", "TP2", "TP2-SP", "PP2", "DP2-distopt", "DP2-overlap", "CP2"),
+    *("CP4", "TP2-SP-CP2", "PP2-CP2-DP2-distopt"),
+)
 SLOW_EXPERT_LAYOUTS = (
-    "ep2-tp2",
-    "ep2-overlapped",
-    "ep2-within-tp2",
-    "ep2-pp2",
-    "ep2-pp2-interleaved",
-    "ep2-tp2-pp2-overlapped",
+    "TP2-SP-DP2-EP2",
+    "DP2-EP2-overlap",
+    "TP2-SP-EP2-ETP1",
+    "PP2-DP2-EP2",
+    "PP2-DP2-EP2-VPP1",
+    "TP2-SP-PP2-DP2-EP2-overlap",
 )
 PACK_LENGTH = 256
-ALL_LAYOUTS = LAYOUTS | PACKED_LAYOUTS | EXPERT_LAYOUTS | {"cp2-ep2": (2, [*CP2, *EP2])}
 PSFT = {"old_policy_interval": 4}
 
 
@@ -87,9 +86,9 @@ def expected_of_packs(inputs: Path, family: str) -> tuple[list[dict[str, float]]
     return oracle.train(inputs / family, batches, lr=oracle.PARITY_LR, **PSFT)
 
 
-def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str = "1") -> list[dict[str, float]]:
+def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str = "one") -> list[dict[str, float]]:
     """Runs the command line and returns the lines of metrics.jsonl."""
-    world_size, layout_flags = ALL_LAYOUTS[layout]
+    parallel = LAYOUTS[layout]
     argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
     argv += [
         "--save",
@@ -102,9 +101,9 @@ def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str 
         GLOBAL_BATCH_SIZE,
     ]
     argv += ["--micro-batch-size", "2", "--lr", oracle.PARITY_LR, "--lr-decay-style", "constant"]
-    argv += ["--no-shuffle", "--no-packing", *layout_flags, *flags]
-    exits = pool.run(run_cli, world_size, [str(value) for value in argv])
-    assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
+    argv += ["--no-shuffle", "--no-packing", *parallel.flags, *flags]
+    exits = pool.run(run_cli, parallel.world_size, [str(value) for value in argv])
+    assert [exit.code for exit in exits] == [0] * parallel.world_size, exits[0].err
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -119,15 +118,15 @@ def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]
             assert line[name] == oracle_line[name]
 
 
-OF_ONE_FAMILY = ("cp2", "dp2-overlapped-reduction", "dp2-overlapped", "pp2-interleaved-dp2-overlapped")
+OF_ONE_FAMILY = ("CP2", "DP2-reduce", "DP2-overlap", "PP2-DP2-VPP1-overlap")
 CASES = [
     (family, layout)
-    for family, layout in itertools.product(tiny.FAMILIES, LAYOUTS)
+    for family, layout in itertools.product(tiny.FAMILIES, PARITY_LAYOUTS)
     if family == "qwen3" or layout not in OF_ONE_FAMILY
 ]
-QUICK_LAYOUTS = ("1", "tp2-sp", "pp2-interleaved", "dp2-distributed-optimizer", "dp2-overlapped", "tp2-pp2")
-QUICK = {("qwen2", "1"), ("llama", "1"), *(("qwen3", layout) for layout in QUICK_LAYOUTS)}
-QUICK_PACKED_LAYOUTS = ("1", "tp2-sp", "pp2", "dp2-overlapped", "cp2", "cp2-tp2")
+QUICK_LAYOUTS = ("one", "TP2-SP", "PP2-VPP1", "DP2-distopt", "DP2-overlap", "TP2-PP2")
+QUICK = {("qwen2", "one"), ("llama", "one"), *(("qwen3", layout) for layout in QUICK_LAYOUTS)}
+QUICK_PACKED_LAYOUTS = ("one", "TP2-SP", "PP2", "DP2-overlap", "CP2", "TP2-SP-CP2")
 
 
 @pytest.mark.parametrize(
@@ -147,10 +146,11 @@ def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        *(("qwen3_moe", layout) for layout in EXPERT_LAYOUTS if layout not in SLOW_EXPERT_LAYOUTS),
+        ("qwen3_moe", "one"),
+        ("qwen3_moe", "DP2-EP2"),
         *(slow("qwen3_moe", layout) for layout in SLOW_EXPERT_LAYOUTS),
-        ("mixtral", "1"),
-        slow("mixtral", "ep2-tp2"),
+        ("mixtral", "one"),
+        slow("mixtral", "TP2-SP-DP2-EP2"),
     ],
 )
 def test_a_mixture_of_experts_follows_the_oracle(pool, inputs, tmp_path, family, layout):
@@ -165,8 +165,8 @@ def test_a_mixture_of_experts_follows_the_oracle(pool, inputs, tmp_path, family,
     ("family", "layout"),
     [
         *(("qwen3", layout) if layout in QUICK_PACKED_LAYOUTS else slow("qwen3", layout) for layout in PACKED_LAYOUTS),
-        slow("qwen3_moe", "ep2"),
-        slow("qwen3_moe", "cp2-ep2"),
+        slow("qwen3_moe", "DP2-EP2"),
+        slow("qwen3_moe", "CP2-EP2"),
     ],
 )
 def test_packs_follow_the_oracle_on_their_records(pool, inputs, tmp_path, family, layout):
@@ -193,12 +193,12 @@ def test_evaluation_of_packs_is_that_of_their_records(pool, inputs, tmp_path):
     ]
     pack = ["--packing", "--seq-length", str(PACK_LENGTH), "--micro-batch-size", "4"]
     (records,) = train(pool, inputs, "qwen2", tmp_path / "records", *flags)
-    (packs,) = train(pool, inputs, "qwen2", tmp_path / "packs", *flags, *pack, layout="cp2")
+    (packs,) = train(pool, inputs, "qwen2", tmp_path / "packs", *flags, *pack, layout="CP2")
     for name in ("valid_nll", "valid_entropy"):
         assert packs[name] == pytest.approx(records[name], rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["1", slow("tp2-pp2")])
+@pytest.mark.parametrize("layout", ["one", slow("TP2-PP2")])
 def test_fixed_old_policy_follows_the_oracle(pool, inputs, tmp_path, layout):
     wanted, model = expected(inputs, "qwen2", old_policy_interval="fixed")
     found = train(pool, inputs, "qwen2", tmp_path, "--old-policy-interval", "fixed", layout=layout)
@@ -206,7 +206,7 @@ def test_fixed_old_policy_follows_the_oracle(pool, inputs, tmp_path, layout):
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize("layout", ["1", slow("dp2-overlapped")])
+@pytest.mark.parametrize("layout", ["one", slow("DP2-overlap")])
 def test_warm_up_comes_before_the_first_window(pool, inputs, tmp_path, layout):
     wanted, model = expected(inputs, "llama", old_policy_interval=3, sft_warmup_iters=3)
     flags = ["--old-policy-interval", "3", "--sft-warmup-iters", "3"]
@@ -216,7 +216,7 @@ def test_warm_up_comes_before_the_first_window(pool, inputs, tmp_path, layout):
     assert [line["clip_fraction"] > 0 for line in found[:8]] == [False, False, False, False, True, True, False, True]
 
 
-@pytest.mark.parametrize("layout", ["1", slow("tp2-sp")])
+@pytest.mark.parametrize("layout", ["one", slow("TP2-SP")])
 def test_sft_follows_the_oracle(pool, inputs, tmp_path, layout):
     wanted, model = expected(inputs, "qwen3", objective="sft")
     found = train(pool, inputs, "qwen3", tmp_path, "--objective", "sft", layout=layout)
@@ -225,7 +225,7 @@ def test_sft_follows_the_oracle(pool, inputs, tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    ("objective", "layout"), [("dft", "1"), slow("dft", "tp2-pp2"), ("sft-kl", "1"), slow("sft-kl", "tp2-pp2")]
+    ("objective", "layout"), [("dft", "one"), slow("dft", "TP2-PP2"), ("sft-kl", "one"), slow("sft-kl", "TP2-PP2")]
 )
 def test_a_relative_follows_the_oracle(pool, inputs, tmp_path, objective, layout):
     wanted, model = expected(inputs, "llama", objective=objective)
@@ -235,7 +235,7 @@ def test_a_relative_follows_the_oracle(pool, inputs, tmp_path, objective, layout
     assert {(line["ratio_mean"], line["clip_fraction"]) for line in found} == {(1.0, 0.0)}
 
 
-@pytest.mark.parametrize(("family", "layout"), [("qwen2", "1"), slow("qwen3", "tp2-pp2-dp2")])
+@pytest.mark.parametrize(("family", "layout"), [("qwen2", "one"), slow("qwen3", "TP2-SP-PP2-DP2-distopt")])
 def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
     flags = ["--old-policy-interval", "4", "--no-fused-head"]
@@ -244,7 +244,7 @@ def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, 
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize("layout", [slow("1"), "dp2-overlapped"])
+@pytest.mark.parametrize("layout", [slow("one"), "DP2-overlap"])
 def test_the_old_policy_may_score_in_other_micro_batches(pool, inputs, tmp_path, layout):
     wanted, _ = expected(inputs, "qwen2", **PSFT)
     flags = ["--old-policy-interval", "4", "--old-policy-micro-batch-size", "4"]
@@ -270,7 +270,7 @@ def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
     ],
     ids=["selective", "uniform", "block"],
 )
-@pytest.mark.parametrize(("family", "layout"), [("qwen3", "tp2-sp"), slow("qwen3_moe", "ep2-overlapped")])
+@pytest.mark.parametrize(("family", "layout"), [("qwen3", "TP2-SP"), slow("qwen3_moe", "DP2-EP2-overlap")])
 def test_recomputation_changes_nothing(pool, inputs, tmp_path, family, layout, flags):
     wanted, _ = expected(inputs, family, **PSFT)
     found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", *flags, layout=layout)
@@ -281,15 +281,13 @@ def test_recomputation_changes_nothing(pool, inputs, tmp_path, family, layout, f
 def test_recomputation_of_parts_of_a_layer_changes_nothing(pool, inputs, tmp_path, family, modules):
     wanted, _ = expected(inputs, family, **PSFT)
     flags = ["--old-policy-interval", "4", "--recompute-granularity", "selective", "--recompute-modules", *modules]
-    found = train(pool, inputs, family, tmp_path, *flags, layout="ep2-pp2" if family == "qwen3_moe" else "pp2")
+    found = train(pool, inputs, family, tmp_path, *flags, layout="PP2-DP2-EP2" if family == "qwen3_moe" else "PP2")
     assert_same_run(found, wanted)
 
 
 def test_bf16_follows_fp32_at_its_own_precision(pool, inputs, tmp_path):
     wanted, _ = expected(inputs, "llama", **PSFT)
-    found = train(
-        pool, inputs, "llama", tmp_path, "--old-policy-interval", "4", "--bf16", layout="dp2-distributed-optimizer"
-    )
+    found = train(pool, inputs, "llama", tmp_path, "--old-policy-interval", "4", "--bf16", layout="DP2-distopt")
     for line, oracle_line in zip(found, wanted, strict=True):
         assert line["nll"] == pytest.approx(oracle_line["nll"], rel=0.02)
         assert line["entropy"] == pytest.approx(oracle_line["entropy"], rel=0.02)
@@ -301,19 +299,20 @@ def test_bf16_follows_fp32_at_its_own_precision(pool, inputs, tmp_path):
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        slow("qwen2", "1"),
-        ("qwen2", "tp2-sp"),
-        slow("qwen2", "pp2-interleaved"),
-        slow("qwen2", "dp2-overlapped"),
-        slow("qwen3_moe", "ep2-overlapped"),
-        slow("mixtral", "ep2-tp2"),
+        slow("qwen2", "one"),
+        ("qwen2", "TP2-SP"),
+        slow("qwen2", "PP2-VPP1"),
+        slow("qwen2", "DP2-overlap"),
+        slow("qwen3_moe", "DP2-EP2-overlap"),
+        slow("mixtral", "TP2-SP-DP2-EP2"),
     ],
 )
 def test_forced_pass_over_the_first_batch_gives_ratio_one_too(pool, inputs, tmp_path, family, layout):
     """The old-policy pass computes bit for bit what training computes: the shortcut r = 1 hides no difference. It
     chooses the same experts too."""
-    world_size, layout_flags = ALL_LAYOUTS[layout]
-    for lines in pool.run(_train_scoring_first, world_size, tmp_path, inputs, family, layout_flags)[:1]:
+    parallel = LAYOUTS[layout]
+    argv = (tmp_path, inputs, family, parallel.flags)
+    for lines in pool.run(_train_scoring_first, parallel.world_size, *argv)[:1]:
         ratios = [(line["ratio_mean"], line["ratio_max"]) for line in lines[::2]]
         assert ratios == [(1.0, 1.0)] * (len(lines) // 2)
         assert all(line["old_policy_seconds"] > 0.001 for line in lines[::2])
@@ -328,7 +327,7 @@ def test_passes_in_other_micro_batches_give_ratio_one_up_to_rounding(pool, input
         assert line["clip_fraction"] == 0.0
 
 
-def _train_scoring_first(save: Path, inputs: Path, family: str, layout: list[str]) -> list[dict[str, float]]:
+def _train_scoring_first(save: Path, inputs: Path, family: str, layout: Sequence[str]) -> list[dict[str, float]]:
     """The command line with a pass over the first batch of each window too."""
     from megatron_psft.train import assemble
 

@@ -26,21 +26,10 @@ from tests.support.gradients import (
     ready,
     totals,
 )
+from tests.support.layouts import LAYOUTS
 from tests.support.scores import scores_of
 
-TENSOR = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
-LAYOUTS = {
-    "one": (1, ParallelConfig()),
-    "DP2": (2, ParallelConfig()),
-    "DP2 overlapped": (2, ParallelConfig(overlap_grad_reduce=True)),
-    "TP2": (2, TENSOR),
-    "PP2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
-    "PP2 interleaved": (
-        2,
-        ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
-    ),
-    "PP2 DP2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
-}
+PIPELINE_LAYOUTS = ("one", "DP2", "DP2-reduce", "TP2-SP", "PP2", "PP2-VPP1", "PP2-DP2")
 LABELS = {
     "uneven": ((1, 9), (4, 17), (2, 0), (12, 3)),
     "a masked micro-batch": ((1, 9), (0, 0), (2, 0), (12, 3)),
@@ -148,9 +137,9 @@ def _check_gradients(folder: Path, config: ParallelConfig, batches: dict[str, Ba
     return sums
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", PIPELINE_LAYOUTS)
 def test_the_gradient_is_that_of_the_mean_over_all_label_tokens(pool, folder, batches, layout):
-    world_size, config = LAYOUTS[layout]
+    world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     results = pool.run(_check_gradients, world_size, folder, config, batches)
     for name, batch in batches.items():
         assert 0.1 < batch.sums["psft"]["clip_fraction"] / batch.sums["psft"]["label_tokens"] < 0.6
@@ -217,9 +206,9 @@ def _check_window_start(folder: Path, config: ParallelConfig, batch: Batch):
         return scored if run.place.tensor_rank == 0 else [], explicit[0] if run.place.reports_sums else []
 
 
-@pytest.mark.parametrize("layout", ["one", "DP2", "TP2", "PP2 interleaved", "PP2 DP2"])
+@pytest.mark.parametrize("layout", ["one", "DP2", "TP2-SP", "PP2-VPP1", "PP2-DP2"])
 def test_a_window_starts_at_a_ratio_of_exactly_one_and_with_the_gradient_of_sft(pool, folder, batches, layout):
-    world_size, config = LAYOUTS[layout]
+    world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     batch = batches["uneven"]
     results = pool.run(_check_window_start, world_size, folder, config, batch)
     sums = totals([entries for _, entries in results])
@@ -250,7 +239,7 @@ def _check_nothing_to_learn(folder: Path, config: ParallelConfig, batch: Batch):
 
 @pytest.mark.parametrize("layout", ["one", "DP2", "PP2"])
 def test_a_global_batch_without_labels_has_no_gradient(pool, folder, batches, layout):
-    world_size, config = LAYOUTS[layout]
+    world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     results = pool.run(_check_nothing_to_learn, world_size, folder, config, batches["uneven"])
     assert set(totals(results).values()) == {0.0}
 

@@ -17,8 +17,9 @@ from megatron_psft.objectives.builtin.dpo import dpo_loss, pair_metrics
 from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
+from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
-from tests.support.parity import CP2, LAYOUTS, TP2, assert_same_logits
+from tests.support.parity import assert_same_logits
 
 STEPS, PAIRS, BETA = 4, 8, 0.3
 COMPARED = ("loss", "margin", "accuracy", "chosen_log_probs", "rejected_log_probs", "grad_norm")
@@ -130,12 +131,12 @@ def expected(folder: Path) -> tuple[list[dict[str, float]], torch.nn.Module]:
 
 
 def train(pool, folder: Path, save: Path, layout: str, *flags: str) -> list[dict[str, float]]:
-    world_size, layout_flags = (LAYOUTS | {"cp2-tp2": (4, [*CP2, *TP2, "--sequence-parallel"])})[layout]
+    parallel = LAYOUTS[layout]
     argv = ["--load-hf", folder / "model", "--tokenizer", folder / "tokenizer", "--data", folder / "pairs.jsonl"]
     argv += ["--objective", "dpo", "--dpo-beta", BETA, "--save", save, "--export-hf", save / "hf", "--no-shuffle"]
-    argv += ["--lr", oracle.PARITY_LR, "--lr-decay-style", "constant", "--seq-length", "256", *layout_flags, *flags]
-    exits = pool.run(run_cli, world_size, [str(value) for value in argv])
-    assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
+    argv += ["--lr", oracle.PARITY_LR, "--lr-decay-style", "constant", "--seq-length", "256", *parallel.flags, *flags]
+    exits = pool.run(run_cli, parallel.world_size, [str(value) for value in argv])
+    assert [exit.code for exit in exits] == [0] * parallel.world_size, exits[0].err
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -146,12 +147,12 @@ ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
 @pytest.mark.parametrize(
     ("layout", "flags"),
     [
-        ("1", UNPACKED),
-        slow("1", (*UNPACKED, "--no-fused-head")),
-        slow("1", ONE_PACK),
-        ("dp2-overlapped", UNPACKED),
-        slow("tp2-pp2", UNPACKED),
-        ("cp2-tp2", ONE_PACK),
+        ("one", UNPACKED),
+        slow("one", (*UNPACKED, "--no-fused-head")),
+        slow("one", ONE_PACK),
+        ("DP2-overlap", UNPACKED),
+        slow("TP2-PP2", UNPACKED),
+        ("TP2-SP-CP2", ONE_PACK),
     ],
     ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2"],
 )
@@ -176,8 +177,8 @@ def test_the_loss_is_that_of_trl(pool, inputs, tmp_path):
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    train(pool, inputs, tmp_path / "two", "1", "--train-iters", "2", *UNPACKED)
-    found = train(pool, inputs, tmp_path / "three", "1", "--train-iters", "3", *UNPACKED)[2]["loss"]
+    train(pool, inputs, tmp_path / "two", "one", "--train-iters", "2", *UNPACKED)
+    found = train(pool, inputs, tmp_path / "three", "one", "--train-iters", "3", *UNPACKED)[2]["loss"]
     examples = []
     for (ids, mask), (rejected_ids, _) in pairs_of(inputs):
         start = mask.index(True)
