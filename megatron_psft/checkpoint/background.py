@@ -9,8 +9,9 @@ import mmap
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
@@ -32,8 +33,9 @@ class BackgroundCalls(AsyncCallsQueue):
         super().__init__()
         self._tensors, self._plan = SharedMemory(), SharedMemory()
         # What takes seconds to import is imported once, while training begins.
-        multiprocessing.set_forkserver_preload(["megatron_psft.train.assemble"])
-        forkserver.ensure_running()
+        multiprocessing.set_forkserver_preload(["megatron_psft.checkpoint.saver"])
+        with _ignored_warnings():
+            forkserver.ensure_running()
 
     def wait_for_copy(self) -> None:
         """Returns when all is copied, and what was scheduled may change."""
@@ -81,6 +83,21 @@ class SharedMemory:
     def __setstate__(self, state: tuple[Any, int]) -> None:
         file, self._size = state
         self._file, self._map = _owned(file.detach()), None
+
+
+@contextmanager
+def _ignored_warnings() -> Iterator[None]:
+    """Processes that are started in this context print no warnings, nor do those that they start: Megatron-Core's
+    import gives some, which the trainer has filtered."""
+    previous = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = previous
 
 
 def _owned(descriptor: int) -> BinaryIO:

@@ -186,6 +186,11 @@ class Saver:
             causes = [str(cause) for cause, _ in error.failures.values()]
             on_rank_zero(lambda: sealed.discard(self._target))
             raise UserError(_write_failed("; ".join(causes[:1]), self._target)) from None
+        except (EOFError, ConnectionError) as error:
+            raise RankError(
+                f"rank {self._parallel.rank}: save: the process that writes {self._target} is gone ({error!r}); the "
+                "checkpoints before it are intact; start again"
+            ) from error
         except (OSError, RuntimeError) as error:  # torch.save answers a full disk with the latter
             raise RankError(f"rank {self._parallel.rank}: {_write_failed(str(error), self._target)}") from error
 

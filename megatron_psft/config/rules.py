@@ -77,7 +77,12 @@ def _validate_packages(logging: LoggingConfig) -> None:
 def _validate_batch(config: Config, world_size: int) -> None:
     parallel, batch = config.parallel, config.batch
     if (batch.train_iters is None) == (batch.epochs is None):
-        raise UserError(f"train_iters ({batch.train_iters}) or epochs ({batch.epochs}) must be set, and not both")
+        found = (
+            "neither is"
+            if batch.epochs is None
+            else f"train_iters ({batch.train_iters}) and epochs ({batch.epochs}) are"
+        )
+        raise UserError(f"exactly one of train_iters and epochs must be set, but {found}; set one")
     if world_size % parallel.model_parallel_size:
         raise UserError(
             f"world_size ({world_size}) must be a multiple of tensor_model_parallel_size * "

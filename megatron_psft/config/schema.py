@@ -144,8 +144,9 @@ class ObjectiveConfig:
     """The loss of a label token: one of the names below, or MODULE:FUNCTION for a function of your own on PYTHONPATH
     (docs/extending.md)."""
     loss_aggregation: LossAggregation = "token-mean"
-    """Sum of the token losses of the global batch over its label tokens; mean over its records of their token means; or
-    mean over its records of their token sums. Records without a label count in none of them."""
+    """How token losses of a global batch are averaged. token-mean: over its label tokens. seq-mean-token-mean: over the
+    label tokens of each record, then over records. seq-mean-token-sum: summed over those of each record, then averaged
+    over records. Records without a label do not count."""
     clip_ratio_high: float = 0.28
     """PSFT: a token has no gradient once its probability exceeds the old policy's by more than this share."""
     clip_ratio_low: float = 0.2
@@ -215,7 +216,7 @@ class OptimizerConfig:
     adam_beta2: float = 0.95
     """Decay per step of Adam's mean of squared gradients."""
     adam_eps: float = 1e-8
-    """Adam's addend in the denominator."""
+    """Adam's epsilon, added to the denominator for numerical stability."""
     clip_grad: float = 1.0
     """Gradients are scaled down to this norm over all parameters where theirs is larger."""
     optimizer_cpu_offload: bool = False

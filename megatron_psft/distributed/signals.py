@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 
 import torch
@@ -63,6 +64,8 @@ def helpers_outlive_signals() -> Iterator[None]:
     die of it while the trainer is about to save. What arrives for this process meanwhile is noted at the end, or at
     once where another thread runs that does not block it.
     """
+    # Before the signals are blocked: Python starts this tracker with the first helper, and unblocks them as it does.
+    resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_psft.errors import UserError
 from megatron_psft.objectives.declare import ExtraStat, Requirement, Settings
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
 from megatron_psft.objectives.registry import find_objective, needs_of
@@ -32,6 +33,15 @@ class Objective:
         return "records" in self.needs
 
     def token_loss(self, stats: LabelStats, given: LabelInputs) -> Tensor:
-        """Loss of each label token, times its weight in the aggregation, `[n]`."""
+        """Loss of each label token, times its weight in the aggregation, `[n]`.
+
+        Raises:
+            UserError: the objective returns another shape.
+        """
         losses = find_objective(self.config.objective).loss(stats, given, self.config)
+        if losses.shape != stats.log_probs.shape:
+            raise UserError(
+                f"objective ({self.config.objective}) must return a loss for each label token, shape "
+                f"{list(stats.log_probs.shape)}, and returned {list(losses.shape)}; leave the mean to the trainer"
+            )
         return losses if given.weights is None else losses * given.weights

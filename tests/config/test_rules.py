@@ -167,9 +167,12 @@ def test_fields_that_contradict_each_other_are_refused(flags: str, message: str)
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("flags", [[], ["--train-iters", "10", "--epochs", "2"]])
-def test_the_length_of_a_run_is_given_exactly_once(flags: list[str]) -> None:
-    with pytest.raises(UserError, match="must be set, and not both"):
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [([], "neither is"), (["--train-iters", "10", "--epochs", "2"], r"train_iters \(10\) and epochs \(2\) are")],
+)
+def test_the_length_of_a_run_is_given_exactly_once(flags: list[str], problem: str) -> None:
+    with pytest.raises(UserError, match=f"exactly one of train_iters and epochs must be set, but {problem}; set one"):
         validate(parse(*flags), world_size=1)
 
 

@@ -1,5 +1,6 @@
 """Signals: they are requests, a second Ctrl-C acts, and helper processes see none."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import process_group
 from megatron_psft.distributed.signals import StopRequested, StopSignals, helpers_outlive_signals
+from tests.support.cli import REPOSITORY
 
 
 def _check_after_signal(to_rank: int, signum: int) -> list[int]:
@@ -77,3 +79,40 @@ def test_helpers_outlive_what_the_trainer_receives():
     helper.send_signal(signal.SIGINT)
     out, _ = helper.communicate(timeout=120)
     assert (out, helper.returncode) == ("still here\n", 0)
+
+
+_PRINT_BLOCKED = """
+import multiprocessing, re, time
+from multiprocessing import forkserver
+from pathlib import Path
+from megatron_psft.distributed.signals import helpers_outlive_signals
+
+def blocked(pid):
+    return int(re.search("SigBlk:\\s*(\\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
+
+if __name__ == "__main__":
+    with helpers_outlive_signals():
+        forkserver.ensure_running()
+        contexts = [multiprocessing.get_context(kind) for kind in ("spawn", "forkserver")]
+        processes = [context.Process(target=time.sleep, args=(60,)) for context in contexts]
+        for process in processes:
+            process.start()
+        manager = contexts[0].Manager()
+        pids = [forkserver._forkserver._forkserver_pid, *(each.pid for each in processes), manager._process.pid]
+        print([blocked(pid) for pid in pids])
+        for process in processes:
+            process.kill()
+        manager.shutdown()
+"""
+
+
+def test_every_kind_of_helper_outlives_signals_in_a_fresh_process(tmp_path):
+    """The first helper of a process has Python start its resource tracker, which leaves the signals unblocked."""
+    script = tmp_path / "helpers.py"
+    script.write_text(_PRINT_BLOCKED)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    masks = ast.literal_eval(done.stdout)
+    wanted = sum(1 << (signum - 1) for signum in (signal.SIGTERM, signal.SIGINT))
+    assert [mask & wanted for mask in masks] == [wanted] * 4

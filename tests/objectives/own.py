@@ -29,4 +29,8 @@ def has_a_flag(stats, given, config):
     return -stats.log_probs
 
 
+def mean(stats, given, config):
+    return -stats.log_probs.mean()
+
+
 no_function = 3

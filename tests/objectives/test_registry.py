@@ -167,3 +167,12 @@ def test_an_own_objective_trains_as_the_built_in_one_it_equals(pool, tmp_path, o
         curves.append([(line["loss"], line["grad_norm"], line["clip_fraction"]) for line in lines])
     assert len(curves[0]) == 3
     assert curves[0] == curves[1]
+
+
+def test_an_objective_that_returns_no_loss_per_token_is_refused():
+    log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    own = Objective(config=ObjectiveConfig(objective=f"{OWN}:mean"))
+    with pytest.raises(
+        UserError, match=r"own:mean\) must return a loss for each label token, shape \[2\], and .* \[\]"
+    ):
+        own.token_loss(LabelStats(log_probs, log_probs.detach()), LabelInputs())
