@@ -41,8 +41,8 @@ test: install ## Run the CPU tests that take seconds
 	$(BIN)/python -m pytest $(AT_A_TIME) -m "not slow and not gpu"
 
 test-slow: install ## Run the CPU tests that take minutes
-	$(BIN)/python -m pytest $(AT_A_TIME) -m "slow and not large and not gpu"
-	$(BIN)/python -m pytest $(DURATIONS) -m "large and not gpu"
+	$(BIN)/python -m pytest $(AT_A_TIME) -m "slow and not alone and not gpu"
+	$(BIN)/python -m pytest $(DURATIONS) -m "alone and not gpu"
 
 $(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt
 	$(PYTHON312) -m venv $(VENV)312

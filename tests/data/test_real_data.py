@@ -63,7 +63,7 @@ def test_small_model_learns_gsm8k(pool, data_folder, tmp_path):
     assert exported.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
-@pytest.mark.large
+@pytest.mark.alone
 def test_a_real_vocabulary_and_width_take_the_same_steps_in_two_layouts(pool, data_folder, tmp_path):
     """With 4 of the 24 layers of half a billion parameters, as all of them take minutes."""
     model = shrink(data_folder / "hf_configs" / "Qwen2.5-0.5B" / "config.json", tmp_path / "model", num_hidden_layers=4)
@@ -101,7 +101,7 @@ def _score(folder: Path, layout: Layout, example: Example) -> torch.Tensor:
         return pipeline.score_labels([batch])[0].log_probs
 
 
-@pytest.mark.large
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("name", "tokenizer", "layers"), [("Llama-3.1-8B-Instruct", "llama3", 1), ("Qwen3-4B", "qwen3", 2)]
 )

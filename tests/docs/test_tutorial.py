@@ -27,6 +27,7 @@ def checkout(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_commands_run_in_order_as_written(checkout):
     blocks = BLOCK.findall((checkout / "docs" / "tutorial.md").read_text(encoding="utf-8"))
     assert {language for language, _ in blocks} == {"sh", "python"}
