@@ -76,19 +76,19 @@ class Pipeline:
         Returns:
             One entry per micro-batch on the last pipeline stage, an empty list elsewhere.
         """
-        masks = [micro_batch.label_mask for micro_batch in micro_batches]
-        return [
-            stats.map(partial(_scatter, label_mask=mask))
-            for stats, mask in zip(self.score_labels(micro_batches), masks, strict=False)  # none before the last stage
-        ]
+        return self._score(micro_batches, _scattered)
 
-    @torch.no_grad()
     def score_labels(self, micro_batches: Sequence[MicroBatch]) -> list[LabelStats]:
         """As `score`, but `[n]`, of the label tokens in the order of `HeadInputs.label_positions`."""
+        return self._score(micro_batches, lambda item, stats: stats)
 
+    @torch.no_grad()
+    def _score(
+        self, micro_batches: Sequence[MicroBatch], kept: Callable[["LabelledBatch", LabelStats], LabelStats]
+    ) -> list[LabelStats]:
         def keep(item: LabelledBatch, output: HeadOutput, non_loss_data: bool) -> LabelStats:
             assert non_loss_data
-            return output.stats
+            return kept(item, output.stats)
 
         items = [LabelledBatch.of(micro_batch, None, None) for micro_batch in micro_batches]
         return self._run(items, keep, forward_only=True, collect_non_loss_data=True)
@@ -190,8 +190,8 @@ class LabelledBatch:
         )
 
 
-def _scatter(values: Tensor, label_mask: Tensor) -> Tensor:
-    return scatter_labels(values, label_positions(label_mask).to(values.device), label_mask)
+def _scattered(item: LabelledBatch, stats: LabelStats) -> LabelStats:
+    return stats.map(lambda values: scatter_labels(values, item.label_positions, item.micro_batch.label_mask))
 
 
 def _given_of(micro_batch: MicroBatch, positions: Tensor, config: ObjectiveConfig) -> LabelInputs:
