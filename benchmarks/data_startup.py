@@ -43,7 +43,7 @@ def start(data: Path, tokenizer_name: str, cache: Path, workers: int | None) -> 
     """What a rank does with its data at start, then random reads; seconds and MiB of this process."""
     from transformers import AutoTokenizer
 
-    from megatron_psft.config.schema import DataConfig
+    from megatron_psft.config.inputs import DataConfig
     from megatron_psft.data.dataset import build_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_psft.config.schema import DataConfig
+from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.packing import PackPlan, best_fit
 

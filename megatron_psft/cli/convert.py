@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 from megatron_psft.checkpoint import folders
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_absent, require_positive, run_command
-from megatron_psft.config.schema import WeightsConfig, parse_config
+from megatron_psft.config.inputs import WeightsConfig
+from megatron_psft.config.schema import parse_config
 from megatron_psft.errors import UserError
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once

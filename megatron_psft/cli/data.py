@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, run_command
-from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
+from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.schema import Config
 from megatron_psft.errors import UserError
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, require_positive, run_command
-from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
+from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.schema import Config
 
 if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once
     from megatron_psft.diagnostics.plan import Memory, Plan

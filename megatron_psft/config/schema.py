@@ -11,95 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 
 from megatron_psft.config.flags import parse_flags, require_at_least, require_positive, require_range
+from megatron_psft.config.inputs import DataConfig, WeightsConfig
 from megatron_psft.errors import UserError
 from megatron_psft.objectives.declare import Requirement
 from megatron_psft.objectives.registry import OBJECTIVES, SETTINGS, needs_of, with_settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsConfig:
-    """Where weights and tokenizer come from, and where results go."""
-
-    load_hf: str
-    """Hugging Face folder or hub ID with config, tokenizer and safetensors: the model the run starts from."""
-    random_init: bool = False
-    """Read only config and tokenizer from `load_hf` and draw the weights from `seed`. No effect where `save` or `load`
-    holds a checkpoint."""
-    tokenizer: str | None = None
-    """Folder or hub ID of the tokenizer and its chat template; `load_hf` if unset."""
-    save: str
-    """Run folder: metrics.jsonl, config.yaml and checkpoints. Where it holds one already, the run resumes from it."""
-    save_interval: int | None = None
-    """Steps between checkpoints; if unset, one is written at the end only."""
-    keep_last: int | None = None
-    """Number of newest checkpoints to keep in `save`; all if unset."""
-    async_save: bool = False
-    """Write checkpoints in the background while training goes on; the last one is finished before the run ends."""
-    load: str | None = None
-    """Run folder, or one step folder of it, to start from; or a folder that `psft convert` wrote, whose
-    weights take the place of those of `load_hf`. No effect where `save` holds a checkpoint. An objective that compares
-    with the model at the start compares with this one."""
-    export_hf: str | None = None
-    """Folder that receives the trained model in Hugging Face format; none is written if unset."""
-
-    def __post_init__(self) -> None:
-        require_at_least(1, self, "save_interval", "keep_last")
-
-    @property
-    def tokenizer_source(self) -> str:
-        return self.load_hf if self.tokenizer is None else self.tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Records, and how they become tokens and label tokens."""
-
-    data: tuple[str, ...]
-    """Training records: JSON Lines, JSON or Parquet files, folders of them or written by `datasets`, or hub IDs. PATH=F
-    takes F passes over a source per epoch, as 2 or 0.3; a fraction is a random part, drawn once from `seed`. With
-    objective dpo a record is a preference pair of `chosen` and `rejected`."""
-    valid_data: tuple[str, ...] = ()
-    """Validation records, as for `data`. Needs `eval_interval`."""
-    eval_interval: int | None = None
-    """Steps between evaluations. Needs `valid_data`."""
-    eval_iters: int | None = None
-    """Global batches per evaluation; all of `valid_data` if unset. Needs `valid_data`."""
-    seq_length: int = 4096
-    """Length of the longest record that is trained on whole, in tokens; `overlong` says what happens to longer ones.
-    With packing also the room of a pack. Of a preference pair the longer sequence counts, and a pack has room for twice
-    as much."""
-    packing: bool = True
-    """Put as many records as fit into each sequence of `seq_length` tokens; they do not see each other. Otherwise each
-    has a sequence of its own."""
-    shuffle: bool = True
-    """Draw a new order from `seed` for each epoch. Otherwise records are trained on in file order, and with packing
-    packs in the order of their first records; which records share a pack depends on their lengths."""
-    overlong: Literal["drop", "truncate", "error"] = "error"
-    """What to do with records longer than `seq_length`: leave them out, cut their end off (not of preference pairs), or
-    stop."""
-    prompt_key: str = "prompt"
-    """Name of the prompt in records of prompt and completion. No effect on records of another form."""
-    completion_key: str = "completion"
-    """Name of the completion in records of prompt and completion; its default also finds `demonstration`. No effect on
-    records of another form."""
-    system_prompt: str | None = None
-    """System message of all records, instead of their own; each record's if unset."""
-    loss_on: Literal["assistant", "last", "all"] = "assistant"
-    """Tokens that count as labels: those of all assistant turns, of the last assistant turn, or of the whole text (not
-    of preference pairs, of which only what differs is labels)."""
-    skip_bad_records: bool = False
-    """Train without the records that cannot be used, after listing them, instead of stopping."""
-    data_cache_dir: str = "~/.cache/megatron_psft"
-    """Folder that keeps tokenized records for later runs and for the other processes of a node. `psft data --cache
-    prune` makes room in it."""
-    data_workers: int | None = None
-    """Processes on each node that tokenize, the first time; one per usable core, at most 32, if unset."""
-
-    def __post_init__(self) -> None:
-        require_at_least(1, self, "eval_interval", "eval_iters", "data_workers")
-        require_at_least(2, self, "seq_length")  # the shortest sequence with a token to predict
-        if not self.data:
-            raise UserError("data () must name at least one file or folder")
 
 
 @dataclass(frozen=True, kw_only=True)

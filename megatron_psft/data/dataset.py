@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_psft.config.schema import DataConfig
+from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.cache import DataCache, TokenizedSource
 from megatron_psft.data.chat import Example
 from megatron_psft.data.files import open_source

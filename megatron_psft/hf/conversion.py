@@ -37,7 +37,8 @@ from tqdm import tqdm
 from megatron_psft import sealed
 from megatron_psft.checkpoint.identity import VERSION, WEIGHTS_ONLY_STEP, Identity, weights_identity
 from megatron_psft.checkpoint.state import sharded_weights
-from megatron_psft.config.schema import Config, DataConfig, WeightsConfig
+from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError

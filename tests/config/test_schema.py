@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_psft.config.schema import Config, WeightsConfig, config_to_yaml, parse_config
+from megatron_psft.config.inputs import WeightsConfig
+from megatron_psft.config.schema import Config, config_to_yaml, parse_config
 from megatron_psft.errors import UserError
 from tests.support.cli import REPOSITORY
 from tests.support.configs import flag, parse, write_yaml

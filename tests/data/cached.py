@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_psft.config.schema import DataConfig
+from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from tests.data import toys
 from tests.data.toys import byte_tokenizer

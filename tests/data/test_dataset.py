@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_psft.config.schema import DataConfig
+from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.chat import render_record
 from megatron_psft.data.dataset import DatasetStatistics, TokenizedDataset, build_dataset
 from megatron_psft.data.records import read_records

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_psft.config.schema import DataConfig
+from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.files import BadRecord
 from megatron_psft.data.records import Record, read_records

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_psft.config.schema import DataConfig
+from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import RecordKeys

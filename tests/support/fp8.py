@@ -1,6 +1,7 @@
 """A configuration that computes in fp8."""
 
-from megatron_psft.config.schema import Config, DataConfig, ParallelConfig, PrecisionConfig, WeightsConfig
+from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.schema import Config, ParallelConfig, PrecisionConfig
 
 
 def precision(recipe: str = "delayed", fp8_format: str = "hybrid") -> PrecisionConfig:

@@ -9,7 +9,8 @@ from typing import Literal
 
 import torch
 
-from megatron_psft.config.schema import Config, DataConfig, ParallelConfig, PrecisionConfig, WeightsConfig
+from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.schema import Config, ParallelConfig, PrecisionConfig
 
 
 @dataclass(frozen=True)
