@@ -131,7 +131,7 @@ def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, sig
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("layout", [pytest.param(ONE, id="one"), slow(DIST_OPT, id="DP2-distopt")])
+@pytest.mark.parametrize("layout", [slow(ONE, id="one"), slow(DIST_OPT, id="DP2-distopt")])
 def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inputs, layout):
     world_size = 2 if layout else 1
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -97,7 +97,7 @@ def test_the_last_update_of_every_rank_leaves_with_the_export(pool, tmp_path, in
 
 @pytest.mark.parametrize(
     ("optimizer", "packing", "second"),
-    [slow(ONE, ONE, PP2), (DIST_OPT, ONE, VPP), slow(ONE, PACKING, CP2)],
+    [slow(ONE, ONE, PP2), slow(DIST_OPT, ONE, VPP), slow(ONE, PACKING, CP2)],
     ids=["optimizer-PP2", "distopt-PP2-VPP", "packing-CP2"],
 )
 def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, packing, second):
@@ -131,6 +131,7 @@ def test_a_run_moves_between_layouts(pool, tmp_path, inputs, optimizer, packing,
         torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_run_may_begin_and_end_to_offload_its_optimizer(pool, tmp_path, inputs):
     """The host's Adam rounds otherwise in fp32, which seldom shows in a weight's bf16."""
     stations = [("half", 2, OFFLOAD, 2), ("plain", 2, (*BF16, *DIST_OPT), 4), ("all", 1, OFFLOAD[:-2], 8)]

@@ -264,6 +264,7 @@ def test_interrupted_run_ends_quietly_and_resumes(pool, inputs, tmp_path):
     assert steps == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_torchrun_trains_and_exports(inputs, tmp_path):
     argv = command_line(inputs, tmp_path / "run", export_hf=tmp_path / "hf")
     done = run_torchrun(["pretrain_psft.py", *argv, *TP2, "--sequence-parallel"], 2)

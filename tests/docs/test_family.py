@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -29,6 +30,7 @@ def as_published(name: str) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_a_model_family_is_added_in_one_place(tmp_path):
     checkout = copy_repository(tmp_path)
     follow(checkout, "A model family")

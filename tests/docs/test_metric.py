@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pytest
+
 from tests.support.extending import copy_repository, follow, run
 
 CODE = """
@@ -24,6 +26,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_metric_is_an_entry_and_a_sum(tmp_path):
     checkout = copy_repository(tmp_path)
     follow(checkout, "A metric")

@@ -3,9 +3,12 @@
 import json
 import sys
 
+import pytest
+
 from tests.support.extending import copy_repository, follow, run
 
 
+@pytest.mark.slow
 def test_a_record_format_is_added_in_one_place(tmp_path):
     checkout = copy_repository(tmp_path)
     follow(checkout, "A record format")

@@ -146,7 +146,7 @@ def test_an_own_objective_without_a_declaration_has_its_loss():
 @pytest.mark.parametrize(
     ("own", "name", "world_size", "layout"),
     [
-        ("psft_again", "psft", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        slow("psft_again", "psft", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
         slow("psft_again", "psft", 2, "--pipeline-model-parallel-size 2"),
         slow("psft_again", "psft", 2, "--use-distributed-optimizer"),
         ("iw_sft_again", "iw-sft", 2, "--context-parallel-size 2"),
