@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast, get_args
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
@@ -38,6 +38,10 @@ class Message(_Turn, total=False):
 
     tool_calls: list[ToolCall]
     reasoning_content: str
+    tool_call_id: str
+    """Of a tool's turn: the call that it answers."""
+    name: str
+    """Of a tool's turn: the function that was called."""
 
 
 class RecordError(ValueError):
@@ -81,7 +85,7 @@ def parse_message(value: object, where: str) -> Message:
     content = "" if is_call or (calls and content is None) else content
     if not isinstance(content, str):
         raise RecordError("wrong type", f"{where} has {content_key} of type {type(content).__name__}, not a string")
-    if not content.strip() and role not in ("system", "tool") and not calls:
+    if not content.strip() and role not in ("system", "developer", "tool") and not calls:
         raise RecordError("empty content", f"{where}, {role}")
     _check_text(content, where)
     message: Message = {"role": role, "content": content}

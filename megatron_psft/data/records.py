@@ -6,7 +6,7 @@ schemas of functions, as a list or as its JSON text, and `advantage` is the reco
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron_psft.data.files import BadRecord, Row, open_rows
@@ -41,7 +41,14 @@ class Record:
     """Schemas of the functions that the assistant may call."""
     advantage: float = 1.0
     prompt_length: int = 0
-    """Leading messages of which nothing is learned, be they an assistant's."""
+    """Leading messages of which nothing is learned, be they an assistant's: those of a prompt, the system message
+    among them. 0 where the row does not say what is prompt."""
+    unlearned: frozenset[int] = frozenset()
+    """Indices of the `messages` that are marked as not to be learned (`weight` 0, `train` false and the like). No token
+    of theirs is a label, whatever `loss_on` says."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat template: the row's `chat_template_kwargs` and `enable_thinking`. They win over the
+    run's."""
 
 
 def parse_row(row: Row | BadRecord, keys: RecordKeys) -> Record | BadRecord:

@@ -159,7 +159,11 @@ def chat_with(**changes: object) -> dict[str, object]:
         (chat_with(content=None), "wrong type", "messages[1] has content of type NoneType, not a string"),
         (chat_with(content=[{"type": "text"}]), "wrong type", "messages[1] has content of type list"),
         (chat_with(role=["assistant"]), "wrong type", "messages[1] has role of type list"),
-        (chat_with(role="gpt"), "unknown role", "messages[1] has role 'gpt'; known: system, user, assistant, tool"),
+        (
+            chat_with(role="gpt"),
+            "unknown role",
+            "messages[1] has role 'gpt'; known: system, developer, user, assistant, tool",
+        ),
         (chat_with(content=" \n"), "empty content", "messages[1], assistant"),
         ({"prompt": "", "completion": "Yes."}, "empty content", "prompt[0], user"),
         (chat_with(content="a\0b"), "NUL character", "messages[1]"),
@@ -199,7 +203,7 @@ def chat_with(**changes: object) -> dict[str, object]:
         (
             {"conversations": [{"from": "robot", "value": "Hi?"}]},
             "unknown role",
-            "conversations[0] has from 'robot'; known: human, gpt, function_call, observation, system",
+            "conversations[0] has from 'robot'; known: human, gpt, function_call, observation, system, developer",
         ),
         ({"conversations": [{"from": "human", "value": 7}]}, "wrong type", "has value of type int"),
         ({"conversations": [{"from": "human", "value": "Hi?"}]}, "no assistant turn", ""),
