@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_psft.atomic import replace_file
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
 from megatron_psft.evaluation.compare import compare
 from megatron_psft.evaluation.results import ResultsFolder
@@ -29,13 +30,13 @@ EXAMPLES = """examples:
 class Sides:
     """What is compared, and how much of it is shown."""
 
-    first: str
+    first: PathText
     """Results folder of `psft evaluate`; or Hugging Face folder or hub ID of a model, which is evaluated first."""
-    second: str
+    second: PathText
     """As `first`; differences are second minus first."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Models: folder or hub ID of the tokenizer of both; each its own if unset."""
-    out: str
+    out: PathText
     """Folder that receives compare.md, and the results of models."""
     examples: int = 3
     """Questions of each task to show with an answer of both sides, from those won, and as many from those lost."""
@@ -51,7 +52,7 @@ class Sides:
 class ComparedTasks(TaskConfig):
     """Models: what is asked, and what makes an answer right."""
 
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[PathText, ...] = ()
     """Maths sets and names of lm-evaluation-harness tasks, as for `psft evaluate`."""
 
 

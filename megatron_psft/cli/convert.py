@@ -17,6 +17,7 @@ from megatron_psft.checkpoint import folders
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_absent, require_positive, run_command
 from megatron_psft.config.inputs import WeightsConfig
+from megatron_psft.config.paths import PathText
 from megatron_psft.config.schema import parse_config
 from megatron_psft.errors import UserError
 
@@ -53,15 +54,15 @@ Exit code: 0; 1 where --check finds a difference; 2 after a mistake."""
 class SourceConfig:
     """What is read: `from_hf` or `from_megatron`."""
 
-    from_hf: str | None = None
+    from_hf: PathText | None = None
     """Hugging Face folder or hub ID with config, safetensors and, where there is one, the tokenizer."""
-    from_megatron: str | None = None
+    from_megatron: PathText | None = None
     """Run folder, of which the newest checkpoint is read, or one step folder of it, or a folder that this command
     wrote."""
-    load_hf: str | None = None
+    load_hf: PathText | None = None
     """Folder or hub ID whose config.json and generation config go with the weights of `from_megatron`; if unset,
     those that it holds itself, or that its run was started with."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder or hub ID whose tokenizer goes with the weights; if unset, the run's where `load_hf` is, too, or the
     one beside config.json."""
 
@@ -75,9 +76,9 @@ class SourceConfig:
 class TargetConfig:
     """What is written: `to_hf` or `to_megatron`."""
 
-    to_hf: str | None = None
+    to_hf: PathText | None = None
     """Hugging Face folder to write; it must not exist."""
-    to_megatron: str | None = None
+    to_megatron: PathText | None = None
     """Folder to write a checkpoint of weights to; it must not exist. `psft train` takes it with --load."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of what is written; if unset, that of the source, but for `to_hf` of an fp32 checkpoint the one

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, run_command
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.paths import PathText
 from megatron_psft.config.schema import Config
 from megatron_psft.errors import UserError
 
@@ -47,9 +48,9 @@ GREEN, RESET = "\x1b[32m", "\x1b[0m"
 class ShownWeights(WeightsConfig):
     """Where the tokenizer comes from. No weights are read."""
 
-    load_hf: str = ""
+    load_hf: PathText = ""
     """Hugging Face folder or hub ID; its tokenizer is used where `tokenizer` is absent."""
-    save: str = ""
+    save: PathText = ""
     """Run folder of the training command; nothing is written here."""
 
 
@@ -57,7 +58,7 @@ class ShownWeights(WeightsConfig):
 class ShownData(DataConfig):
     """What is trained on; only `cache` does without `data`."""
 
-    data: tuple[str, ...] = ("",)
+    data: tuple[PathText, ...] = ("",)
     """Records of the training command."""
 
 
@@ -119,7 +120,7 @@ def run(config: ShowDataConfig) -> None:
     if config.cache.cache is None:
         show_data(config)
         return
-    root = Path(config.data.data_cache_dir).expanduser()
+    root = Path(config.data.data_cache_dir)
     try:
         if config.cache.cache == "list":
             list_cache(root)

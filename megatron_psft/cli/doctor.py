@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.diagnostics import doctor
 from megatron_psft.diagnostics.doctor import Finding
 from megatron_psft.errors import UserError
@@ -31,9 +32,9 @@ On a cluster, run it where runs go: srun --nodes 1 --gpus-per-node 1 psft doctor
 class ModelToCheck:
     """A model to look at beside the machine."""
 
-    model: str | None = None
+    model: PathText | None = None
     """Hugging Face folder or hub ID that a run would start from; no model is looked at if unset."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder or hub ID of the tokenizer; `model` if unset."""
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.evaluation.results import results_table
 from megatron_psft.evaluation.tasks import Evaluation, EvaluationSampling, TaskConfig, evaluate
 from megatron_psft.hf.hub import ModelConfig
@@ -33,7 +34,7 @@ interrupted, by whole tasks; another --tasks adds to the folder. `psft compare` 
 class OutputConfig:
     """Where results go."""
 
-    out: str
+    out: PathText
     """Folder of results; created, or added to where it holds results of the same model and settings."""
 
 

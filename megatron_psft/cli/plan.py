@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, require_positive, run_command
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.paths import PathText
 from megatron_psft.config.schema import Config
 
 if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once
@@ -29,7 +30,7 @@ Only config.json of the model is read. The sequences are taken to be full, and e
 class PlannedWeights(WeightsConfig):
     """Which model. No weights are read."""
 
-    save: str = ""
+    save: PathText = ""
     """Run folder of the training command; nothing is written here."""
 
 
@@ -37,7 +38,7 @@ class PlannedWeights(WeightsConfig):
 class PlannedData(DataConfig):
     """How long the sequences are. No records are read."""
 
-    data: tuple[str, ...] = ("",)
+    data: tuple[PathText, ...] = ("",)
     """Records of the training command; they are not read."""
 
 

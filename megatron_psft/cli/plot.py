@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
 
 EXAMPLES = """examples:
@@ -27,7 +28,7 @@ optimizer steps, the most clipped tokens (--log-clipped-tokens of the run) and w
 class RunsConfig:
     """What is drawn."""
 
-    runs: tuple[str, ...]
+    runs: tuple[PathText, ...]
     """Run folders, those that `--save` named in training. First on the command line they need no `--runs`."""
     smooth: int | None = None
     """Steps around its own that a curve's value is the mean of, while a pale line has each step's value; 1 draws these
@@ -41,7 +42,7 @@ class RunsConfig:
 class OutputConfig:
     """What is written."""
 
-    out: str
+    out: PathText
     """Folder for report.html and the PNGs; it is made where it does not exist, and files of these names in it are
     replaced."""
 

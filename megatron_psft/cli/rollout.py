@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_absent, run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
@@ -52,7 +53,7 @@ class ScoreConfig:
 class OutputConfig:
     """What is written."""
 
-    out: str
+    out: PathText
     """JSON Lines file to write; it must not exist."""
     keep_flat_groups: bool = False
     """Also write groups whose rewards are all equal; their advantages are 0."""

@@ -16,12 +16,13 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import argcomplete
-import yaml
 from argcomplete.completers import ChoicesCompleter
 
+from megatron_psft.config.paths import PathText, escape_path, expand_path
+from megatron_psft.config.yaml_files import read_settings
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.objectives.declare import Range
 
@@ -100,15 +101,17 @@ def parse_flags(root: type[_Root], argv: Sequence[str], *, prog: str | None = No
     known = _flag_fields(root)
     parser = _build_parser(root, prog, epilog)
     argcomplete.autocomplete(parser)  # answers a shell that asks how a flag goes on, and ends; else does nothing
-    namespace, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(_without_booleans(argv, known))
     if unknown:
         name = unknown[0].split("=")[0]
         raise UserError(f"unknown argument {name}{nearest_name_hint(name, map(_flag, ['config', *known]))}")
     given = vars(namespace)
     path = given.pop("config")
-    values = {} if path is None else _read_yaml(Path(path), known)
+    values = {name: field.default for name, field in known.items() if field.default not in (MISSING, None)}
+    values |= {} if path is None else _read_yaml(Path(expand_path("config", path)), known)
     for name, text in given.items():
         values[name] = _convert(known[name], _read_number(known[name], (int, float), text))
+    values = {name: _expand(known[name], value) for name, value in values.items()}
     missing = [_flag(name) for name, field in known.items() if field.default is MISSING and name not in values]
     if missing:
         raise UserError(f"missing {', '.join(missing)}; give them as flags or in the --config file")
@@ -127,6 +130,22 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _without_booleans(argv: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
+    """`--flag true|false`, and with `=`, as `--flag` or `--no-flag`, which are argparse's own."""
+    names = {_flag(name): name for name, field in known.items() if _kinds(field) == [bool]}
+    words, waiting = [], list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        flag, equals, text = word.partition("=")
+        if flag in names and (equals or (waiting and not waiting[0].startswith("-"))):
+            text = text if equals else waiting.pop(0)
+            if text.lower() not in ("true", "false"):
+                raise UserError(f"{names[flag]} ({text!r}) must be true or false")
+            word = flag if text.lower() == "true" else flag.replace("--", "--no-", 1)
+        words.append(word)
+    return words
+
+
 def _build_parser(root: type, prog: str | None, epilog: str | None) -> _Parser:
     parser = _Parser(
         prog=prog,
@@ -135,7 +154,10 @@ def _build_parser(root: type, prog: str | None, epilog: str | None) -> _Parser:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # an epilog's examples keep their lines
     )
-    text = "YAML file that holds any of the flags below, with underscores in their names; the command line wins"
+    text = (
+        "YAML file that holds any of the flags below, with underscores in their names, and `include`, a file or a list "
+        "of files whose settings count where its own say nothing; the command line wins"
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help=text)
     docs = _field_docs(root)
     for name, section in get_type_hints(root).items():
@@ -157,7 +179,7 @@ def _argument_options(field: Field[Any], docs: dict[str, str]) -> dict[str, Any]
     if kinds == [bool]:
         return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kinds[0]) is tuple:
-        return options | {"nargs": "+", "metavar": "TEXT"}
+        return options | {"nargs": "+", "metavar": "TEXT", "action": "extend"}  # given twice, it adds up
     choices = [_METAVARS[kind] if kind in _METAVARS else "|".join(get_args(kind)) for kind in kinds]
     return options | {"metavar": "|".join(choices)}
 
@@ -177,35 +199,51 @@ def _field_docs(root: type) -> dict[str, str]:
 
 
 def _read_yaml(path: Path, known: dict[str, Field[Any]]) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        node, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
-    if node is None:  # an empty file
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"--config {path} must map names to values, but holds a {type(content).__name__}")
-    names = [key.value for key, _ in node.value]  # `content` has lost all but the last of equal names
-    for name in names:
+    values = {}
+    for setting in read_settings(path):
+        name = setting.name
         if name not in known:
-            raise UserError(f"{path}: unknown key {name}{nearest_name_hint(name, known)}")
-        if names.count(name) > 1:
-            raise UserError(f"{path}: {name} is given {names.count(name)} times; keep one")
-    # PyYAML reads 1e-6 as a string, since YAML 1.1 wants 1.0e-6.
-    return {name: _convert(known[name], _read_number(known[name], (float,), value)) for name, value in content.items()}
+            raise UserError(f"{setting.file}: unknown key {name}{nearest_name_hint(str(name), known)}")
+        # Numbers in quotes count as numbers, for fractions only: 1e-6 needs quotes for other readers of YAML.
+        values[name] = _convert(known[name], _read_number(known[name], (float,), setting.value))
+    return values
 
 
 def _kinds(field: Field[Any]) -> list[Any]:
     """Returns the types a field's value may have, None left out."""
     is_union = get_origin(field.type) in (Union, types.UnionType)
-    return [kind for kind in (get_args(field.type) if is_union else [field.type]) if kind is not types.NoneType]
+    kinds: Sequence[Any] = get_args(field.type) if is_union else [field.type]
+    plain = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    return [kind for kind in plain if kind is not types.NoneType]
+
+
+def is_path(field: Field[Any]) -> bool:
+    """Whether the field holds paths (`PathText`)."""
+    return field.type == PathText or PathText in get_args(field.type)
+
+
+def _expand(field: Field[Any], value: Any) -> Any:
+    """Returns `value` with `~` and environment variables replaced, where it is a path or several."""
+    if not is_path(field) or value is None:
+        return value
+    return (
+        tuple(expand_path(field.name, path) for path in value)
+        if isinstance(value, tuple)
+        else expand_path(field.name, value)
+    )
+
+
+def as_given(field: Field[Any], value: Any) -> Any:
+    """Returns what a file gives for the field to have `value`."""
+    if not is_path(field) or value is None:
+        return value
+    return tuple(map(escape_path, value)) if isinstance(value, tuple) else escape_path(value)
 
 
 def _read_number(field: Field[Any], numbers: tuple[type, ...], value: object) -> object:
     """Returns the number that text stands for, where the field takes one of these types; else `value` as it is."""
     for kind in _kinds(field):
-        if kind in numbers and isinstance(value, str):
+        if kind in numbers and isinstance(value, str) and "_" not in value:
             with suppress(ValueError):
                 return kind(value)
     return value
@@ -216,6 +254,8 @@ def _convert(field: Field[Any], value: object) -> object:
     if value is None and field.default is None:
         return None
     kinds = _kinds(field)
+    if get_origin(kinds[0]) is tuple and isinstance(value, str):
+        value = [value]
     for kind in kinds:
         if _matches(kind, value):
             if kind is float and isinstance(value, int):

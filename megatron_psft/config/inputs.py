@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_psft.config.flags import require_at_least
+from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
 
 
@@ -11,14 +12,14 @@ from megatron_psft.errors import UserError
 class WeightsConfig:
     """Where weights and tokenizer come from, and where results go."""
 
-    load_hf: str
+    load_hf: PathText
     """Hugging Face folder or hub ID with config, tokenizer and safetensors: the model the run starts from."""
     random_init: bool = False
     """Read only config and tokenizer from `load_hf` and draw the weights from `seed`. No effect where `save` or `load`
     holds a checkpoint."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder or hub ID of the tokenizer and its chat template; `load_hf` if unset."""
-    save: str
+    save: PathText
     """Run folder: metrics.jsonl, config.yaml and checkpoints. Where it holds one already, the run resumes from it."""
     save_interval: int | None = None
     """Steps between checkpoints; if unset, one is written at the end only."""
@@ -26,11 +27,11 @@ class WeightsConfig:
     """Number of newest checkpoints to keep in `save`; all if unset."""
     async_save: bool = False
     """Write checkpoints in the background while training goes on; the last one is finished before the run ends."""
-    load: str | None = None
+    load: PathText | None = None
     """Run folder, or one step folder of it, to start from; or a folder that `psft convert` wrote, whose
     weights take the place of those of `load_hf`. No effect where `save` holds a checkpoint. An objective that compares
     with the model at the start compares with this one."""
-    export_hf: str | None = None
+    export_hf: PathText | None = None
     """Folder that receives the trained model in Hugging Face format; none is written if unset."""
 
     def __post_init__(self) -> None:
@@ -45,11 +46,11 @@ class WeightsConfig:
 class DataConfig:
     """Records, and how they become tokens and label tokens."""
 
-    data: tuple[str, ...]
+    data: tuple[PathText, ...]
     """Training records: JSON Lines, JSON or Parquet files, folders of them or written by `datasets`, or hub IDs. PATH=F
     takes F passes over a source per epoch, as 2 or 0.3; a fraction is a random part, drawn once from `seed`. With
     objective dpo a record is a preference pair of `chosen` and `rejected`."""
-    valid_data: tuple[str, ...] = ()
+    valid_data: tuple[PathText, ...] = ()
     """Validation records, as for `data`. Needs `eval_interval`."""
     eval_interval: int | None = None
     """Steps between evaluations. Needs `valid_data`."""
@@ -80,7 +81,7 @@ class DataConfig:
     of preference pairs, of which only what differs is labels)."""
     skip_bad_records: bool = False
     """Train without the records that cannot be used, after listing them, instead of stopping."""
-    data_cache_dir: str = "~/.cache/megatron_psft"
+    data_cache_dir: PathText = "~/.cache/megatron_psft"
     """Folder that keeps tokenized records for later runs and for the other processes of a node. `psft data --cache
     prune` makes room in it."""
     data_workers: int | None = None

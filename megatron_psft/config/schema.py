@@ -5,13 +5,13 @@ documentation here and its `--help` text. Nothing is rewritten after parsing; de
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
-import yaml
-
-from megatron_psft.config.flags import parse_flags, require_at_least, require_positive, require_range
+from megatron_psft.config.flags import as_given, parse_flags, require_at_least, require_positive, require_range
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.paths import PathText
+from megatron_psft.config.yaml_files import dump
 from megatron_psft.errors import UserError
 from megatron_psft.objectives.declare import Requirement
 from megatron_psft.objectives.registry import OBJECTIVES, SETTINGS, needs_of, with_settings
@@ -249,7 +249,7 @@ class LoggingConfig:
 
     log_interval: int = 10
     """Steps between printed lines."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: PathText | None = None
     """Folder for TensorBoard event files; none are written if unset."""
     wandb_project: str | None = None
     """Weights & Biases project that gets a run of the name of `save`'s folder, followed on when the run resumes; needs
@@ -290,6 +290,9 @@ def parse_config(argv: Sequence[str]) -> Config:
 
 def config_to_yaml(config: Config) -> str:
     """Writes every field, section by section, in the form that --config reads."""
-    return "\n".join(
-        f"# {section}\n{yaml.safe_dump(values, sort_keys=False)}" for section, values in asdict(config).items()
-    )
+    texts = []
+    for section in fields(config):
+        values = getattr(config, section.name)
+        given = {item.name: as_given(item, getattr(values, item.name)) for item in fields(values)}
+        texts.append(f"# {section.name}\n{dump(given)}")
+    return "\n".join(texts)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from megatron_psft.config.flags import require_at_least
+from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.errors import UserError, nearest_name_hint
@@ -45,7 +46,7 @@ _LAYOUTS = (
 class TaskConfig:
     """What is asked, and what makes an answer right."""
 
-    tasks: tuple[str, ...]
+    tasks: tuple[PathText, ...]
     """Maths sets: JSON Lines, JSON or Parquet files of questions and known answers; and names of lm-evaluation-harness
     tasks, such as ifeval."""
     limit: int | None = None
@@ -60,7 +61,7 @@ class TaskConfig:
     """Maths sets: name of the known answer in a row; a dot goes into an object. Needs `prompt_key`."""
     system_prompt: str | None = None
     """Maths sets: system message of all questions, instead of their own; each question's if unset."""
-    include_path: str | None = None
+    include_path: PathText | None = None
     """lm-evaluation-harness: folder of further task definitions, its YAML files."""
     apply_chat_template: bool = True
     """lm-evaluation-harness: ask within the tokenizer's chat template, and not by plain text."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,9 +57,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 class ModelConfig:
     """A Hugging Face model and its tokenizer."""
 
-    model: str
+    model: PathText
     """Hugging Face folder, as --export-hf writes it, or hub ID."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder or hub ID of the tokenizer and its chat template; `model` if unset."""
 
     def folder(self) -> Path:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row, open_rows
 from megatron_psft.data.formats import RecordKeys
@@ -16,7 +17,7 @@ from megatron_psft.rollout.rewards import Verifier
 class PromptConfig:
     """What is asked, and what the right answers are."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[PathText, ...]
     """JSON Lines, JSON or Parquet files, folders of them, or hub IDs. A row has `answer_key`, and `prompt_key` or else
     messages."""
     prompt_key: str = "prompt"

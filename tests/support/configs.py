@@ -12,9 +12,10 @@ def flag(name: str) -> str:
 
 
 def parse(*flags: str, given_elsewhere: str = "") -> Config:
-    """Parses `flags` after the required ones, leaving away the one that they, or their YAML file, give."""
-    required = [text for name, value in REQUIRED.items() if name != given_elsewhere for text in (flag(name), value)]
-    return parse_config([*required, *flags])
+    """Parses `flags` after the required ones, without those that they, or their YAML file, give."""
+    required = {flag(name): value for name, value in REQUIRED.items() if name != given_elsewhere}
+    missing = [text for name, value in required.items() if name not in flags for text in (name, value)]
+    return parse_config([*missing, *flags])
 
 
 def write_yaml(folder: Path, text: str) -> str:
