@@ -60,7 +60,7 @@ def main() -> None:
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
             --train-iters {window * (1 + _TRIALS)} --global-batch-size 1 --no-packing --old-policy-interval {window}"""
         config = parse_config(flags.split())
-        run = build_run(config, read_inputs(config, show_progress=False), here)
+        run = build_run(config, read_inputs(config, is_main=False), here)
         measure(run, options.steps)
 
 

@@ -93,7 +93,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     config, place = parse_config([str(value) for value in spec["argv"]]), detect(int(os.environ["LOCAL_RANK"]))
     with process_group(place, spec["ranks"]):
-        inputs = read_inputs(config, show_progress=False)
+        inputs = read_inputs(config, is_main=False)
         before = resident_bytes()
         run = build_run(config, inputs, place)
         built = resident_bytes()

@@ -83,4 +83,4 @@ def training_run(argv: Sequence[Any]) -> Iterator[Any]:
     validate(config, 1)
     place = detect(0)
     with process_group(place, 1):
-        yield build_run(config, read_inputs(config, show_progress=False), place)
+        yield build_run(config, read_inputs(config, is_main=False), place)

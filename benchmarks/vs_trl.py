@@ -48,7 +48,7 @@ def prepare(spec: dict[str, Any]) -> dict[str, Any]:
     write_tokenizer(folder / "tokenizer")
     write_problems(folder / "problems.jsonl", spec["records"])
     argv = [*_argv(spec), "--global-batch-size", 1]
-    inputs = read_inputs(parse_config([str(value) for value in argv]), show_progress=False)
+    inputs = read_inputs(parse_config([str(value) for value in argv]), is_main=False)
     examples = [inputs.dataset[index] for index in range(len(inputs.dataset))]
     rows = [
         {"input_ids": example.tokens.tolist(), "completion_mask": [int(flag) for flag in example.label_mask]}

@@ -45,7 +45,7 @@ def discard(target: Path) -> None:
 
 def leave_sums(staging: Path, rank: int) -> None:
     """Leaves checksums of the files that `rank` wrote beside them: hashing is shared out like writing."""
-    sums = {path.name: _sum(path) for path in sorted(staging.glob(f"__{rank}_*"))}
+    sums = {path.name: file_sum(path) for path in sorted(staging.glob(f"__{rank}_*"))}
     (staging / _SUMS.format(rank=rank)).write_text(json.dumps(sums), encoding="utf-8")
 
 
@@ -64,7 +64,7 @@ def seal(target: Path, content: Mapping[str, Any]) -> None:
     for path in staging.iterdir():
         if path.name not in sums:
             sync(path)
-            sums[path.name] = _sum(path)
+            sums[path.name] = file_sum(path)
     marker = staging / MARKER
     marker.write_text(_marker_text(dict(content), dict(sorted(sums.items()))), encoding="utf-8")
     sync(marker)
@@ -80,7 +80,7 @@ def seal(target: Path, content: Mapping[str, Any]) -> None:
 
 def marker_sum(checkpoint: Path) -> str:
     """SHA-256 of the marker of an intact checkpoint: as it lists every file's, no two checkpoints share it."""
-    return _sum(checkpoint / MARKER)[1]
+    return file_sum(checkpoint / MARKER)[1]
 
 
 def read_content(checkpoint: Path) -> dict[str, Any]:
@@ -129,11 +129,11 @@ def _check(path: Path, size_bytes: int, sha256: str) -> None:
     found_bytes = path.stat().st_size
     if found_bytes != size_bytes:
         raise DamageError(f"{path} has {found_bytes} bytes, {size_bytes} were written")
-    if _sum(path)[1] != sha256:
+    if file_sum(path)[1] != sha256:
         raise DamageError(f"{path} is not as it was written")
 
 
-def _sum(path: Path) -> tuple[int, str]:
+def file_sum(path: Path) -> tuple[int, str]:
     digest, size_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):

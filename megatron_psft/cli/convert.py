@@ -271,7 +271,9 @@ def write(
         else:
             limit = MAX_SHARD_BYTES if target.max_shard_gb is None else int(target.max_shard_gb * 10**9)
             tensors = weights.tensors(dtype)
-            write_folder(path, tensors, shape=weights.shape, dtype=dtype, max_shard_bytes=limit, **side_files)
+            write_folder(
+                path, tensors, shape=weights.shape, dtype=dtype, max_shard_bytes=limit, option=field, **side_files
+            )
     except (OSError, RuntimeError, SafetensorError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the disk's own complaint
         if not isinstance(cause, OSError | SafetensorError):

@@ -1,16 +1,20 @@
 """Trains a Hugging Face model with Proximal SFT: one process, or each of those that torchrun starts."""
 
+import argparse
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import parse_flags
+from megatron_psft.config.paths import expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.errors import RankError, UserError
+from megatron_psft.hf.folder import check_apart
 
 EXIT_USER_ERROR = 2
 EXIT_SIGNALLED = 128  # plus the signal's number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM
@@ -43,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = parse_flags(Config, argv, prog="psft train", epilog=EXAMPLES)
         validate(config, world_size)
+        if config.weights.export_hf is not None:
+            check_apart("export_hf", Path(config.weights.export_hf), _config_file(argv))
     except UserError as error:
         return refuse(error)
 
@@ -83,6 +89,13 @@ def refuse(error: UserError) -> int:
             dist.init_process_group("gloo")
         dist.barrier()
     return EXIT_USER_ERROR
+
+
+def _config_file(argv: Sequence[str]) -> list[tuple[str, Path]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    path = parser.parse_known_args(argv)[0].config
+    return [] if path is None else [("config", Path(expand_path("config", path)))]
 
 
 def _ranks() -> tuple[int, int, int]:

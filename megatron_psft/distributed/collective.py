@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import RankError, UserError
 
 Result = TypeVar("Result")
+
+_PATIENCE = timedelta(days=7)
 
 
 def on_every_rank(action: Callable[[], Result]) -> Result:
@@ -35,20 +38,29 @@ def on_every_rank(action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def on_rank_zero(action: Callable[[], Result]) -> Result:
+def on_rank_zero(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Runs `action` on rank 0 and returns its result on every rank; its `UserError` or `OSError` is everybody's
-    `UserError`. Collective."""
+    `UserError`. Collective over `group`, or all ranks, which wait as long as its timeout says."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = action()
         except (UserError, OSError) as error:
             box[1] = str(error)
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=group)
     result, message = box
     if message is not None:
         raise UserError(message)
     return result
+
+
+@contextmanager
+def patient_group() -> Iterator[dist.ProcessGroup]:
+    """All ranks, on the CPU, for waiting for what may take hours; collective at both ends."""
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    yield group
+    dist.destroy_process_group(group)
 
 
 def sum_over_context(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from tqdm import tqdm
 
 from megatron_psft import sealed
+from megatron_psft.atomic import aside, sync
 from megatron_psft.checkpoint.identity import VERSION, WEIGHTS_ONLY_STEP, Identity, weights_identity
 from megatron_psft.checkpoint.state import sharded_weights
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
@@ -42,8 +43,8 @@ from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError
-from megatron_psft.hf.export import copy_side_files
 from megatron_psft.hf.mapping import Piece, hf_tensors, pieces, scatter
+from megatron_psft.hf.side_files import copy_side_files
 from megatron_psft.hf.weights import SafetensorsFolder, fill_shard
 from megatron_psft.model.gpt import build_chunk, transformer_config
 from megatron_psft.model.parameters import is_expert, whole_name
@@ -182,15 +183,14 @@ def write_checkpoint(
 
     The folder appears under its name only when it is complete.
     """
-    staging = sealed.begin(target)
-    try:
+    with aside(target.resolve().parent, target.name) as folder:
+        staging = sealed.begin(folder / target.name)
         _write_parameters(staging, source, outline, dtype)
         copy_side_files(staging, model_folder, tokenizer_folder, export_dtype)
         content = {"version": VERSION, "step": WEIGHTS_ONLY_STEP, "identity": weights_identity(source.shape)}
-        sealed.seal(target, content)
-    except BaseException:
-        sealed.discard(target)
-        raise
+        sealed.seal(folder / target.name, content)
+        (folder / target.name).rename(target)
+        sync(target.resolve().parent)
 
 
 def _write_parameters(folder: Path, source: Weights, outline: Outline, dtype: torch.dtype) -> None:

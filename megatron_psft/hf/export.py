@@ -1,8 +1,7 @@
 """Writes the model as a Hugging Face folder, tensor by tensor."""
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,46 +10,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_psft.distributed.collective import on_rank_zero, patient_group
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.errors import UserError
+from megatron_psft.hf.folder import replacing
 from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
+from megatron_psft.hf.side_files import copy_side_files
 from megatron_psft.model.parameters import own_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 
 # transformers' own default; what rank 0 holds in memory at a time.
 MAX_SHARD_BYTES = 5 * 10**9
-
-# What besides weights makes a model folder, copied as it is. config.json is written anew for its dtype.
-_MODEL_FILES = ("generation_config.json",)
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-
-
-def check_target(target: Path, inputs: Mapping[str, Path]) -> None:
-    """Raises UserError where export would fail, or overwrite what is no earlier export.
-
-    Args:
-        target: the folder that export replaces.
-        inputs: folders that must outlive it, under the names of their fields.
-    """
-    if target.exists() and not (target / "config.json").is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"export_hf ({target}) exists and is no model folder; name an empty or new folder")
-    for field, folder in inputs.items():
-        if folder.resolve().is_relative_to(target.resolve()):
-            raise UserError(f"export_hf ({target}) would replace {field} ({folder}); name another folder")
-    try:
-        target.resolve().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"export_hf ({target}) must be a folder that can be written: {error.strerror}") from None
 
 
 def export(
@@ -67,8 +36,8 @@ def export(
     """Writes `target`: safetensors with index, config, generation config, tokenizer and chat template.
 
     Collective over all ranks; data-parallel replica 0, which is other ranks for experts, sends its shards to rank 0,
-    which writes. The folder appears under its name only when it is complete, and an earlier export of that name is
-    replaced then.
+    which writes. The folder appears under its name only when it is complete, and of an earlier export of that name the
+    files are replaced then, see folder.py.
 
     Args:
         chunks: the model; its parameters must be current on every rank.
@@ -79,22 +48,35 @@ def export(
         tokenizer_folder: where the tokenizer comes from.
         parallel: this rank's place.
         max_shard_bytes: size limit of one file, unless a single tensor is larger.
+
+    Raises:
+        UserError: on all ranks, where the folder cannot be written or holds what may not be replaced.
     """
     tensors = _gathered_tensors(chunks, shape, parallel)
-    if parallel.is_main:
-        write_folder(
-            target,
-            tensors,
-            shape=shape,
-            dtype=dtype,
-            model_folder=model_folder,
-            tokenizer_folder=tokenizer_folder,
-            max_shard_bytes=max_shard_bytes,
-        )
-    else:
-        for _ in tensors:
-            pass
-    dist.barrier()
+
+    def write() -> None:
+        try:
+            write_folder(
+                target,
+                tensors,
+                shape=shape,
+                dtype=dtype,
+                model_folder=model_folder,
+                tokenizer_folder=tokenizer_folder,
+                max_shard_bytes=max_shard_bytes,
+            )
+        finally:
+            _take_all(tensors)  # that the other ranks send, whatever has failed
+
+    with patient_group() as group:
+        if not parallel.is_main:
+            _take_all(tensors)
+        on_rank_zero(write, group)
+
+
+def _take_all(tensors: Iterable[object]) -> None:
+    for _ in tensors:
+        pass
 
 
 def write_folder(
@@ -106,24 +88,17 @@ def write_folder(
     model_folder: Path,
     tokenizer_folder: Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    option: str = "export_hf",
 ) -> None:
     """Writes what `export` does from all of the model's Hugging Face tensors; a file's are held until it is full, so
-    they had better come in about the order of `hf_tensors`."""
-    target = target.resolve()
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    they had better come in about the order of `hf_tensors`. `option` names `target` in errors."""
     dims = hf_tensors(shape)
-    try:
-        writer = _ShardWriter(partial, dims, dtype, max_shard_bytes)
+    with replacing(target, option) as folder:
+        writer = _ShardWriter(folder, dims, dtype, max_shard_bytes)
         for name, tensor in tqdm(tensors, total=len(dims), desc="export", unit="tensor"):
             writer.add(name, tensor.to(dtype))
         writer.finish()
-        copy_side_files(partial, model_folder, tokenizer_folder, dtype)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _replace(target, partial)
+        copy_side_files(folder, model_folder, tokenizer_folder, dtype)
 
 
 def _gathered_tensors(
@@ -227,26 +202,3 @@ def _plan_shards(dims: dict[str, tuple[int, ...]], item_bytes: int, max_shard_by
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
-
-
-def copy_side_files(target: Path, model_folder: Path, tokenizer_folder: Path, dtype: torch.dtype) -> None:
-    """Copies what belongs to a model besides its weights; its config names `dtype`."""
-    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-    # transformers 5 spells it `dtype`, transformers 4 reads only `torch_dtype`; both read the latter.
-    config.pop("dtype", None)
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for folder, names in ((model_folder, _MODEL_FILES), (tokenizer_folder, _TOKENIZER_FILES)):
-        for name in names:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, target / name)
-
-
-def _replace(target: Path, partial: Path) -> None:
-    """Puts the finished folder under its name; an earlier export is gone only after that name is free."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import temporary_distributed_context
 
-from megatron_psft import sealed
+from megatron_psft.atomic import aside
 from megatron_psft.errors import UserError
 
 
@@ -39,10 +39,6 @@ def _check_model(field: str, folder: Path) -> None:
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """A folder to write in, which gets its name when it is complete."""
-    folder = sealed.begin(target)
-    try:
+    with aside(target.resolve().parent, target.name) as folder:
         yield folder
         folder.rename(target)
-    except BaseException:
-        sealed.discard(target)
-        raise

@@ -1,8 +1,8 @@
 """Reads and checks everything that a run reads, before anything is built."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from megatron_psft.config.rules import validate_advantages, validate_train_iters
 from megatron_psft.config.schema import Config
 from megatron_psft.data.chat import Example, label_runs
-from megatron_psft.data.dataset import TokenizedDataset, build_dataset
+from megatron_psft.data.dataset import TokenizedDataset, build_dataset, parse_weighted_path
 from megatron_psft.data.packing import PackPlan, plan_of
-from megatron_psft.distributed.collective import on_every_rank
+from megatron_psft.distributed.collective import on_every_rank, patient_group
 from megatron_psft.errors import UserError
-from megatron_psft.hf import export, hub
+from megatron_psft.hf import folder, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.gpt import check_layout
 from megatron_psft.model.shape import ModelShape, read_shape
@@ -24,7 +24,6 @@ from megatron_psft.model.shape import ModelShape, read_shape
 log = logging.getLogger(__name__)
 
 _SHOWN_TOKENS = 200
-_TOKENIZING_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ def read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
     inputs, error = None, None
     if local_rank == 0:
         try:
-            inputs = read_inputs(config, show_progress=rank == 0)
+            inputs = read_inputs(config, is_main=rank == 0)
         except UserError as mistake:
             error = mistake
     has_failed = _wait_for_all(error is not None)
@@ -57,7 +56,7 @@ def read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
         if error is not None:
             raise error
         # Where one failed, the others would do its work again, and fail.
-        return read_inputs(config, show_progress=False) if inputs is None and not has_failed else inputs
+        return read_inputs(config, is_main=False) if inputs is None and not has_failed else inputs
 
     inputs = on_every_rank(finish)
     assert inputs is not None
@@ -68,10 +67,9 @@ def read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
 def _wait_for_all(has_failed: bool) -> bool:
     """True where any rank has failed. Collective, and not bound to the default group's timeout: to tokenize may take
     hours."""
-    group = dist.new_group(backend="gloo", timeout=_TOKENIZING_TIMEOUT)
     flag = torch.tensor([has_failed], dtype=torch.int32, device="cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    dist.destroy_process_group(group)
+    with patient_group() as group:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
 
 
@@ -89,8 +87,8 @@ def _check_same_data(inputs: Inputs) -> None:
         )
 
 
-def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
-    """Reads model description, tokenizer and data.
+def read_inputs(config: Config, *, is_main: bool) -> Inputs:
+    """Reads model description, tokenizer and data; the main process shows its progress, and reads what one has to.
 
     Raises:
         UserError: anything that is missing, broken or does not fit together.
@@ -99,12 +97,12 @@ def read_inputs(config: Config, *, show_progress: bool) -> Inputs:
     tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
     shape = read_shape(model_folder)
     check_layout(shape, config)
-    _prepare_folders(config, model_folder, tokenizer_folder)
+    _prepare_folders(config, model_folder, tokenizer_folder, is_main)
     random_init = config.weights.random_init
     weights = RandomWeights(shape, config.batch.seed) if random_init else SafetensorsFolder(model_folder, shape)
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
-    dataset = _read_dataset(config, config.data.data, tokenizer, show_progress)
-    valid = _read_dataset(config, config.data.valid_data, tokenizer, show_progress) if config.data.valid_data else None
+    dataset = _read_dataset(config, config.data.data, tokenizer, is_main)
+    valid = _read_dataset(config, config.data.valid_data, tokenizer, is_main) if config.data.valid_data else None
     validate_advantages(config, has_advantages=dataset.has_advantages)
     plan = plan_of(dataset.sequence_lengths, config.data)
     train_iters = config.batch.train_iters
@@ -139,7 +137,7 @@ def describe(inputs: Inputs, *, packing: bool) -> None:
         log.info("first record, labels in ⟦⟧:\n%s", text)
 
 
-def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path) -> None:
+def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path, is_main: bool) -> None:
     save = Path(config.weights.save)
     try:
         save.mkdir(parents=True, exist_ok=True)
@@ -148,8 +146,23 @@ def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path)
             f"save ({config.weights.save}) must be a folder that can be written: {error.strerror}"
         ) from None
     if config.weights.export_hf is not None:
-        inputs = {"save": save, "load_hf": model_folder, "tokenizer": tokenizer_folder}
-        export.check_target(Path(config.weights.export_hf), inputs)
+        target = Path(config.weights.export_hf)
+        folder.check_apart("export_hf", target, _needed_by(config, model_folder, tokenizer_folder))
+        folder.check_target("export_hf", target)
+        if is_main:
+            folder.check_unchanged("export_hf", target)
+
+
+def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> Iterator[tuple[str, Path]]:
+    """Files and folders of a run, and the fields that name them."""
+    weights, data = config.weights, config.data
+    yield from (("save", Path(weights.save)), ("load_hf", model_folder), ("tokenizer", tokenizer_folder))
+    if weights.load is not None:
+        yield "load", Path(weights.load)
+    yield "data_cache_dir", Path(data.data_cache_dir)
+    for name, paths in (("data", data.data), ("valid_data", data.valid_data)):
+        for path in paths:
+            yield name, Path(parse_weighted_path(path).path)
 
 
 def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:

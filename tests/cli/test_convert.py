@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_psft import sealed
 from megatron_psft.sealed import MARKER
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit, run_cli
@@ -213,8 +214,6 @@ def change_type(path: Path) -> None:
 
 
 def newest_version(path: Path) -> None:
-    from megatron_psft import sealed
-
     content = sealed.read_content(path.parent)
     path.unlink()
     path.parent.rename(sealed.partial_folder(path.parent))
@@ -277,17 +276,22 @@ def test_what_is_killed_has_no_name_and_is_not_taken_for_whole(
     done = subprocess.run([sys.executable, "-c", script, *argv], env=environment, capture_output=True, check=False)
     assert done.returncode == -getattr(signal, signum), done.stderr.decode()
     assert not (tmp_path / "new").exists()
-    partial = tmp_path / "new.partial"
-    assert partial.exists() is (signum == "SIGKILL")
-    if signum == "SIGKILL":
+    left = list(tmp_path.glob(".new.psft-*"))
+    assert len(left) == (signum == "SIGKILL")
+    for folder in left:
+        partial = sealed.partial_folder(folder / "new") if target == "--to-megatron" else folder
         as_source = "--from-megatron" if target == "--to-megatron" else "--from-hf"
         assert convert(as_source, partial, "--to-hf", tmp_path / "other").code == 2
-    if partial.exists() and target == "--to-megatron":
-        assert len(list(partial.glob("*.distcp"))) > 3
-        (result,) = pool.run(run_cli, 1, inputs.argv(source, tmp_path / "run", "--load", partial))
-        assert_refused(result, f"load ({partial}) must be a complete step folder")
+        if target == "--to-megatron":
+            assert len(list(partial.glob("*.distcp"))) > 3
+            (result,) = pool.run(run_cli, 1, inputs.argv(source, tmp_path / "run", "--load", partial))
+            assert_refused(result, f"load ({partial}) must be a complete step folder")
+    for suffix in (".partial", ".old", ".replaced"):  # of somebody else
+        (tmp_path / f"new{suffix}").mkdir()
+        (tmp_path / f"new{suffix}" / "thesis.tex").touch()
     converted(*argv)
-    assert not partial.exists()
+    assert len(list(tmp_path.glob("new.*/thesis.tex"))) == 3
+    assert not list(tmp_path.glob(".new.*"))
     assert convert(*argv, "--check").code == 0
 
 

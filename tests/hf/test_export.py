@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_psft.errors import UserError
-from megatron_psft.hf.export import MAX_SHARD_BYTES, check_target, export
+from megatron_psft.hf.export import MAX_SHARD_BYTES, export
+from megatron_psft.hf.folder import MANIFEST
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.shape import read_shape
 from tests.support import tiny
@@ -191,20 +192,20 @@ def test_an_earlier_export_is_replaced_and_leaves_nothing_behind(pool, tmp_path)
     target = tmp_path / "target"
     pool.run(import_and_export, 1, "one", [(first, target)], False, False, 40_000)
     assert (target / INDEX).is_file()
-    # What a killed export and a killed replacement leave behind.
-    for suffix in (".partial", ".old"):
-        (tmp_path / f"target{suffix}").mkdir()
-        (tmp_path / f"target{suffix}" / "junk.json").write_text("{}")
+    (target / "README.md").write_text("a model card")
     pool.run(import_and_export, 1, "one", [(second, target)])
-    assert {path.name for path in target.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    names = {"config.json", "generation_config.json", "model.safetensors", MANIFEST, "README.md"}
+    assert {path.name for path in target.iterdir()} == names
     assert_same_tensors(target, second)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second", "target"]
+    modes = {path.stat().st_mode for path in target.iterdir()}
+    assert modes == {(target / "README.md").stat().st_mode}  # safetensors would write for the owner alone
 
 
-def fail_to_export(source: Path, target: Path, nothing: Path) -> str:
-    with rank_of(LAYOUTS["one"]) as rank:
+def fail_to_export(layout: str, source: Path, target: Path, nothing: Path) -> str:
+    with rank_of(LAYOUTS[layout]) as rank:
         chunks, shape = rank.build(source)
-        try:
+        with pytest.raises(UserError) as caught:
             export(
                 chunks,
                 target,
@@ -214,18 +215,27 @@ def fail_to_export(source: Path, target: Path, nothing: Path) -> str:
                 tokenizer_folder=nothing,
                 parallel=rank.parallel,
             )
-        except FileNotFoundError as error:
-            return str(error)
-    return "no error"
+    return str(caught.value)
 
 
-def test_an_export_that_fails_leaves_the_earlier_one_whole(pool, tmp_path):
+@pytest.mark.parametrize("layout", ["one", "TP2-SP"])
+def test_an_export_that_fails_is_all_ranks_error_and_leaves_the_earlier_one_whole(pool, tmp_path, layout):
     first = tiny.build_model(tmp_path / "first", "llama", seed=1)
     second = tiny.build_model(tmp_path / "second", "llama", seed=2)
     target, nothing = tmp_path / "target", tmp_path / "nothing"
     nothing.mkdir()
     pool.run(import_and_export, 1, "one", [(first, target)])
-    assert "config.json" in pool.run(fail_to_export, 1, second, target, nothing)[0]
+    size = LAYOUTS[layout].world_size
+    errors = pool.run(fail_to_export, size, layout, second, target, nothing)  # after the weights
+    assert all("nothing/config.json" in error for error in errors)
+    assert_same_tensors(target, first)
+    (target / "config.json").write_text("{}")
+    errors = pool.run(fail_to_export, size, layout, second, target, second)
+    assert errors == [errors[0]] * size
+    assert f"({target}): config.json has changed since an export wrote it" in errors[0]
+    (target / MANIFEST).unlink()
+    errors = pool.run(fail_to_export, size, layout, second, target, second)  # before them
+    assert all("name an empty or new folder" in error for error in errors)
     assert_same_tensors(target, first)
 
 
@@ -260,7 +270,7 @@ def test_side_files_are_copied_byte_for_byte_each_from_its_folder(pool, tmp_path
     (tokenizer / "generation_config.json").write_text("of another model")
     pool.run(import_and_export, 1, "one", [(source, target)], False, False, MAX_SHARD_BYTES, tokenizer)
     names = {*MODEL_FILES, *TOKENIZER_FILES, "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in target.iterdir()} == {*names, "config.json", "model.safetensors"}
+    assert {path.name for path in target.iterdir()} == {*names, "config.json", "model.safetensors", MANIFEST}
     for name in names:
         folder = source if name in MODEL_FILES else tokenizer
         assert (target / name).read_bytes() == (folder / name).read_bytes(), name
@@ -293,20 +303,3 @@ def test_the_config_changes_in_nothing_but_its_dtype(pool, tmp_path, family, hub
     assert "dtype" not in found
     expected = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
     assert found == expected
-
-
-def test_targets_that_may_be_written(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    for name in ("new", "new/below", "empty", "model"):
-        assert check_target(tmp_path / name, {}) is None
-
-
-def test_targets_that_hold_something_else_are_refused(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "thesis.tex").write_text("")
-    (tmp_path / "file").write_text("")
-    for name in ("folder", "file"):
-        with pytest.raises(UserError, match=rf"export_hf \({tmp_path / name}\) exists and is no model folder"):
-            check_target(tmp_path / name, {})

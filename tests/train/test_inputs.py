@@ -1,10 +1,12 @@
 """How a run's processes share the work of reading, and that they agree on what they have read."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from megatron_psft.hf.folder import MANIFEST
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
 
@@ -87,3 +89,31 @@ def test_a_node_without_the_data_ends_all(pool, inputs, tmp_path):
     exits = pool.run(_run_as_node, 2, argvs)
     assert [exit.code for exit in exits] == [2, 2]
     assert "gone.jsonl) does not exist" in exits[0].err
+
+
+@pytest.mark.parametrize("field", ["data", "valid_data", "config", "save", "load_hf", "working directory"])
+def test_an_export_into_a_folder_of_the_run_is_refused(pool, inputs, tmp_path, field):
+    """Also where it has been exported to before."""
+    project = tmp_path / "project"
+    project.mkdir()
+    data = tiny.write_records(project / "train.jsonl" if field == "data" else tmp_path / "train.jsonl", 8)
+    argv = [*command_line(inputs, tmp_path / "run", data), "--export-hf", str(project)]
+    if field == "valid_data":
+        valid = tiny.write_records(project / "valid.jsonl", 4)
+        argv += ["--valid-data", f"{valid}=0.5", "--eval-interval", "1"]
+    if field == "config":
+        (project / "run.yaml").write_text("seed: 3")
+        argv += ["--config", str(project / "run.yaml")]
+    if field == "save":
+        argv += ["--save", str(project / "run")]
+    if field == "load_hf":
+        argv += ["--load-hf", str(tiny.build_model(project / "model", "qwen2", num_hidden_layers=1))]
+    if field == "working directory":
+        argv[-1] = str(Path.cwd().parent)
+    for _ in range(2):
+        (exit,) = pool.run(run_cli, 1, argv)
+        assert exit.code == 2
+        assert f"error: export_hf ({argv[argv.index('--export-hf') + 1]}) is or holds " in exit.err
+        assert field in exit.err.replace("--config", "config")
+        assert not (project / "config.json").exists()
+        (project / MANIFEST).write_text(json.dumps({"complete": True, "files": {}}))
