@@ -14,6 +14,7 @@ from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.formats import PAIR_FORMATS, RECORD_FORMATS, format_table
 from megatron_psft.metrics.metric import Metric, Over
 from megatron_psft.metrics.table import METRICS
+from megatron_psft.objectives.declare import Requirement
 from megatron_psft.objectives.registry import OBJECTIVES
 from tests.support.rooms import PACKAGE, SHARED, allowed_imports, imports_of
 
@@ -46,13 +47,16 @@ _OVER: dict[Over | None, str] = {
     None: "",
 }
 
+_RUNS: dict[Requirement | None, str] = {"old": "with an old policy: `psft`", "pairs": "`dpo`", None: "all"}
+
 
 def metric_table() -> str:
     """The keys of metrics.jsonl."""
     rows = [
-        f"| {_name(metric)} | {metric.unit} | {metric.help} | {_OVER[metric.over]} |" for metric in METRICS.values()
+        f"| {_name(metric)} | {metric.unit} | {metric.help} | {_OVER[metric.over]} | {_RUNS[metric.needs]} |"
+        for metric in METRICS.values()
     ]
-    return "\n".join(["| name | unit | what it is | mean over |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| name | unit | what it is | mean over | runs |", "| --- | --- | --- | --- | --- |", *rows])
 
 
 def _name(metric: Metric) -> str:

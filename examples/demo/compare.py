@@ -27,15 +27,15 @@ def table(folder: Path, files: digits.Files) -> str:
         rows.append([label, *(f"{accuracy(folder / name / 'hf', held_out):.0f}" for name in ("base", "sft", "psft"))])
     runs = [metrics(folder / name) for name in COLOURS]
 
-    def add(label: str, values: list[float], spec: str = ".3f") -> None:
-        rows.append([label, "", *(format(value, spec) for value in values)])
+    def add(label: str, values: list[float | None], spec: str = ".3f") -> None:
+        rows.append([label, "", *("-" if value is None else format(value, spec) for value in values)])
 
     add("entropy, first step (nats)", [run["entropy"][0] for run in runs])
     add("entropy, mean of the last 6", [mean(run["entropy"][-6:]) for run in runs])
     add("held-out entropy, end (nats)", [run["valid_entropy"][-1] for run in runs])
     add("held-out NLL, lowest (nats)", [min(run["valid_nll"]) for run in runs])
     add("held-out NLL, end", [run["valid_nll"][-1] for run in runs])
-    add("tokens clipped, mean share", [mean(run["clip_fraction"]) for run in runs])
+    add("tokens clipped, mean share", [mean(run["clip_fraction"]) if "clip_fraction" in run else None for run in runs])
     add("tokens per second, mean", [mean(run["tokens_per_second"][1:]) for run in runs], ".0f")
     return markdown(rows)
 

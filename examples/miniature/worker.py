@@ -100,7 +100,8 @@ def _measure(job: Job, length: int) -> dict[str, Any]:
     values |= accuracies(job.hf(length), job.folder / "tokenizer", job.files, job.questions)
     if job.method is not None:
         columns = compare.metrics(job.save(length))
-        values["clip_fraction"] = mean(columns["clip_fraction"])
+        if job.method.clips:
+            values["clip_fraction"] = mean(columns["clip_fraction"])
         values |= {value: columns[value][-1] for value in ("valid_entropy", "valid_nll")}
     return values
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_psft.objectives.declare import Requirement
+
 Over = Literal["label_tokens", "denominator", "pairs"]
 """What a mean is over, by the name of its sum: label tokens, what the loss aggregation divides by, preference pairs."""
 
@@ -46,6 +48,8 @@ class Metric:
     over: Over | None = None
     """What it is a mean over: the sum of its name in `BatchSums` is divided by the sum of this name. None if it is
     no mean of sums."""
+    needs: Requirement | None = None
+    """What an objective must need for its runs to have the metric; None if all runs have it."""
     ratio_percentile: int | None = None
     """Which percentile it is of the ratios of all label tokens, by nearest rank; None if it is none."""
     former_name: str | None = None

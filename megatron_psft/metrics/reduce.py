@@ -1,7 +1,7 @@
 """Reduces sums over all ranks to the metrics of a step, or of an evaluation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,8 +10,10 @@ from torch import Tensor
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
+from megatron_psft.metrics.histogram import count_bins, percentiles
 from megatron_psft.metrics.sums import BatchSums
 from megatron_psft.metrics.table import METRICS, means
+from megatron_psft.objectives.declare import Requirement
 from megatron_psft.objectives.labels import LabelStats
 
 _PERCENTILES = {m.name: m.ratio_percentile for m in METRICS.values() if m.ratio_percentile is not None}
@@ -24,7 +26,7 @@ def reduce_metrics(
     parallel: Parallel,
     step: int,
     *,
-    are_pairs: bool = False,
+    needs: Collection[Requirement],
 ) -> dict[str, float]:
     """Adds the sums of all micro-batches and data-parallel ranks and divides once; collective over the world.
 
@@ -33,7 +35,7 @@ def reduce_metrics(
         micro_batches: of this data-parallel rank.
         parallel: this rank's place.
         step: from 1, for the error.
-        are_pairs: whether records are preference pairs.
+        needs: of the run's objective, from which its metrics follow.
 
     Returns:
         The step's means, percentiles and counts by name, the same on every rank.
@@ -41,55 +43,47 @@ def reduce_metrics(
     Raises:
         UserError: on every rank, where the loss of any rank is not finite; names step and rank.
     """
-    over = means(of_pairs=are_pairs)
+    over = means(needs)
     summed = tuple(dict.fromkeys([*over, *over.values()]))
-    totals = dict.fromkeys((*summed, *_OF_BATCHES, "ratios"), 0.0)
+    totals = dict.fromkeys((*summed, *_OF_BATCHES), 0.0)
     ratios = torch.empty(0, device=parallel.device)
     if parallel.reports_sums:
         # One host copy per step. fp64: a sum of 10^7 fp32 losses would otherwise lose its last digits.
         columns = torch.stack([torch.stack([entry.totals[name] for name in summed]) for entry in sums]).double()
         totals |= zip(summed, columns.sum(dim=0).tolist(), strict=True)
         ratios = torch.cat([entry.ratios for entry in sums])
-        totals["ratios"] = float(len(ratios))
         if parallel.context_rank == 0:
             # These are told of whole rows; losses are of each rank's own part.
             totals["tokens"] = float(sum(batch.num_tokens for batch in micro_batches))
             totals["records"] = float(sum(batch.num_records for batch in micro_batches))
     bad_rank = 0.0 if math.isfinite(totals["loss"]) else parallel.rank + 1.0
+    has_old_policy = "old" in needs
     added = torch.tensor(list(totals.values()), dtype=torch.float64, device=parallel.device)
-    largest = torch.tensor([len(ratios), bad_rank], dtype=torch.float64, device=parallel.device)
+    if has_old_policy:
+        added = torch.cat([added, count_bins(ratios.log())])
+    highest_ratio = torch.cat([ratios, ratios.new_zeros(1)]).max()
+    largest = torch.stack([added.new_tensor(bad_rank), highest_ratio.double()])
     dist.all_reduce(added)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    if largest[1] > 0:
+    if largest[0] > 0:
         raise UserError(
-            f"step {step}: the loss is not finite on rank {int(largest[1]) - 1}; nothing was updated; resume "
+            f"step {step}: the loss is not finite on rank {int(largest[0]) - 1}; nothing was updated; resume "
             "from the last checkpoint with a lower lr, or check the data of this step"
         )
-    world = dict(zip(totals, added.tolist(), strict=True))
+    world = dict(zip(totals, added[: len(totals)].tolist(), strict=True))
     values = {
         **{name: world[name] / max(world[divisor], 1.0) for name, divisor in over.items()},
-        **_ratio_percentiles(ratios, most=int(largest[0]), count=int(world["ratios"])),
+        **(_ratios(added[len(totals) :], float(largest[1])) if has_old_policy else {}),
         **{name: int(world[name]) for name in ("label_tokens", *_OF_BATCHES)},
     }
     return {name: values[name] for name in METRICS if name in values}
 
 
-def _ratio_percentiles(ratios: Tensor, *, most: int, count: int) -> dict[str, float]:
-    """Percentiles of the ratios of all ranks, by nearest rank; collective over the world.
-
-    Args:
-        ratios: of this rank.
-        most: that any rank has.
-        count: that all ranks have.
-    """
-    if not count:
-        return dict.fromkeys(_PERCENTILES, 0.0)
-    padded = torch.nn.functional.pad(ratios, (0, most - len(ratios)), value=math.inf)
-    gathered = ratios.new_empty(most * dist.get_world_size())
-    dist.all_gather_into_tensor(gathered, padded)
-    ordered = gathered.sort().values
-    places = [math.ceil(percent * count / 100) - 1 for percent in _PERCENTILES.values()]
-    return dict(zip(_PERCENTILES, ordered[places].tolist(), strict=True))
+def _ratios(counts: Tensor, highest: float) -> dict[str, float]:
+    """Percentiles and the maximum of the ratios of all ranks, from the counts of their logarithms."""
+    found = [math.exp(log_ratio) for log_ratio in percentiles(counts, list(_PERCENTILES.values()))]
+    # The middle of a bin may be above all that is in it. Without label tokens all are 0.
+    return {name: min(ratio, highest) for name, ratio in zip(_PERCENTILES, found, strict=True)} | {"ratio_max": highest}
 
 
 class EvalSums:

@@ -4,9 +4,10 @@ A metric that is a mean over label tokens has an entry here and a line in `sums.
 metrics.jsonl, the progress bar, Megatron-Bridge's log, charts and docs/metrics.md follow from the entry.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from megatron_psft.metrics.metric import ChartSpec, Metric, Over
+from megatron_psft.objectives.declare import Requirement
 
 _TABLE = (
     Metric(name="step", unit="from 1", help="Optimizer step."),
@@ -76,6 +77,7 @@ _TABLE = (
     Metric(
         name="clip_fraction",
         unit="share of label tokens",
+        needs="old",
         help="Label tokens whose ratio is beyond the bound of the clip, so that they have no gradient.",
         over="label_tokens",
         is_printed=True,
@@ -83,8 +85,8 @@ _TABLE = (
         chart=ChartSpec(
             section="old policy",
             title="Clip fraction",
-            note="They have no gradient until the next sync. Near 0 PSFT acts like SFT; steadily above 50 %, a smaller "
-            "learning rate or a shorter interval makes use of them.",
+            note="They add no gradient in their step. Near 0 PSFT acts like SFT; steadily above 50 %, most of the "
+            "epoch's gradient is thrown away: lower the learning rate or shorten the window.",
             unit="% of label tokens",
             factor=100,
             from_zero=True,
@@ -93,7 +95,8 @@ _TABLE = (
     Metric(
         name="ratio_mean",
         unit="pi / pi_old",
-        help="Ratio of the label tokens; exactly 1 on the first step of a window, and where there is no old policy.",
+        needs="old",
+        help="Ratio of the label tokens; exactly 1 on the first step of a window, and in warm-up.",
         over="label_tokens",
         chart=ChartSpec(
             section="old policy",
@@ -106,7 +109,9 @@ _TABLE = (
     Metric(
         name="ratio_p05",
         unit="pi / pi_old",
-        help="5th percentile of the ratio over the label tokens, by nearest rank: the ratio of one of them.",
+        needs="old",
+        help="5th percentile of the ratio over the label tokens, by nearest rank, from a histogram: within 0.1 % "
+        "of the ratio of one of them for ratios from 0.5 to 2, and within 0.3 % up to e^2.",
         ratio_percentile=5,
         chart=ChartSpec(
             section="old policy",
@@ -118,6 +123,7 @@ _TABLE = (
     Metric(
         name="ratio_p50",
         unit="pi / pi_old",
+        needs="old",
         help="Its median.",
         ratio_percentile=50,
         chart=ChartSpec(
@@ -130,6 +136,7 @@ _TABLE = (
     Metric(
         name="ratio_p95",
         unit="pi / pi_old",
+        needs="old",
         help="Its 95th percentile.",
         ratio_percentile=95,
         chart=ChartSpec(
@@ -143,8 +150,8 @@ _TABLE = (
     Metric(
         name="ratio_max",
         unit="pi / pi_old",
-        help="Its largest value.",
-        ratio_percentile=100,
+        needs="old",
+        help="Its largest value, exactly.",
         is_printed=True,
         chart=ChartSpec(
             section="old policy",
@@ -158,6 +165,7 @@ _TABLE = (
     Metric(
         name="approx_kl",
         unit="nats per label token",
+        needs="old",
         help="Mean of r - 1 - log r with r the ratio: how far the model is from the old policy.",
         over="label_tokens",
         chart=ChartSpec(
@@ -171,7 +179,8 @@ _TABLE = (
     Metric(
         name="margin",
         unit="nats times dpo_beta",
-        help="`dpo` only: by how much more than the initial model the policy prefers the chosen sequence.",
+        needs="pairs",
+        help="By how much more than the initial model the policy prefers the chosen sequence.",
         over="pairs",
         chart=ChartSpec(
             section="pairs",
@@ -183,7 +192,8 @@ _TABLE = (
     Metric(
         name="accuracy",
         unit="share of pairs",
-        help="`dpo` only: pairs whose margin is above 0.",
+        needs="pairs",
+        help="Pairs whose margin is above 0.",
         over="pairs",
         chart=ChartSpec(
             section="pairs",
@@ -197,14 +207,16 @@ _TABLE = (
     Metric(
         name="chosen_log_probs",
         unit="nats per sequence",
-        help="`dpo` only: log-probability of the labels of the chosen sequence.",
+        needs="pairs",
+        help="Log-probability of the labels of the chosen sequence.",
         over="pairs",
         chart=ChartSpec(section="pairs", title="Log-probability of the chosen", note="Sum over its labels."),
     ),
     Metric(
         name="rejected_log_probs",
         unit="nats per sequence",
-        help="`dpo` only: log-probability of the labels of the rejected sequence.",
+        needs="pairs",
+        help="Log-probability of the labels of the rejected sequence.",
         over="pairs",
         chart=ChartSpec(section="pairs", title="Log-probability of the rejected", note="Sum over its labels."),
     ),
@@ -258,6 +270,7 @@ _TABLE = (
     Metric(
         name="old_policy_seconds",
         unit="seconds",
+        needs="old",
         help="The part of `step_seconds` that scored a window ahead.",
         chart=ChartSpec(
             section="old policy",
@@ -313,13 +326,14 @@ METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
 _PRESENT_NAMES = {metric.former_name: metric.name for metric in _TABLE if metric.former_name is not None}
 
 
-def means(*, of_pairs: bool) -> dict[str, Over]:
-    """What each mean of a step is over, by the metric's name; with those over preference pairs if `of_pairs`."""
-    return {
-        metric.name: metric.over
-        for metric in _TABLE
-        if metric.over is not None and (of_pairs or metric.over != "pairs")
-    }
+def metrics_for(needs: Collection[Requirement]) -> dict[str, Metric]:
+    """The metrics that runs of an objective with these needs may have, by name."""
+    return {metric.name: metric for metric in _TABLE if metric.needs is None or metric.needs in needs}
+
+
+def means(needs: Collection[Requirement]) -> dict[str, Over]:
+    """What each mean of a step is over, by the metric's name, with an objective of these needs."""
+    return {name: metric.over for name, metric in metrics_for(needs).items() if metric.over is not None}
 
 
 def with_former_names(values: Mapping[str, float]) -> dict[str, float]:

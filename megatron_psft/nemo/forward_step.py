@@ -1,6 +1,6 @@
 """A forward step for Megatron-Bridge's loops: theirs, ending in a token loss of ours."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -18,6 +18,7 @@ from megatron_psft.metrics.table import means
 from megatron_psft.model.end import ask, attach
 from megatron_psft.nemo.config import PsftConfig
 from megatron_psft.nemo.labels import MaskedLabels, MaskedQuestion, ScoredLabels
+from megatron_psft.objectives.declare import Requirement
 from megatron_psft.objectives.objective import Objective
 
 LOSS_KEY = "lm loss"
@@ -70,6 +71,7 @@ class PsftForwardStep:
         return output, partial(
             _loss_of,
             question=question,
+            needs=self._config.objective_config.needs,
             check_for_nan_in_loss=checks.check_for_nan_in_loss,
             check_for_spiky_loss=checks.check_for_spiky_loss,
         )
@@ -101,10 +103,15 @@ def _scored_of(output: HeadOutput, non_loss_data: bool, *, question: MaskedQuest
 
 
 def _loss_of(
-    output: HeadOutput, *, question: MaskedQuestion, check_for_nan_in_loss: bool, check_for_spiky_loss: bool
+    output: HeadOutput,
+    *,
+    question: MaskedQuestion,
+    needs: Collection[Requirement],
+    check_for_nan_in_loss: bool,
+    check_for_spiky_loss: bool,
 ) -> tuple[Tensor, Tensor, Metrics]:
-    """Sum of the losses of a micro-batch, its label tokens, and its metrics; without an objective as in an
-    evaluation."""
+    """Sum of the losses of a micro-batch, its label tokens, and the metrics of a run with these needs; without an
+    objective as in an evaluation."""
     stats = output.stats
     if question.objective is None:
         nll, count = -stats.log_probs.sum(), stats.log_probs.new_full((), len(stats.log_probs))
@@ -115,15 +122,15 @@ def _loss_of(
         output.loss.new_ones(1), output.loss.view(1), check_for_nan_in_loss, check_for_spiky_loss
     )
     sums = batch_sums(loss.detach(), stats, question.given, question.objective.config, labelled_records=0)
-    return loss, sums.totals["denominator"].int(), _metrics_of(sums)
+    return loss, sums.totals["denominator"].int(), _metrics_of(sums, needs)
 
 
-def _metrics_of(sums: BatchSums) -> Metrics:
+def _metrics_of(sums: BatchSums, needs: Collection[Requirement]) -> Metrics:
     """The means of `metrics.table`, with the loss under Bridge's name of it."""
     totals = sums.totals
     return {
         LOSS_KEY if name == "loss" else name: torch.stack([totals[name], totals[over]])
-        for name, over in means(of_pairs=False).items()
+        for name, over in means(needs).items()
     }
 
 

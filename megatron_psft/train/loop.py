@@ -99,8 +99,8 @@ def train_step(
         old_policy = state.window.at(step)
         with _measured_agreement(run, micro_batches, old_policy):
             sums = pipeline.train(micro_batches, old_policy, objective=objective_at(run.config.objective, step))
-        are_pairs = run.config.objective.needs_pairs
-        metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, are_pairs=are_pairs)
+        needs = run.config.objective.needs
+        metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, needs=needs)
         lr = state.optimizer.param_groups[0]["lr"]
         before_update()
         grad_norm = update(state.optimizer, step + 1, run.parallel.device)
@@ -110,7 +110,7 @@ def train_step(
         "grad_norm": grad_norm,
         "lr": lr,
         "step_seconds": total.seconds,
-        "old_policy_seconds": scoring.seconds,
+        **({"old_policy_seconds": scoring.seconds} if "old" in needs else {}),
         "tokens_per_second": metrics["tokens"] / total.seconds,
         **_gpu_values(run, step, total.seconds - scoring.seconds),
     }

@@ -19,7 +19,7 @@ stats = LabelStats(torch.tensor([0.5, 0.25]).log(), torch.zeros(2))
 sums = batch_sums(torch.tensor(0.0), stats, LabelInputs(), ObjectiveConfig(), labelled_records=1).totals
 print(json.dumps({
     "sum": sums["label_prob"].item(),
-    "over": sums[means(of_pairs=False)["label_prob"]].item(),
+    "over": sums[means(())["label_prob"]].item(),
     "printed": "label_prob" in run_log.PRINTED,
     "charts": [chart.unit for section in SECTIONS for chart in section.charts if chart.metric == "label_prob"],
 }))

@@ -84,7 +84,7 @@ def _reduce(layout: str):
     with entered(layout) as place:
         entries = global_batch(place.data_size)[place.data_rank]
         sums = _sums(entries) if place.is_last_stage else []
-        return reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1)
+        return reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1, needs=PSFT.needs)
 
 
 @pytest.mark.parametrize("layout", FOUR_RANKS)
@@ -109,7 +109,10 @@ def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
         "records": 18,
     }
     results = pool.run(_reduce, 4, layout)
-    assert {name: results[0][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert results[0].keys() == expected.keys()
+    for name, value in expected.items():
+        of_bin = name in PERCENTILES and name != "ratio_max"
+        assert results[0][name] == pytest.approx(value, rel=1e-3 if of_bin else 1e-5), name
     assert results[1:] == [results[0]] * 3
 
 
@@ -117,7 +120,7 @@ def _reduce_big_numbers():
     """2**24 and 1 on each of two micro-batches of each rank: in fp32 their sum is 2**24."""
     with entered("DP4") as place:
         entries = global_batch(4)[place.data_rank][:2]
-        zeros = dict.fromkeys(means(of_pairs=False), torch.tensor(0.0))
+        zeros = dict.fromkeys(means(PSFT.needs), torch.tensor(0.0))
         sums = [
             BatchSums(
                 ratios=torch.ones(1),
@@ -125,7 +128,7 @@ def _reduce_big_numbers():
             )
             for value in (2.0**24, 1.0)
         ]
-        return reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1)
+        return reduce_metrics(sums, [batch for batch, _, _ in entries], place, 1, needs=PSFT.needs)
 
 
 def test_sums_of_many_tokens_keep_their_last_digit(pool):
@@ -137,13 +140,15 @@ def test_sums_of_many_tokens_keep_their_last_digit(pool):
 def _reduce_nothing_but_prompts():
     with entered("PP2-DP2") as place:
         batch, stats, old = micro_batch(5, 0)
-        return reduce_metrics(_sums([(batch, stats, old)]) if place.is_last_stage else [], [batch], place, 1)
+        return reduce_metrics(
+            _sums([(batch, stats, old)]) if place.is_last_stage else [], [batch], place, 1, needs=PSFT.needs
+        )
 
 
 def test_a_global_batch_without_labels_has_zero_means(pool):
     first, *others = pool.run(_reduce_nothing_but_prompts, 4)
     assert others == [first] * 3
-    assert set(first) == {*means(of_pairs=False), *PERCENTILES, "tokens", "label_tokens", "records"}
+    assert set(first) == {*means(PSFT.needs), *PERCENTILES, "tokens", "label_tokens", "records"}
     assert {name: value for name, value in first.items() if value != 0} == {"tokens": 28, "records": 4}
 
 
@@ -154,7 +159,7 @@ def _reduce_bad_loss(layout: str, bad_data_ranks: list[int], value: float) -> st
         if place.data_rank in bad_data_ranks and sums:
             sums[-1] = replace(sums[-1], totals={**sums[-1].totals, "loss": torch.tensor(value)})
         try:
-            reduce_metrics(sums, [batch for batch, _, _ in entries], place, 7)
+            reduce_metrics(sums, [batch for batch, _, _ in entries], place, 7, needs=PSFT.needs)
         except UserError as error:
             return str(error)
         return None

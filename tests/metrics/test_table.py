@@ -13,15 +13,18 @@ def test_each_metric_has_one_row_with_unit_and_text():
     rows = metric_table().splitlines()[2:]
     assert len(rows) == len(METRICS)
     for row, metric in zip(rows, METRICS.values(), strict=True):
-        _, name, unit, text, _, _ = row.split("|")
+        _, name, unit, text, _, _, _ = row.split("|")
         assert name.strip().startswith(f"`{metric.name}`")
         assert unit.strip()
         assert text.strip().endswith(".")
 
 
-def test_what_divides_a_mean_is_known_to_runs_without_pairs_too():
-    assert set(means(of_pairs=False).values()) == {"label_tokens", "denominator"}
-    pairs = means(of_pairs=True).items() - means(of_pairs=False).items()
+def test_a_metric_is_of_the_runs_whose_objective_needs_what_it_is_about():
+    shared = {"loss": "denominator", "nll": "label_tokens", "entropy": "label_tokens"}
+    assert means(()) == means({"reference", "records"}) == shared
+    old = means({"old"}).items() - shared.items()
+    assert dict(old) == dict.fromkeys(("clip_fraction", "ratio_mean", "approx_kl"), "label_tokens")
+    pairs = means({"pairs", "reference"}).items() - shared.items()
     assert dict(pairs) == dict.fromkeys(("margin", "accuracy", "chosen_log_probs", "rejected_log_probs"), "pairs")
 
 
