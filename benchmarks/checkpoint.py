@@ -31,6 +31,7 @@ from megatron_psft.checkpoint.find import find_checkpoint
 from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.checkpoint.saver import Saver
 from megatron_psft.checkpoint.state import load_checkpoint
+from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import parse_config
 from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import process_group
@@ -185,13 +186,22 @@ def _train(run: Run, first: int, steps: int, saver: Saver, *, number: int | None
 
 def _saver(run: Run, *, in_background: bool) -> Saver:
     folder = Path(run.config.weights.save)
-    return Saver(folder, run.state, run.identity, run.loader, run.parallel, keep_last=1, in_background=in_background)
+    return Saver(
+        folder,
+        run.state,
+        run.identity,
+        settings_of(run.config),
+        run.loader,
+        run.parallel,
+        keep_last=1,
+        in_background=in_background,
+    )
 
 
 def emit_load_seconds(run: Run, newest: Path) -> None:
     """Prints what checking and loading a checkpoint take."""
     started = time.perf_counter()
-    find_checkpoint(Path(run.config.weights.save), None, run.identity)
+    find_checkpoint(Path(run.config.weights.save), None, run.identity, settings_of(run.config))
     checked = time.perf_counter()
     load_checkpoint(newest, run.state, run.loader, run.parallel)
     emit("check_seconds", checked - started, "s")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from docs.draw_rooms import draw
+from megatron_psft.config.resume import FREE, SAME, TOLD
 from megatron_psft.config.rules import OLD_POLICY_FIELDS
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.formats import PAIR_FORMATS, RECORD_FORMATS, format_table
@@ -23,6 +24,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "record formats": lambda: format_table(RECORD_FORMATS),
     "pair formats": lambda: format_table(PAIR_FORMATS),
     "metrics": lambda: metric_table(),
+    "resume": lambda: resume_table(),
     "files": lambda: file_tables(),
     "objectives": lambda: objective_table(),
 }
@@ -61,6 +63,17 @@ def metric_table() -> str:
 
 def _name(metric: Metric) -> str:
     return f"`{metric.name}`" + (f" (was `{metric.former_name}`)" if metric.former_name else "")
+
+
+def resume_table() -> str:
+    """Every setting by what happens where it is another on resume."""
+    rows = [
+        *(("refused", f"it decides {what}", names) for what, names in SAME.items()),
+        *(("one line", meaning, names) for meaning, names in TOLD.items()),
+        ("nothing said", "no number of training depends on it", FREE),
+    ]
+    lines = [f"| {outcome} | {why} | {' '.join(f'`{name}`' for name in names)} |" for outcome, why, names in rows]
+    return "\n".join(["| changed on resume | why | settings |", "| --- | --- | --- |", *lines])
 
 
 def objective_table() -> str:

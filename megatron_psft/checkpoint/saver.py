@@ -31,6 +31,7 @@ from megatron_psft.checkpoint.state import (
     _sharded_state,
 )
 from megatron_psft.checkpoint.window import sharded_window
+from megatron_psft.config.resume import Settings
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
 from megatron_psft.distributed.cpu_shims import plain_operations
@@ -53,6 +54,7 @@ class Saver:
         folder: Path,
         state: TrainState,
         identity: Identity,
+        settings: Settings,
         loader: BatchLoader,
         parallel: Parallel,
         *,
@@ -65,12 +67,14 @@ class Saver:
             folder: of the run, shared by all nodes.
             state: what is saved.
             identity: what a run that resumes must have in common with this one.
+            settings: of this run, with which one that resumes compares its own.
             loader: of the training batches.
             parallel: this rank's place.
             keep_last: newest checkpoints to keep; all where None.
             in_background: whether `save` returns at once; `wait_for_copy` has to come before the state changes.
         """
-        self._folder, self._state, self._identity = folder, state, identity
+        self._folder, self._state = folder, state
+        self._identity, self._settings = identity, settings
         self._loader, self._parallel, self._keep_last = loader, parallel, keep_last
         with helpers_outlive_signals():
             self._queue = BackgroundCalls() if in_background else None
@@ -158,6 +162,7 @@ class Saver:
             "version": VERSION,
             "step": step,
             "identity": dict(self._identity),
+            "settings": dict(self._settings),
             "layout": _layout(self._parallel),
         }
 

@@ -43,8 +43,9 @@ class TrainState:
     """Where the run counts them."""
 
 
-def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, parallel: Parallel) -> None:
-    """Fills `state` from a step folder; collective."""
+def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, parallel: Parallel) -> float:
+    """Fills `state` from a step folder, and returns the learning rate that the next step would have had by the schedule
+    of the run that wrote it; collective."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     content = _sharded_state(state, is_loading=True)
     steps: list[int] = common["window_steps"]
@@ -55,6 +56,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
         content["rng"] = _sharded_rng(parallel)
     loaded = dist_checkpointing.load(content, str(checkpoint))
     load_optimizer_state(state.optimizer, loaded["optimizer"])
+    planned_lr: float = state.optimizer.param_groups[0]["lr"]
     for name, chunk in _named_chunks(state.chunks).items():
         chunk.load_state_dict(loaded[name])
     state.scheduler.load_state_dict(common["scheduler"])
@@ -64,6 +66,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     state.window.load_state(window_state(steps, packs, loader))
     if is_same_layout:  # the generators of other ranks would mean nothing; nothing that trains draws from them today
         _set_rng(loaded["rng"], parallel.device)
+    return planned_lr
 
 
 def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel]) -> None:

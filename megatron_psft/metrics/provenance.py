@@ -1,10 +1,17 @@
-"""What code a run or an evaluation was made with. Imports no library, so that it also works where one is missing."""
+"""What code a run or an evaluation was made with, and how it was started each time. Imports no library, so that it also
+works where one is missing."""
 
+import json
 import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from megatron_psft import __version__
+from megatron_psft.atomic import replace_file
+
+STARTS_FILE = "starts.jsonl"
 
 LIBRARIES = (
     "torch",
@@ -30,6 +37,14 @@ def versions() -> dict[str, str | None]:
     found = commit()
     own = __version__ if found is None else f"{__version__} (commit {found})"
     return {"megatron_psft": own, **{name: installed_version(name) for name in LIBRARIES}}
+
+
+def record_start(folder: Path, **facts: Any) -> None:
+    """Adds a line to starts.jsonl of a run's folder, with the time (UTC), `facts` (JSON values) and the versions."""
+    path = folder / STARTS_FILE
+    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **facts, "versions": versions()}
+    replace_file(path, f"{earlier}{json.dumps(line)}\n")
 
 
 def installed_version(name: str) -> str | None:

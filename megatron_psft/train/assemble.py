@@ -1,6 +1,7 @@
 """Turns a configuration into a run that is ready to train, and a trained run into a Hugging Face folder."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_psft.checkpoint.find import find_checkpoint
+from megatron_psft.checkpoint.find import StartPoint, find_checkpoint
 from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, run_identity, start_identity
 from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_weights
+from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, ObjectiveConfig
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
@@ -58,6 +60,8 @@ class Run:
     identity: Identity
     decode: Callable[[int], str]
     """A token's text from its id."""
+    start: StartPoint | None
+    """The checkpoint that the run goes on from, or whose weights it starts from; None for Hugging Face weights."""
     first_step: int
     """Steps that were completed before, in an earlier process."""
     train_iters: int
@@ -77,7 +81,8 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         train_iters=inputs.train_iters,
         tensor_size=parallel.tensor_size,
     )
-    checkpoint, first_step = _resume_point(config, identity, inputs.train_iters)
+    start = _start_point(config, identity, inputs.train_iters)
+    checkpoint, first_step = (None, 0) if start is None else (start.checkpoint, start.step)
     chunks = build_model(shape, config, platform, parallel)
     if checkpoint is None:
         fill_parameters(chunks, inputs.weights, shape, parallel)
@@ -99,9 +104,9 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         window=_window(config, inputs.train_iters, pipeline, loader, parallel),
         clipped_tokens=clipped_tokens,
     )
-    if checkpoint is not None and first_step != WEIGHTS_ONLY_STEP:
-        load_checkpoint(checkpoint, state, loader, parallel)
-        log.info("resumed from %s, step %d of %d", checkpoint, first_step, inputs.train_iters)
+    if start is not None and first_step != WEIGHTS_ONLY_STEP:
+        planned_lr = load_checkpoint(start.checkpoint, state, loader, parallel)
+        _describe_resumption(start, inputs.train_iters, planned_lr, state.optimizer.param_groups[0]["lr"])
     return Run(
         config=config,
         shape=shape,
@@ -114,6 +119,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         valid_loader=_valid_loader(config, inputs, parallel),
         identity=identity,
         decode=lambda token_id: str(inputs.tokenizer.decode([token_id])),
+        start=start,
         first_step=first_step,
         train_iters=inputs.train_iters,
     )
@@ -192,16 +198,28 @@ def _reference(
     )
 
 
-def _resume_point(config: Config, identity: Identity, train_iters: int) -> tuple[Path | None, int]:
-    """The checkpoint to start from, if any, and its completed steps; collective."""
-    load = config.weights.load
-    found = find_checkpoint(Path(config.weights.save), None if load is None else Path(load), identity)
-    if found is None:
-        return None, 0
-    checkpoint, step = found
-    if step > train_iters:
-        raise UserError(f"train_iters ({train_iters}) must not be below the {step} steps of {checkpoint}; raise it")
-    return checkpoint, step
+def _start_point(config: Config, identity: Identity, train_iters: int) -> StartPoint | None:
+    """The checkpoint to start from, if any; collective."""
+    save, load = config.weights.save, config.weights.load
+    start = find_checkpoint(Path(save), None if load is None else Path(load), identity, settings_of(config))
+    if start is not None and start.step > train_iters:
+        raise UserError(
+            f"train_iters ({train_iters}) must not be below the {start.step} steps of {start.checkpoint}; raise it"
+        )
+    return start
+
+
+def _describe_resumption(start: StartPoint, train_iters: int, planned_lr: float, lr: float) -> None:
+    """Says where the run goes on, and what is not as it was."""
+    log.info("resumed from %s, step %d of %d", start.checkpoint, start.step, train_iters)
+    if start.step == train_iters:
+        return  # nothing that has changed will count
+    if start.not_compared is not None:
+        log.info("%s", start.not_compared)
+    for change in start.changes:
+        log.info("changed since the checkpoint: %s", change)
+    if not math.isclose(lr, planned_lr, rel_tol=1e-6):
+        log.info("learning rate of step %d: %.4g, and %.4g by the earlier schedule", start.step + 1, lr, planned_lr)
 
 
 def _valid_loader(config: Config, inputs: Inputs, parallel: Parallel) -> BatchLoader | None:

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_psft.checkpoint.saver import Saver
+from megatron_psft.config.resume import settings_of
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.collective import naming_lost_peers
 from megatron_psft.distributed.signals import StopRequested, StopSignals
@@ -169,6 +170,7 @@ def _saver(run: Run) -> Saver:
         Path(weights.save),
         run.state,
         run.identity,
+        settings_of(run.config),
         run.loader,
         run.parallel,
         keep_last=weights.keep_last,
@@ -180,8 +182,7 @@ def _run_log(run: Run) -> RunLog | nullcontext[None]:
     if not run.parallel.is_main:
         return nullcontext()
     folder, logging = Path(run.config.weights.save), run.config.logging
-    sections = asdict(run.config).values()
-    description = {**versions(), **{name: value for section in sections for name, value in section.items()}}
+    description = {**versions(), **settings_of(run.config)}
     first_step = run.first_step + 1
     trackers = Trackers(logging, folder, first_step=first_step, description=description)
     return RunLog(

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
+from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, config_to_yaml
-from megatron_psft.distributed.collective import on_every_rank
+from megatron_psft.distributed.collective import on_every_rank, on_rank_zero
 from megatron_psft.distributed.device import Platform
-from megatron_psft.distributed.grid import Parallel
 from megatron_psft.hf import export
-from megatron_psft.metrics.provenance import versions
+from megatron_psft.metrics.provenance import record_start, versions
 from megatron_psft.model.fp8 import check_machine
-from megatron_psft.train.assemble import build_run
+from megatron_psft.train.assemble import Run, build_run
 from megatron_psft.train.inputs import describe, read_in_turn
 from megatron_psft.train.loop import train
 
@@ -34,10 +34,14 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
     log.info("%s", platform.describe())
     describe(inputs, packing=config.data.packing)
     ready = build_run(config, inputs, platform)
-    _write_config(config, ready.parallel)
-    signum = train(ready)
-    if signum:
-        return signum
+    if ready.first_step == ready.train_iters:
+        rest = "nothing to do" if config.weights.export_hf is None else "nothing to do but to export"
+        log.warning("WARNING: %s: %d of %d steps are done", rest, ready.first_step, ready.train_iters)
+    else:
+        on_rank_zero(lambda: _record(ready))
+        signum = train(ready)
+        if signum:
+            return signum
     if config.weights.export_hf is not None:
         ready.pipeline.gather_parameters()
         export.export(
@@ -53,8 +57,21 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
     return 0
 
 
-def _write_config(config: Config, parallel: Parallel) -> None:
-    if not parallel.is_main:
-        return
-    head = "".join(f"# {name} {version}\n" for name, version in versions().items() if version)
-    (Path(config.weights.save) / "config.yaml").write_text(head + config_to_yaml(config), encoding="utf-8")
+def _record(run: Run) -> None:
+    """Leaves in the run's folder how it was started, this time and the first."""
+    save, start = Path(run.config.weights.save), run.start
+    # Where `save` held no checkpoint, the run begins, and lines of an earlier start's steps go as well.
+    begins = start is None or start.checkpoint.parent != save
+    record_start(
+        save,
+        step=run.first_step,
+        train_iters=run.train_iters,
+        world_size=run.parallel.world_size,
+        checkpoint=None if start is None else str(start.checkpoint),
+        changed={change.name: [change.before, change.now] for change in (() if start is None else start.changes)},
+        settings=settings_of(run.config),
+    )
+    path = save / "config.yaml"
+    if begins or not path.exists():
+        head = "".join(f"# {name} {version}\n" for name, version in versions().items() if version)
+        path.write_text(head + config_to_yaml(run.config), encoding="utf-8")

@@ -254,7 +254,9 @@ def test_a_full_disk_is_noticed_before_anything_is_written(pool, tmp_path, input
         assert f"save ({run}) must have room for a checkpoint, about 0.00" in line
         assert "the checkpoints before it are intact; make room and start again" in line
         before = step_folders(run)
-        assert sorted(run.iterdir()) == sorted([*before, run / "config.yaml", run / "metrics.jsonl"])
+        assert sorted(run.iterdir()) == sorted(
+            [*before, run / "config.yaml", run / "metrics.jsonl", run / "starts.jsonl"]
+        )
         shutil.rmtree(before[0])
         said = train(pool, 1, inputs.argv(run, *EVERY_STEP, "--keep-last", "1"))
         assert f"resumed from {before[-1]}" in said

@@ -6,8 +6,7 @@ import subprocess
 import sys
 from dataclasses import Field, asdict, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -19,7 +18,7 @@ from megatron_psft.config.schema import Config, config_to_yaml, parse_config
 from megatron_psft.config.yaml_files import dump
 from megatron_psft.errors import UserError
 from tests.support.cli import REPOSITORY
-from tests.support.configs import flag, parse, write_yaml
+from tests.support.configs import flag, other_value, parse, write_yaml
 
 FIELDS = [(section, field) for section, cls in get_type_hints(Config).items() for field in fields(cls)]
 BOOLEANS = [field.name for _, field in FIELDS if field.type is bool]
@@ -28,21 +27,6 @@ SETTABLE = [field for _, field in FIELDS]
 
 def values_of(config: Config) -> dict[str, Any]:
     return {name: value for section in asdict(config).values() for name, value in section.items()}
-
-
-def other_value(field: Field) -> Any:
-    """Returns a legal value that is not the field's default."""
-    kind = next(kind for kind in get_args(field.type) or [field.type] if kind is not NoneType)
-    if isinstance(kind, str) or get_origin(kind) is Literal:  # the first choice, or Literal within a union
-        choices = get_args(field.type) if isinstance(kind, str) else get_args(kind)
-        return next(choice for choice in choices if choice != field.default)
-    if get_origin(field.type) is tuple:
-        return ("mlp", "moe") if field.name == "recompute_modules" else ("a.jsonl", "b.jsonl")
-    if kind is bool:
-        return not field.default
-    if kind is int:
-        return (field.default or 5) + 1
-    return (field.default or 1.0) / 2 if kind is float else "other"
 
 
 @pytest.mark.parametrize("field", SETTABLE, ids=lambda field: field.name)

@@ -1,6 +1,9 @@
 """Configurations as a command line or a YAML file gives them."""
 
+from dataclasses import Field
 from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from megatron_psft.config.schema import Config, parse_config
 
@@ -22,3 +25,18 @@ def write_yaml(folder: Path, text: str) -> str:
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def other_value(field: Field) -> Any:
+    """Returns a legal value that is not the field's default."""
+    kind = next(kind for kind in get_args(field.type) or [field.type] if kind is not NoneType)
+    if isinstance(kind, str) or get_origin(kind) is Literal:  # the first choice, or Literal within a union
+        choices = get_args(field.type) if isinstance(kind, str) else get_args(kind)
+        return next(choice for choice in choices if choice != field.default)
+    if get_origin(field.type) is tuple:
+        return ("mlp", "moe") if field.name == "recompute_modules" else ("a.jsonl", "b.jsonl")
+    if kind is bool:
+        return not field.default
+    if kind is int:
+        return (field.default or 5) + 1
+    return (field.default or 1.0) / 2 if kind is float else "other"

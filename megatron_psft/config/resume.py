@@ -1,0 +1,159 @@
+"""What may change of a run when it goes on from a checkpoint: the table of all settings, and how two starts differ.
+
+Every field of `Config` is in exactly one of `SAME`, `TOLD` and `FREE`: a new field has to choose, or a test fails. The
+table of docs/resume.md is made of them. Imports no torch.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, get_type_hints
+
+from megatron_psft.config.schema import Config
+from megatron_psft.objectives.registry import SETTINGS
+
+Settings = Mapping[str, Any]
+"""The value of every field of a configuration by its name; JSON values."""
+
+SAME: Mapping[str, tuple[str, ...]] = {
+    "the loss": (
+        "objective",
+        "loss_aggregation",
+        "clip_ratio_high",
+        "clip_ratio_low",
+        "old_policy_interval",
+        "sft_warmup_iters",
+        *SETTINGS,
+    ),
+    "the label tokens and how they are packed": (
+        "seq_length",
+        "packing",
+        "overlong",
+        "prompt_key",
+        "completion_key",
+        "system_prompt",
+        "loss_on",
+        "skip_bad_records",
+    ),
+    "the batches and their order": ("global_batch_size", "seed", "shuffle"),
+    "the form of the optimizer's state": ("bf16", "use_distributed_optimizer"),
+}
+"""Settings that must be the same, else the run is refused; by what they decide."""
+
+TOLD: Mapping[str, tuple[str, ...]] = {
+    "counts from the next step on": (
+        "lr",
+        "min_lr",
+        "lr_decay_style",
+        "lr_warmup_iters",
+        "lr_wsd_decay_iters",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_eps",
+        "clip_grad",
+    ),
+    "the learning rate follows the schedule of the new length": ("train_iters", "epochs"),
+    "another number format from the next step on": ("fp8_format", "fp8_recipe"),
+    "equal up to rounding": (
+        "micro_batch_size",
+        "old_policy_micro_batch_size",
+        "fused_head",
+        "tensor_model_parallel_size",
+        "sequence_parallel",
+        "pipeline_model_parallel_size",
+        "num_layers_per_virtual_pipeline_stage",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "optimizer_cpu_offload",
+        "optimizer_offload_fraction",
+    ),
+    "valid_nll is of other batches from here on": ("valid_data", "eval_iters"),
+    "the training tokens are the same": ("data", "tokenizer"),
+    "no effect: the weights are those of the checkpoint": ("load_hf", "random_init"),
+}
+"""Settings that may change, each named in a line when it does; by what the change means."""
+
+FREE: tuple[str, ...] = (
+    "save",
+    "load",
+    "export_hf",
+    "save_interval",
+    "keep_last",
+    "async_save",
+    "eval_interval",
+    "data_cache_dir",
+    "data_workers",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "distributed_timeout_minutes",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "log_interval",
+    "tensorboard_dir",
+    "wandb_project",
+    "mlflow_experiment",
+    "log_clipped_tokens",
+)
+"""Settings that may change without a word: they leave every number of training as it is."""
+
+_SAME = {name for names in SAME.values() for name in names}
+_MEANING = {name: meaning for meaning, names in TOLD.items() for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A setting that is not what it was."""
+
+    name: str
+    before: Any
+    now: Any
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether a run that has made steps cannot go on with it."""
+        return self.name in _SAME
+
+    def __str__(self) -> str:
+        return f"{self.name}: {shown(self.before)} -> {shown(self.now)} ({_MEANING[self.name]})"
+
+
+def settings_of(config: Config) -> Settings:
+    """The value of every field."""
+    settings = {name: value for section in asdict(config).values() for name, value in section.items()}
+    return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
+
+
+def changes_since(before: Settings, now: Settings) -> list[Change]:
+    """The settings in which two starts of a run differ, those in `FREE` left out.
+
+    Args:
+        before: of the earlier start, which may be of another release. A field that it does not have had its default,
+            and one that only it has is not compared.
+        now: of this start, by `settings_of`.
+    """
+    values = {**_defaults(), **before}
+    changes = (Change(name=name, before=values[name], now=value) for name, value in now.items() if name in values)
+    return [change for change in changes if change.now != change.before and change.name not in FREE]
+
+
+def listed(values: Iterable[tuple[str, Any]]) -> str:
+    """Settings and their values, for a message."""
+    return ", ".join(f"{name} {shown(value)}" for name, value in values)
+
+
+def shown(value: Any) -> str:
+    """A setting's value as a user writes it."""
+    if value is None or value == []:
+        return "unset"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _defaults() -> Settings:
+    """The default of every field that has one."""
+    known = (field for section in get_type_hints(Config).values() for field in fields(section))
+    defaults = {field.name: field.default for field in known if field.default is not MISSING}
+    return json.loads(json.dumps(defaults))  # type: ignore[no-any-return]

@@ -1,0 +1,79 @@
+"""What each setting may do on resume: every one of them changed alone."""
+
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import fields, replace
+from typing import get_type_hints
+
+import pytest
+
+from megatron_psft.config.resume import FREE, SAME, TOLD, changes_since, settings_of
+from megatron_psft.config.schema import Config
+from tests.support.configs import other_value, parse
+
+FIELDS = {
+    field.name: (section, field) for section, cls in get_type_hints(Config).items() for field in fields(cls)
+}  # of those that exist, whatever the table says
+REFUSED = [name for names in SAME.values() for name in names]
+NAMED = {name: meaning for meaning, names in TOLD.items() for name in names}
+
+
+def changed(name: str) -> tuple[Config, Config]:
+    """A configuration, and the same with another legal value of one field."""
+    section, field = FIELDS[name]
+    before = parse()
+    return before, replace(before, **{section: replace(getattr(before, section), **{name: other_value(field)})})
+
+
+def test_every_field_has_chosen_what_it_may_do() -> None:
+    """A new field fails here until it is in the one table where it belongs."""
+    assert Counter([*REFUSED, *NAMED, *FREE]) == Counter(list(FIELDS))
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_a_field_changed_alone_does_what_the_table_says(name: str) -> None:
+    before, now = (settings_of(config) for config in changed(name))
+    found = changes_since(before, now)
+    assert [(change.name, change.before, change.now) for change in found] == (
+        [] if name in FREE else [(name, before[name], now[name])]
+    )
+    assert [change.is_refused for change in found] == ([] if name in FREE else [name in REFUSED])
+    assert [str(change).endswith(f" ({NAMED[name]})") for change in found if name in NAMED] == [True] * (name in NAMED)
+
+
+def test_a_start_with_the_same_settings_has_changed_nothing() -> None:
+    assert changes_since(settings_of(parse()), settings_of(parse())) == []
+
+
+def test_a_line_has_both_values_as_a_user_writes_them() -> None:
+    before = settings_of(parse("--lr", "1e-3", "--train-iters", "4"))
+    now = settings_of(parse("--lr", "5e-4", "--epochs", "2", "--valid-data", "a.jsonl", "b.jsonl"))
+    assert [str(change).partition(" (")[0] for change in changes_since(before, now)] == [
+        "valid_data: unset -> a.jsonl b.jsonl",
+        "train_iters: 4 -> unset",
+        "epochs: unset -> 2",
+        "lr: 0.001 -> 0.0005",
+    ]
+
+
+def test_a_setting_that_an_earlier_release_did_not_have_had_its_default() -> None:
+    before = dict(settings_of(parse()))
+    del before["clip_ratio_high"], before["lr"]
+    assert changes_since(before, settings_of(parse())) == []
+    now = settings_of(parse("--clip-ratio-high", "0.3", "--lr", "1e-3"))
+    assert [(change.name, change.is_refused) for change in changes_since(before, now)] == [
+        ("clip_ratio_high", True),
+        ("lr", False),
+    ]
+
+
+def test_a_setting_of_another_release_alone_is_not_compared() -> None:
+    before = {**settings_of(parse()), "of_another_release": 3}
+    assert changes_since(before, settings_of(parse())) == []
+
+
+def test_comparing_settings_loads_no_numeric_library() -> None:
+    heavy = {"torch", "numpy", "transformers", "megatron", "megatron.core", "datasets"}
+    script = f"import sys, megatron_psft.config.resume; print(*{heavy} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).split() == []
