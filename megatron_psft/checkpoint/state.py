@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from megatron_psft import sealed
+from megatron_psft.checkpoint import unpickle
 from megatron_psft.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_psft.checkpoint.window import sharded_window, window_state
 from megatron_psft.data.loader import BatchLoader
@@ -46,7 +47,7 @@ class TrainState:
 def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, parallel: Parallel) -> float:
     """Fills `state` from a step folder, and returns the learning rate that the next step would have had by the schedule
     of the run that wrote it; collective."""
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    common = unpickle.load_common(checkpoint)
     content = _sharded_state(state, is_loading=True)
     steps: list[int] = common["window_steps"]
     if parallel.is_last_stage:
@@ -54,7 +55,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     is_same_layout = sealed.read_content(checkpoint)["layout"] == _layout(parallel)
     if is_same_layout:
         content["rng"] = _sharded_rng(parallel)
-    loaded = dist_checkpointing.load(content, str(checkpoint))
+    loaded = unpickle.load(checkpoint, content)
     load_optimizer_state(state.optimizer, loaded["optimizer"])
     planned_lr: float = state.optimizer.param_groups[0]["lr"]
     for name, chunk in _named_chunks(state.chunks).items():
@@ -72,7 +73,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
 def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel]) -> None:
     """Fills a model from any checkpoint's weights, whatever layout and precision these were saved in; collective."""
     models = _named_chunks(chunks)
-    loaded = dist_checkpointing.load({name: sharded_weights(model) for name, model in models.items()}, str(checkpoint))
+    loaded = unpickle.load(checkpoint, {name: sharded_weights(model) for name, model in models.items()})
     log.info("weights from %s", checkpoint)
     for name, model in models.items():
         missing, unexpected = model.load_state_dict(loaded[name], strict=False)

@@ -1,6 +1,10 @@
 """Where the supported lines of Megatron-Core, 0.16 and 0.19, differ. No other file knows."""
 
 import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 def save_options() -> dict[str, str]:
@@ -20,3 +24,21 @@ def do_without_engine() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     optimizer_config.is_te_min_version = lambda version, check_equality=True: False
+
+
+@contextmanager
+def read_with(reader: Callable[[str], Any]) -> Iterator[None]:
+    """Has Megatron-Core, and who takes it from there, read checkpoints with `reader` of a folder, in place of torch's
+    `FileSystemReader`, as long as this context lasts."""
+    from megatron.core.dist_checkpointing.strategies import torch as strategy
+
+    name = "_get_filesystem_reader"
+    previous = getattr(strategy, name)
+    modules = [module for module in list(sys.modules.values()) if vars(module).get(name) is previous]
+    for module in modules:
+        setattr(module, name, lambda folder, *_, **__: reader(folder))
+    try:
+        yield
+    finally:
+        for module in modules:
+            setattr(module, name, previous)

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
     LoadPlan,
     SavePlan,
@@ -38,6 +37,7 @@ from megatron_psft import sealed
 from megatron_psft.atomic import aside, sync
 from megatron_psft.checkpoint.identity import VERSION, WEIGHTS_ONLY_STEP, Identity, weights_identity
 from megatron_psft.checkpoint.state import sharded_weights
+from megatron_psft.checkpoint.unpickle import DataReader
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import detect
@@ -101,7 +101,7 @@ class MegatronWeights:
         other than `shape`."""
         _check_intact(folder, field, shape)
         self.shape, self._outline = shape, outline
-        self._reader = FileSystemReader(folder)
+        self._reader = DataReader(folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata.items()

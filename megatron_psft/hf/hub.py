@@ -47,7 +47,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # seconds, which a mistaken name does not cost
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        # Said, as transformers would ask on the terminal whether to run code that the folder brings.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"tokenizer ({folder}) must be a folder with a Hugging Face tokenizer: {reason}") from None

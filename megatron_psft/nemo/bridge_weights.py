@@ -8,6 +8,8 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import temporary_distributed_context
 
 from megatron_psft.atomic import aside
+from megatron_psft.checkpoint.unpickle import DataReader
+from megatron_psft.distributed.megatron_lines import read_with
 from megatron_psft.errors import UserError
 
 
@@ -27,7 +29,7 @@ def export_weights(checkpoint: Path, model_folder: Path, target: Path) -> None:
         raise UserError(
             f"from_megatron ({checkpoint}) must be a folder of Megatron-Bridge's checkpoints; check the path"
         )
-    with _aside(target) as folder:
+    with _aside(target) as folder, read_with(DataReader):
         AutoBridge.from_hf_pretrained(str(model_folder)).export_ckpt(str(checkpoint), str(folder), strict=True)
 
 

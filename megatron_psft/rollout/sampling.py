@@ -188,7 +188,9 @@ class _TransformersEngine:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                model_folder, dtype="auto", trust_remote_code=False, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model ({model_folder}) must be a folder with a Hugging Face model: {reason}") from None
