@@ -103,7 +103,7 @@ def perform(
     """Has all tasks done, and after each those that follow its job; returns what they measured."""
     waiting, results = deque(tasks), []
     running: dict[Future[worker.Results], Any] = {}
-    with tqdm(total=total, unit="run", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="run", dynamic_ncols=True, disable=None) as bar:
         while waiting or running:
             # No more than are worked on: what a pool has queued, it would also do after Ctrl-C.
             while waiting and len(running) < WORKERS:

@@ -248,7 +248,7 @@ class LoggingConfig:
     """What a run reports besides metrics.jsonl, which has every step."""
 
     log_interval: int = 10
-    """Steps between printed lines."""
+    """Steps between printed lines; one is printed after each evaluation, and at the first and last step, as well."""
     tensorboard_dir: PathText | None = None
     """Folder for TensorBoard event files; none are written if unset."""
     wandb_project: str | None = None

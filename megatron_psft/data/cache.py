@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_psft.data.chat import ChatRenderer, Example, LossOn
 from megatron_psft.data.files import BadRecord, Source
@@ -44,6 +43,7 @@ from megatron_psft.data.tokenizing import (
     tokenize_chunks,
 )
 from megatron_psft.errors import RankError, UserError
+from megatron_psft.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,11 +157,9 @@ class DataCache:
         staging.mkdir()
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
-            bar = stack.enter_context(
-                tqdm(total=source.size, desc="tokenizing", unit="B", unit_scale=True, disable=not show_progress)
-            )
+            shown = stack.enter_context(Progress("tokenizing", total=source.size, unit="B", is_shown=show_progress))
             chunks = tokenize_chunks(source.chunks(), self._tokenize, self._num_workers)
-            manifest = _write_chunks(staging, stack.enter_context(closing(chunks)), bar)
+            manifest = _write_chunks(staging, stack.enter_context(closing(chunks)), shown)
             if _identity(source) != key["files"]:
                 raise UserError(f"data ({source.name}) changed while it was read; start again when it is complete")
             # Last, so that a folder without it is nothing, whatever a file system made of the order of writes.
@@ -195,7 +193,7 @@ def _locked(path: Path) -> Iterator[bool]:
         yield is_locked
 
 
-def _write_chunks(folder: Path, chunks: Iterator[TokenizedChunk], bar: "tqdm[Any]") -> dict[str, Any]:
+def _write_chunks(folder: Path, chunks: Iterator[TokenizedChunk], shown: Progress) -> dict[str, Any]:
     """Writes the chunks and returns the manifest."""
     file_names: dict[str, int] = {}
     bad_counts: Counter[str] = Counter()
@@ -218,8 +216,7 @@ def _write_chunks(folder: Path, chunks: Iterator[TokenizedChunk], bar: "tqdm[Any
             bad_counts.update(record.reason for record in chunk.bad)
             num_tokens += len(chunk.tokens)
             num_records += len(chunk.index)
-            bar.set_postfix_str(f"{num_records + bad_counts.total():,} records", refresh=False)
-            bar.update(chunk.size)
+            shown.update(chunk.size, note=f"{num_records + bad_counts.total():,} records")
     return {
         "records": num_records,
         "tokens": num_tokens,

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from megatron_psft.config.flags import require_at_least
 from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer
@@ -22,6 +20,7 @@ from megatron_psft.evaluation.lm_eval import Harness
 from megatron_psft.evaluation.results import CORRECT, Generation, ResultsFolder, summarize
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.metrics.provenance import versions
+from megatron_psft.progress import progress
 from megatron_psft.rollout.prompts import Prompt, PromptConfig, find_answer, parse_prompt, render_prompt
 from megatron_psft.rollout.rewards import Verifier, VerifierName, build_verifier
 from megatron_psft.rollout.sampling import Answer, Sampler, SamplingConfig
@@ -314,5 +313,5 @@ def _check_same_questions(generations: Sequence[Generation], questions: Question
 def _score(generations: Sequence[Generation], verifier: Verifier, name: str) -> list[Generation]:
     return [
         replace(answer, scores={CORRECT: verifier.score(answer.text, answer.answer)})
-        for answer in tqdm(generations, desc=f"check {name}", unit="answer")
+        for answer in progress(generations, f"check {name}", unit="answer")
     ]

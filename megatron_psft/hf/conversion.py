@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
-from tqdm import tqdm
 
 from megatron_psft import sealed
 from megatron_psft.atomic import aside, sync
@@ -49,6 +48,7 @@ from megatron_psft.hf.weights import SafetensorsFolder, fill_shard
 from megatron_psft.model.gpt import build_chunk, transformer_config
 from megatron_psft.model.parameters import is_expert, whole_name
 from megatron_psft.model.shape import ModelShape, read_shape
+from megatron_psft.progress import progress
 from megatron_psft.sealed import DamageError
 
 Outline = dict[str, ShardedBase]
@@ -141,7 +141,7 @@ def _check_intact(folder: Path, field: str, shape: ModelShape) -> None:
         raise UserError(f"{field} ({folder}): version ({content['version']}) must be {VERSION}; use its own release")
     _check_model(folder, field, content["identity"], shape)
     num_files = len(list(folder.iterdir()))
-    for part in tqdm(range(num_files), desc="checksums", unit="file", leave=False):
+    for part in progress(range(num_files), "checksums", unit="file"):
         damage = sealed.first_damage(folder, part=part, parts=num_files)
         if damage is not None:
             raise UserError(f"{field} ({folder}) must be an intact checkpoint: {damage}")
@@ -205,7 +205,7 @@ def _write_parameters(folder: Path, source: Weights, outline: Outline, dtype: to
     plans = writer.prepare_global_plan(plans)  # one file each, called after its number
     planner = _Writing(source, outline, dtype)
     results: list[list[WriteResult]] = []
-    for number, plan in enumerate(tqdm(plans, desc="convert", unit="file")):
+    for number, plan in enumerate(progress(plans, "convert", unit="file")):
         results.append(writer.write_data(plan, planner).wait())
         sealed.leave_sums(folder, number)
     writer.finish(metadata, results)
@@ -293,6 +293,6 @@ def checksums(weights: Weights, name: str, dtype: torch.dtype | None = None) -> 
     progress bar."""
     total = len(hf_tensors(weights.shape))
     return {
-        tensor_name: (tensor.dtype, sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest())
-        for tensor_name, tensor in tqdm(weights.tensors(dtype), desc=name, total=total, unit="tensor", leave=False)
+        tensor_name: (tensor.dtype, sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest())
+        for tensor_name, tensor in progress(weights.tensors(dtype), name, unit="tensor", total=total)
     }

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_psft.distributed.collective import on_rank_zero, patient_group
 from megatron_psft.distributed.grid import Parallel
@@ -17,6 +16,7 @@ from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
 from megatron_psft.hf.side_files import copy_side_files
 from megatron_psft.model.parameters import own_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
+from megatron_psft.progress import progress
 
 # transformers' own default; what rank 0 holds in memory at a time.
 MAX_SHARD_BYTES = 5 * 10**9
@@ -95,7 +95,7 @@ def write_folder(
     dims = hf_tensors(shape)
     with replacing(target, option) as folder:
         writer = _ShardWriter(folder, dims, dtype, max_shard_bytes)
-        for name, tensor in tqdm(tensors, total=len(dims), desc="export", unit="tensor"):
+        for name, tensor in progress(tensors, "export", unit="tensor", total=len(dims)):
             writer.add(name, tensor.to(dtype))
         writer.finish()
         copy_side_files(folder, model_folder, tokenizer_folder, dtype)

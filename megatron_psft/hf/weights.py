@@ -9,13 +9,13 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.hf.mapping import Piece, embedding_name, head_name, hf_tensors, pieces
 from megatron_psft.model.parameters import named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
+from megatron_psft.progress import progress
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -144,7 +144,7 @@ def fill_parameters(
 ) -> None:
     """Fills this rank's parameters from `source`; padding rows of the vocabulary become zero."""
     parameters = list(named_parameters(chunks))
-    for name, parameter in tqdm(parameters, desc="weights", unit="tensor", disable=not parallel.is_main, leave=False):
+    for name, parameter in progress(parameters, "weights", unit="tensor", is_shown=parallel.is_main):
         tensor_rank, tensor_size = shard_place(name, parallel)
         fill_shard(name, parameter, source, shape, tensor_rank=tensor_rank, tensor_size=tensor_size)
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import sys
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
@@ -11,14 +14,16 @@ from tqdm import tqdm
 from megatron_psft.atomic import replace_file
 from megatron_psft.metrics.table import METRICS, with_former_names
 from megatron_psft.metrics.trackers import Trackers
+from megatron_psft.progress import is_on_terminal
 
 METRICS_FILE = "metrics.jsonl"
 ON_BAR = [metric.name for metric in METRICS.values() if metric.is_on_bar]
 PRINTED = [metric.name for metric in METRICS.values() if metric.is_printed]
+_OF_EVALUATION = "valid_"
 
 
 class RunLog:
-    """What rank 0 shows and keeps of a run: metrics.jsonl, its trackers, the progress bar and a line now and then."""
+    """What rank 0 shows and keeps of a run: metrics.jsonl, its trackers, lines now and then, on a terminal a bar."""
 
     def __init__(
         self, folder: Path, trackers: Trackers, *, first_step: int, train_iters: int, log_interval: int
@@ -29,8 +34,17 @@ class RunLog:
         _drop_from(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._trackers = trackers
-        self._log_interval = log_interval
-        self._bar = tqdm(total=train_iters, initial=first_step - 1, desc="train", unit="step", dynamic_ncols=True)
+        self._first_step, self._train_iters, self._log_interval = first_step, train_iters, log_interval
+        self._first_recorded: float | None = None
+        """When the first step was over; it is no measure of the others, as much is set up in it."""
+        self._bar = tqdm(
+            total=train_iters,
+            initial=first_step - 1,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_on_terminal(),
+        )
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one step (from 1), by the names of `METRICS`."""
@@ -40,16 +54,34 @@ class RunLog:
         self._trackers.log(step, line)
         self._bar.set_postfix({name: f"{values[name]:.4g}" for name in ON_BAR if name in values}, refresh=False)
         self._bar.update()
-        if step % self._log_interval == 0:
-            self.say(f"step {step}: " + ", ".join(f"{name} {values[name]:.4g}" for name in PRINTED if name in values))
+        if self._first_recorded is None:
+            self._first_recorded = time.monotonic()
+        if self._is_printed(step, values):
+            shown = [f"{name} {values[name]:.4g}" for name in PRINTED if name in values]
+            self.say(f"step {step} of {self._train_iters}: " + ", ".join([*shown, *self._remaining(step)]))
+
+    def _is_printed(self, step: int, values: Mapping[str, float]) -> bool:
+        """Every `log_interval` steps, after each evaluation, and at both ends, so that a short run shows something."""
+        is_evaluated = any(name.startswith(_OF_EVALUATION) for name in values)
+        return step % self._log_interval == 0 or is_evaluated or step in (self._first_step, self._train_iters)
+
+    def _remaining(self, step: int) -> list[str]:
+        """When the run will be over, at the pace of this process's steps with all that came between them."""
+        assert self._first_recorded is not None
+        num_timed, num_left = step - self._first_step, self._train_iters - step
+        if not num_timed or not num_left:
+            return []
+        seconds = (time.monotonic() - self._first_recorded) / num_timed * num_left
+        return [f"eta {timedelta(seconds=round(seconds))}"]
 
     def sync(self) -> None:
         """Has all lines reach the disk, so that no checkpoint is ahead of them."""
         os.fsync(self._file.fileno())
 
     def say(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+        """Prints a line, above the progress bar if there is one."""
         self._bar.write(text)
+        sys.stdout.flush()  # a file or pipe would get it much later
 
     def __enter__(self) -> "RunLog":
         return self

@@ -12,25 +12,12 @@ from megatron_psft.objectives.declare import Requirement
 _TABLE = (
     Metric(name="step", unit="from 1", help="Optimizer step."),
     Metric(
-        name="loss",
-        unit="value of the objective",
-        help="What is optimized, under its aggregation; about -1 for `psft`, whatever the model has learned.",
-        over="denominator",
-        is_printed=True,
-        is_on_bar=True,
-        chart=ChartSpec(
-            section="learning",
-            title="Loss",
-            note="What the optimizer lowers: nats with cross-entropy, minus the clipped ratio with PSFT. Compare it "
-            "only between runs of one objective.",
-        ),
-    ),
-    Metric(
         name="nll",
         unit="nats per label token",
         help="-log pi of the labels, before the update: the curve to watch.",
         over="label_tokens",
         is_printed=True,
+        is_on_bar=True,
         chart=ChartSpec(
             section="learning", title="Negative log-likelihood", note="Of the labels, before the step's update."
         ),
@@ -46,6 +33,20 @@ _TABLE = (
             title="Validation: negative log-likelihood",
             note="Rising while the one of training falls: the demonstrations are being memorized.",
             over_steps="none",
+        ),
+    ),
+    Metric(
+        name="loss",
+        unit="value of the objective",
+        help="What is optimized, under its aggregation; about -1 for `psft`, whatever the model has learned.",
+        over="denominator",
+        is_printed=True,
+        is_on_bar=True,
+        chart=ChartSpec(
+            section="learning",
+            title="Loss",
+            note="What the optimizer lowers: nats with cross-entropy, minus the clipped ratio with PSFT. Compare it "
+            "only between runs of one objective.",
         ),
     ),
     Metric(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from megatron_psft.config.flags import require_at_least, require_positive
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.errors import UserError
+from megatron_psft.progress import Progress, is_on_terminal
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
     from transformers import PreTrainedTokenizerBase
@@ -176,7 +177,8 @@ class _VllmEngine:
             stop_token_ids=self._end_tokens,
             detokenize=False,
         )
-        outputs = self._engine.generate([{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=True)
+        asked = [{"prompt_token_ids": tokens} for tokens in prompts]
+        outputs = self._engine.generate(asked, params, use_tqdm=is_on_terminal())
         return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
 
 
@@ -210,20 +212,19 @@ class _TransformersEngine:
     def sample(self, prompts: list[_TokenIds], num_samples: int) -> list[list[_TokenIds]]:
         """As `_VllmEngine.sample`; the tokens may go on after an end token."""
         import torch
-        from tqdm import tqdm
 
         torch.manual_seed(self._config.seed)
         # Longest first: whatever does not fit into memory fails at once, and a batch's prompts are of about one length.
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         queue = [place for place in order for _ in range(num_samples)]
         groups: list[list[_TokenIds]] = [[] for _ in prompts]
-        with tqdm(total=len(queue), desc="sample", unit="answer") as progress:
+        with Progress("sample", total=len(queue), unit="answer") as shown:
             for start in range(0, len(queue), self._config.batch_size):
                 batch = queue[start : start + self._config.batch_size]
                 answers = _generate(self._model, [prompts[place] for place in batch])
                 for place, tokens in zip(batch, answers, strict=True):
                     groups[place].append(tokens)
-                progress.update(len(batch))
+                shown.update(len(batch))
         return groups
 
 

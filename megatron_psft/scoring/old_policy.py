@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.metrics.progress import progress
 from megatron_psft.objectives.objective import Objective
+from megatron_psft.progress import progress
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from megatron_psft.distributed.collective import (
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.errors import UserError
-from megatron_psft.metrics.progress import progress
 from megatron_psft.objectives.labels import LabelStats
+from megatron_psft.progress import progress
 from megatron_psft.scoring.values import VALUES, RecordValues
 from megatron_psft.sealed import DamageError
 

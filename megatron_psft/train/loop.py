@@ -14,11 +14,11 @@ from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.collective import naming_lost_peers
 from megatron_psft.distributed.signals import StopRequested, StopSignals
 from megatron_psft.metrics import flops
-from megatron_psft.metrics.progress import progress
 from megatron_psft.metrics.provenance import versions
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.run_log import RunLog
 from megatron_psft.metrics.trackers import Trackers
+from megatron_psft.progress import progress
 from megatron_psft.scoring.old_policy import CurrentPolicy, OldPolicy, objective_at
 from megatron_psft.train.assemble import Run
 from megatron_psft.train.optimizer import update

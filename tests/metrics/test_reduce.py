@@ -1,6 +1,5 @@
-"""Means over the tokens of all ranks by one division, the error that every rank shares, and the files of a run."""
+"""Means over the tokens of all ranks by one division, and the error that every rank shares."""
 
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,14 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_psft.config.schema import LoggingConfig, ObjectiveConfig
+from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import UserError
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
-from megatron_psft.metrics.run_log import METRICS_FILE, RunLog
 from megatron_psft.metrics.sums import BatchSums, batch_sums
 from megatron_psft.metrics.table import means
-from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
 from megatron_psft.objectives.objective import Objective
 from tests.support import oracle
@@ -200,75 +197,3 @@ def test_evaluation_is_a_sum_over_a_sum(pool, layout):
     results = pool.run(_evaluate, 4, layout)
     assert results[0] == pytest.approx(expected, rel=1e-7)
     assert results[1:] == [results[0]] * 3
-
-
-def values(step: int, run: int = 0) -> dict[str, float]:
-    """A line of a run without `step`; recognizable by run and step."""
-    return {
-        "loss": step + run / 8,
-        "entropy": 1.0,
-        "clip_fraction": 0.5,
-        "tokens_per_second": 1e3,
-        "grad_norm": 0.1 * step,
-    }
-
-
-def report(folder, first_step: int = 1, **options) -> RunLog:
-    trackers = Trackers(LoggingConfig(), folder, first_step=first_step)
-    return RunLog(folder, trackers, first_step=first_step, **{"train_iters": 9, "log_interval": 100, **options})
-
-
-def lines(folder) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-
-
-def write_steps(folder, first_step: int, last_step: int, run: int = 0, **options) -> None:
-    with report(folder, first_step, **options) as target:
-        for step in range(first_step, last_step + 1):
-            target.record(step, values(step, run))
-
-
-def test_each_step_is_one_line_that_is_there_at_once(tmp_path):
-    with report(tmp_path) as target:
-        target.record(1, values(1))
-        assert lines(tmp_path) == [{"step": 1, **values(1)}]
-        target.record(2, values(2) | {"valid_nll": 0.5})
-        assert lines(tmp_path) == [{"step": 1, **values(1)}, {"step": 2, **values(2), "valid_nll": 0.5}]
-
-
-@pytest.mark.parametrize("cut", [0, 1, 5, 40])
-def test_a_resumed_run_repeats_no_step_and_leaves_none_out(tmp_path, cut):
-    write_steps(tmp_path, 1, 6)
-    path = tmp_path / METRICS_FILE
-    path.write_bytes(path.read_bytes()[: -cut or None])  # the run was killed within its sixth line
-    write_steps(tmp_path, 5, 7, run=1)
-    earlier = [{"step": step, **values(step)} for step in range(1, 5)]
-    assert lines(tmp_path) == earlier + [{"step": step, **values(step, run=1)} for step in range(5, 8)]
-    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
-
-
-def test_a_half_line_right_after_the_checkpoint_is_dropped_too(tmp_path):
-    write_steps(tmp_path, 1, 3)
-    with (tmp_path / METRICS_FILE).open("a") as file:
-        file.write('{"step": 4, "lo')
-    write_steps(tmp_path, 4, 4, run=1)
-    assert [line["loss"] for line in lines(tmp_path)] == [1, 2, 3, 4.125]
-
-
-def test_a_run_that_starts_anew_drops_what_an_earlier_one_left(tmp_path):
-    write_steps(tmp_path, 1, 3)
-    write_steps(tmp_path, 1, 2, run=1)
-    assert [line["loss"] for line in lines(tmp_path)] == [1.125, 2.125]
-
-
-def test_without_trackers_nothing_else_is_written(tmp_path):
-    write_steps(tmp_path, 1, 2)
-    assert [path.name for path in tmp_path.rglob("*")] == [METRICS_FILE]
-
-
-def test_a_line_is_printed_now_and_then(tmp_path, capsys):
-    write_steps(tmp_path, 1, 7, log_interval=3)
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert [line.split(":")[0] for line in printed] == ["step 3", "step 6"]
-    assert "loss 6, " in printed[1]
-    assert "grad_norm 0.6" in printed[1]

@@ -20,8 +20,9 @@ def test_each_metric_has_one_row_with_unit_and_text():
 
 
 def test_a_metric_is_of_the_runs_whose_objective_needs_what_it_is_about():
-    shared = {"loss": "denominator", "nll": "label_tokens", "entropy": "label_tokens"}
-    assert means(()) == means({"reference", "records"}) == shared
+    shared = means(())
+    assert set(shared.values()) == {"label_tokens", "denominator"}
+    assert means({"reference", "records"}) == shared
     old = means({"old"}).items() - shared.items()
     assert dict(old) == dict.fromkeys(("clip_fraction", "ratio_mean", "approx_kl"), "label_tokens")
     pairs = means({"pairs", "reference"}).items() - shared.items()
