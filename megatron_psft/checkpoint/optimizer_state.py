@@ -6,6 +6,9 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_psft.checkpoint.sharded_rows import ShardedRows
 
 # What a parameter group of the optimizer that offloads says of where and how it is updated.
 _PLACEMENT = {"fused", *inspect.signature(HybridDeviceOptimizer.__init__).parameters} - {"self", "params", "kwargs"}
@@ -13,6 +16,9 @@ _PLACEMENT = {"fused", *inspect.signature(HybridDeviceOptimizer.__init__).parame
 
 def sharded_optimizer_state(optimizer: MegatronOptimizer, weights: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """`optimizer.sharded_state_dict(weights, **options)`, which any run can load, whether it offloads or not."""
+    for chained in optimizer.chained_optimizers:
+        if isinstance(chained, DistributedOptimizer):
+            chained.sharded_param_state_fully_reshardable = ShardedRows(chained).sharded_state
     state = optimizer.sharded_state_dict(weights, **options)
     for group in _saved_groups(optimizer, state):
         for name in _PLACEMENT & group.keys():
@@ -37,7 +43,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
     steps = [state.pop("step") for state in states]
     for chained, parameter_state in zip(optimizer.chained_optimizers, parameter_states, strict=True):
         if parameter_state is not None:
-            chained.load_parameter_state_from_fully_reshardable(parameter_state)
+            ShardedRows(chained).fill(parameter_state)
     for state, step in zip(states, steps, strict=True):
         # Megatron-Core hands the same tensor to all parameters, each of which would advance it.
         state["step"] = step.clone()

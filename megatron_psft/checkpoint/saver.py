@@ -23,6 +23,7 @@ from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
 from megatron_psft.checkpoint.background import BackgroundCalls
 from megatron_psft.checkpoint.identity import VERSION, Identity
+from megatron_psft.checkpoint.replicas import share_out
 from megatron_psft.checkpoint.state import (
     _METADATA,
     TrainState,
@@ -139,6 +140,7 @@ class Saver:
     def _sharded_content(self, step: int) -> dict[str, Any]:
         state, parallel = self._state, self._parallel
         content = _sharded_state(state, is_loading=False)
+        share_out(content, parallel)
         scores = state.window.state(step)
         content["old_log_probs"] = {}
         if parallel.is_last_stage:

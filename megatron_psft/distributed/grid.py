@@ -40,6 +40,7 @@ class Parallel:
     """Ranks that share each expert."""
     expert_data_rank: int
     """Among the ranks with the same part of the same experts."""
+    expert_data_size: int
     device: torch.device
 
     @property
@@ -100,6 +101,7 @@ def initialize_parallel(
         expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
         expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
+        expert_data_size=parallel_state.get_expert_data_parallel_world_size(),
         device=device,
     )
 
