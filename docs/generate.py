@@ -13,6 +13,7 @@ from megatron_psft.config.resume import FREE, SAME, TOLD
 from megatron_psft.config.rules import OLD_POLICY_FIELDS
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.formats import PAIR_FORMATS, RECORD_FORMATS, format_table
+from megatron_psft.data.keys import key_table
 from megatron_psft.metrics.metric import Metric, Over
 from megatron_psft.metrics.table import METRICS
 from megatron_psft.objectives.declare import Requirement
@@ -23,6 +24,7 @@ DOCS = Path(__file__).parent
 PARTS: dict[str, Callable[[], str]] = {
     "record formats": lambda: format_table(RECORD_FORMATS),
     "pair formats": lambda: format_table(PAIR_FORMATS),
+    "keys": key_table,
     "metrics": lambda: metric_table(),
     "resume": lambda: resume_table(),
     "files": lambda: file_tables(),

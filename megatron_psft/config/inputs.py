@@ -70,10 +70,13 @@ class DataConfig:
     """What to do with records longer than `seq_length`: leave them out, cut their end off (not of preference pairs), or
     stop."""
     prompt_key: str = "prompt"
-    """Name of the prompt in records of prompt and completion. No effect on records of another form."""
+    """Name of the prompt in records of prompt and completion; dots go into objects (`extra_info.question`). If set,
+    each row must have it, and other forms of records are not read."""
     completion_key: str = "completion"
-    """Name of the completion in records of prompt and completion; its default also finds `demonstration`. No effect on
-    records of another form."""
+    """Name of the completion, as `prompt_key` is of the prompt; its default also finds `demonstration`."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows and messages to read as if they were not there. A key that may change what is learned, and that is
+    not supported, is refused otherwise."""
     system_prompt: str | None = None
     """System message of all records, instead of their own; each record's if unset."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"

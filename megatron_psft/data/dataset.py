@@ -18,7 +18,7 @@ from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.cache import DataCache, TokenizedSource
 from megatron_psft.data.chat import Example
 from megatron_psft.data.files import open_source
-from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.formats import DEFAULT_COMPLETION_KEY, RecordKeys
 from megatron_psft.data.records import raise_or_report
 from megatron_psft.data.statistics import DatasetStatistics, add_up, count_records
 from megatron_psft.errors import UserError
@@ -154,6 +154,7 @@ def build_dataset(
         completion=config.completion_key,
         system_prompt=config.system_prompt,
         are_pairs=are_pairs,
+        ignored=config.ignore_keys,
     )
     cache = DataCache(
         config.data_cache_dir,
@@ -178,6 +179,8 @@ def build_dataset(
 
 
 def _refuse_for_pairs(config: DataConfig) -> None:
+    if config.completion_key != DEFAULT_COMPLETION_KEY:
+        raise UserError(f"completion_key ({config.completion_key}) has no effect on preference pairs; unset it")
     if config.overlong == "truncate":
         raise UserError(
             "overlong (truncate) is not supported for preference pairs, whose sequences are compared whole; choose "

@@ -6,9 +6,9 @@ made from these lists. Docs: docs/extending.md, "A record format".
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from megatron_psft.data.messages import Message, RecordError, parse_message, parse_messages, wrong_type
+from megatron_psft.data.keys import is_empty, refused_beside, row_key_problem
+from megatron_psft.data.messages import Field, RecordError, Turn, parse_message, parse_messages, wrong_type
 from megatron_psft.errors import nearest_name_hint
 
 DEFAULT_PROMPT_KEY = "prompt"
@@ -23,17 +23,19 @@ _SHOWN_CHARACTERS = 40
 @dataclass(frozen=True, kw_only=True)
 class RecordKeys:
     """How rows are read. `system_prompt` replaces every record's own system message. `are_pairs`: rows are preference
-    pairs (see `pairs.py`)."""
+    pairs (see `pairs.py`). Keys of rows and of messages that are `ignored` are read as if they were not there."""
 
     prompt: str = DEFAULT_PROMPT_KEY
     completion: str = DEFAULT_COMPLETION_KEY
     system_prompt: str | None = None
     are_pairs: bool = False
+    ignored: tuple[str, ...] = ()
 
     @property
-    def are_named(self) -> bool:
-        """True if the user has named keys."""
-        return (self.prompt, self.completion) != (DEFAULT_PROMPT_KEY, DEFAULT_COMPLETION_KEY)
+    def named(self) -> tuple[str, ...]:
+        """The keys of formats for which the user has named others."""
+        chosen = {DEFAULT_PROMPT_KEY: self.prompt, DEFAULT_COMPLETION_KEY: self.completion}
+        return tuple(key for key, name in chosen.items() if name != key)
 
     def names_of(self, key: str) -> tuple[str, ...]:
         """Under which names a row may hold a format's `key`; the first that it has counts."""
@@ -42,13 +44,6 @@ class RecordKeys:
         if key != DEFAULT_COMPLETION_KEY:
             return (key,)
         return (key, *_PAPER_COMPLETION_KEYS) if self.completion == DEFAULT_COMPLETION_KEY else (self.completion,)
-
-
-class Field(NamedTuple):
-    """What a row holds for a format's key, and under which name, for errors."""
-
-    name: str
-    value: object
 
 
 Fields = Mapping[str, Field]
@@ -62,8 +57,10 @@ class Format:
     keys: tuple[str, ...]
     """A row that has all of them has this format."""
     optional: tuple[str, ...] = ()
-    parse: Callable[[Fields], tuple[Message, ...]]
-    """The messages of the keys that the row has. Raises RecordError."""
+    refused: tuple[str, ...] = ()
+    """Keys whose text belongs to the prompt, and would be dropped: a row that has text under one is refused."""
+    parse: Callable[[Fields], tuple[Turn, ...]]
+    """The turns of the keys that the row has. Raises RecordError."""
     example: str
     """A row, as a line of a JSON Lines file; docs/data.md shows it."""
 
@@ -72,7 +69,7 @@ class Format:
         names = {key: next((name for name in keys.names_of(key) if name in row), None) for key in self.all_keys}
         if any(names[key] is None for key in self.keys):
             return None
-        return {key: Field(name, row[name]) for key, name in names.items() if name is not None}
+        return {key: Field(name, row[name], keys.ignored) for key, name in names.items() if name is not None}
 
     @property
     def all_keys(self) -> tuple[str, ...]:
@@ -80,22 +77,35 @@ class Format:
         return (*self.keys, *self.optional)
 
 
-def messages_of(
+def turns_of(
     row: Mapping[str, object], formats: Sequence[Format], keys: RecordKeys, *, reason: str
-) -> tuple[Message, ...]:
-    """The messages of `row` in the first format that it has.
+) -> tuple[Turn, ...]:
+    """The turns of `row` in the first format that it has; where the user has named keys, only formats with these count.
 
-    A format whose keys the user has named is tried before all others. Raises RecordError, with `reason` if the row has
-    none of the formats.
+    Raises RecordError, with `reason` if the row has none of the formats, also for keys that are refused (`keys.py`).
     """
-    for format in sorted(formats, key=lambda format: not (keys.are_named and _has_user_keys(format))):
+    for key in keys.named:
+        candidates = [format for format in formats if key in format.keys]
+        if candidates and not any(name in row for name in keys.names_of(key)):
+            name = keys.names_of(key)[0]
+            raise RecordError(f"no key {name}", _describe_keys(row, candidates, keys))
+        formats = candidates or formats
+    for format in formats:
         if (fields := format.fields(row, keys)) is not None:
+            _refuse_keys(row, format, {field.name for field in fields.values()})
             return format.parse(fields)
     raise RecordError(reason, _describe_keys(row, formats, keys))
 
 
-def _has_user_keys(format: Format) -> bool:
-    return {DEFAULT_PROMPT_KEY, DEFAULT_COMPLETION_KEY} <= set(format.keys)
+def _refuse_keys(row: Mapping[str, object], format: Format, used: set[str]) -> None:
+    """Raises RecordError for a key of the row that would change what is learned, and that nobody reads."""
+    for key, value in row.items():
+        if key in used or is_empty(value):
+            continue
+        if key in format.refused and isinstance(value, str):
+            raise RecordError(refused_beside(key, format.name))
+        if key not in _FORMAT_KEYS and (problem := row_key_problem(key, value, format.optional)) is not None:
+            raise RecordError(problem)
 
 
 def _describe_keys(row: Mapping[str, object], formats: Sequence[Format], keys: RecordKeys) -> str:
@@ -103,7 +113,9 @@ def _describe_keys(row: Mapping[str, object], formats: Sequence[Format], keys: R
     found = ", ".join(names[:_SHOWN_KEYS]) + (", ..." if len(names) > _SHOWN_KEYS else "") if names else "none"
     accepted = [[keys.names_of(key)[0] for key in format.keys] for format in formats]
     known = {name for format in formats for key in format.all_keys for name in keys.names_of(key)}
-    hints = (nearest_name_hint(name, sorted(known)) for name in names if name not in known)
+    missing = [name for key in keys.named for name in keys.names_of(key) if name not in row]
+    hints = [nearest_name_hint(name, names) for name in missing]
+    hints += [nearest_name_hint(name, sorted(known)) for name in names if name not in known]
     return f"keys found: {found}; accepted: {'; '.join(map(_join, accepted))}{next(filter(None, hints), '')}"
 
 
@@ -121,39 +133,49 @@ def format_table(formats: Sequence[Format]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _parse_messages(fields: Fields) -> tuple[Message, ...]:
-    return parse_messages(fields["messages"].value, "messages")
+def _parse_messages(fields: Fields) -> tuple[Turn, ...]:
+    return parse_messages(fields["messages"])
 
 
-def _parse_conversations(fields: Fields) -> tuple[Message, ...]:
-    return parse_messages(fields["conversations"].value, "conversations")
+def _parse_conversations(fields: Fields) -> tuple[Turn, ...]:
+    return parse_messages(fields["conversations"])
 
 
-def _parse_prompt(fields: Fields) -> tuple[Message, ...]:
-    name, value = fields["prompt"]
-    return parse_messages(value, name, "user")
+def _parse_prompt(fields: Fields) -> tuple[Turn, ...]:
+    return tuple(Turn(turn.message, turn.is_learned, True) for turn in parse_messages(fields["prompt"], "user"))
 
 
-def _parse_prompt_and_completion(fields: Fields) -> tuple[Message, ...]:
-    name, value = fields["completion"]
-    return (*_parse_prompt(fields), *parse_messages(value, name, "assistant"))
+def _parse_prompt_and_completion(fields: Fields) -> tuple[Turn, ...]:
+    return join_turns(
+        _parse_prompt(fields), parse_messages(fields["completion"], "assistant"), fields["completion"].name
+    )
 
 
-def _parse_instruction(fields: Fields) -> tuple[Message, ...]:
+def join_turns(prompt: tuple[Turn, ...], answer: tuple[Turn, ...], name: str) -> tuple[Turn, ...]:
+    """The prompt with what answers it, which stands under `name`. Raises RecordError where it would have to go on with
+    the prompt's last turn: templates begin a new one."""
+    if prompt and answer and prompt[-1].message["role"] == answer[0].message["role"] == "assistant":
+        raise RecordError(
+            "prompt that ends with an assistant turn", f"{name} would have to go on with it; end it before"
+        )
+    return (*prompt, *answer)
+
+
+def _parse_instruction(fields: Fields) -> tuple[Turn, ...]:
     """Alpaca's `instruction`, and `input` if there is any, as the user's message."""
     instruction, given = _text(fields["instruction"]), _text(fields["input"]) if "input" in fields else ""
     prompt = f"{instruction}\n{given}" if given else instruction
-    return (parse_message({"role": "user", "content": prompt}, "instruction"),)
+    return (parse_message({"role": "user", "content": prompt}, "instruction")._replace(is_prompt=True),)
 
 
-def _parse_alpaca(fields: Fields) -> tuple[Message, ...]:
+def _parse_alpaca(fields: Fields) -> tuple[Turn, ...]:
     prompt = _parse_instruction(fields)
     return (*prompt, parse_message({"role": "assistant", "content": _text(fields["output"])}, "output"))
 
 
 def _text(field: Field) -> str:
     if not isinstance(field.value, str):
-        raise wrong_type(*field)
+        raise wrong_type(field.name, field.value)
     return field.value
 
 
@@ -173,6 +195,7 @@ RECORD_FORMATS = (
     Format(
         name="prompt and completion",
         keys=("prompt", "completion"),
+        refused=("input", "context"),
         parse=_parse_prompt_and_completion,
         example='{"prompt": "2+2?", "completion": "4"}',
     ),
@@ -180,6 +203,7 @@ RECORD_FORMATS = (
         name="Alpaca",
         keys=("instruction", "output"),
         optional=("input",),
+        refused=("context",),
         parse=_parse_alpaca,
         example='{"instruction": "Add", "input": "2 and 2", "output": "4"}',
     ),
@@ -190,6 +214,7 @@ PAIR_FORMATS = (
     Format(
         name="prompt",
         keys=("prompt", "chosen", "rejected"),
+        refused=("input", "context"),
         parse=_parse_prompt,
         example='{"prompt": "2+2?", "chosen": "4", "rejected": "5"}',
     ),
@@ -209,6 +234,7 @@ PAIR_FORMATS = (
         name="Alpaca",
         keys=("instruction", "chosen", "rejected"),
         optional=("input",),
+        refused=("context",),
         parse=_parse_instruction,
         example='{"instruction": "Add", "input": "2 and 2", "chosen": "4", "rejected": "5"}',
     ),
@@ -221,3 +247,8 @@ PAIR_FORMATS = (
     ),
 )
 """Of preference pairs. `parse` gives the messages of the prompt; `pairs.py` reads the two sides."""
+
+_FORMAT_KEYS = frozenset(
+    {key for format in (*RECORD_FORMATS, *PAIR_FORMATS) for key in format.all_keys} | {*_PAPER_COMPLETION_KEYS}
+)
+"""A row may have those of several formats: the first counts, as for sets that have both prompts and messages."""

@@ -5,15 +5,23 @@ message as OpenAI's API has them, or ShareGPT's `function_call` turns.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, cast, get_args
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
+
+from megatron_psft.data.keys import LEARN_KEYS, REASONING_KEYS, is_empty, message_key_problem
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+_KEYS_OF_BOTH = frozenset({"tool_calls", "tool_call_id", *REASONING_KEYS, *LEARN_KEYS})
+_KEYS, _SHAREGPT_KEYS = _KEYS_OF_BOTH | {"role", "content"}, _KEYS_OF_BOTH | {"from", "value"}
 
-_UNSUPPORTED_KEYS = ("function_call",)
-"""Keys that change what has to be learned: training as if they were not there would be silently wrong."""
+# The arguments of `apply_chat_template`, and what the trainer gives a template itself.
+_RESERVED_KWARGS = frozenset(
+    {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding"}
+    | {"continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+    | {"return_assistant_tokens_mask", "strftime_now", "raise_exception"}
+)
 
 
 class _Call(TypedDict):
@@ -27,12 +35,12 @@ class ToolCall(_Call, total=False):
     id: str
 
 
-class _Turn(TypedDict):
+class _RoleAndContent(TypedDict):
     role: Role
     content: str
 
 
-class Message(_Turn, total=False):
+class Message(_RoleAndContent, total=False):
     """One turn, in the form that chat templates take. A key that says nothing is left out, since templates ask whether
     it is there."""
 
@@ -42,6 +50,23 @@ class Message(_Turn, total=False):
     """Of a tool's turn: the call that it answers."""
     name: str
     """Of a tool's turn: the function that was called."""
+
+
+class Turn(NamedTuple):
+    """A message, and what the row says of its place in training. `is_prompt`: nothing of it is learned, be it an
+    assistant's, since it stands before what is. Not `is_learned`: the message itself says that it is no label."""
+
+    message: Message
+    is_learned: bool = True
+    is_prompt: bool = False
+
+
+class Field(NamedTuple):
+    """What a row holds under a key, with its name for errors. Keys of messages that are `ignored` are not read."""
+
+    name: str
+    value: object
+    ignored: Collection[str] = ()
 
 
 class RecordError(ValueError):
@@ -58,17 +83,59 @@ def wrong_type(what: str, value: object) -> RecordError:
     return RecordError("wrong type", f"{what} is {type(value).__name__}")
 
 
-def parse_messages(value: object, name: str, role_of_string: Role | None = None) -> tuple[Message, ...]:
-    """The checked messages of a list that stands under `name` in a row; a plain string becomes one message of role
-    `role_of_string`, if given. Raises RecordError."""
-    if isinstance(value, str) and role_of_string is not None:
-        value = [{"role": role_of_string, "content": value}]
+def parse_messages(field: Field, role_of_string: Role | None = None) -> tuple[Turn, ...]:
+    """The checked turns of a list of messages, of its JSON text, or of its columns (`{"role": [...], "content":
+    [...]}`). With `role_of_string` a string is no JSON text but the one message of that role. Raises RecordError."""
+    name, value, ignored = field
+    if isinstance(value, str):
+        value = _parse_list_text(value, name) if role_of_string is None else _text_message(value, name, role_of_string)
+    elif isinstance(value, dict):
+        value = _rows_of_columns(value, name)
     if not isinstance(value, list):
         raise wrong_type(name, value)
+    if ignored:
+        value = [
+            {key: item for key, item in message.items() if key not in ignored} if isinstance(message, dict) else message
+            for message in value
+        ]
     return tuple(parse_message(message, f"{name}[{index}]") for index, message in enumerate(value))
 
 
-def parse_message(value: object, where: str) -> Message:
+def _parse_list_text(text: str, name: str) -> object:
+    if not text.lstrip().startswith("["):
+        raise RecordError("wrong type", f"{name} is str, neither a list nor the JSON text of one")
+    return _parse_json_text(text, name)
+
+
+def _text_message(text: str, name: str, role: Role) -> list[object]:
+    if text.lstrip().startswith("[{") and _is_text_of_messages(text):
+        # To train on JSON as an answer is rare, and so is a list that was written as text; only who wrote it knows.
+        raise RecordError("JSON text of messages", f"{name}; give a list, or one message that has the text as content")
+    return [{"role": role, "content": text}]
+
+
+def _is_text_of_messages(text: str) -> bool:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return all(
+        isinstance(item, dict) and ({"role", "content"} <= {*item} or {"from", "value"} <= {*item}) for item in value
+    )
+
+
+def _rows_of_columns(value: Mapping[str, object], name: str) -> list[object]:
+    """A list of objects from an object of lists, as older versions of `datasets` write the former."""
+    columns = {key: column for key, column in value.items() if isinstance(column, list)}
+    if not columns or len(columns) < len(value):
+        raise wrong_type(name, value)
+    lengths = {key: len(column) for key, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise RecordError("wrong type", f"{name} has lists of different lengths: {lengths!s:.80}")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def parse_message(value: object, where: str) -> Turn:
     """One checked message; `where` names it in errors. Raises RecordError."""
     if not isinstance(value, dict):
         raise RecordError("wrong type", f"{where} is {type(value).__name__}, not an object")
@@ -76,24 +143,80 @@ def parse_message(value: object, where: str) -> Message:
     role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
     given_role, content = value.get(role_key), value.get(content_key)
     role = _parse_role(given_role, role_key, where, is_sharegpt)
-    refuse_unsupported(value, _UNSUPPORTED_KEYS)
+    if not value.keys() <= (known := _SHAREGPT_KEYS if is_sharegpt else _KEYS):
+        _refuse_unknown(value, known | {"name"} if role == "tool" else known, where)
     is_call = is_sharegpt and given_role == "function_call"
     calls = _parse_calls(content if is_call else value.get("tool_calls"), where)
     if calls and role != "assistant":
         raise RecordError("tool_calls outside an assistant turn", f"{where}, {role}")
     # A turn that only calls has no content, or an empty one.
-    content = "" if is_call or (calls and content is None) else content
-    if not isinstance(content, str):
-        raise RecordError("wrong type", f"{where} has {content_key} of type {type(content).__name__}, not a string")
-    if not content.strip() and role not in ("system", "developer", "tool") and not calls:
+    text = "" if is_call or (calls and content is None) else _parse_content(content, content_key, where)
+    if not text.strip() and role not in ("system", "developer", "tool") and not calls:
         raise RecordError("empty content", f"{where}, {role}")
-    _check_text(content, where)
-    message: Message = {"role": role, "content": content}
+    message: Message = {"role": role, "content": text}
     if calls:
         message["tool_calls"] = calls
-    if reasoning := value.get("reasoning_content"):
-        message["reasoning_content"] = _parse_reasoning(reasoning, role, where)
-    return message
+    if len(value) == 2:
+        return Turn(message)
+    if reasoning := _parse_reasoning(value, role, where):
+        message["reasoning_content"] = reasoning
+    if role == "tool":
+        _add_names(message, value, where)
+    return Turn(message, is_learned=_parse_learned(value, where))
+
+
+def _refuse_unknown(value: Mapping[str, object], known: Collection[str], where: str) -> None:
+    """Raises RecordError for a key that is not `known` and might say what is to be learned. The reason names one, so
+    that reasons are few; the others are in the detail."""
+    unknown = {key: message_key_problem(key) for key in value if key not in known}
+    problems = [(key, problem) for key, problem in unknown.items() if problem and not is_empty(value[key])]
+    if problems:
+        others = ", ".join(f"{key:.40}" for key, _ in problems[1:10])
+        raise RecordError(problems[0][1], f"{where}; so are {others}" if others else where)
+
+
+def _parse_content(content: object, key: str, where: str) -> str:
+    if isinstance(content, list):
+        content = "".join(_parse_part(part, f"{where}.{key}[{index}]") for index, part in enumerate(content))
+    if not isinstance(content, str):
+        raise RecordError("wrong type", f"{where} has {key} of type {type(content).__name__}, not a string")
+    _check_text(content, where)
+    return content
+
+
+def _parse_part(part: object, where: str) -> str:
+    if not isinstance(part, dict):
+        raise wrong_type(where, part)
+    if (kind := part.get("type")) != "text":
+        raise RecordError(f"content part of type {kind!r:.40} is not supported: only text is trained on", where)
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise wrong_type(f"{where}.text", text)
+    _refuse_unknown(part, ("type", "text"), where)
+    return text
+
+
+def _add_names(message: Message, value: Mapping[str, object], where: str) -> None:
+    for key in ("tool_call_id", "name"):
+        if is_empty(given := value.get(key)):
+            continue
+        if not isinstance(given, str):
+            raise RecordError("wrong type", f"{where} has {key} of type {type(given).__name__}, not a string")
+        _check_text(given, f"{where}, {key}")
+        message[key] = given  # type: ignore[literal-required]
+
+
+def _parse_learned(value: Mapping[str, object], where: str) -> bool:
+    """False where the message says that it is not to be learned."""
+    given = {key: flag for key in LEARN_KEYS if (flag := value.get(key)) is not None}
+    for key, flag in given.items():
+        if not isinstance(flag, bool | int | float) or flag not in (0, 1):
+            allowed = "0 or 1" if key == "weight" else "true or false"
+            raise RecordError(f"message key {key} is not {allowed}", f"{where} has {flag!r:.40}")
+    if len({bool(flag) for flag in given.values()}) > 1:
+        shown = ", ".join(f"{key} {flag!r}" for key, flag in given.items())
+        raise RecordError("message keys that contradict each other", f"{where} has {shown}")
+    return all(given.values())
 
 
 def _parse_role(value: object, key: str, where: str, is_sharegpt: bool) -> Role:
@@ -106,13 +229,17 @@ def _parse_role(value: object, key: str, where: str, is_sharegpt: bool) -> Role:
     return cast(Role, role)
 
 
-def _parse_reasoning(value: object, role: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError("wrong type", f"{where} has reasoning_content of type {type(value).__name__}, not a string")
-    if role != "assistant":
-        raise RecordError("reasoning_content outside an assistant turn", f"{where}, {role}")
-    _check_text(value, f"{where}, reasoning_content")
-    return value
+def _parse_reasoning(value: Mapping[str, object], role: str, where: str) -> str:
+    given = {key: text for key in REASONING_KEYS if not is_empty(text := value.get(key))}
+    for key, text in given.items():
+        if not isinstance(text, str):
+            raise RecordError("wrong type", f"{where} has {key} of type {type(text).__name__}, not a string")
+        if role != "assistant":
+            raise RecordError(f"{key} outside an assistant turn", f"{where}, {role}")
+        _check_text(text, f"{where}, {key}")
+    if len({*given.values()}) > 1:
+        raise RecordError("two texts of reasoning", f"{where} has {' and '.join(given)}")
+    return cast(str, next(iter(given.values()), ""))
 
 
 def _parse_calls(value: object, where: str) -> list[ToolCall]:
@@ -153,6 +280,20 @@ def parse_tools(value: object) -> tuple[dict[str, Any], ...]:
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
 
+def parse_template_kwargs(value: object, name: str) -> dict[str, Any]:
+    """Variables for a chat template, from an object or its JSON text; those that are null are left out. Raises
+    RecordError, also for names that the trainer, or transformers, gives to templates itself."""
+    value = _parse_json_text(value, name)
+    if is_empty(value):
+        return {}
+    if not isinstance(value, dict):
+        raise RecordError("wrong type", f"{name} is {type(value).__name__}, not an object")
+    if reserved := sorted(_RESERVED_KWARGS & value.keys()):
+        raise RecordError(f"{name} may not set {reserved[0]}")
+    _check_unicode(_to_json(value, name), name)
+    return {key: item for key, item in value.items() if item is not None}
+
+
 def _parse_json_text(value: object, where: str) -> Any:
     """The value that a JSON text stands for; other values are themselves."""
     if not isinstance(value, str) or not value.strip():
@@ -168,14 +309,6 @@ def _to_json(value: object, where: str) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:  # NaN, or what only a columnar file can hold
         raise RecordError("not JSON", f"{where}: {error}") from error
-
-
-def refuse_unsupported(keyed: Mapping[str, object], keys: Sequence[str]) -> None:
-    """Raises RecordError if one of `keys` has a value."""
-    for key in keys:
-        # Empty lists are what columnar files put where a row has none.
-        if keyed.get(key) not in (None, [], {}, ""):
-            raise RecordError(f"{key} is not supported yet")
 
 
 def _check_text(text: str, where: str) -> None:

@@ -3,7 +3,7 @@
 What comes before them is the prompt, in one of `formats.PAIR_FORMATS`; without one both sides are whole conversations,
 and what they share is the prompt.
 
-A side is a string, a message, or a list of messages, which may repeat the prompt. `system` and `tools` are those of
+A side is a string, a message, or a list of messages, which may repeat the prompt. All other keys are those of
 `records.py`. Only what differs is learned from: an assistant's turn that both sides share is no label.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_psft.data.files import BadRecord, Row
-from megatron_psft.data.formats import PAIR_FORMATS, RecordKeys, messages_of
-from megatron_psft.data.messages import Message, RecordError, parse_messages, parse_tools
-from megatron_psft.data.records import Record, parse_with, read_object, with_system_prompt
+from megatron_psft.data.formats import PAIR_FORMATS, RecordKeys, join_turns, turns_of
+from megatron_psft.data.messages import Field, Message, RecordError, Turn, parse_messages
+from megatron_psft.data.records import Record, make_record, parse_with, read_object, with_system_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,32 +35,33 @@ def parse_pair(row: Row | BadRecord, keys: RecordKeys) -> Pair | BadRecord:
 
 
 def _parse_value(value: object, source: str, keys: RecordKeys) -> Pair:
-    row = read_object(value)
-    prompt = messages_of(row, PAIR_FORMATS, keys, reason="no preference pair")
+    row = read_object(value, keys)
+    prompt = turns_of(row, PAIR_FORMATS, keys, reason="no preference pair")
     if "advantage" in row:
         raise RecordError("advantage is not supported in a preference pair")
-    chosen = with_system_prompt(row, _parse_side(row, "chosen", prompt), keys)
-    rejected = with_system_prompt(row, _parse_side(row, "rejected", prompt), keys)
-    prompt_length, tools = _shared_length(chosen, rejected), parse_tools(row.get("tools"))
-    return Pair(
-        chosen=Record(messages=chosen, source=source, tools=tools, prompt_length=prompt_length),
-        rejected=Record(messages=rejected, source=source, tools=tools, prompt_length=prompt_length),
-    )
+    sides = [with_system_prompt(row, _parse_side(row, key, prompt, keys), keys) for key in ("chosen", "rejected")]
+    length = _shared_length(*(_messages_of(side) for side in sides))
+    chosen, rejected = (make_record(row, side, source, prompt_length=length) for side in sides)
+    return Pair(chosen=chosen, rejected=rejected)
 
 
-def _parse_side(row: Mapping[str, object], key: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+def _messages_of(turns: tuple[Turn, ...]) -> tuple[Message, ...]:
+    return tuple(turn.message for turn in turns)
+
+
+def _parse_side(row: Mapping[str, object], key: str, prompt: tuple[Turn, ...], keys: RecordKeys) -> tuple[Turn, ...]:
     """The whole conversation of one side."""
     value = row[key]
     if isinstance(value, str) and not prompt:
         raise RecordError("wrong type", f"{key} is a string, and there is no prompt")
-    messages = parse_messages([value] if isinstance(value, dict) else value, key, "assistant")
-    if not prompt or messages[: len(prompt)] == prompt:
-        return messages
-    if messages and messages[0]["role"] != "assistant":
-        raise RecordError(
-            "two different prompts", f"{key} begins with another {messages[0]['role']} turn than the prompt"
-        )
-    return (*prompt, *messages)
+    is_message = isinstance(value, dict) and not any(isinstance(item, list) for item in value.values())
+    turns = parse_messages(Field(key, [value] if is_message else value, keys.ignored), "assistant")
+    if not prompt or _messages_of(turns[: len(prompt)]) == _messages_of(prompt):
+        return turns
+    if turns and turns[0].message["role"] != "assistant":
+        role = turns[0].message["role"]
+        raise RecordError("two different prompts", f"{key} begins with another {role} turn than the prompt")
+    return join_turns(prompt, turns, key)
 
 
 def _shared_length(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:

@@ -1,7 +1,6 @@
 """Raw rows -> chat records; a row that is not one is kept with its place and reason, never dropped in silence.
 
-Which rows are records: `formats.py`. Beside the keys of a format, `system` is the system message, `tools` holds the
-schemas of functions, as a list or as its JSON text, and `advantage` is the record's weight in a policy gradient.
+Which rows are records: `formats.py`. Which keys are read beside those of a format, and which are refused: `keys.py`.
 """
 
 from collections import Counter
@@ -10,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron_psft.data.files import BadRecord, Row, open_rows
-from megatron_psft.data.formats import RECORD_FORMATS, RecordKeys, messages_of
+from megatron_psft.data.formats import RECORD_FORMATS, RecordKeys, turns_of
+from megatron_psft.data.keys import KWARGS_KEY, SYSTEM_KEYS, THINKING_KEY
 from megatron_psft.data.messages import (
     Message,
     RecordError,
+    Turn,
     parse_message,
+    parse_template_kwargs,
     parse_tools,
-    refuse_unsupported,
     wrong_type,
 )
 from megatron_psft.errors import UserError
@@ -24,9 +25,6 @@ from megatron_psft.errors import UserError
 Parsed = TypeVar("Parsed")
 
 _LARGEST_ADVANTAGE = 3.4028234663852886e38  # of fp32, in which it is kept
-
-_UNSUPPORTED_KEYS = ("functions", "history", "images", "videos", "audios")
-"""Keys that change what has to be learned: training as if they were not there would be silently wrong."""
 
 _REPORTED_RECORDS = 20
 
@@ -110,45 +108,102 @@ def raise_or_report(
     return report if number else ""
 
 
-def read_object(row: object) -> dict[str, Any]:
-    """The row without the keys that are null. Raises RecordError for another value, and for keys that are not
-    supported."""
+def read_object(row: object, keys: RecordKeys) -> dict[str, Any]:
+    """The row without the keys that are null or ignored, and with what lies under a named key that has dots. Raises
+    RecordError for another value."""
     if not isinstance(row, dict):
         raise RecordError("not an object", f"found {type(row).__name__}")
-    row = {key: value for key, value in row.items() if value is not None}
-    refuse_unsupported(row, _UNSUPPORTED_KEYS)
+    row = {key: value for key, value in row.items() if value is not None and key not in keys.ignored}
+    for name in (keys.prompt, keys.completion):
+        if "." in name and name not in row and (value := _look_up(row, name)) is not None:
+            row[name] = value
     return row
 
 
-def _parse_value(row: object, source: str, keys: RecordKeys) -> Record:
-    row = read_object(row)
-    messages = with_system_prompt(row, messages_of(row, RECORD_FORMATS, keys, reason="no known keys"), keys)
-    if all(message["role"] != "assistant" for message in messages):
+def _look_up(row: Mapping[str, object], path: str) -> object:
+    """What lies under a path of keys, None where nothing does."""
+    value: object = row
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _parse_value(value: object, source: str, keys: RecordKeys) -> Record:
+    row = read_object(value, keys)
+    turns = with_system_prompt(row, turns_of(row, RECORD_FORMATS, keys, reason="no known keys"), keys)
+    return make_record(row, turns, source, advantage=_parse_advantage(row.get("advantage", 1.0)))
+
+
+def make_record(
+    row: Mapping[str, object],
+    turns: Sequence[Turn],
+    source: str,
+    *,
+    advantage: float = 1.0,
+    prompt_length: int | None = None,
+) -> Record:
+    """The record of these turns, with what else the row says of it; the prompt is as long as the turns say if
+    `prompt_length` is None. Raises RecordError where nothing of it can be learned."""
+    if prompt_length is None:
+        prompt_length = sum(turn.is_prompt for turn in turns)
+    assistants = [index for index, turn in enumerate(turns) if turn.message["role"] == "assistant"]
+    if not assistants:
         raise RecordError("no assistant turn")
+    if not any(index >= prompt_length and turns[index].is_learned for index in assistants):
+        raise RecordError(
+            "no assistant turn to learn", "each belongs to the prompt, or has weight 0, train false or the like"
+        )
     return Record(
-        messages=messages,
+        messages=tuple(turn.message for turn in turns),
         source=source,
         tools=parse_tools(row.get("tools")),
-        advantage=_parse_advantage(row.get("advantage", 1.0)),
+        advantage=advantage,
+        prompt_length=prompt_length,
+        unlearned=frozenset(index for index, turn in enumerate(turns) if not turn.is_learned),
+        template_kwargs=_parse_kwargs(row),
     )
 
 
-def with_system_prompt(
-    row: Mapping[str, object], messages: tuple[Message, ...], keys: RecordKeys
-) -> tuple[Message, ...]:
-    """`messages` with the system message first, if there is one. Raises RecordError if both the row and the messages
-    have one."""
+def with_system_prompt(row: Mapping[str, object], turns: tuple[Turn, ...], keys: RecordKeys) -> tuple[Turn, ...]:
+    """`turns` with the system message first, if there is one. Raises RecordError for two that differ."""
     if keys.system_prompt is not None:
-        others = (message for message in messages if message["role"] != "system")
-        return ({"role": "system", "content": keys.system_prompt}, *others)
-    system = row.get("system", "")
-    if not isinstance(system, str):
-        raise wrong_type("system", system)
-    if not system:
-        return messages
-    if any(message["role"] == "system" for message in messages):
-        raise RecordError("two system messages", "one under system and one among the messages")
-    return (parse_message({"role": "system", "content": system}, "system"), *messages)
+        text, turns = keys.system_prompt, tuple(turn for turn in turns if turn.message["role"] != "system")
+    elif not (text := _system_text(row)) or _has_system(turns, text):
+        return turns
+    is_prompt = bool(turns) and turns[0].is_prompt
+    return (parse_message({"role": "system", "content": text}, "system")._replace(is_prompt=is_prompt), *turns)
+
+
+def _system_text(row: Mapping[str, object]) -> str:
+    texts = {key: text for key in SYSTEM_KEYS if key in row and (text := row[key]) != ""}
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise wrong_type(key, text)
+    if len({*texts.values()}) > 1:
+        raise RecordError("two system messages", f"under {' and '.join(texts)}")
+    return str(next(iter(texts.values()), ""))
+
+
+def _has_system(turns: Sequence[Turn], text: str) -> bool:
+    """True where the turns have this system message themselves."""
+    own = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
+    if own and own != [text]:
+        raise RecordError("two system messages", "one of the row and one among the messages")
+    return bool(own)
+
+
+def _parse_kwargs(row: Mapping[str, object]) -> dict[str, Any]:
+    if KWARGS_KEY not in row and THINKING_KEY not in row:
+        return {}
+    kwargs = parse_template_kwargs(row.get(KWARGS_KEY), KWARGS_KEY)
+    thinking = row.get(THINKING_KEY)
+    if thinking is None:
+        return kwargs
+    if not isinstance(thinking, bool):
+        raise RecordError("wrong type", f"{THINKING_KEY} is {type(thinking).__name__}, not true or false")
+    if kwargs.get(THINKING_KEY, thinking) != thinking:
+        raise RecordError(f"two values of {THINKING_KEY}", f"one of the row and one in its {KWARGS_KEY}")
+    return {**kwargs, THINKING_KEY: thinking}
 
 
 def _parse_advantage(value: object) -> float:

@@ -129,7 +129,11 @@ BAD = [
         "advantage is not supported in a preference pair",
         "",
     ),
-    ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "images": ["a.png"]}, "images is not supported yet", ""),
+    (
+        {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "images": ["a.png"]},
+        "row key images is not supported: only text is trained on; --ignore-keys images trains without it",
+        "",
+    ),
     ({"conversations": [{"from": "robot", "value": "Hi?"}], "chosen": YES, "rejected": NO}, "unknown role", "robot"),
 ]
 

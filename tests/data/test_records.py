@@ -1,6 +1,7 @@
 """Which rows are records, and how the others are reported."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,11 +39,11 @@ def read_one(folder: Path, row: object, **keys: str) -> Record | BadRecord:
     [
         {"messages": [USER, ASSISTANT]},
         {"messages": [USER, ASSISTANT], "prompt": "other", "prompt_id": 7, "completion": "other"},
-        {"messages": [{**USER, "name": "me"}, {**ASSISTANT, "tool_calls": None}], "tools": [], "advantage": None},
+        {"messages": [{**USER, "id": "me"}, {**ASSISTANT, "tool_calls": None}], "tools": [], "advantage": None},
         {"prompt": "Hi?", "completion": "Yes."},
         {"prompt": [USER], "completion": [ASSISTANT]},
         {"prompt": [USER], "completion": "Yes."},
-        {"prompt": "Hi?", "completion": [ASSISTANT], "messages": None},
+        {"prompt": "Hi?", "completion": [ASSISTANT]},
         {"prompt": [USER], "demonstration": "Yes."},
         {"prompt": [USER], "demostration": "Yes."},
         {"prompt": "Hi?", "completion": "Yes.", "demonstration": "No."},
@@ -54,7 +55,10 @@ def read_one(folder: Path, row: object, **keys: str) -> Record | BadRecord:
     ],
 )
 def test_every_form_gives_the_same_messages(tmp_path, row):
-    assert read_one(tmp_path, row) == Record(messages=CHAT, source=f"{tmp_path}/a.jsonl:1")
+    record = read_one(tmp_path, row)
+    assert isinstance(record, Record), record
+    assert replace(record, prompt_length=0) == Record(messages=CHAT, source=f"{tmp_path}/a.jsonl:1")
+    assert record.prompt_length == ("messages" not in row and "conversations" not in row)
 
 
 def test_the_input_of_an_alpaca_record_follows_its_instruction(tmp_path):
@@ -127,8 +131,35 @@ def test_named_keys_win_over_messages_and_over_the_default_keys(tmp_path):
     assert record.messages == CHAT
 
 
-def test_rows_without_the_named_keys_may_still_be_messages(tmp_path):
-    record = read_one(tmp_path, {"messages": [USER, ASSISTANT]}, prompt="question", completion="answer")
+@pytest.mark.parametrize(
+    ("row", "keys", "reason", "hint"),
+    [
+        ({"question": "Hi?", "answer": "Yes."}, {"completion": "answerr"}, "no key answerr", "did you mean answer?"),
+        ({"question": "Hi?", "answer": "Yes."}, {"prompt": "questionn"}, "no key questionn", "did you mean question?"),
+        ({"messages": [USER, ASSISTANT]}, {}, "no key question", "keys found: messages; accepted: question and answer"),
+        ({"instruction": "Hi?", "output": "Yes."}, {}, "no key question", ""),
+        ({"question": "Hi?", "completion": "Yes.", "conversations": []}, {}, "no key answer", ""),
+        ({"question": "Hi?", "answer": None, "messages": [USER, ASSISTANT]}, {}, "no key answer", ""),
+        ({"extra": {"answer": "Yes."}, "question": "Hi?"}, {"completion": "extra.answerr"}, "no key extra.answerr", ""),
+    ],
+)
+def test_a_named_key_that_a_row_lacks_is_an_error_whatever_else_it_has(tmp_path, row, keys, reason, hint):
+    bad = read_one(tmp_path, row, **{"prompt": "question", "completion": "answer"} | keys)
+    assert isinstance(bad, BadRecord)
+    assert (bad.reason, hint in bad.detail) == (reason, True)
+
+
+@pytest.mark.parametrize("others", [{}, {"messages": [ASSISTANT]}, {"answer": "No."}])
+def test_dots_in_a_named_key_go_into_objects(tmp_path, others):
+    row = {"prompt": [USER], "extra_info": {"reply": {"text": "Yes."}, "split": "train"}, **others}
+    record = read_one(tmp_path, row, completion="extra_info.reply.text")
+    assert isinstance(record, Record)
+    assert record.messages == CHAT
+
+
+def test_a_key_that_has_dots_itself_is_no_path(tmp_path):
+    row = {"a.b": "Hi?", "a": {"b": "no"}, "completion": "Yes."}
+    record = read_one(tmp_path, row, prompt="a.b")
     assert isinstance(record, Record)
     assert record.messages == CHAT
 
@@ -157,7 +188,8 @@ def chat_with(**changes: object) -> dict[str, object]:
         ({"prompt": 1, "completion": "Yes."}, "wrong type", "prompt is int"),
         ({"prompt": "Hi?", "completion": {"a": 1}}, "wrong type", "completion is dict"),
         (chat_with(content=None), "wrong type", "messages[1] has content of type NoneType, not a string"),
-        (chat_with(content=[{"type": "text"}]), "wrong type", "messages[1] has content of type list"),
+        (chat_with(content=[{"type": "text"}]), "wrong type", "messages[1].content[0].text is NoneType"),
+        (chat_with(content={"text": "a"}), "wrong type", "messages[1] has content of type dict"),
         (chat_with(role=["assistant"]), "wrong type", "messages[1] has role of type list"),
         (
             chat_with(role="gpt"),
@@ -176,7 +208,6 @@ def chat_with(**changes: object) -> dict[str, object]:
             ({"messages": [USER, ASSISTANT], "advantage": value}, "advantage is not finite in fp32", f"found {value!r}")
             for value in [float("nan"), float("inf"), -3.5e38, 10**39]
         ),
-        (chat_with(function_call={"name": "f"}), "function_call is not supported yet", ""),
         ({"messages": [USER, ASSISTANT], "system": 7}, "wrong type", "system is int"),
         ({"messages": [SYSTEM, USER, ASSISTANT], "system": "x"}, "two system messages", ""),
         ({"messages": [USER, ASSISTANT], "tools": 7}, "wrong type", "tools is not a list of objects"),
@@ -210,8 +241,6 @@ def chat_with(**changes: object) -> dict[str, object]:
         ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "not JSON", "conversations[0], calls: "),
         ({"instruction": 7, "output": "Yes."}, "wrong type", "instruction is int"),
         ({"instruction": "Hi?", "output": ""}, "empty content", "output, assistant"),
-        ({"instruction": "Hi?", "output": "Yes.", "history": [["a", "b"]]}, "history is not supported yet", ""),
-        ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, "images is not supported yet", ""),
         ({}, "no known keys", f"keys found: none; accepted: {ACCEPTED}"),
         (
             {"prompt": "Hi?", "completions": "Yes."},
@@ -234,7 +263,7 @@ def test_columns_of_the_reference_parquet_are_read(tmp_path):
     rows = [{"data_source": "limo", "prompt": [USER], "demonstration": "Yes."}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     records, bad = read_records([str(tmp_path / "train.parquet")])
-    assert records == [Record(messages=CHAT, source=f"{tmp_path}/train.parquet:1")]
+    assert records == [Record(messages=CHAT, source=f"{tmp_path}/train.parquet:1", prompt_length=1)]
     assert not bad
 
 
