@@ -23,15 +23,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StartPoint:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run goes on from, or whose weights a new one starts from."""
 
     checkpoint: Path
     step: int
-    """Completed steps."""
+    """Completed steps; `WEIGHTS_ONLY_STEP` for the weights alone."""
     changes: Sequence[Change]
     """Settings that the run which wrote it had otherwise, and that may change."""
     not_compared: str | None
     """What of the settings could not be compared, and why; None for nothing."""
+
+    def resumes(self, save: Path) -> bool:
+        """Whether it is a checkpoint of the run folder `save` itself, whose run has made these steps."""
+        return self.step != WEIGHTS_ONLY_STEP and self.checkpoint.parent == save
 
 
 def find_checkpoint(save: Path, load: Path | None, identity: Identity, settings: Settings) -> StartPoint | None:
@@ -59,14 +63,15 @@ def find_checkpoint(save: Path, load: Path | None, identity: Identity, settings:
     return _start_point(_find_intact("load", load, identity, settings), settings)
 
 
-def find_weights(init_from: Path, identity: Identity) -> Path:
+def find_weights(init_from: Path, identity: Identity) -> StartPoint:
     """The checkpoint whose weights a new run starts from, of any run: the newest of a run folder, or `init_from`
     itself; collective.
 
     Raises:
         UserError: there is none, or a damaged one, or it is of a model that differs in a field of `identity`.
     """
-    return _find_intact("init_from", init_from, identity, None)
+    checkpoint = _find_intact("init_from", init_from, identity, None)
+    return StartPoint(checkpoint=checkpoint, step=WEIGHTS_ONLY_STEP, changes=(), not_compared=None)
 
 
 def _find_intact(field: str, folder: Path, identity: Identity, settings: Settings | None) -> Path:

@@ -28,14 +28,31 @@ class WeightsConfig:
     async_save: bool = False
     """Write checkpoints in the background while training goes on; the last one is finished before the run ends."""
     load: PathText | None = None
-    """Run folder, or one step folder of it, to start from; or a folder that `psft convert` wrote, whose
-    weights take the place of those of `load_hf`. No effect where `save` holds a checkpoint. An objective that compares
-    with the model at the start compares with this one."""
+    """Run folder, or one step folder of it, to go on from in `save`: step, optimizer and place in the data are kept,
+    and settings compared as on resume. Or a folder that `psft convert` wrote, whose weights take the place of those of
+    `load_hf`. No effect where `save` holds a checkpoint. An objective that compares with the model at the start
+    compares with this one."""
+    init_from: PathText | None = None
+    """Run folder, one step folder of it, or a folder that `psft convert` wrote: a new run starts from its weights
+    instead of those of `load_hf`, at step 0 with a new optimizer. Data, objective and layout may be others, the model's
+    shape must be the same. No effect where `save` holds a checkpoint. An objective that compares with the model at the
+    start compares with this one."""
     export_hf: PathText | None = None
     """Folder that receives the trained model in Hugging Face format; none is written if unset."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "save_interval", "keep_last")
+        if self.init_from is not None and self.load is not None:
+            raise UserError(
+                f"init_from ({self.init_from}) starts a run, load ({self.load}) goes on with one; remove one of them"
+            )
+        if self.init_from is not None and self.random_init:
+            raise UserError(f"random_init (True) has no effect with init_from ({self.init_from}); remove one of them")
+
+    @property
+    def reads_hf_weights(self) -> bool:
+        """Whether the weights of `load_hf` are asked for, and not only its config and tokenizer."""
+        return not self.random_init and self.init_from is None
 
     @property
     def tokenizer_source(self) -> str:

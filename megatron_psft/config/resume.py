@@ -71,7 +71,7 @@ TOLD: Mapping[str, tuple[str, ...]] = {
     ),
     "valid_nll is of other batches from here on": ("valid_data", "eval_iters"),
     "the training tokens are the same": ("data", "tokenizer", "ignore_keys"),
-    "no effect: the weights are those of the checkpoint": ("load_hf", "random_init"),
+    "no effect: the weights are those of the checkpoint": ("load_hf", "random_init", "init_from"),
 }
 """Settings that may change, each named in a line when it does; by what the change means."""
 

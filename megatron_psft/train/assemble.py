@@ -9,8 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_psft.checkpoint.find import StartPoint, find_checkpoint
-from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, run_identity, start_identity
+from megatron_psft.checkpoint.find import StartPoint, find_checkpoint, find_weights
+from megatron_psft.checkpoint.identity import (
+    WEIGHTS_ONLY_STEP,
+    Identity,
+    run_identity,
+    start_identity,
+    weights_identity,
+)
 from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_weights
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, ObjectiveConfig
@@ -81,7 +87,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         train_iters=inputs.train_iters,
         tensor_size=parallel.tensor_size,
     )
-    start = _start_point(config, identity, inputs.train_iters)
+    start = _start_point(config, shape, identity, inputs.train_iters)
     checkpoint, first_step = (None, 0) if start is None else (start.checkpoint, start.step)
     chunks = build_model(shape, config, platform, parallel)
     if checkpoint is None:
@@ -96,7 +102,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     observers = _observers(config.objective, clipped_tokens, agreement)
     pipeline = Pipeline(chunks=chunks, parallel=parallel, observers=observers)
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
-    reference = _reference(config, inputs, pipeline, parallel, identity, checkpoint)
+    reference = _reference(config, inputs, pipeline, parallel, identity, start)
     state = TrainState(
         chunks=chunks,
         optimizer=optimizer,
@@ -178,14 +184,15 @@ def _reference(
     pipeline: Pipeline,
     parallel: Parallel,
     identity: Identity,
-    checkpoint: Path | None,
+    start: StartPoint | None,
 ) -> ReferencePass | None:
     if not config.objective.needs_reference:
         return None
     save, weights = Path(config.weights.save), config.weights
-    has_begun = checkpoint is not None and checkpoint.parent == save
+    has_begun = start is not None and start.resumes(save)
+    checkpoint = None if start is None else start.checkpoint
     seed = config.batch.seed if weights.random_init else None
-    start = None if has_begun else on_rank_zero(lambda: start_identity(checkpoint, inputs.model_folder, seed))
+    start_sum = None if has_begun else on_rank_zero(lambda: start_identity(checkpoint, inputs.model_folder, seed))
     folder = Path(weights.load_hf)
     return ReferencePass(
         folder=save / FOLDER,
@@ -193,15 +200,17 @@ def _reference(
         policy=pipeline,
         loader=_loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=False),
         parallel=parallel,
-        identity={**identity, "load_hf": str(folder.resolve() if folder.is_dir() else folder), START: start},
+        identity={**identity, "load_hf": str(folder.resolve() if folder.is_dir() else folder), START: start_sum},
         has_begun=has_begun,
     )
 
 
-def _start_point(config: Config, identity: Identity, train_iters: int) -> StartPoint | None:
+def _start_point(config: Config, shape: ModelShape, identity: Identity, train_iters: int) -> StartPoint | None:
     """The checkpoint to start from, if any; collective."""
-    save, load = config.weights.save, config.weights.load
+    save, load, init_from = config.weights.save, config.weights.load, config.weights.init_from
     start = find_checkpoint(Path(save), None if load is None else Path(load), identity, settings_of(config))
+    if start is None and init_from is not None:
+        return find_weights(Path(init_from), weights_identity(shape))
     if start is not None and start.step > train_iters:
         raise UserError(
             f"train_iters ({train_iters}) must not be below the {start.step} steps of {start.checkpoint}; raise it"

@@ -93,13 +93,13 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     Raises:
         UserError: anything that is missing, broken or does not fit together.
     """
-    model_folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=not config.weights.random_init)
+    model_folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=config.weights.reads_hf_weights)
     tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
     shape = read_shape(model_folder)
     check_layout(shape, config)
     _prepare_folders(config, model_folder, tokenizer_folder, is_main)
-    random_init = config.weights.random_init
-    weights = RandomWeights(shape, config.batch.seed) if random_init else SafetensorsFolder(model_folder, shape)
+    reads_weights = config.weights.reads_hf_weights
+    weights = SafetensorsFolder(model_folder, shape) if reads_weights else RandomWeights(shape, config.batch.seed)
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
     dataset = _read_dataset(config, config.data.data, tokenizer, is_main)
     valid = _read_dataset(config, config.data.valid_data, tokenizer, is_main) if config.data.valid_data else None
@@ -157,8 +157,9 @@ def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> It
     """Files and folders of a run, and the fields that name them."""
     weights, data = config.weights, config.data
     yield from (("save", Path(weights.save)), ("load_hf", model_folder), ("tokenizer", tokenizer_folder))
-    if weights.load is not None:
-        yield "load", Path(weights.load)
+    for name, path in (("load", weights.load), ("init_from", weights.init_from)):
+        if path is not None:
+            yield name, Path(path)
     yield "data_cache_dir", Path(data.data_cache_dir)
     for name, paths in (("data", data.data), ("valid_data", data.valid_data)):
         for path in paths:

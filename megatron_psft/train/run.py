@@ -61,7 +61,7 @@ def _record(run: Run) -> None:
     """Leaves in the run's folder how it was started, this time and the first."""
     save, start = Path(run.config.weights.save), run.start
     # Where `save` held no checkpoint, the run begins, and lines of an earlier start's steps go as well.
-    begins = start is None or start.checkpoint.parent != save
+    begins = start is None or not start.resumes(save)
     record_start(
         save,
         step=run.first_step,

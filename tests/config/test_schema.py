@@ -334,6 +334,19 @@ def test_a_value_out_of_range_is_refused(flags: str, message: str) -> None:
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--init-from a --load b", "init_from (a) starts a run, load (b) goes on with one; remove one of them"),
+        ("--init-from a --random-init", "random_init (True) has no effect with init_from (a); remove one of them"),
+    ],
+)
+def test_a_run_starts_from_one_set_of_weights(flags: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(*flags.split())
+    assert str(error.value) == message
+
+
 def test_ranges_hold_without_a_command_line_too() -> None:
     with pytest.raises(UserError, match="keep_last"):
         WeightsConfig(load_hf="hf", save="run", keep_last=0)
