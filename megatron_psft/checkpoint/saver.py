@@ -82,6 +82,7 @@ class Saver:
         self._sealer = ThreadPoolExecutor(max_workers=1)  # of rank 0
         self._sealing: Future[None] | None = None
         self._target = folder
+        self._has_to_validate = True
 
     def save(self, step: int) -> None:
         """Writes the checkpoint of `step` completed steps, and removes what `keep_last` makes superfluous.
@@ -94,7 +95,8 @@ class Saver:
         needed_bytes = self._state_bytes()
         staging = on_rank_zero(lambda: _begin(target, needed_bytes))
         with self._writing(), naming_lost_peers(f"checkpoint {target}"), helpers_outlive_signals():
-            request = _plan(self._sharded_content(step), staging)
+            request = _plan(self._sharded_content(step), staging, is_first=self._has_to_validate)
+            self._has_to_validate = False
             if request.async_fn is not None:  # there may be nothing to write on this rank
                 write = partial(_write, request.async_fn, staging, self._parallel.rank)
                 request = request._replace(async_fn=write)
@@ -222,13 +224,22 @@ def _write_failed(cause: str, target: Path) -> str:
     )
 
 
-def _plan(content: dict[str, Any], staging: Path) -> AsyncRequest:
+def _plan(content: dict[str, Any], staging: Path, *, is_first: bool) -> AsyncRequest:
     """What each rank is to write into which of its files: the tensors themselves, which must not change until they are
-    copied or written."""
+    copied or written.
+
+    Whether all ranks' parts make whole tensors is asked before a process's first checkpoint, which the others repeat:
+    for it every rank hears of every other's tensors.
+    """
     with plain_operations():
         _own_storages(content)
         return dist_checkpointing.save(
-            content, str(staging), content_metadata=dict(_METADATA), async_sharded_save=True, **save_options()
+            content,
+            str(staging),
+            content_metadata=dict(_METADATA),
+            async_sharded_save=True,
+            validate_access_integrity=is_first,
+            **save_options(),
         )
 
 

@@ -23,7 +23,8 @@ FEW_STEPS = ("--train-iters", "3", "--save-interval", "2")
 def test_a_rank_saves_and_loads_its_own_share_of_the_state(pool, tmp_path, inputs, flags):
     run = tmp_path / "run"
     argv = inputs.argv(run, *flags, *FEW_STEPS)
-    saves = [moved for moved, _ in pool.run(state_bytes_moved, 4, argv)]
+    saves, _, asks = zip(*pool.run(state_bytes_moved, 4, argv), strict=True)
+    assert asks == ([True, False],) * 4, "whether the parts make whole tensors is asked once"
     numbers = [sum(math.prod(shape) for shape in found.values()) for found in whole_shapes(run / "step_0000003")]
     (whole,) = {4 * number for number in numbers}
     # Twelve bytes of each parameter, and of those that tensor-parallel ranks hold alike those of one of them.
@@ -32,7 +33,7 @@ def test_a_rank_saves_and_loads_its_own_share_of_the_state(pool, tmp_path, input
         assert saved["described"] <= 1.3 * 3 * whole / 4
     expected = metrics_of(run)
     forget_steps_from(run, 3)
-    for _, loaded in pool.run(state_bytes_moved, 4, argv):
+    for _, loaded, _ in pool.run(state_bytes_moved, 4, argv):
         assert 0 < loaded["described"] <= 1.3 * 3 * whole / 4
     assert metrics_of(run) == expected
 
@@ -57,14 +58,16 @@ def whole_shapes(checkpoint: Path) -> list[dict[str, tuple[int, ...]]]:
     ]
 
 
-def state_bytes_moved(argv: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+def state_bytes_moved(argv: list[str]) -> tuple[dict[str, int], dict[str, int], list[bool]]:
     """What this rank's last save of a run, and what its load, say of the optimizer's state: bytes that are described,
-    and bytes that it writes."""
-    saved, loaded = Counter[str](), Counter[str]()
+    and bytes that it writes. And whether each save had the parts of all ranks compared."""
+    saved, loaded, asks = Counter[str](), Counter[str](), []
 
     def counting(inner, moved):
         def count(content, *args, **kwargs):
             moved.clear()
+            if moved is saved:
+                asks.append(kwargs["validate_access_integrity"])
             for value in nested_values(content):
                 if isinstance(value, ShardedTensor) and value.key.startswith(STATE):
                     size = math.prod(value.local_shape) * value.dtype.itemsize
@@ -81,4 +84,4 @@ def state_bytes_moved(argv: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     ):
         done = run_cli(argv)
         assert done.code == 0, done.err
-    return dict(saved), dict(loaded)
+    return dict(saved), dict(loaded), asks
