@@ -1,22 +1,76 @@
 """The exceptions whose text is all that a user needs; every other one is a bug and keeps its traceback."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+from typing import ClassVar
 
 
-class UserError(ValueError):
-    """A mistake in flags, files or data.
+class ExplainedError(Exception):
+    """The base of errors whose text is all that a user needs: the entry point prints it as one `error:` line."""
 
-    The text names the field, the value found, the rule and the remedy. All ranks raise it together; the entry point
-    prints it as one `error:` line and exits with code 2.
+    exit_code: ClassVar[int]
+    """With which the process ends, so that a job script can tell what to do next."""
+
+
+class UserError(ExplainedError, ValueError):
+    """A mistake in flags, files or data: what has to be fixed before a next start.
+
+    The text names the field, the value found, the rule and the remedy. All ranks raise it together.
     """
 
+    exit_code = 2
 
-class RankError(Exception):
-    """What went wrong around the program, as a peer that is gone or a disk that fails, and only this rank may know of.
 
-    The entry point prints it as this rank's `error:` line and leaves with code 2 without waiting for the other ranks.
+class DivergenceError(ExplainedError, ArithmeticError):
+    """Loss or gradients are not finite: the same start would end alike. All ranks raise it together, before the update.
+
+    The text names step and rank.
     """
+
+    exit_code = 3
+
+
+class InfrastructureError(ExplainedError):
+    """A peer, a disk or a node was lost: the same start may do better elsewhere or later. All ranks raise it together.
+
+    The text says what was lost while doing what.
+    """
+
+    exit_code = 4
+
+
+class RankError(InfrastructureError):
+    """As `InfrastructureError`, but only this rank may know of it: it leaves without waiting for the others."""
+
+
+_LOST_STORAGE = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EROFS,  # how a file system answers that was taken out of use after an error
+        errno.ESTALE,
+        errno.EREMOTEIO,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.ENOTCONN,
+        errno.ESHUTDOWN,
+        errno.ECONNRESET,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+    }
+)
+
+
+def storage_error(error: OSError, text: str) -> UserError | InfrastructureError:
+    """What to raise, with `text`, for a file that could not be read or written: `InfrastructureError` where the disk is
+    full or fails, `UserError` where the path or the rights to it are wrong."""
+    return InfrastructureError(text) if error.errno in _LOST_STORAGE else UserError(text)
 
 
 def nearest_name_hint(name: str, known: Iterable[str]) -> str:

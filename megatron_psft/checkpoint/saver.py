@@ -2,13 +2,13 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ from megatron_psft.distributed.cpu_shims import plain_operations
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.megatron_lines import save_options
 from megatron_psft.distributed.signals import helpers_outlive_signals
-from megatron_psft.errors import RankError, UserError
+from megatron_psft.errors import InfrastructureError, RankError, storage_error
 from megatron_psft.model.parameters import own_parameters
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ class Saver:
         """Writes the checkpoint of `step` completed steps, and removes what `keep_last` makes superfluous.
 
         Raises:
-            UserError: it could not be written; the checkpoints before it are as they were.
+            InfrastructureError: it could not be written, as on a full disk; the checkpoints before it are as they were.
+            UserError: the folder or the rights to it are wrong.
         """
         self.finish()
         self._target = target = folders.step_folder(self._folder, step)
@@ -176,7 +177,7 @@ class Saver:
                 folders.remove_older(self._folder, self._keep_last)
             except OSError as error:
                 sealed.discard(target)
-                raise UserError(_write_failed(str(error), target)) from error
+                raise storage_error(error, _write_failed(str(error), target)) from error
 
         if self._parallel.is_main:  # in a thread: the disk's confirmation and the removal of files take their time
             self._sealing = self._sealer.submit(seal)
@@ -192,9 +193,8 @@ class Saver:
         try:
             yield
         except CheckpointException as error:  # raised by all ranks, with the causes on rank 0
-            causes = [str(cause) for cause, _ in error.failures.values()]
-            on_rank_zero(lambda: sealed.discard(self._target))
-            raise UserError(_write_failed("; ".join(causes[:1]), self._target)) from None
+            causes = [cause for cause, _ in error.failures.values()]
+            on_rank_zero(lambda: self._give_up(causes))
         except (EOFError, ConnectionError) as error:
             raise RankError(
                 f"rank {self._parallel.rank}: save: the process that writes {self._target} is gone ({error!r}); the "
@@ -203,6 +203,12 @@ class Saver:
         except (OSError, RuntimeError) as error:  # torch.save answers a full disk with the latter
             raise RankError(f"rank {self._parallel.rank}: {_write_failed(str(error), self._target)}") from error
 
+    def _give_up(self, causes: Sequence[BaseException]) -> NoReturn:
+        sealed.discard(self._target)
+        cause = causes[0]
+        text = _write_failed(str(cause), self._target)
+        raise storage_error(cause, text) if isinstance(cause, OSError) else InfrastructureError(text)
+
 
 def _begin(target: Path, needed_bytes: int) -> Path:
     """Makes the folder to write in, where there is room for what is to come."""
@@ -210,7 +216,7 @@ def _begin(target: Path, needed_bytes: int) -> Path:
     free_bytes = shutil.disk_usage(staging).free
     if free_bytes < needed_bytes:
         sealed.discard(target)
-        raise UserError(
+        raise InfrastructureError(
             f"save ({target.parent}) must have room for a checkpoint, about {needed_bytes / 2**30:.2g} GiB, and has "
             f"{free_bytes / 2**30:.2g} GiB; the checkpoints before it are intact; make room and start again"
         )

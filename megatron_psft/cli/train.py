@@ -5,19 +5,18 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_psft.cli.exit_code import EXIT_BUG, EXIT_SIGNALLED, check_file, exit_code_of, leave, left_behind
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.paths import expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
-from megatron_psft.errors import RankError, UserError
+from megatron_psft.errors import ExplainedError, RankError, UserError
 from megatron_psft.hf.folder import check_apart
-
-EXIT_USER_ERROR = 2
-EXIT_SIGNALLED = 128  # plus the signal's number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM
 
 EXAMPLES = """examples:
   eight GPUs; the model is exported at the end:
@@ -33,53 +32,62 @@ The same command again resumes from the newest checkpoint in --save. In a checko
 `torchrun -m megatron_psft`. Before a run, `psft plan` says what it takes, `psft data` what it trains on, and `psft
 doctor` what this machine has.
 
-Exit code: 0; 2 after an error that is explained; 130 after Ctrl-C and 143 after SIGTERM, with a checkpoint."""
+Exit code: 0; 1 after a bug, with a traceback; 2 after a mistake in flags, files or data; 3 where the loss or the
+gradient norm is not finite; 4 where a peer, disk or node was lost; 130 after Ctrl-C and 143 after SIGTERM, with a
+checkpoint. torchrun exits with 1 whatever its processes did: if the environment variable PSFT_EXIT_CODE_FILE names a
+file that does not exist, the first rank that fails writes its code there."""
 
 _ENV_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """What torchrun sets, and what holds in a process that it has not started."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line on this rank and returns the exit code: 0, 2 after an error that is explained, or 128 plus
-    the number of the signal that ended the run."""
+    """Runs the command line on this rank and returns the exit code: 0, that of an error that is explained
+    (`ExplainedError.exit_code`), or 128 plus the number of the signal that ended the run."""
     rank, world_size, local_rank = _ranks()
     configure_output(level=logging.INFO, rank=rank)
-    try:
-        config = parse_flags(Config, argv, prog="psft train", epilog=EXAMPLES)
-        validate(config, world_size)
-        if config.weights.export_hf is not None:
-            check_apart("export_hf", Path(config.weights.export_hf), _config_file(argv))
-    except UserError as error:
-        return refuse(error)
+    with left_behind():
+        try:
+            check_file()
+            config = parse_flags(Config, argv, prog="psft train", epilog=EXAMPLES)
+            validate(config, world_size)
+            if config.weights.export_hf is not None:
+                check_apart("export_hf", Path(config.weights.export_hf), _config_file(argv))
+        except UserError as error:
+            return refuse(error)
+        return _train(config, rank, world_size, local_rank)
 
+
+def _train(config: Config, rank: int, world_size: int, local_rank: int) -> int:
     # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
     from megatron_psft.distributed.device import detect
     from megatron_psft.distributed.grid import process_group
     from megatron_psft.train.run import run
 
     platform = detect(local_rank)
-    with process_group(platform, world_size, config.parallel.distributed_timeout_minutes):
+    with process_group(platform, world_size, config.parallel.distributed_timeout_minutes), left_behind():
         try:
             signum = run(config, platform, rank, local_rank)
-        except UserError as error:
+        except (RankError, OSError) as error:
+            return _leave_alone(error, rank)
+        except ExplainedError as error:
             return refuse(error)
-        except RankError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return EXIT_USER_ERROR
         except KeyboardInterrupt:
             signum = signal.SIGINT
-    if not signum:
-        return 0
+        if not signum:
+            return 0
+        leave(EXIT_SIGNALLED + signum)
     if rank == 0:
         name = signal.Signals(signum).name
         print(f"ended by {name}: the same command resumes from the newest checkpoint", file=sys.stderr)
     return EXIT_SIGNALLED + signum
 
 
-def refuse(error: UserError) -> int:
+def refuse(error: ExplainedError) -> int:
     """Prints the error once and returns the exit code. All ranks have the same one and leave together: torchrun ends
     the others when the first exits."""
     rank, world_size, _ = _ranks()
+    leave(error.exit_code)
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     if world_size > 1:
@@ -88,7 +96,20 @@ def refuse(error: UserError) -> int:
         if not dist.is_initialized():
             dist.init_process_group("gloo")
         dist.barrier()
-    return EXIT_USER_ERROR
+    return error.exit_code
+
+
+def _leave_alone(error: RankError | OSError, rank: int) -> int:
+    """Prints what only this rank may know of and returns the exit code; raises an `OSError` that is no lost storage."""
+    code = exit_code_of(error)
+    if code == EXIT_BUG:
+        raise error
+    leave(code)
+    if isinstance(error, OSError):
+        traceback.print_exception(error)  # the text alone may not name the file
+        error = RankError(f"rank {rank}: {error}; what it has saved is intact; start again when the storage is well")
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
 
 
 def _config_file(argv: Sequence[str]) -> list[tuple[str, Path]]:

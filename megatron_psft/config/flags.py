@@ -23,7 +23,7 @@ from argcomplete.completers import ChoicesCompleter
 
 from megatron_psft.config.paths import PathText, escape_path, expand_path
 from megatron_psft.config.yaml_files import read_settings
-from megatron_psft.errors import UserError, nearest_name_hint
+from megatron_psft.errors import ExplainedError, UserError, nearest_name_hint
 from megatron_psft.objectives.declare import Range
 
 _Root = TypeVar("_Root")
@@ -83,13 +83,13 @@ def run_command(
     prog: str | None = None,
     epilog: str,
 ) -> int:
-    """Runs `command` with what `parse_flags` builds; returns its exit code (0 where it has none), or 2 after a user's
-    mistake, which is printed as one `error:` line."""
+    """Runs `command` with what `parse_flags` builds; returns its exit code (0 where it has none), or that of an error
+    that is explained, as 2 after a user's mistake, which is printed as one `error:` line."""
     try:
         return command(parse_flags(root, argv, prog=prog, epilog=epilog)) or 0
-    except UserError as error:
+    except ExplainedError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+        return error.exit_code
 
 
 def parse_flags(root: type[_Root], argv: Sequence[str], *, prog: str | None = None, epilog: str | None = None) -> _Root:

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_psft import sealed
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.errors import RankError, UserError
+from megatron_psft.errors import InfrastructureError, RankError, UserError, storage_error
 
 Result = TypeVar("Result")
 
@@ -22,36 +22,52 @@ _PATIENCE = timedelta(days=7)
 def on_every_rank(action: Callable[[], Result]) -> Result:
     """Runs `action` on every rank and makes its failure everybody's.
 
-    A `UserError` on any rank, say a file missing on one node, raises on all ranks with the text of the lowest failing
-    rank, so that none waits in a collective for the others.
+    A `UserError` or `InfrastructureError` on any rank, say a file missing on one node, raises on all ranks with the
+    text of the lowest failing rank, so that none waits in a collective for the others.
     """
-    result, message = None, None
+    result, failure = None, None
     try:
         result = action()
-    except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for found in messages:
+    except (UserError, InfrastructureError) as error:
+        failure = _shared(error)
+    failures: list[_Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for found in failures:
         if found is not None:
-            raise UserError(found)
+            _raise(found)
     return result  # type: ignore[return-value]
 
 
 def on_rank_zero(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Runs `action` on rank 0 and returns its result on every rank; its `UserError` or `OSError` is everybody's
-    `UserError`. Collective over `group`, or all ranks, which wait as long as its timeout says."""
+    """Runs `action` on rank 0 and returns its result on every rank; its `UserError` or `InfrastructureError` is
+    everybody's, and an `OSError` is one of these (`storage_error`). Collective over `group`, or all ranks, which wait
+    as long as its timeout says."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = action()
-        except (UserError, OSError) as error:
-            box[1] = str(error)
+        except (UserError, InfrastructureError) as error:
+            box[1] = _shared(error)
+        except OSError as error:
+            box[1] = _shared(storage_error(error, str(error)))
     dist.broadcast_object_list(box, group=group)
-    result, message = box
-    if message is not None:
-        raise UserError(message)
+    result, failure = box
+    if failure is not None:
+        _raise(failure)
     return result
+
+
+_Failure = tuple[type[UserError] | type[InfrastructureError], str]
+"""An error as it travels to the other ranks."""
+
+
+def _shared(error: UserError | InfrastructureError) -> _Failure:
+    return (UserError if isinstance(error, UserError) else InfrastructureError), str(error)
+
+
+def _raise(failure: _Failure) -> NoReturn:
+    kind, text = failure
+    raise kind(text)
 
 
 @contextmanager

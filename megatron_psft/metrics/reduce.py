@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.errors import UserError
+from megatron_psft.errors import DivergenceError
 from megatron_psft.metrics.histogram import count_bins, percentiles
 from megatron_psft.metrics.sums import BatchSums
 from megatron_psft.metrics.table import METRICS, means
@@ -41,7 +41,7 @@ def reduce_metrics(
         The step's means, percentiles and counts by name, the same on every rank.
 
     Raises:
-        UserError: on every rank, where the loss of any rank is not finite; names step and rank.
+        DivergenceError: on every rank, where the loss of any rank is not finite; names step and rank.
     """
     over = means(needs)
     summed = tuple(dict.fromkeys([*over, *over.values()]))
@@ -66,7 +66,7 @@ def reduce_metrics(
     dist.all_reduce(added)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     if largest[0] > 0:
-        raise UserError(
+        raise DivergenceError(
             f"step {step}: the loss is not finite on rank {int(largest[0]) - 1}; nothing was updated; resume "
             "from the last checkpoint with a lower lr, or check the data of this step"
         )

@@ -34,7 +34,7 @@ from megatron_psft.distributed.collective import (
 )
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.signals import StopRequested
-from megatron_psft.errors import UserError
+from megatron_psft.errors import InfrastructureError, UserError, storage_error
 from megatron_psft.objectives.labels import LabelStats
 from megatron_psft.progress import progress
 from megatron_psft.scoring.values import VALUES, RecordValues
@@ -86,8 +86,9 @@ class ReferencePass:
         `between_batches` is called after each batch; where it raises `StopRequested`, what was done counts.
 
         Raises:
-            UserError: the run has begun and what it needs is missing, damaged or of another run; no room or a failing
-                disk; log-probabilities that are no numbers.
+            UserError: the run has begun and what it needs is missing, damaged or of another run; log-probabilities that
+                are no numbers.
+            InfrastructureError: no room, or a failing disk.
         """
         lack = self._find_lack()
         if lack is not None and self.has_begun:
@@ -162,7 +163,7 @@ class ReferencePass:
         free_bytes = shutil.disk_usage(partial).free
         if free_bytes < self.values.size_bytes:
             sealed.discard(self.folder)
-            raise UserError(
+            raise InfrastructureError(
                 f"save ({self.folder.parent}) must have room for the reference's log-probabilities, "
                 f"{self.values.size_bytes / 2**30:.2g} GiB, and has {free_bytes / 2**30:.2g} GiB; make room and start "
                 "again"
@@ -216,9 +217,10 @@ class ReferencePass:
             try:
                 return action()
             except OSError as error:
-                raise UserError(
+                text = (
                     f"save: {self._partial / VALUES} could not be written ({error}); fix the folder, or make room in "
                     "it, and start again: the reference's pass goes on from where it was"
-                ) from error
+                )
+                raise storage_error(error, text) from error
 
         return on_every_rank(explained)

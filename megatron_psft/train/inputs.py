@@ -15,7 +15,7 @@ from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset, parse_weighted_path
 from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.distributed.collective import on_every_rank, patient_group
-from megatron_psft.errors import UserError
+from megatron_psft.errors import InfrastructureError, UserError, storage_error
 from megatron_psft.hf import folder, hub
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.gpt import check_layout
@@ -44,12 +44,13 @@ class Inputs:
 def read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
     """`read_inputs` in the first process of each node, which tokenizes what the cache has not, then in the others,
     which find it there; collective."""
-    inputs, error = None, None
+    inputs: Inputs | None = None
+    error: UserError | InfrastructureError | None = None
     if local_rank == 0:
         try:
             inputs = read_inputs(config, is_main=rank == 0)
-        except UserError as mistake:
-            error = mistake
+        except (UserError, InfrastructureError) as failure:
+            error = failure
     has_failed = _wait_for_all(error is not None)
 
     def finish() -> Inputs | None:
@@ -142,9 +143,8 @@ def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path,
     try:
         save.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"save ({config.weights.save}) must be a folder that can be written: {error.strerror}"
-        ) from None
+        text = f"save ({config.weights.save}) must be a folder that can be written: {error.strerror}"
+        raise storage_error(error, text) from None
     if config.weights.export_hf is not None:
         target = Path(config.weights.export_hf)
         folder.check_apart("export_hf", target, _needed_by(config, model_folder, tokenizer_folder))

@@ -12,7 +12,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_psft.config.schema import Config
-from megatron_psft.errors import UserError
+from megatron_psft.errors import DivergenceError
 
 
 def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
@@ -70,7 +70,7 @@ def update(optimizer: MegatronOptimizer, step: int, device: torch.device) -> flo
     """Clips the gradients and steps the optimizer; returns the norm before clipping. `device` is this rank's.
 
     Raises:
-        UserError: on every rank and before any weight has changed, where the norm is not finite.
+        DivergenceError: on every rank and before any weight has changed, where the norm is not finite.
     """
     # Megatron-Core would take the step with a non-finite norm, so the norm is taken once more ahead of it. That reads
     # the gradients, one pass over memory, against the many of forward and backward.
@@ -78,7 +78,7 @@ def update(optimizer: MegatronOptimizer, step: int, device: torch.device) -> flo
     norm = optimizer.get_grad_norm()
     culprit = _rank_to_blame(optimizer, norm, device)
     if culprit is not None:
-        raise UserError(
+        raise DivergenceError(
             f"step {step}: the gradient norm is not finite, first seen on rank {culprit}; nothing was updated; resume "
             "from the last checkpoint with a lower lr, or check the data of this step"
         )

@@ -26,7 +26,7 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
         0, or the number of the signal that ended the run early; then the same command goes on from there.
 
     Raises:
-        UserError: on every rank alike.
+        UserError, DivergenceError, InfrastructureError: on every rank alike.
         RankError: on this rank, whatever the others do.
     """
     on_every_rank(lambda: check_machine(config.precision, platform))

@@ -200,7 +200,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_other(pool, tmp_path, inpu
     flags = (*DIST_OPT, "--save-interval", "2", "--keep-last", "1")
     train(pool, 2, inputs.argv(whole, *flags))
     exits = pool.run(_run_with_small_files, 2, inputs.argv(run, *flags, *background))
-    assert {exit.code for exit in exits} == {2}, [exit.err for exit in exits]
+    assert {exit.code for exit in exits} == {4}, [exit.err for exit in exits]
     errors = [line for exit in exits for line in exit.err.splitlines() if line.startswith("error: ")]
     assert "could not be written" in errors[0], errors
     assert "Traceback" not in exits[0].err + exits[1].err
@@ -229,7 +229,7 @@ def _run_with_a_full_disk_on_rank_0(argv: list[str]) -> Exit:
 
 def test_a_rank_that_fails_alone_does_not_leave_the_others_waiting(pool, tmp_path, inputs):
     first, second = pool.run(_run_with_a_full_disk_on_rank_0, 2, inputs.argv(tmp_path / "run", *DIST_OPT, *EVERY_STEP))
-    assert (first.code, second.code) == (2, 2)
+    assert (first.code, second.code) == (4, 4)
     assert "error: rank 0: save: a checkpoint could not be written (basic_ios::clear: iostream error)" in first.err
     assert f"error: rank 1: checkpoint {step_folder(tmp_path / 'run', 1)}: " in second.err
     assert "another rank hangs or is gone" in second.err
@@ -250,7 +250,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(pool, tmp_path, input
     train(pool, 1, inputs.argv(tmp_path / "whole"))
     with small_disk(tmp_path / "disk", "12m") as disk:
         run = disk / "run"
-        line = refuse(pool, inputs.argv(run, *EVERY_STEP))
+        line = refuse(pool, inputs.argv(run, *EVERY_STEP), code=4)
         assert f"save ({run}) must have room for a checkpoint, about 0.00" in line
         assert "the checkpoints before it are intact; make room and start again" in line
         before = step_folders(run)
@@ -288,7 +288,7 @@ def _run_with_a_peer_that(fate: str, argv: list[str]) -> Exit:
 def test_a_rank_that_hangs_is_reported_with_collective_and_step(pool, tmp_path, inputs):
     argv = inputs.argv(tmp_path / "run", *TP2_SP, "--distributed-timeout-minutes", "0.2")
     hung = pool.run(_run_with_a_peer_that, 2, "hangs", argv)
-    assert [exit.code for exit in hung] == [2, 2]
+    assert [exit.code for exit in hung] == [4, 4]
     (line,) = [line for line in hung[0].err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: rank 0: step 3: ")
     assert "failed, as another rank hangs or is gone" in line

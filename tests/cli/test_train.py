@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_psft.cli.exit_code import FILE_VARIABLE
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, run_cli, run_torchrun
 
@@ -47,10 +48,10 @@ def command_line(inputs: Path, save: Path, **changes: object) -> list[str]:
     ]
 
 
-def assert_refused(pool, argv: list[str], *parts: str, world_size: int = 2) -> None:
-    """All ranks exit with code 2, and only rank 0 speaks: one `error:` line that holds all `parts`."""
+def assert_refused(pool, argv: list[str], *parts: str, world_size: int = 2, code: int = 2) -> None:
+    """All ranks exit with `code`, and only rank 0 speaks: one `error:` line that holds all `parts`."""
     exits = pool.run(run_cli, world_size, argv)
-    assert [exit.code for exit in exits] == [2] * world_size
+    assert [exit.code for exit in exits] == [code] * world_size
     printed = "".join(exit.out + exit.err for exit in exits)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, printed
@@ -230,7 +231,7 @@ def test_evaluation_does_not_change_the_training(pool, inputs, tmp_path):
 
 def test_non_finite_loss_stops_all_ranks_and_names_step_and_rank(pool, inputs, tmp_path):
     argv = command_line(inputs, tmp_path / "run", lr=1e30, clip_grad=1e30)
-    assert_refused(pool, argv + TP2, "step 2", "not finite on rank 0", "nothing was updated")
+    assert_refused(pool, argv + TP2, "step 2", "not finite on rank 0", "nothing was updated", code=3)
 
 
 def test_help_needs_no_torch_and_names_every_section():
@@ -273,9 +274,11 @@ def test_torchrun_trains_and_exports(inputs, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_torchrun_shows_a_mistake_once_and_code_2_for_every_rank(inputs, tmp_path):
+def test_torchrun_shows_a_mistake_once_and_its_code_is_left_in_the_file(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "code"))
     done = run_torchrun(["pretrain_psft.py", *command_line(inputs, tmp_path / "run", global_batch_size=3)], 2)
-    assert done.returncode != 0
+    assert done.returncode == 1
+    assert (tmp_path / "code").read_text() == "2\n"
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: global_batch_size (3) must be a multiple of")
     assert "exitcode  : 2" in done.stderr

@@ -9,7 +9,7 @@ import torch
 
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
-from megatron_psft.errors import UserError
+from megatron_psft.errors import DivergenceError
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.sums import BatchSums, batch_sums
 from megatron_psft.metrics.table import means
@@ -157,7 +157,7 @@ def _reduce_bad_loss(layout: str, bad_data_ranks: list[int], value: float) -> st
             sums[-1] = replace(sums[-1], totals={**sums[-1].totals, "loss": torch.tensor(value)})
         try:
             reduce_metrics(sums, [batch for batch, _, _ in entries], place, 7, needs=PSFT.needs)
-        except UserError as error:
+        except DivergenceError as error:
             return str(error)
         return None
 

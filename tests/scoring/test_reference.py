@@ -252,7 +252,7 @@ def _run_with_a_full_disk(argv: list[str]) -> Observed:
 def test_a_disk_that_fails_one_rank_ends_the_run_on_all(pool, tmp_path, inputs):
     argv = inputs.argv(tmp_path / "run", *DIST_OPT, *SEPARATE)
     observed = pool.run(_run_with_a_full_disk, 2, argv)
-    assert [one.exit.code for one in observed] == [2, 2]
+    assert [one.exit.code for one in observed] == [4, 4]
     assert "error: save: " in observed[0].exit.err
     assert "No space left on device" in observed[0].exit.err
     assert train(pool, 2, argv).scored == 2

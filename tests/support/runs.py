@@ -54,10 +54,10 @@ def train(pool, world_size: int, argv: list[str]) -> str:
     return results[0].out + results[0].err
 
 
-def refuse(pool, argv: list[str]) -> str:
+def refuse(pool, argv: list[str], code: int = 2) -> str:
     """Runs a command that must end with one line of explanation; returns it."""
     (result,) = pool.run(run_cli, 1, argv)
-    assert result.code == 2
+    assert result.code == code, result.err
     (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
     return line
 
