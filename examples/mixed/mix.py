@@ -114,7 +114,12 @@ def key_of(messages: Sequence[Any]) -> str:
 
 
 def as_demonstration(record: Record, advantage: float = 1.0) -> dict[str, Any]:
-    return {"messages": list(record.messages), "advantage": advantage, "source": "demonstration"}
+    in_prompt = {i for i in range(record.prompt_length) if record.messages[i]["role"] == "assistant"}
+    unlearned = in_prompt | record.unlearned
+    messages = [{**turn, "weight": 0} if i in unlearned else turn for i, turn in enumerate(record.messages)]
+    row: dict[str, Any] = {"messages": messages, "advantage": advantage, "source": "demonstration"}
+    row |= {"tools": list(record.tools)} if record.tools else {}
+    return row | ({"chat_template_kwargs": dict(record.template_kwargs)} if record.template_kwargs else {})
 
 
 def join_group(record: Record, group: list[RolloutRow] | None, config: MixConfig) -> Iterator[dict[str, Any]]:

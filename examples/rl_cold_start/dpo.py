@@ -55,8 +55,11 @@ def read_pairs(paths: Sequence[str]) -> list[dict[str, list[Message]]]:
         if isinstance(pair, BadRecord):
             raise UserError(f"pairs must hold usable rows only; the first that is not is {pair}")
         prompt, chosen, rejected = _split(pair)
-        if pair.chosen.tools or len(chosen) != 1 or len(rejected) != 1:
-            raise UserError(f"pairs must differ in one assistant turn, and have no tools; {pair.source} does not")
+        if pair.chosen.tools or pair.chosen.template_kwargs or len(chosen) != 1 or len(rejected) != 1:
+            raise UserError(
+                "pairs must differ in one assistant turn, and have no tools or variables for the chat template; "
+                f"{pair.source} does not"
+            )
         pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not pairs:
         raise UserError(f"pairs ({' '.join(paths)}) must hold at least one row")

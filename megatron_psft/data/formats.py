@@ -6,6 +6,7 @@ made from these lists. Docs: docs/extending.md, "A record format".
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_psft.data.keys import is_empty, refused_beside, row_key_problem
 from megatron_psft.data.messages import Field, RecordError, Turn, parse_message, parse_messages, wrong_type
@@ -31,7 +32,7 @@ class RecordKeys:
     are_pairs: bool = False
     ignored: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def named(self) -> tuple[str, ...]:
         """The keys of formats for which the user has named others."""
         chosen = {DEFAULT_PROMPT_KEY: self.prompt, DEFAULT_COMPLETION_KEY: self.completion}

@@ -125,7 +125,7 @@ _ROW_HEEDED, _MESSAGE_HEEDED = _names(ROW_HEEDED), _names(MESSAGE_HEEDED)
 
 def is_empty(value: object) -> bool:
     """True for what says nothing; empty lists are what columnar files put where a row has none."""
-    return value is None or (not value and isinstance(value, str | list | dict))
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 @lru_cache(maxsize=4096)
@@ -181,9 +181,13 @@ def _find(key: str, groups: Iterable[KeyGroup]) -> str | None:
 
 
 def _refusal(where: str, key: str, why: str) -> str:
-    shown = key if key.isidentifier() and len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]!r}"
-    way = f"--ignore-keys {shown} trains without it"
-    return f"{where} key {shown} {why}{' ' if why.endswith('?') else '; '}{way}"
+    way = f"--ignore-keys {shown_key(key)} trains without it"
+    return f"{where} key {shown_key(key)} {why}{' ' if why.endswith('?') else '; '}{way}"
+
+
+def shown_key(key: str) -> str:
+    """A key for an error text: quoted where it is no name, and cut where it is long."""
+    return key if key.isidentifier() and len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]!r}"
 
 
 def _hint(key: str, known: Collection[str]) -> str:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
-from megatron_psft.data.keys import LEARN_KEYS, REASONING_KEYS, is_empty, message_key_problem
+from megatron_psft.data.keys import LEARN_KEYS, REASONING_KEYS, is_empty, message_key_problem, shown_key
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -171,7 +171,7 @@ def _refuse_unknown(value: Mapping[str, object], known: Collection[str], where: 
     unknown = {key: message_key_problem(key) for key in value if key not in known}
     problems = [(key, problem) for key, problem in unknown.items() if problem and not is_empty(value[key])]
     if problems:
-        others = ", ".join(f"{key:.40}" for key, _ in problems[1:10])
+        others = ", ".join(shown_key(key) for key, _ in problems[1:10])
         raise RecordError(problems[0][1], f"{where}; so are {others}" if others else where)
 
 

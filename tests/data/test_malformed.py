@@ -144,7 +144,10 @@ json_values = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["role", "content", "from", "value", "messages", "tool_calls", "function", "name", "arguments"]
+                [
+                    *("role", "content", "from", "value", "messages", "tool_calls", "function", "name", "arguments"),
+                    *("type", "text", "weight", "train", "reasoning", "thinking", "tool_call_id", "zzz", "\ud800"),
+                ]
             ),
             inner,
             max_size=3,
@@ -154,10 +157,18 @@ json_values = st.recursive(
 )
 rows = st.dictionaries(
     st.sampled_from(
-        ["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "tools", "system"]
+        [
+            *("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "tools", "system"),
+            *("chat_template_kwargs", "enable_thinking", "system_prompt", "images", "zzz", "zzz_kwargs", "\ud800"),
+        ]
     ),
     json_values
-    | st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": json_values})),
+    | st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "tool"]), "content": json_values},
+            optional={key: json_values for key in ("weight", "loss", "thinking", "name", "zzz")},
+        )
+    ),
     max_size=4,
 )
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from examples.mixed import grpo, mix
 from megatron_psft.cli.rollout import RolloutConfig, main
 from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.schema import parse_config
+from megatron_psft.data.records import read_records
 from tests.support import tiny
 from tests.support.cli import REPOSITORY
 
@@ -66,6 +68,15 @@ def test_all_keeps_everything_as_it_is(mixed):
     assert [advantage for *_, advantage in records[4:]] == [0.5, -1.0, 0.5, *[0.0] * 6]
     assert "4 demonstrations, 3 of them with rollouts" in out
     assert ": 4 demonstrations, 9 rollouts" in out
+
+
+def test_a_demonstration_that_is_written_again_is_the_same_record(tmp_path):
+    turns = [*chat("a", "b"), {**chat("a", "c")[1], "weight": 0}, *chat("d", "e")]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"prompt": turns[:4], "completion": "e", "tools": tools, "enable_thinking": False, "system": "Be brief."}
+    (record,), _ = read_records([str(write_lines(tmp_path / "a.jsonl", [row]))])
+    (again,), _ = read_records([str(write_lines(tmp_path / "a.jsonl", [mix.as_demonstration(record)]))])
+    assert again == replace(record, prompt_length=0, unlearned={2, 3})
 
 
 def test_luffy_compares_the_demonstration_with_the_answers(mixed):
