@@ -83,7 +83,8 @@ def plan(config: PlanConfig) -> int:
     """Prints the plan; returns 1 where it does not fit. Raises UserError for what training would refuse."""
     import torch
 
-    from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
+    from megatron_psft.diagnostics.layouts import smallest_layout
+    from megatron_psft.diagnostics.plan import GIB, Plan
     from megatron_psft.distributed.device import Platform
     from megatron_psft.hf import hub
     from megatron_psft.model.shape import read_shape
@@ -96,7 +97,7 @@ def plan(config: PlanConfig) -> int:
     fits = planned.peak.total <= room
     print("\n".join([*_layout_lines(planned), "", *_memory_lines(planned, planned.peak)]))
     print(f"of {cluster.gpu_memory_gib:g} GiB, {cluster.reserve_gib:g} kept free: {'fits' if fits else 'does not fit'}")
-    print("\n".join(["", *_cost_lines(planned)]))
+    print("\n".join(["", *_cost_lines(planned), _saving_line(planned, cluster.gpus_per_node)]))
     smallest = smallest_layout(planned, bytes_per_rank=room, ranks_per_node=cluster.gpus_per_node)
     print(f"smallest layout that fits: {_suggestion(smallest)}")
     return 0 if fits else 1
@@ -150,6 +151,14 @@ def _cost_lines(plan: "Plan") -> Iterator[str]:
         yield f"old log-probabilities: {kept:.3g} MiB of host memory per GPU of the last stage for each step of the run"
     else:
         yield f"old log-probabilities: {kept * steps:.3g} MiB of host memory per GPU of the last stage ({steps} steps)"
+
+
+def _saving_line(plan: "Plan", gpus_per_node: int) -> str:
+    from megatron_psft.diagnostics.plan import GIB
+
+    each, writers = plan.saved_bytes / GIB, min(gpus_per_node, plan.world_size)
+    node = f"{each * writers:.3g} GiB of a node's host memory"
+    return f"a checkpoint: each GPU's process writes {each:.3g} GiB, copied to {node} before"
 
 
 def _suggestion(smallest: "Plan | None") -> str:

@@ -10,15 +10,13 @@ ranks; S of them in the parts that sequence parallelism also splits.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from math import prod
 
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
-from megatron_psft.errors import UserError
 from megatron_psft.head.chunked import CHUNK_BYTES
 from megatron_psft.metrics.flops import forward_flops
 from megatron_psft.model.gpt import check_layout, padded_vocab_size, virtual_size
@@ -151,13 +149,24 @@ class Plan:
 
     def _optimized(self, stage: int) -> list[float]:
         """Sizes of the parameters whose update a rank of `stage` computes."""
-        shared, experts = self._shared_parameters(stage), self._expert_parameters(stage)
-        parallel = self.config.parallel
-        if not parallel.use_distributed_optimizer:
-            return [*shared, *experts]
-        ranks = self.world_size // self.stages
+        if self.config.parallel.use_distributed_optimizer:
+            return self._shares(stage)
+        return [*self._shared_parameters(stage), *self._expert_parameters(stage)]
+
+    def _shares(self, stage: int) -> list[float]:
+        """Sizes of the parameters on a rank of `stage`, each divided by the ranks that have the same."""
+        parallel, ranks = self.config.parallel, self.world_size // self.stages
         expert_replicas = ranks // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
+        shared, experts = self._shared_parameters(stage), self._expert_parameters(stage)
         return [size * self._tensor / ranks for size in shared] + [size / expert_replicas for size in experts]
+
+    @property
+    def saved_bytes(self) -> float:
+        """What a rank writes of a checkpoint, and so what it copies to host memory: its share of the weights and of the
+        optimizer's state, about even over the ranks of a stage; of the stage with most."""
+        has_copies = self.config.precision.bf16 or self.config.parallel.use_distributed_optimizer
+        per_parameter = self._itemsize + FP32 * (3 if has_copies else 2)
+        return max(sum(self._shares(stage)) for stage in range(self.stages)) * per_parameter
 
     # Activations
 
@@ -339,39 +348,3 @@ class Plan:
     def old_log_prob_bytes(self) -> float:
         """Host memory of a rank of the last stage per step that is scored ahead."""
         return self.num_microbatches * self._tokens(self.config.batch.micro_batch_size) * FP32
-
-
-def smallest_layout(plan: Plan, *, bytes_per_rank: float, ranks_per_node: int) -> Plan | None:
-    """The plan with the fewest ranks per model replica that fits, all else equal; None where none does.
-
-    Tensor parallelism, within a node and with sequence parallelism, comes before context parallelism, and that before
-    the pipeline: in this order they save most for the ranks they take. Experts are split over ranks of a node, which
-    takes no ranks from elsewhere. The optimizer's state is always distributed.
-    """
-    powers = [2**exponent for exponent in range(plan.world_size.bit_length())]
-    expert_sizes = [1] if plan.shape.experts is None else [size for size in powers if size <= ranks_per_node]
-    layouts = [
-        (stages, context, tensor, experts)
-        for stages, context, tensor, experts in product(powers, powers, powers, expert_sizes)
-        if tensor <= ranks_per_node and tensor * context * stages <= plan.world_size
-    ]
-    for sizes in sorted(layouts, key=lambda sizes: (sizes[0] * sizes[1] * sizes[2], *sizes)):
-        stages, context, tensor, experts = sizes
-        parallel = replace(
-            plan.config.parallel,
-            tensor_model_parallel_size=tensor,
-            sequence_parallel=tensor > 1,
-            context_parallel_size=context,
-            pipeline_model_parallel_size=stages,
-            num_layers_per_virtual_pipeline_stage=None,
-            expert_model_parallel_size=experts,
-            expert_tensor_parallel_size=None if plan.shape.experts is None else 1,
-            use_distributed_optimizer=True,
-        )
-        try:
-            found = replace(plan, config=replace(plan.config, parallel=parallel))
-        except UserError:  # the model or the batch cannot be cut like that
-            continue
-        if found.peak.total <= bytes_per_rank:
-            return found
-    return None

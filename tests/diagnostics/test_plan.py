@@ -16,7 +16,8 @@ from megatron_psft.config.schema import (
     PrecisionConfig,
     RecomputeConfig,
 )
-from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
+from megatron_psft.diagnostics.layouts import smallest_layout
+from megatron_psft.diagnostics.plan import GIB, Plan
 from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.metrics.flops import forward_flops
@@ -105,6 +106,18 @@ def test_what_is_offloaded_of_the_optimizer_is_not_on_the_device():
         optimizer = OptimizerConfig(optimizer_cpu_offload=True, optimizer_offload_fraction=fraction)
         plan = make_plan(8, use_distributed_optimizer=True, sections={"optimizer": optimizer})
         assert plan.peak.optimizer == 12 * plan.num_parameters(0) / 8 * (1 - fraction)
+
+
+def test_a_checkpoint_is_written_in_even_shares():
+    """14 bytes of a bf16 parameter, its fp32 copy and two averages among them; 12 in fp32, or 16 with that copy."""
+    count = make_plan().num_parameters(0)
+    assert make_plan().saved_bytes == 14 * count
+    assert make_plan(8, use_distributed_optimizer=True).saved_bytes == 14 * count / 8
+    fp32 = {"precision": PrecisionConfig()}
+    assert make_plan(8, sections=fp32).saved_bytes == 12 * count / 8
+    assert make_plan(8, sections=fp32, use_distributed_optimizer=True).saved_bytes == 16 * count / 8
+    split = make_plan(8, pipeline_model_parallel_size=2, use_distributed_optimizer=True)
+    assert split.saved_bytes == 14 * max(split.num_parameters(0), split.num_parameters(1)) / 4
 
 
 def test_activations_by_hand():

@@ -13,7 +13,8 @@ from megatron_psft.cli.rollout import RolloutConfig
 from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config, parse_config
-from megatron_psft.diagnostics.plan import GIB, Plan, smallest_layout
+from megatron_psft.diagnostics.layouts import smallest_layout
+from megatron_psft.diagnostics.plan import GIB, Plan
 from megatron_psft.distributed.device import Platform
 from megatron_psft.model.shape import ModelShape, shape_from_config
 from tests.support.cli import REPOSITORY
@@ -148,6 +149,12 @@ def test_a_recipe_fits_and_says_how(path):
     terms = dict(reversed(term.split(" ")) for term in said[2].split(" + "))
     assert terms == {part: f"{getattr(peak, part) / GIB:.1f}" for part in PARTS}
     assert said[1] == f"{peak.total / GIB:.1f}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_checkpoint_of_a_recipe_fits_the_host(path):
+    """A node of eight H100s has a terabyte or two; half of one is left to all else."""
+    assert 8 * plan_of(path).saved_bytes < 512 * GIB
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
