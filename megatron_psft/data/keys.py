@@ -101,7 +101,9 @@ HARMLESS = (
     *("difficulty", "level", "type", "problem_type", "question_type", "domain", "subject", "topic", "task", "ability"),
     *("reward_model", "emojis", "emoji", "toxicity", "detoxify", "review_result"),
     *("toxic", "redacted", "deleted", "synthetic", "verified", "valid", "correct", "truncated", "finish_reason"),
-    *("stop_reason", "cache_control", "parallel_tool_calls", "used_in_training"),
+    *("passed", "success", "successful", "solved", "resolved", "complete", "completed", "finished", "reviewed"),
+    *("flagged", "harmful", "safe", "unsafe", "duplicate", "contaminated", "translated", "multi_turn", "multiturn"),
+    *("stop_reason", "cache_control", "parallel_tool_calls", "used_in_training", "skip_prompt_formatting"),
 )
 """Of rows and messages."""
 HARMLESS_STARTS = ("is_", "has_", "was_", "num_", "n_")

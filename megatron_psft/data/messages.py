@@ -94,11 +94,21 @@ def parse_messages(field: Field, role_of_string: Role | None = None) -> tuple[Tu
     if not isinstance(value, list):
         raise wrong_type(name, value)
     if ignored:
-        value = [
-            {key: item for key, item in message.items() if key not in ignored} if isinstance(message, dict) else message
-            for message in value
-        ]
+        value = _without_keys(value, ignored)
     return tuple(parse_message(message, f"{name}[{index}]") for index, message in enumerate(value))
+
+
+def _without_keys(values: list[object], ignored: Collection[str]) -> list[object]:
+    """Messages, or parts of a content, without ignored keys."""
+    return [_without(value, ignored) if isinstance(value, dict) else value for value in values]
+
+
+def _without(message: dict[str, object], ignored: Collection[str]) -> dict[str, object]:
+    kept = {key: value for key, value in message.items() if key not in ignored}
+    for key in ("content", "value"):
+        if isinstance(parts := kept.get(key), list):
+            kept[key] = _without_keys(parts, ignored)
+    return kept
 
 
 def _parse_list_text(text: str, name: str) -> object:

@@ -54,7 +54,7 @@ def _parse_side(row: Mapping[str, object], key: str, prompt: tuple[Turn, ...], k
     value = row[key]
     if isinstance(value, str) and not prompt:
         raise RecordError("wrong type", f"{key} is a string, and there is no prompt")
-    is_message = isinstance(value, dict) and not any(isinstance(item, list) for item in value.values())
+    is_message = isinstance(value, dict) and not isinstance(value.get("role", value.get("from")), list)
     turns = parse_messages(Field(key, [value] if is_message else value, keys.ignored), "assistant")
     if not prompt or _messages_of(turns[: len(prompt)]) == _messages_of(prompt):
         return turns

@@ -168,7 +168,7 @@ def with_system_prompt(row: Mapping[str, object], turns: tuple[Turn, ...], keys:
     """`turns` with the system message first, if there is one. Raises RecordError for two that differ."""
     if keys.system_prompt is not None:
         text, turns = keys.system_prompt, tuple(turn for turn in turns if turn.message["role"] != "system")
-    elif not (text := _system_text(row)) or _has_system(turns, text):
+    elif not (text := _system_text(row)) or _has_system(row, turns, text):
         return turns
     is_prompt = bool(turns) and turns[0].is_prompt
     return (parse_message({"role": "system", "content": text}, "system")._replace(is_prompt=is_prompt), *turns)
@@ -184,11 +184,14 @@ def _system_text(row: Mapping[str, object]) -> str:
     return str(next(iter(texts.values()), ""))
 
 
-def _has_system(turns: Sequence[Turn], text: str) -> bool:
+def _has_system(row: Mapping[str, object], turns: Sequence[Turn], text: str) -> bool:
     """True where the turns have this system message themselves."""
-    own = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
-    if own and own != [text]:
-        raise RecordError("two system messages", "one of the row and one among the messages")
+    own = [turn.message["content"].strip() for turn in turns if turn.message["role"] == "system"]
+    if own and own != [text.strip()]:
+        keys = " ".join(key for key in SYSTEM_KEYS if key in row)
+        raise RecordError(
+            "two system messages", f"of row and messages; --ignore-keys {keys} keeps that of the messages"
+        )
     return bool(own)
 
 

@@ -269,6 +269,13 @@ def test_keys_of_a_pair_s_messages_can_be_ignored():
     assert "message key zzz" in bad.reason
 
 
+def test_a_named_prompt_that_a_pair_lacks_is_an_error_whatever_else_it_has():
+    row = {"question": "2+2?", "messages": [USER], "chosen": "4", "rejected": "5"}
+    bad = parse_pair(Row(source="a:1", value=row), RecordKeys(prompt="ask", are_pairs=True))
+    assert isinstance(bad, BadRecord)
+    assert bad.reason == "no key ask"
+
+
 def test_no_key_has_two_meanings():
     for groups in ((keys.ROW_HEEDED, keys.ROW_REFUSED), (keys.MESSAGE_HEEDED, keys.MESSAGE_REFUSED)):
         names = Counter(name for group in groups for entry in group for name in entry.names)

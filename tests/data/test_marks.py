@@ -161,7 +161,13 @@ def test_system_messages_that_differ_are_refused():
     row = {"messages": [USER, RIGHT]}
     assert good({**row, "system": "Be brief.", "system_prompt": "Be brief."}).messages[0] == SYSTEM
     assert reason({**row, "system": "Be brief.", "system_prompt": "Be long."}) == "two system messages"
-    assert reason({"messages": [SYSTEM, USER, RIGHT], "system_prompt": "Be long."}) == "two system messages"
+    both = {"messages": [SYSTEM, USER, RIGHT], "system_prompt": "Be long."}
+    bad = parse(both)
+    assert isinstance(bad, BadRecord)
+    assert bad.reason == "two system messages"
+    assert bad.detail.endswith("--ignore-keys system_prompt keeps that of the messages")
+    assert good(both, ignored=("system_prompt",)).messages[0] == SYSTEM
+    assert good({**both, "system_prompt": "Be brief.\n"}).messages[0] == SYSTEM
     assert reason({**row, "system_prompt": ["Be brief."]}) == "wrong type"
 
 

@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_psft.data.files import BadRecord
+from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.pairs import Pair, parse_pair
 from megatron_psft.data.records import read_records
 from tests.data.spelled import CHAT, RIGHT, USER, WRONG, answered, both_forms, good, parse, reason, sharegpt
 
@@ -35,6 +36,18 @@ def test_parts_of_text_are_joined(form):
 )
 def test_other_parts_are_refused_by_name(part, found):
     assert reason(answered(content=[{"type": "text", "text": "4"}, part])).startswith(found)
+
+
+def test_keys_of_parts_can_be_ignored_and_those_of_calls_stay():
+    part = {"type": "text", "text": "4", "style": "x"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
+    tool = {"role": "tool", "content": [part], "name": "f"}
+    row = {"messages": [USER, call, tool, {**RIGHT, "content": [part], "name": "bob"}]}
+    assert "message key name" in reason(row, ignored=("style",))
+    assert "message key style" in reason(row, ignored=("name",))
+    record = good(row, ignored=("style", "name"))
+    assert record.messages[1]["tool_calls"][0]["function"]["name"] == "f"
+    assert record.messages[2:] == ({"role": "tool", "content": "4"}, RIGHT)
 
 
 def test_no_parts_are_no_content():
@@ -87,3 +100,10 @@ def test_a_list_of_messages_that_was_written_as_text_is_not_trained_on_as_text(c
     assert good({"prompt": "2+2?", "completion": '[{"a": 1}]'}).messages[1]["content"] == '[{"a": 1}]'
     meant = {"prompt": "2+2?", "completion": [{"role": "assistant", "content": json.dumps([USER])}]}
     assert good(meant).messages[1]["content"] == json.dumps([USER])
+
+
+def test_a_side_of_a_pair_may_be_one_message_with_parts_or_lists():
+    parts, columns = {**RIGHT, "content": [{"type": "text", "text": "4"}]}, {"role": ["assistant"], "content": ["5"]}
+    pair = parse_pair(Row(source="a:1", value={"prompt": "2+2?", "chosen": parts, "rejected": columns}), RecordKeys())
+    assert isinstance(pair, Pair)
+    assert (pair.chosen.messages, pair.rejected.messages) == ((USER, RIGHT), (USER, WRONG))
