@@ -180,7 +180,7 @@ def build_dataset(
 
 def _refuse_for_pairs(config: DataConfig) -> None:
     if config.completion_key != DEFAULT_COMPLETION_KEY:
-        raise UserError(f"completion_key ({config.completion_key}) has no effect on preference pairs; unset it")
+        raise UserError(f"completion_key ({config.completion_key}) is not supported for preference pairs; unset it")
     if config.overlong == "truncate":
         raise UserError(
             "overlong (truncate) is not supported for preference pairs, whose sequences are compared whole; choose "

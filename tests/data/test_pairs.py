@@ -210,7 +210,7 @@ def test_the_longer_side_is_over_long_or_not(tmp_path):
     [
         ({"overlong": "truncate"}, r"overlong \(truncate\)"),
         ({"loss_on": "all"}, r"loss_on \(all\)"),
-        ({"completion_key": "answer"}, r"completion_key \(answer\) has no effect"),
+        ({"completion_key": "answer"}, r"completion_key \(answer\)"),
     ],
 )
 def test_what_pairs_cannot_have_is_refused_by_name(tmp_path, changes, message):
