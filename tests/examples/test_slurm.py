@@ -24,17 +24,25 @@ from tests.support.scripts import installed
 SCRIPT = REPOSITORY / "examples" / "slurm" / "psft.sbatch"
 NODES, GPUS = 2, 8
 
-# srun starts the task of one node, in the background as slurmstepd would, so that a signal can find it.
+# srun starts a task for each node of TASKS, in the background as slurmstepd would, so that a signal can find it; the
+# first that fails ends the others (--kill-on-bad-exit), and the highest code is srun's.
 STUBS = {
     "srun": """
         printf '%s\\n' "$@" > "$CALLS/srun"
         while [[ $1 == --* ]]; do case $1 in *=*) shift ;; *) shift 2 ;; esac; done
-        SLURM_NODEID=$NODE SLURM_GPUS_ON_NODE=$GPUS "$@" &
-        echo $! > "$CALLS/task"
-        wait $!
-        code=$?
-        while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
-        exit $code
+        tasks=() highest=0
+        for node in $TASKS; do
+            SLURM_NODEID=$node SLURM_GPUS_ON_NODE=$GPUS "$@" &
+            tasks+=($!)
+        done
+        printf '%s\\n' "${tasks[@]}" > "$CALLS/task"
+        for _ in "${tasks[@]}"; do
+            wait -n
+            code=$?
+            if [[ $code -ne 0 && $highest -eq 0 ]]; then kill -TERM "${tasks[@]}" 2>/dev/null; fi
+            if [[ $code -gt $highest ]]; then highest=$code; fi
+        done
+        exit $highest
     """,
     "scontrol": """
         printf '%s\\n' "$*" >> "$CALLS/scontrol"
@@ -42,17 +50,23 @@ STUBS = {
     """,
     "scancel": """
         printf '%s\\n' "$*" >> "$CALLS/scancel"
-        kill -TERM "$(cat "$CALLS/task")"
+        kill -TERM $(cat "$CALLS/task")
     """,
-    # As torchrun: one exit code for a signal and for a failure.
+    # As torchrun, which ends with 1 whatever its processes did. ENDS_0 is what becomes of it on node 0: "never", or the
+    # code that a process leaves, if any does, and torchrun's own.
     "torchrun": """
         if [[ $1 == --help ]]; then echo "$TORCHRUN_KNOWS"; exit; fi
         trap 'echo TERM >> "$CALLS/signals"; exit 1' TERM
-        printf '%s\\n' "$@" > "$CALLS/torchrun.part"
+        printf '%s\\n' "$@" > "$CALLS/torchrun.$SLURM_NODEID"
         env > "$CALLS/environment"
-        mv "$CALLS/torchrun.part" "$CALLS/torchrun"
-        while [[ $TORCHRUN_ENDS_WITH == never ]]; do sleep 0.05; done
-        exit "$TORCHRUN_ENDS_WITH"
+        mv "$CALLS/torchrun.$SLURM_NODEID" "$CALLS/torchrun"
+        echo "$SLURM_NODEID" >> "$CALLS/began"
+        ends=ENDS_$SLURM_NODEID
+        read -r left code <<< "${!ends:-- $TORCHRUN_ENDS_WITH}"
+        while [[ $left == never || $code == never ]]; do sleep 0.05; done
+        until [[ $(wc -l < "$CALLS/began") -eq $(wc -w <<< "$TASKS") ]]; do sleep 0.05; done
+        if [[ $left != - ]]; then (set -o noclobber; echo "$left" > "$PSFT_EXIT_CODE_FILE"); fi
+        exit "$code"
     """,
 }
 
@@ -79,7 +93,7 @@ class Job:
             "SLURM_SUBMIT_DIR": str(REPOSITORY),
             "HOME": str(folder),
             "CALLS": str(self.calls),
-            "NODE": "1",
+            "TASKS": "1",
             "GPUS": str(GPUS),
             "TORCHRUN_ENDS_WITH": torchrun_ends_with or "",
             "TORCHRUN_KNOWS": "--shutdown-timeout",
@@ -96,10 +110,11 @@ class Job:
 
     def preempt(self) -> None:
         """Slurm signals the tasks; the script sees nothing but their exit code."""
-        os.kill(int(self.called("task")[0]), signal.SIGTERM)
+        for task in self.called("task"):
+            os.kill(int(task), signal.SIGTERM)
 
-    def wait_for_torchrun(self) -> None:
-        wait_until((self.calls / "torchrun").exists, 120)
+    def wait_for_torchrun(self, count: int = 1) -> None:
+        wait_until(lambda: len(self.called("began")) == count, 120)
 
     def end(self) -> int:
         _, error = self.process.communicate(timeout=120)
@@ -177,29 +192,93 @@ def test_a_torchrun_that_cannot_wait_is_not_asked_to(start):
     assert "--shutdown-timeout" not in job.called("torchrun")
 
 
-def test_the_network_and_the_caches_are_where_the_job_says(start):
-    job = start(NETWORK_INTERFACE="ib0", SHARED_CACHE="/shared/cache")
+def test_the_network_and_the_caches_are_where_the_job_says(start, tmp_path):
+    cache = tmp_path / "shared"
+    job = start(NETWORK_INTERFACE="ib0", SHARED_CACHE=str(cache))
     job.end()
     environment = dict(line.split("=", 1) for line in job.called("environment") if "=" in line)
     assert environment["NCCL_SOCKET_IFNAME"] == environment["GLOO_SOCKET_IFNAME"] == "ib0"
-    assert environment["HF_HOME"] == "/shared/cache/huggingface"
+    assert environment["HF_HOME"] == f"{cache}/huggingface"
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    assert "/shared/cache/megatron_psft" in job.called("torchrun")
+    assert environment["PSFT_EXIT_CODE_FILE"] == f"{cache}/psft_exit_codes/123456.0"
+    assert f"{cache}/megatron_psft" in job.called("torchrun")
 
 
-def test_a_container_sees_the_code_and_the_caches(start):
-    job = start(CONTAINER_IMAGE="psft.sqsh", CONTAINER_MOUNTS="/data:/data", SHARED_CACHE="/shared/cache")
+def test_a_container_sees_the_code_and_the_caches(start, tmp_path):
+    cache = tmp_path / "shared"
+    job = start(CONTAINER_IMAGE="psft.sqsh", CONTAINER_MOUNTS="/data:/data", SHARED_CACHE=str(cache))
     job.end()
     options = job.called("srun")
     assert options[options.index("--container-image") + 1] == "psft.sqsh"
     mounts = options[options.index("--container-mounts") + 1].split(",")
-    assert mounts == [f"{REPOSITORY}:{REPOSITORY}", "/shared/cache:/shared/cache", "/data:/data"]
+    assert mounts == [f"{REPOSITORY}:{REPOSITORY}", f"{cache}:{cache}", "/data:/data"]
 
 
-def test_a_failure_ends_the_job(start):
-    job = start(torchrun_ends_with="1")
-    assert job.end() == 1
+@pytest.mark.parametrize(
+    ("left", "is_requeued"), [(1, False), (2, False), (3, False), (4, True), (130, False), (143, True)]
+)
+def test_the_code_that_a_process_leaves_says_what_becomes_of_the_job(start, left, is_requeued):
+    job = start(ENDS_1=f"{left} 1")
+    assert job.end() == left
+    assert job.was_requeued == is_requeued
+
+
+def test_processes_that_are_killed_without_a_word_are_a_loss(start):
+    job = start(ENDS_1="- 1")
+    assert job.end() == 4
+    assert job.was_requeued
+
+
+def test_a_node_without_torchrun_is_a_mistake(start):
+    job = start(ENDS_1="- 127")
+    assert job.end() == 2
     assert not job.was_requeued
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "is_requeued"), [("2 1", 2, False), ("3 1", 3, False), ("1 1", 1, False), ("- 1", 4, True)]
+)
+def test_a_node_that_fails_is_the_cause_though_the_others_are_signalled(start, ends, code, is_requeued):
+    """srun ends the others, which is no preemption; their codes are as high as that of one."""
+    job = start(TASKS="0 1", ENDS_0="never", ENDS_1=ends)
+    assert job.end() == code
+    assert job.called("signals") == ["TERM"]
+    assert job.was_requeued == is_requeued
+
+
+def test_a_preemption_of_several_nodes_is_one(start):
+    job = start(TASKS="0 1", torchrun_ends_with="never")
+    job.wait_for_torchrun(count=2)
+    job.preempt()
+    assert job.end() == 143
+    assert job.was_requeued
+
+
+def test_losses_are_counted_over_the_starts_of_a_job_and_preemptions_are_not(start):
+    requeued = []
+    for restart, left in enumerate([4, 143, 143, 143, 4, 4, 4]):
+        job = start(ENDS_1=f"{left} 1", SLURM_RESTART_COUNT=str(restart))
+        _, error = job.process.communicate(timeout=120)
+        assert job.process.returncode == left
+        requeued.append(job.was_requeued)
+    assert requeued == [True] * 6 + [False]
+    assert error == "4 starts have lost a peer, a disk or a node: the job stays away\n"
+    job = start(ENDS_1="4 1")  # another job, of the same number
+    assert job.end() == 4
+    assert job.was_requeued
+
+
+def test_a_site_chooses_how_often_a_loss_is_put_back(start):
+    job = start(ENDS_1="4 1", MAX_REQUEUES="0")
+    _, error = job.process.communicate(timeout=120)
+    assert (job.process.returncode, error[:8], job.was_requeued) == (4, "1 starts", False)
+
+
+def test_a_job_that_ends_well_leaves_no_codes(start, tmp_path):
+    start(ENDS_1="143 1").end()
+    job = start(SLURM_RESTART_COUNT="1")
+    assert job.end() == 0
+    assert list((tmp_path / ".cache/psft_exit_codes").iterdir()) == []
 
 
 def test_a_preempted_job_saves_and_goes_back_into_the_queue(start):
@@ -237,7 +316,7 @@ def test_a_preempted_run_goes_on_where_it_was(start, tmp_path):
     flags = f"--load-hf {tiny.build_model(tmp_path / 'model', 'qwen2', num_hidden_layers=1)} --train-iters 100000"
     flags += f" --tokenizer {tiny.build_tokenizer(tmp_path / 'tokenizer')} --save {tmp_path / 'run'}"
     flags += f" --data {tiny.write_records(tmp_path / 'data.jsonl', 16)} --seq-length 256 --global-batch-size 2"
-    node = {"SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_NUM_NODES": "1", "NODE": "0", "GPUS": "2"}
+    node = {"SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_NUM_NODES": "1", "TASKS": "0", "GPUS": "2"}
     cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def steps() -> list[int]:
