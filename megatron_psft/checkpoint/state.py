@@ -59,7 +59,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     load_optimizer_state(state.optimizer, loaded["optimizer"])
     planned_lr: float = state.optimizer.param_groups[0]["lr"]
     for name, chunk in _named_chunks(state.chunks).items():
-        chunk.load_state_dict(loaded[name])
+        _fill(chunk, loaded[name], checkpoint)
     state.scheduler.load_state_dict(common["scheduler"])
     if state.clipped_tokens is not None and "clipped_tokens" in common:  # else counting starts with this run
         state.clipped_tokens.load_state(common["clipped_tokens"])
@@ -76,13 +76,17 @@ def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel]) ->
     loaded = unpickle.load(checkpoint, {name: sharded_weights(model) for name, model in models.items()})
     log.info("weights from %s", checkpoint)
     for name, model in models.items():
-        missing, unexpected = model.load_state_dict(loaded[name], strict=False)
-        other = [*unexpected, *(key for key in missing if not key.endswith("_extra_state"))]
-        if other:
-            raise UserError(
-                f"{checkpoint} must hold the weights of this model, and differs from it in {', '.join(other[:3])} "
-                f"({len(other)} in all); use the config.json that it was trained with"
-            )
+        _fill(model, loaded[name], checkpoint)
+
+
+def _fill(model: MegatronModule, loaded: Mapping[str, Any], checkpoint: Path) -> None:
+    missing, unexpected = model.load_state_dict(loaded, strict=False)
+    other = [*unexpected, *(key for key in missing if not key.endswith("_extra_state"))]
+    if other:
+        raise UserError(
+            f"{checkpoint} must hold the weights of this model, and differs from it in {', '.join(other[:3])} "
+            f"({len(other)} in all); use the config.json that it was trained with"
+        )
 
 
 def sharded_weights(model: MegatronModule) -> dict[str, ShardedBase]:
@@ -101,12 +105,17 @@ def _named_chunks(chunks: Sequence[DistributedDataParallel]) -> dict[str, Megatr
 
 
 def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
-    models = {
-        name: model.sharded_state_dict(metadata=dict(_METADATA)) for name, model in _named_chunks(state.chunks).items()
-    }
+    models = {name: _sharded_module(model) for name, model in _named_chunks(state.chunks).items()}
     own = models["model"] if len(models) == 1 else models
     optimizer = sharded_optimizer_state(state.optimizer, own, is_loading=is_loading, metadata=dict(_METADATA))
     return {**models, "optimizer": optimizer}
+
+
+def _sharded_module(model: MegatronModule) -> dict[str, ShardedBase]:
+    """Its parameters, and in fp8 the scales that modules keep."""
+    if model.config.fp8:
+        return model.sharded_state_dict(metadata=dict(_METADATA))
+    return sharded_weights(model)
 
 
 def _layout(parallel: Parallel) -> dict[str, int]:

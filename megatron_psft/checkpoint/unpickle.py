@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.futures import Future
 
+from megatron_psft.checkpoint.names import rename
 from megatron_psft.distributed.collective import Result, on_every_rank
 from megatron_psft.distributed.megatron_lines import read_with
 from megatron_psft.errors import UserError
@@ -141,6 +142,7 @@ class DataReader(FileSystemReader):
         """The table of contents, read once. Takes no rank, for which torch would look for a table of its own."""
         if self._metadata is None:
             self._metadata = _read_metadata(self._folder / ".metadata")
+            rename(self._metadata)
             self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
             self._metadata.storage_meta.load_id = self.load_id
         return self._metadata

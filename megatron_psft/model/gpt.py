@@ -228,6 +228,9 @@ def _portable_layer(shape: ModelShape, *, has_experts: bool) -> ModuleSpec:
     attention.core_attention = Attention
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if num_experts is not None:
+        # As in Transformer Engine's layers, whose norm is part of a plain MLP only: checkpoints are read by either.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return spec
 
 
