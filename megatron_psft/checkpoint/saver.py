@@ -150,6 +150,7 @@ class Saver:
             content["old_log_probs"] = sharded_window(scores, self._loader, parallel, scores=scores)
         content["rng"] = _sharded_rng(parallel)
         content |= {"scheduler": state.scheduler.state_dict(), "window_steps": sorted(scores)}
+        content["window_start"] = state.window.start
         if state.clipped_tokens is not None:
             content["clipped_tokens"] = state.clipped_tokens.state()
         return content

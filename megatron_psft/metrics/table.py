@@ -76,6 +76,12 @@ _TABLE = (
         ),
     ),
     Metric(
+        name="window_step",
+        unit="steps since the sync",
+        needs="old",
+        help="Place of the step in the old policy's window: 0 on the step after a sync. Steps of warm-up have none.",
+    ),
+    Metric(
         name="clip_fraction",
         unit="share of label tokens",
         needs="old",

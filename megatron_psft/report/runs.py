@@ -47,17 +47,28 @@ class Run:
     @property
     def has_old_policy(self) -> bool:
         """Whether any step was trained against a policy other than the current one."""
+        if self._window_steps is not None:
+            return any(place > 0 for place in self._window_steps)
         return any(ratio != 1 for ratio in self._largest_ratios)
 
     @cached_property
     def syncs(self) -> list[int]:
-        """Steps at which the old policy became the current one: all their ratios are 1, and those of the step after
-        are not. A step without an old policy that is followed by others without one is none."""
+        """Steps at which the old policy became the current one; none where windows are of one step each."""
+        if self._window_steps is not None:
+            starts = [step for step, place in zip(self.steps.tolist(), self._window_steps, strict=True) if place == 0]
+            return starts if self.has_old_policy else []
+        # Release 0.2 and earlier do not say. All ratios of such a step are 1, and those of the step after are not; the
+        # step after a first one with a learning rate of 0 is taken for it.
         return [
             step
             for step, (ratio, next_ratio) in zip(self.steps.tolist(), pairwise(self._largest_ratios), strict=False)
             if ratio == 1 != next_ratio
         ]
+
+    @property
+    def _window_steps(self) -> list[float] | None:
+        """Place of each step in its window, nan where there is none; None where the run does not say."""
+        return self.metrics["window_step"].tolist() if "window_step" in self.metrics else None
 
     @property
     def _largest_ratios(self) -> list[float]:

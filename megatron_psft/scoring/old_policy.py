@@ -79,7 +79,7 @@ class OldPolicyWindow:
         self._score, self._prepare = score, prepare
         self._show_progress, self._score_first = show_progress, score_first
         self._start: int | None = None
-        """First step of the window; None before any, or where an earlier process made its sync."""
+        """First step of the window; None before any."""
         self._end = 0
         """First step after the window."""
         self._scores: dict[int, list[Tensor]] = {}
@@ -101,6 +101,18 @@ class OldPolicyWindow:
     def syncs_before(self, step: int) -> bool:
         """Whether a sync has to come before `step` (from 0), as no window holds it yet. The same on all ranks."""
         return self._has_old_policy(step) and step >= self._end
+
+    @property
+    def start(self) -> int | None:
+        """First step of the window that is held, or was last; None before any."""
+        return self._start
+
+    def window_step(self, step: int) -> int | None:
+        """The place in the window of a step that it holds, 0 for the step after the sync; None without old policy."""
+        if not self._has_old_policy(step):
+            return None
+        assert self._start is not None
+        return step - self._start
 
     def sync(self, step: int, *, between_batches: Callable[[], None] = lambda: None) -> None:
         """Makes the old policy the current one, and scores the window that `step` begins; collective.
@@ -132,10 +144,12 @@ class OldPolicyWindow:
         """What of the window is still to come when steps before `step` are completed: `Scores.log_probs` by step."""
         return {later: log_probs for later, log_probs in self._scores.items() if later >= step}
 
-    def load_state(self, scores: Mapping[int, Sequence[Tensor]]) -> None:
-        """Goes on within the window that `state` was taken of."""
+    def load_state(self, scores: Mapping[int, Sequence[Tensor]], *, start: int | None = None) -> None:
+        """Goes on within the window that `state` was taken of, and whose first step was `start`, by count if None."""
         self._scores = {step: list(log_probs) for step, log_probs in scores.items()}
         self._start, self._end = None, max(scores, default=-1) + 1
+        if scores:
+            self._start = self.window_of(min(scores)).start if start is None else start
 
     def _has_old_policy(self, step: int) -> bool:
         return objective_at(self._objective, step).config.needs_old_policy

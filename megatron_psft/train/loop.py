@@ -106,8 +106,10 @@ def train_step(
         before_update()
         grad_norm = update(state.optimizer, step + 1, run.parallel.device)
         state.scheduler.step(increment=1)
+    window_step = state.window.window_step(step)
     return {
         **metrics,
+        **({} if window_step is None else {"window_step": window_step}),
         "grad_norm": grad_norm,
         "lr": lr,
         "step_seconds": total.seconds,

@@ -57,6 +57,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, in
     expected = metrics_of(whole)
     assert [line["step"] for line in expected] == list(range(1, 9))
     assert [line["ratio_max"] == 1 for line in expected] == [True, True, False, False, False, True, False, False]
+    assert [line.get("window_step") for line in expected] == [None, 0, 1, 2, 3, 0, 1, 2]
     assert len({line["lr"] for line in expected}) > 6
     shutil.copytree(whole, resumed)
     forget_steps_from(resumed, 4)

@@ -130,8 +130,29 @@ def test_a_run_is_read_once(tmp_path):
         ([1, 1, 1], [], 1),  # SFT, or windows of one step
     ],
 )
-def test_syncs_are_where_the_ratios_start_anew(tmp_path, ratios, syncs, interval):
+def test_syncs_of_earlier_releases_are_where_the_ratios_start_anew(tmp_path, ratios, syncs, interval):
     rows = [{"step": step, "ratio_max": value} for step, value in enumerate(ratios, 1)]
+    (run,) = read_runs([write(tmp_path, lines(*rows))])
+    assert (run.syncs, run.interval) == (syncs, interval)
+    assert run.has_old_policy == bool(syncs)
+
+
+@pytest.mark.parametrize(
+    ("places", "syncs", "interval"),
+    [
+        ([0, 1, 2, 0, 1, 2, 0], [1, 4, 7], 3),  # the last window has but begun
+        ([None, None, 0, 1, 0, 1], [3, 5], 2),  # two steps of warm-up
+        ([2, 3, 0, 1], [3], 1),  # the file begins within a window
+        ([0, 0, 0], [], 1),  # windows of one step
+        ([None, None], [], 1),  # SFT
+    ],
+)
+def test_syncs_are_where_the_run_says(tmp_path, places, syncs, interval):
+    """Whatever the ratios are: after a first step with a learning rate of 0 the second one's are 1 as well."""
+    rows = [
+        {"step": step, "ratio_max": 1.0 if step < 3 else 1.1} | ({} if place is None else {"window_step": place})
+        for step, place in enumerate(places, 1)
+    ]
     (run,) = read_runs([write(tmp_path, lines(*rows))])
     assert (run.syncs, run.interval) == (syncs, interval)
     assert run.has_old_policy == bool(syncs)
