@@ -1,11 +1,11 @@
-"""Reads what runs have left in their folders: metrics.jsonl, config.yaml and clipped_tokens.json."""
+"""Reads what runs have left in their folders: metrics.jsonl, config.yaml, starts.jsonl and clipped_tokens.json."""
 
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_psft.errors import UserError
+from megatron_psft.metrics.provenance import STARTS_FILE
 from megatron_psft.metrics.table import with_present_names
 
 # The trainer's modules that write these files load torch, which takes seconds.
@@ -38,11 +39,13 @@ class Run:
     not_finite: Mapping[str, int]
     """How many values of a metric are nan or infinite in the file."""
     config: Mapping[str, object]
-    """By field, with the versions of libraries; empty where the run has no config.yaml."""
+    """By field as of the last start, with the versions of libraries; empty where the run has no config.yaml."""
     clipped_tokens: Mapping[str, Any] | None
     """clipped_tokens.json; None where the run has none."""
     modified: float
     """When the last step was written, seconds since 1970."""
+    changes: Mapping[str, Sequence[tuple[int, object]]] = field(default_factory=dict)
+    """Of the settings that were not the same all the time: first step (from 1) and value, in order."""
 
     @property
     def has_old_policy(self) -> bool:
@@ -110,13 +113,15 @@ def _read_run(folder: Path, label: str) -> Run:
     rows = _read_rows(path)
     not_finite = Counter(name for row in rows for name, value in row.items() if not math.isfinite(value))
     names = dict.fromkeys(name for row in rows for name in row)
+    changes = _read_changes(folder / STARTS_FILE)
     return Run(
         folder=folder,
         label=label,
         steps=np.array([row["step"] for row in rows], dtype=np.int64),
         metrics={name: np.array([row.get(name, math.nan) for row in rows], dtype=np.float64) for name in names},
         not_finite=not_finite,
-        config=_read_config(folder / CONFIG_FILE),
+        config={**_read_config(folder / CONFIG_FILE), **{name: course[-1][1] for name, course in changes.items()}},
+        changes=changes,
         clipped_tokens=_read_clipped_tokens(folder / CLIPPED_TOKENS_FILE),
         modified=path.stat().st_mtime,
     )
@@ -157,6 +162,29 @@ def _read_config(path: Path) -> dict[str, object]:
         raise UserError(f"{path} must map names to values")
     versions = {f"version of {name}": number for name, number in _VERSION.findall(text)}
     return {**config, **versions}
+
+
+def _read_changes(path: Path) -> dict[str, list[tuple[int, object]]]:
+    """`Run.changes`; a start takes the place of what earlier ones made of its steps, as its lines of metrics do."""
+    if not path.is_file():
+        return {}
+    starts: list[tuple[int, dict[str, object]]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            start = json.loads(line)
+            step, settings = int(start["step"]), dict(start["settings"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}:{number} is not a start of the run; restore the file, or delete the line"
+            ) from None
+        starts = [earlier for earlier in starts if earlier[0] < step] + [(step, settings)]
+    courses: dict[str, list[tuple[int, object]]] = {}
+    for step, settings in starts:
+        for name, value in settings.items():
+            course = courses.setdefault(name, [])
+            if not course or course[-1][1] != value:
+                course.append((step + 1, value))
+    return {name: course for name, course in courses.items() if len(course) > 1}
 
 
 def _read_clipped_tokens(path: Path) -> dict[str, Any] | None:

@@ -79,10 +79,14 @@ def date(seconds: float) -> str:
 
 
 def _setting(run: Run, name: str) -> str:
-    """A value as text, on one line."""
-    if name not in run.config:
-        return ABSENT
-    value = run.config[name]
+    """A value as text, on one line; with where it came to be another, if it did."""
+    if name in run.changes:
+        (_, first), *later = run.changes[name]
+        return "; ".join([_text(first), *(f"from step {step} on {_text(value)}" for step, value in later)])
+    return _text(run.config[name]) if name in run.config else ABSENT
+
+
+def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

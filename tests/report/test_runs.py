@@ -11,6 +11,7 @@ from megatron_psft.metrics import clipped_tokens, run_log
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.report import runs as report_runs
 from megatron_psft.report.runs import read_runs
+from megatron_psft.report.tables import config_table
 
 
 def write(folder, text: str):
@@ -82,6 +83,36 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
     folder = write(tmp_path, lines({"step": 1}))
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml"):
+        read_runs([folder])
+
+
+def test_settings_that_changed_on_resume_are_told_with_their_steps(tmp_path):
+    folder = write(tmp_path, lines({"step": 1}))
+    (tmp_path / "config.yaml").write_text("train_iters: 4\nlr: 0.1\nobjective: psft\n")
+    starts = [
+        (0, {"train_iters": 4, "lr": 0.1, "objective": "psft"}),
+        (2, {"train_iters": 8, "lr": 0.2, "objective": "psft"}),  # ended before a checkpoint
+        (2, {"train_iters": 8, "lr": 0.3, "objective": "psft"}),
+        (5, {"train_iters": 8, "lr": 0.1, "objective": "psft"}),
+    ]
+    rows = [{"time": "2026-01-01T00:00:00+00:00", "step": step, "settings": settings} for step, settings in starts]
+    (tmp_path / "starts.jsonl").write_text(lines(*rows))
+    (run,) = read_runs([folder])
+    assert run.config == {"train_iters": 8, "lr": 0.1, "objective": "psft"}
+    assert run.changes == {"train_iters": [(1, 4), (3, 8)], "lr": [(1, 0.1), (3, 0.3), (6, 0.1)]}
+    cells = {row.name: row.cells for row in config_table([run])}
+    assert cells == {
+        "train_iters": ["4; from step 3 on 8"],
+        "lr": ["0.1; from step 3 on 0.3; from step 6 on 0.1"],
+        "objective": ["psft"],
+    }
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": 1}', '{"step": "a", "settings": {}}'])
+def test_damaged_starts_are_named(tmp_path, text):
+    folder = write(tmp_path, lines({"step": 1}))
+    (tmp_path / "starts.jsonl").write_text(text + "\n")
+    with pytest.raises(UserError, match=r"starts\.jsonl:1 is not a start of the run"):
         read_runs([folder])
 
 
