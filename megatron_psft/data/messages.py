@@ -12,6 +12,7 @@ from megatron_psft.data.keys import LEARN_KEYS, REASONING_KEYS, is_empty, messag
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
+_ROLES: tuple[str, ...] = get_args(Role)
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 _KEYS_OF_BOTH = frozenset({"tool_calls", "tool_call_id", *REASONING_KEYS, *LEARN_KEYS})
 _KEYS, _SHAREGPT_KEYS = _KEYS_OF_BOTH | {"role", "content"}, _KEYS_OF_BOTH | {"from", "value"}
@@ -233,8 +234,8 @@ def _parse_role(value: object, key: str, where: str, is_sharegpt: bool) -> Role:
     if not isinstance(value, str):
         raise RecordError("wrong type", f"{where} has {key} of type {type(value).__name__}, not a string")
     role = _SHAREGPT_ROLES.get(value, value) if is_sharegpt else value
-    if role not in get_args(Role):
-        known = ", ".join([*_SHAREGPT_ROLES, *get_args(Role)] if is_sharegpt else get_args(Role))
+    if role not in _ROLES:
+        known = ", ".join([*_SHAREGPT_ROLES, *_ROLES] if is_sharegpt else _ROLES)
         raise RecordError("unknown role", f"{where} has {key} {role!r:.40}; known: {known}")
     return cast(Role, role)
 
