@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_psft.data.keys import is_empty, refused_beside, row_key_problem
-from megatron_psft.data.messages import Field, RecordError, Turn, parse_message, parse_messages, wrong_type
+from megatron_psft.data.messages import Field, RecordError, Turn, parse_message, parse_messages, refuse_keys, wrong_type
 from megatron_psft.errors import nearest_name_hint
 
 DEFAULT_PROMPT_KEY = "prompt"
@@ -100,13 +100,15 @@ def turns_of(
 
 def _refuse_keys(row: Mapping[str, object], format: Format, used: set[str]) -> None:
     """Raises RecordError for a key of the row that would change what is learned, and that nobody reads."""
+    problems: dict[str, str] = {}
     for key, value in row.items():
         if key in used or is_empty(value):
             continue
         if key in format.refused and isinstance(value, str):
-            raise RecordError(refused_beside(key, format.name))
-        if key not in _FORMAT_KEYS and (problem := row_key_problem(key, value, format.optional)) is not None:
-            raise RecordError(problem)
+            problems[key] = refused_beside(key, format.name)
+        elif key not in _FORMAT_KEYS and (problem := row_key_problem(key, value, format.optional)) is not None:
+            problems[key] = problem
+    refuse_keys(problems)
 
 
 def _describe_keys(row: Mapping[str, object], formats: Sequence[Format], keys: RecordKeys) -> str:

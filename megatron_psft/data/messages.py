@@ -177,13 +177,18 @@ def parse_message(value: object, where: str) -> Turn:
 
 
 def _refuse_unknown(value: Mapping[str, object], known: Collection[str], where: str) -> None:
-    """Raises RecordError for a key that is not `known` and might say what is to be learned. The reason names one, so
-    that reasons are few; the others are in the detail."""
-    unknown = {key: message_key_problem(key) for key in value if key not in known}
-    problems = [(key, problem) for key, problem in unknown.items() if problem and not is_empty(value[key])]
+    """Raises RecordError for a key that is not `known` and might say what is to be learned."""
+    unknown = {key: message_key_problem(key) for key in value if key not in known and not is_empty(value[key])}
+    refuse_keys({key: problem for key, problem in unknown.items() if problem is not None}, where)
+
+
+def refuse_keys(problems: Mapping[str, str], where: str = "") -> None:
+    """Raises RecordError if there are problems with keys. The reason names one of them, so that reasons are few; the
+    others are in the detail."""
     if problems:
-        others = ", ".join(shown_key(key) for key, _ in problems[1:10])
-        raise RecordError(problems[0][1], f"{where}; so are {others}" if others else where)
+        (_, reason), *others = problems.items()
+        also = f"so are {', '.join(shown_key(key) for key, _ in others[:10])}" if others else ""
+        raise RecordError(reason, "; ".join(filter(None, (where, also))))
 
 
 def _parse_content(content: object, key: str, where: str) -> str:

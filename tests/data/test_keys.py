@@ -42,11 +42,18 @@ def test_a_message_key_that_is_not_known_is_refused_by_name_and_can_be_ignored(f
     assert good(row, ignored=(key,)).messages == (USER, RIGHT)
 
 
-def test_all_unknown_keys_of_a_message_are_named():
-    bad = parse(answered(foo="x", bar="y", id=7))
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        (answered(foo="x", bar="y", id=7), "message key foo is not known", "messages[1]; so are bar"),
+        ({**answered(), "images": ["x"], "loss_mask": [1], "id": 7}, "row key images is not", "so are loss_mask"),
+    ],
+)
+def test_all_keys_that_are_refused_are_named(row, reason, detail):
+    bad = parse(row)
     assert isinstance(bad, BadRecord)
-    assert "message key foo" in bad.reason
-    assert bad.detail == "messages[1]; so are bar"
+    assert bad.reason.startswith(reason)
+    assert bad.detail == detail
 
 
 @pytest.mark.parametrize(
