@@ -20,6 +20,7 @@ from megatron_psft.config.inputs import WeightsConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.config.schema import parse_config
 from megatron_psft.errors import UserError
+from megatron_psft.lock import lock_beside, sole_writer
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     import torch
@@ -147,6 +148,15 @@ def main(argv: Sequence[str]) -> int:
 
 def convert(config: ConvertConfig) -> int:
     """Returns the exit code. Raises UserError for what cannot be read or written."""
+    field, path = config.target.place
+    if config.target.check:
+        return convert_or_check(config)
+    with sole_writer(field, path, lock_beside(path)):
+        require_absent(config.target, field, "folder")  # again: who had the lock may have written it
+        return convert_or_check(config)
+
+
+def convert_or_check(config: ConvertConfig) -> int:
     if config.target.via_bridge:
         convert_by_bridge(config)
         return 0

@@ -7,16 +7,19 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_psft.cli.exit_code import EXIT_BUG, EXIT_SIGNALLED, check_file, exit_code_of, leave, left_behind
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import parse_flags
+from megatron_psft.config.inputs import WeightsConfig
 from megatron_psft.config.paths import expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.errors import ExplainedError, RankError, UserError
 from megatron_psft.hf.folder import check_apart
+from megatron_psft.lock import lock_beside, lock_within, sole_writer
 
 EXAMPLES = """examples:
   eight GPUs; the model is exported at the end:
@@ -60,13 +63,16 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(config: Config, rank: int, world_size: int, local_rank: int) -> int:
     # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
+    from megatron_psft.distributed.collective import on_rank_zero
     from megatron_psft.distributed.device import detect
     from megatron_psft.distributed.grid import process_group
     from megatron_psft.train.run import run
 
     platform = detect(local_rank)
-    with process_group(platform, world_size, config.parallel.distributed_timeout_minutes), left_behind():
+    timeout_minutes = config.parallel.distributed_timeout_minutes
+    with process_group(platform, world_size, timeout_minutes), left_behind(), ExitStack() as locks:
         try:
+            on_rank_zero(lambda: _lock(config.weights, locks))
             signum = run(config, platform, rank, local_rank)
         except (RankError, OSError) as error:
             return _leave_alone(error, rank)
@@ -110,6 +116,15 @@ def _leave_alone(error: RankError | OSError, rank: int) -> int:
         error = RankError(f"rank {rank}: {error}; what it has saved is intact; start again when the storage is well")
     print(f"error: {error}", file=sys.stderr, flush=True)
     return code
+
+
+def _lock(weights: WeightsConfig, locks: ExitStack) -> None:
+    """Makes this run the one that writes, before it has read or written anything."""
+    save = Path(weights.save)
+    locks.enter_context(sole_writer("save", save, lock_within(save), steal=weights.steal_lock))
+    if weights.export_hf is not None:
+        target = Path(weights.export_hf)
+        locks.enter_context(sole_writer("export_hf", target, lock_beside(target), steal=weights.steal_lock))
 
 
 def _config_file(argv: Sequence[str]) -> list[tuple[str, Path]]:

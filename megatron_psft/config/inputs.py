@@ -39,6 +39,9 @@ class WeightsConfig:
     start compares with this one."""
     export_hf: PathText | None = None
     """Folder that receives the trained model in Hugging Face format; none is written if unset."""
+    steal_lock: bool = False
+    """Take `save` and `export_hf` at once from a process of another host that holds their lock and is gone; otherwise
+    they are free 10 minutes after its last sign of life. A process that lives on this host is never robbed."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "save_interval", "keep_last")

@@ -82,6 +82,7 @@ FREE: tuple[str, ...] = (
     "save_interval",
     "keep_last",
     "async_save",
+    "steal_lock",
     "eval_interval",
     "data_cache_dir",
     "data_workers",

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.support.cli import REPOSITORY
 
 PACKAGE = REPOSITORY / "megatron_psft"
-SHARED = ("errors", "atomic", "sealed", "progress")
+SHARED = ("errors", "atomic", "lock", "sealed", "progress")
 TABLE_LINE = re.compile(r"^\| `(\w+)` \| .* \| ([\w, ]+) \|$", re.MULTILINE)
 
 
