@@ -68,6 +68,7 @@ def write_model(spec: dict[str, Any]) -> None:
 
     from megatron_psft.hf.export import write_folder
     from megatron_psft.hf.mapping import Piece, hf_tensors
+    from megatron_psft.hf.side_files import SideFiles
     from megatron_psft.hf.weights import RandomWeights
     from megatron_psft.model.shape import shape_from_config
 
@@ -82,8 +83,7 @@ def write_model(spec: dict[str, Any]) -> None:
             ((name, weights.read(Piece(name, (0, dims[0])))) for name, dims in hf_tensors(shape).items()),
             shape=shape,
             dtype=torch.bfloat16,
-            model_folder=Path(beside),
-            tokenizer_folder=Path(beside),
+            side_files=SideFiles(model_folder=Path(beside), tokenizer_folder=Path(beside)),
             max_shard_bytes=MAX_SHARD_BYTES,
         )
 

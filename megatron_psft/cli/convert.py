@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_psft.checkpoint import folders
+from megatron_psft.checkpoint.folders import is_step_folder, step_folders
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_absent, require_positive, run_command
 from megatron_psft.config.inputs import WeightsConfig
@@ -21,11 +21,13 @@ from megatron_psft.config.paths import PathText
 from megatron_psft.config.schema import parse_config
 from megatron_psft.errors import UserError
 from megatron_psft.lock import lock_beside, sole_writer
+from megatron_psft.sealed import read_content
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     import torch
 
     from megatron_psft.hf.conversion import Outline, Weights
+    from megatron_psft.hf.side_files import SideFiles
     from megatron_psft.model.shape import ModelShape
 
 EXAMPLES = """examples:
@@ -226,9 +228,9 @@ def find_folders(source: SourceConfig) -> Folders:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    if folders.is_step_folder(path):
+    if is_step_folder(path):
         return path
-    found = folders.step_folders(path)
+    found = step_folders(path)
     if not found:
         raise UserError(
             f"from_megatron ({path}) must be a complete step folder, a run folder that holds one, or a folder that "
@@ -274,15 +276,21 @@ def write(
     field, path = target.place
     num_parameters = sum(map(math.prod, hf_tensors(weights.shape).values()))
     require_room(field, path, num_parameters * dtype.itemsize)
-    side_files = {"model_folder": folders.model, "tokenizer_folder": folders.tokenizer}
+    side_files = side_files_of(folders)
     try:
         if target.to_hf is None:
-            write_checkpoint(path, weights, outline, dtype, export_dtype=export_dtype, **side_files)
+            write_checkpoint(path, weights, outline, dtype, export_dtype=export_dtype, side_files=side_files)
         else:
             limit = MAX_SHARD_BYTES if target.max_shard_gb is None else int(target.max_shard_gb * 10**9)
             tensors = weights.tensors(dtype)
             write_folder(
-                path, tensors, shape=weights.shape, dtype=dtype, max_shard_bytes=limit, option=field, **side_files
+                path,
+                tensors,
+                shape=weights.shape,
+                dtype=dtype,
+                max_shard_bytes=limit,
+                option=field,
+                side_files=side_files,
             )
     except (OSError, RuntimeError, SafetensorError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the disk's own complaint
@@ -290,6 +298,30 @@ def write(
             raise
         raise UserError(f"{field} ({path}) could not be written: {cause}; fix it and start again") from None
     print(f"{num_parameters} parameters as {str(dtype).removeprefix('torch.')} in {path}")
+
+
+def side_files_of(folders: Folders) -> "SideFiles":
+    """Raises UserError for a tokenizer that cannot be loaded.
+
+    Weights that a run has trained, or with a tokenizer from elsewhere, are written so that they load with it; a model
+    of somebody else's is copied as it is.
+    """
+    from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP
+    from megatron_psft.hf.hub import load_tokenizer
+    from megatron_psft.hf.side_files import SideFiles
+    from megatron_psft.train.exported import end_of_turn_id
+
+    is_trained = is_step_folder(folders.weights) and read_content(folders.weights)["step"] != WEIGHTS_ONLY_STEP
+    has_one = (folders.tokenizer / "tokenizer.json").is_file()
+    if not has_one or (folders.tokenizer == folders.model and not is_trained):
+        return SideFiles(model_folder=folders.model, tokenizer_folder=folders.tokenizer)
+    tokenizer = load_tokenizer(folders.tokenizer)
+    return SideFiles(
+        model_folder=folders.model,
+        tokenizer_folder=folders.tokenizer,
+        tokenizer=tokenizer,
+        stop_id=end_of_turn_id(tokenizer) if is_trained else None,
+    )
 
 
 def require_room(field: str, target: Path, needed_bytes: int) -> None:

@@ -43,7 +43,7 @@ from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError
 from megatron_psft.hf.mapping import Piece, hf_tensors, pieces, scatter
-from megatron_psft.hf.side_files import copy_side_files
+from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.weights import SafetensorsFolder, fill_shard
 from megatron_psft.model.gpt import build_chunk, transformer_config
 from megatron_psft.model.parameters import is_expert, whole_name
@@ -174,8 +174,7 @@ def write_checkpoint(
     outline: Outline,
     dtype: torch.dtype,
     *,
-    model_folder: Path,
-    tokenizer_folder: Path,
+    side_files: SideFiles,
     export_dtype: torch.dtype,
 ) -> None:
     """Writes a checkpoint of nothing but weights in `dtype`. Beside them lies what makes a Hugging Face folder of them
@@ -186,7 +185,7 @@ def write_checkpoint(
     with aside(target.resolve().parent, target.name) as folder:
         staging = sealed.begin(folder / target.name)
         _write_parameters(staging, source, outline, dtype)
-        copy_side_files(staging, model_folder, tokenizer_folder, export_dtype)
+        side_files.write(staging, export_dtype)
         content = {"version": VERSION, "step": WEIGHTS_ONLY_STEP, "identity": weights_identity(source.shape)}
         sealed.seal(folder / target.name, content)
         (folder / target.name).rename(target)

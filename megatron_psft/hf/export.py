@@ -13,7 +13,7 @@ from megatron_psft.distributed.collective import on_rank_zero, patient_group
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.hf.folder import replacing
 from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
-from megatron_psft.hf.side_files import copy_side_files
+from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.model.parameters import own_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.progress import progress
@@ -28,8 +28,7 @@ def export(
     *,
     shape: ModelShape,
     dtype: torch.dtype,
-    model_folder: Path,
-    tokenizer_folder: Path,
+    side_files: SideFiles,
     parallel: Parallel,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -44,8 +43,7 @@ def export(
         target: folder to write, seen by rank 0.
         shape: of the model.
         dtype: of the tensors in the files.
-        model_folder: where config and generation config come from.
-        tokenizer_folder: where the tokenizer comes from.
+        side_files: what goes with the weights.
         parallel: this rank's place.
         max_shard_bytes: size limit of one file, unless a single tensor is larger.
 
@@ -61,8 +59,7 @@ def export(
                 tensors,
                 shape=shape,
                 dtype=dtype,
-                model_folder=model_folder,
-                tokenizer_folder=tokenizer_folder,
+                side_files=side_files,
                 max_shard_bytes=max_shard_bytes,
             )
         finally:
@@ -85,8 +82,7 @@ def write_folder(
     *,
     shape: ModelShape,
     dtype: torch.dtype,
-    model_folder: Path,
-    tokenizer_folder: Path,
+    side_files: SideFiles,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     option: str = "export_hf",
 ) -> None:
@@ -98,7 +94,7 @@ def write_folder(
         for name, tensor in progress(tensors, "export", unit="tensor", total=len(dims)):
             writer.add(name, tensor.to(dtype))
         writer.finish()
-        copy_side_files(folder, model_folder, tokenizer_folder, dtype)
+        side_files.write(folder, dtype)
 
 
 def _gathered_tensors(

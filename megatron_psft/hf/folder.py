@@ -21,8 +21,7 @@ MANIFEST = "psft_export.json"
 CONFIG = "config.json"
 NAMED_TEMPLATES = "additional_chat_templates"
 
-MODEL_FILES = ("generation_config.json",)
-"""What besides weights and config.json, which is written anew, belongs to a model."""
+GENERATION_CONFIG = "generation_config.json"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,7 +37,7 @@ TOKENIZER_FILES = (
 )
 """What belongs to a tokenizer, as patterns."""
 
-_LOADED = (MANIFEST, CONFIG, *MODEL_FILES, *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
+_LOADED = (MANIFEST, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
 """What an export may write, and whoever loads the folder may read."""
 
 

@@ -1,5 +1,6 @@
 """Turns `DIR|ID` into a local folder."""
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
+from megatron_psft.hf.tokenizer import as_its_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]  # pickled weights are not even downloaded
@@ -43,15 +47,23 @@ def model_folder(field: str, name: str, *, with_weights: bool) -> Path:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a folder. Raises UserError where there is none."""
+    """Loads the tokenizer of a folder, with the tokens that its tokenizer.json says. Raises UserError where there is
+    none."""
     from transformers import AutoTokenizer  # seconds, which a mistaken name does not cost
 
     try:
         # Said, as transformers would ask on the terminal whether to run code that the folder brings.
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer, how = as_its_file(folder, loaded)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"tokenizer ({folder}) must be a folder with a Hugging Face tokenizer: {reason}") from None
+    if how is not None:
+        log.warning(
+            "tokenizer (%s): %s of transformers would not make the tokens of its tokenizer.json, which are used: %s",
+            *(folder, type(loaded).__name__, how),
+        )
+    return tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

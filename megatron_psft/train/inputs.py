@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.distributed.collective import on_every_rank, patient_group
 from megatron_psft.errors import InfrastructureError, UserError, storage_error
 from megatron_psft.hf import folder, hub
+from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.gpt import check_layout
 from megatron_psft.model.shape import ModelShape, read_shape
+from megatron_psft.train.exported import side_files_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,6 @@ class Inputs:
     """Everything a run reads, checked, before anything is built."""
 
     model_folder: Path
-    tokenizer_folder: Path
     shape: ModelShape
     weights: SafetensorsFolder | RandomWeights
     dataset: TokenizedDataset
@@ -39,6 +41,8 @@ class Inputs:
     valid_dataset: TokenizedDataset | None
     tokenizer: PreTrainedTokenizerBase
     train_iters: int
+    side_files: SideFiles
+    """Of an export."""
 
 
 def read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
@@ -111,9 +115,11 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
         assert config.batch.epochs is not None
         train_iters = -(-config.batch.epochs * len(plan) // config.batch.global_batch_size)
         validate_train_iters(config, train_iters)
+    side_files = side_files_of(model_folder, tokenizer_folder, tokenizer, dataset)
+    if is_main and config.weights.export_hf is not None:
+        side_files.check()
     return Inputs(
         model_folder=model_folder,
-        tokenizer_folder=tokenizer_folder,
         shape=shape,
         weights=weights,
         dataset=dataset,
@@ -121,6 +127,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
         valid_dataset=valid,
         tokenizer=tokenizer,
         train_iters=train_iters,
+        side_files=side_files,
     )
 
 
@@ -168,10 +175,12 @@ def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> It
 
 def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
     tokenizer = hub.load_tokenizer(folder)
-    if len(tokenizer) > shape.vocab_size:
+    # Not len(tokenizer): ids may have gaps, and what counts is the row of the embedding that each of them takes.
+    token, number = max(tokenizer.get_vocab().items(), key=itemgetter(1))
+    if number >= shape.vocab_size:
         raise UserError(
-            f"tokenizer ({folder}) has {len(tokenizer)} tokens, more than the model's vocabulary ({shape.vocab_size}); "
-            "name the tokenizer that belongs to the model"
+            f"tokenizer ({folder}) has ids up to {number} ({token}), but the model's embedding has {shape.vocab_size} "
+            "rows (vocab_size); name the tokenizer that belongs to the model"
         )
     return tokenizer
 

@@ -49,8 +49,7 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
             Path(config.weights.export_hf),
             shape=inputs.shape,
             dtype=torch.bfloat16 if config.precision.bf16 else inputs.weights.dtype,
-            model_folder=inputs.model_folder,
-            tokenizer_folder=inputs.tokenizer_folder,
+            side_files=inputs.side_files,
             parallel=ready.parallel,
         )
         log.info("exported %s", config.weights.export_hf)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from megatron_psft import sealed
 from megatron_psft.sealed import MARKER
@@ -59,19 +60,23 @@ def test_there_and_back_is_bit_exact(convert, converted, tmp_path, family, tied,
     shutil.copytree(source, tmp_path / "expected")
     shutil.rmtree(source)
     shutil.copytree(tokenizer, tmp_path / "expected", dirs_exist_ok=True)
-    shutil.rmtree(tokenizer)
+    tokenizer.rename(tmp_path / "moved")
     target = converted("--from-megatron", checkpoint, "--to-hf", tmp_path / "target")
     assert_same_tensors(target, tmp_path / "expected")
     assert ("lm_head.weight" in tensors_of(target)) is not tied
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert json.loads((target / name).read_text()) == json.loads((tmp_path / "expected" / name).read_text()), name
+    ids = [
+        AutoTokenizer.from_pretrained(folder)("24clips 48/2")["input_ids"] for folder in (target, tmp_path / "moved")
+    ]
+    assert ids[0] == ids[1]
     for argv in (
         ["--from-hf", target, "--to-megatron", checkpoint],
         ["--from-megatron", checkpoint, "--to-hf", target],
     ):
         result = convert(*argv, "--check")
         assert (result.code, result.out) == (0, f"{len(tensors_of(target))} tensors, all equal\n"), result.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "new", "target"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "moved", "new", "target"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["ckpt"]
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from megatron_psft.errors import UserError
 from megatron_psft.hf.export import MAX_SHARD_BYTES, export
 from megatron_psft.hf.folder import MANIFEST
+from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
 from megatron_psft.model.shape import read_shape
 from tests.support import tiny
@@ -60,8 +61,7 @@ def import_and_export(
                 target,
                 shape=shape,
                 dtype=weights.dtype,
-                model_folder=source,
-                tokenizer_folder=tokenizer_folder or source,
+                side_files=SideFiles(model_folder=source, tokenizer_folder=tokenizer_folder or source),
                 parallel=rank.parallel,
                 max_shard_bytes=max_shard_bytes,
             )
@@ -211,8 +211,7 @@ def fail_to_export(layout: str, source: Path, target: Path, nothing: Path) -> st
                 target,
                 shape=shape,
                 dtype=torch.float32,
-                model_folder=nothing,
-                tokenizer_folder=nothing,
+                side_files=SideFiles(model_folder=nothing, tokenizer_folder=nothing),
                 parallel=rank.parallel,
             )
     return str(caught.value)

@@ -1,0 +1,94 @@
+"""The model that a run leaves is the one it trained: its tokens, and where it stops."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_psft.hf.hub import load_tokenizer
+from tests.support import tiny
+from tests.support.cli import Exit, run_cli
+
+TEXT = "24clips 48/2 #### 72"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Of a type beside which transformers takes no tokenizer but Qwen2's, and which stops at another token."""
+    folder = tiny.build_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", num_hidden_layers=1, vocab_size=200)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "eos_token_id": 0}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    return tiny.build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def train(pool, folder: Path, model: Path, tokenizer: Path, *more: object, size: int = 1) -> Exit:
+    data = tiny.write_records(folder / "data.jsonl", 8)
+    flags = {
+        "load-hf": model,
+        "tokenizer": tokenizer,
+        "data": data,
+        "save": folder / "save",
+        "export-hf": folder / "hf",
+    }
+    flags |= {"data-cache-dir": folder / "cache", "train-iters": 2, "global-batch-size": 2, "seq-length": 256}
+    argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return pool.run(run_cli, size, [*argv, *map(str, more)])[0]
+
+
+def ids(tokenizer, text: str = TEXT) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_export_makes_the_tokens_of_training_and_stops_where_it_was_taught_to(pool, tmp_path, model, tokenizer):
+    done = train(pool, tmp_path, model, tokenizer)
+    assert done.code == 0, done.err
+    found, trained = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "hf", tokenizer))
+    assert ids(found) == ids(trained)
+    assert found.get_vocab() == trained.get_vocab()
+    stop = trained.convert_tokens_to_ids(tiny.IM_END)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == [0, stop]
+    assert (
+        done.err.count(f"generation_config.json stops at {tiny.IM_END} ({stop}), which ends a turn, besides [0]") == 1
+    )
+    # And the trainer goes on from its own export.
+    (tmp_path / "next").mkdir()
+    again = train(pool, tmp_path / "next", tmp_path / "hf", tmp_path / "hf")
+    assert again.code == 0, again.err
+
+
+def test_a_special_token_that_has_no_row_is_refused(pool, tmp_path, model):
+    """transformers adds those that only tokenizer_config.json names."""
+    folder = tiny.build_tokenizer(tmp_path / "tokenizer")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|other|>"}))
+    done = train(pool, tmp_path, model, folder)
+    assert done.code == 2
+    assert "has ids up to 200 (<|other|>), but the model's embedding has 200 rows" in done.err
+
+
+def sparse(folder: Path, number: int) -> Path:
+    """A tokenizer whose last token has another id, so that there is a gap before it."""
+    tiny.build_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = number
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("number", [200, 210, 10_000])
+def test_ids_beyond_the_rows_of_the_embedding_are_refused(pool, tmp_path, model, number):
+    """Though there are no more tokens than rows."""
+    folder = sparse(tmp_path / "tokenizer", number)
+    assert len(load_tokenizer(folder)) == 200
+    done = train(pool, tmp_path, model, folder)
+    assert done.code == 2
+    assert f"tokenizer ({folder}) has ids up to {number} (" in done.err
+    assert "but the model's embedding has 200 rows (vocab_size)" in done.err
