@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -314,14 +315,15 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(pool, 
     other_model = tiny.build_model(tmp_path / "model", "qwen3", tied=True, rms_norm_eps=1e-3)
     other_data = tiny.write_records(tmp_path / "other.jsonl", 10, seed=1)
     runs = {
+        "training data (": [],
         "model norm_eps (1e-05), this one has (0.001)": ["--load-hf", str(other_model)],
-        "training data (": ["--data", str(other_data)],
         "global_batch_size 4, this one has global_batch_size 2;": ["--global-batch-size", "2"],
         "packing False, this one has packing True;": ["--packing"],
     }
     before = contents(finished)
     for difference, flags in runs.items():
-        line = refuse(pool, inputs.argv(finished, *flags))
+        given = replace(inputs, data=other_data) if difference == "training data (" else inputs
+        line = refuse(pool, given.argv(finished, *flags))
         assert f"error: {finished / 'step_0000008'}: the run that wrote it had {difference}" in line
         assert "use its settings, or another save folder" in line
     assert contents(finished) == before

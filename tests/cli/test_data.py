@@ -31,7 +31,8 @@ def inputs(tmp_path_factory) -> Path:
 @pytest.fixture
 def show(inputs, capsys):
     def run(*flags: str) -> Exit:
-        code = main(["--tokenizer", str(inputs / "tokenizer"), "--data", str(inputs / "a.jsonl"), *flags])
+        data = [] if "--data" in flags else ["--data", str(inputs / "a.jsonl")]
+        code = main(["--tokenizer", str(inputs / "tokenizer"), *data, *flags])
         return Exit(code, *capsys.readouterr())
 
     return run

@@ -301,7 +301,7 @@ def test_a_damaged_file_is_an_error_that_names_it(pool, tmp_path, inputs, finish
     else:
         shutil.rmtree(folder)
         other = tiny.write_records(tmp_path / "other.jsonl", 10, seed=1)
-        train(pool, 1, [*inputs.argv(tmp_path / "other", *SEPARATE), "--data", str(other)])
+        train(pool, 1, replace(inputs, data=other).argv(tmp_path / "other", *SEPARATE))
         shutil.copytree(tmp_path / "other" / "ref_log_probs", folder)
         expected = f"{folder} is of a run with training data ("
     line = refuse(pool, inputs.argv(run, *SEPARATE))
