@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_psft.config.flags import require_at_least, run_command
-from megatron_psft.data.files import Row, open_rows
+from megatron_psft.data.files import Row
+from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rollout.prompts import PromptConfig

@@ -22,9 +22,10 @@ from statistics import fmean
 from typing import Any, Literal
 
 from megatron_psft.config.flags import require_absent, run_command
-from megatron_psft.data.files import Row, open_rows
+from megatron_psft.data.files import Row
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.records import Record, raise_or_report, read_records
+from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError
 from megatron_psft.rollout.rewards import group_advantages
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from trl_run import TrainConfig, train_and_save
 
 from megatron_psft.config.flags import require_at_least, require_positive, run_command
-from megatron_psft.data.files import BadRecord, open_rows
+from megatron_psft.data.files import BadRecord
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import Message
 from megatron_psft.data.pairs import Pair, parse_pair
+from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     from megatron_psft.data.chat import Example
     from megatron_psft.data.dataset import TokenizedDataset
     from megatron_psft.data.loader import BatchLoader, MicroBatch
+    from megatron_psft.data.packing import PackPlan
 
 EXAMPLES = """examples:
   the first rows of a run, before or after it:
@@ -166,6 +167,7 @@ def describe_folder(folder: "CacheFolder") -> str:
 def show_data(config: ShowDataConfig) -> None:
     """Prints statistics and rows. Raises UserError for data or a tokenizer that training would refuse."""
     from megatron_psft.data.dataset import build_dataset
+    from megatron_psft.data.packing import plan_of
     from megatron_psft.hf import hub
 
     if config.data.data == ShownData().data:
@@ -182,7 +184,10 @@ def show_data(config: ShowDataConfig) -> None:
         are_pairs=config.objective.needs_pairs,
     )
     print(dataset.statistics())
-    loader = build_loader(config, dataset, tokenizer)
+    plan = plan_of(dataset.sequence_lengths, config.data)
+    if passes := passes_of(config, len(plan)):
+        print(passes)
+    loader = build_loader(config, dataset, plan, tokenizer)
     in_color = config.show.color == "always" or (config.show.color == "auto" and sys.stdout.isatty())
     lengths = iter(loader.lengths(config.show.step - 1).tolist())
     for number, row in enumerate(loader.micro_batches(config.show.step - 1)[: config.show.rows], 1):
@@ -196,15 +201,14 @@ def show_data(config: ShowDataConfig) -> None:
 
 
 def build_loader(
-    config: ShowDataConfig, dataset: "TokenizedDataset", tokenizer: "PreTrainedTokenizerBase"
+    config: ShowDataConfig, dataset: "TokenizedDataset", plan: "PackPlan", tokenizer: "PreTrainedTokenizerBase"
 ) -> "BatchLoader":
     """The run's own loader on one rank, a row at a time (a pair's two): its rows do not depend on the layout."""
     from megatron_psft.data.loader import BatchLoader, Shard
-    from megatron_psft.data.packing import plan_of
 
     return BatchLoader(
         dataset,
-        plan_of(dataset.sequence_lengths, config.data),
+        plan,
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=1,
         shard=Shard(),
@@ -212,6 +216,20 @@ def build_loader(
         one_row=config.data.packing,
         pad_to_multiple_of=1,
         pad_token_id=tokenizer.pad_token_id or 0,
+    )
+
+
+def passes_of(config: ShowDataConfig, packs: int) -> str:
+    """How often the run takes each record, as far as its flags say how long it is."""
+    from megatron_psft.data.statistics import describe_passes
+
+    batch = config.batch
+    return describe_passes(
+        packs,
+        "packs" if config.data.packing else "records",
+        global_batch_size=batch.global_batch_size,
+        train_iters=batch.steps(packs),
+        epochs=batch.epochs,
     )
 
 

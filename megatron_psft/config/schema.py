@@ -38,6 +38,12 @@ class BatchConfig:
         require_at_least(1, self, "train_iters", "epochs", "global_batch_size", "micro_batch_size")
         require_at_least(0, self, "seed")
 
+    def steps(self, packs: int) -> int | None:
+        """Optimizer steps of the run, of whose epochs each has so many packs; None where neither field is set."""
+        if self.train_iters is not None or self.epochs is None:
+            return self.train_iters
+        return -(-self.epochs * packs // self.global_batch_size)
+
 
 if TYPE_CHECKING:
     ObjectiveName = str

@@ -7,7 +7,7 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.cache import DataCache, TokenizedSource
 from megatron_psft.data.chat import Example
-from megatron_psft.data.files import open_source
 from megatron_psft.data.formats import DEFAULT_COMPLETION_KEY, RecordKeys
 from megatron_psft.data.records import raise_or_report
+from megatron_psft.data.sources import open_source
+from megatron_psft.data.splits import SplitUse
 from megatron_psft.data.statistics import DatasetStatistics, add_up, count_records
 from megatron_psft.errors import UserError
 
@@ -133,6 +134,7 @@ def build_dataset(
     seed: int,
     show_progress: bool,
     are_pairs: bool = False,
+    use: SplitUse = "training",
 ) -> TokenizedDataset:
     """The records of `paths` (see `parse_weighted_path`), source after source, tokenized or taken from the cache. Bad
     records that are skipped are logged.
@@ -140,7 +142,7 @@ def build_dataset(
     A record of more than `config.seq_length` tokens is over-long: "drop" leaves it out, "truncate" cuts it on the right
     and leaves it out where no label remains, "error" refuses the data. A weight's fraction is a random part of the
     source, drawn from `seed` once, so that all epochs have the same records. `are_pairs`: records are preference pairs
-    (see `pairs.py`), of which the longer sequence counts.
+    (see `pairs.py`), of which the longer sequence counts. `use` says which split of a folder or dataset is meant.
 
     Raises UserError: unreadable data, unfit tokenizer, bad records unless skipped, over-long records with "error", a
     source without a usable record, a cache that cannot be written.
@@ -148,7 +150,7 @@ def build_dataset(
     if are_pairs:
         _refuse_for_pairs(config)
     weighted = [parse_weighted_path(path) for path in paths]
-    opened = [open_source(item.path) for item in weighted]  # all of them before the first is tokenized
+    opened = [open_source(item.path, use=use) for item in weighted]  # all of them before the first is tokenized
     keys = RecordKeys(
         prompt=config.prompt_key,
         completion=config.completion_key,
@@ -165,17 +167,12 @@ def build_dataset(
     )
     sources = [cache.open(source, show_progress=show_progress) for source in opened]
     _check_bad_records(sources, paths, config.skip_bad_records)
-    return TokenizedDataset(
-        [
-            _repeat_by_weight(
-                source,
-                _select_usable(source, seq_length=config.seq_length, overlong=config.overlong),
-                weight=item.weight,
-                seed=[seed, number],
-            )
-            for number, (source, item) in enumerate(zip(sources, weighted, strict=True))
-        ]
-    )
+    parts = []
+    for number, (source, item, read) in enumerate(zip(sources, weighted, opened, strict=True)):
+        usable = _select_usable(source, seq_length=config.seq_length, overlong=config.overlong)
+        part = _repeat_by_weight(source, usable, weight=item.weight, seed=[seed, number])
+        parts.append(replace(part, statistics=replace(part.statistics, selection=read.selection)))
+    return TokenizedDataset(parts)
 
 
 def _refuse_for_pairs(config: DataConfig) -> None:

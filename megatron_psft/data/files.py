@@ -1,17 +1,19 @@
-"""Local files, folders and hub datasets -> raw rows, each with the place it came from.
+"""Files -> raw rows, each with the place it came from; `sources.py` says which files.
 
 Rows come in chunks that are cheap to read and to hand to another process; what costs time, such as parsing JSON,
 happens when a chunk's rows are taken. Nothing here knows what a record looks like (`records.py` does) and no single
 bad row stops the reading.
 """
 
+import io
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +22,9 @@ from megatron_psft.errors import UserError
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer JSON line is a bad record: it would be some 16 million tokens, and a file without line ends fills memory."""
+
+KNOWN_FILES = ".jsonl, .json or .parquet"
+"""What can be read, in words; the first two also with .gz or .zst behind."""
 
 # Enough to keep a tokenizer busy, little enough to hold: a batch of Parquet's 65,536 may be gigabytes.
 _CHUNK_ROWS = 256
@@ -70,6 +75,8 @@ class Source:
     chunks: Callable[[], Iterator[Chunk]]
     version: str = ""
     """What tells the contents of a hub dataset apart, whose files may be in memory only."""
+    selection: str = ""
+    """One line on which files are read, and which are left out and why; empty where the path is that of a file."""
 
     @property
     def size(self) -> int:
@@ -77,64 +84,73 @@ class Source:
         return sum(file.stat().st_size for file in self.files)
 
 
-def open_source(path: str) -> Source:
-    """A `.jsonl`, `.json` (array) or `.parquet` file, a folder of such files or one written by
-    `datasets.save_to_disk`, or the `train` split of a dataset on the hub.
-
-    Whether `path` can be read is checked now; rows are read when the iterator of chunks is advanced.
-
-    Raises UserError: no such file, unknown file type, empty folder, hub dataset that cannot be loaded; while iterating
-    over chunks: a JSON or Parquet file that is broken as a whole.
-    """
-    # os.path and not pathlib: its answers stay False, and its text unchanged, for what cannot be a path at all.
-    local = Path(os.path.expanduser(path))
-    if os.path.isdir(local):
-        _check_readable(local)
-        if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
-            files = tuple(sorted(file for file in local.rglob("*") if file.is_file()))
-            return _dataset_source(_load_from_disk(local), str(local), files)
-        files = tuple(sorted(file for file in local.iterdir() if _is_data_file(file)))
-        if not files:
-            raise UserError(f"data ({path}) is a folder without any {_known_suffixes()} file; name one that has some")
-        return _file_source(str(local), files)
-    if os.path.exists(local):
-        return _file_source(str(local), (local,))
-    if _looks_like_path(path):
-        raise UserError(f"data ({path}) does not exist; give a file, a folder or the ID of a dataset on the hub")
-    loaded = _load_from_hub(path)
-    files = tuple(Path(file["filename"]) for file in getattr(loaded, "cache_files", ()))
-    return _dataset_source(loaded, path, files, version=f"{path} {getattr(loaded, '_fingerprint', '')}")
-
-
-def open_rows(path: str) -> Iterator[Row | BadRecord]:
-    """The rows of `open_source(path)`, one after the other."""
-    source = open_source(path)
-    return (row for chunk in source.chunks() for row in chunk.rows())
-
-
-def _file_source(name: str, files: tuple[Path, ...]) -> Source:
+def file_source(name: str, files: tuple[Path, ...]) -> Source:
+    """The rows of the files, one file after the other. Raises UserError for one of unknown type or not readable."""
     for file in files:
-        if file.suffix.lower() not in _READERS:
-            raise UserError(f"data ({file}) must be a {_known_suffixes()} file; convert or rename it")
-        _check_readable(file)
+        if not is_known(file.name):
+            raise UserError(f"data ({file}) must be a {KNOWN_FILES} file; convert or rename it")
+        check_readable(file)
     return Source(name=name, files=files, chunks=lambda: itertools.chain.from_iterable(map(_read_file, files)))
 
 
-def _read_file(path: Path) -> Iterator[Chunk]:
-    return _READERS[path.suffix.lower()](path)
+def dataset_source(rows: Sequence[object], name: str, files: tuple[Path, ...], version: str = "") -> Source:
+    """Rows that the library `datasets` has loaded, from `files`."""
+    size_of_row = sum(file.stat().st_size for file in files) // max(len(rows), 1)
+    return Source(
+        name=name,
+        files=files,
+        version=version,
+        chunks=lambda: _chunks_of_values(map(_without_nulls, rows), name, size_of_row),
+    )
 
 
-def _check_readable(path: Path) -> None:
+def check_readable(path: Path) -> None:
+    """Raises UserError where this process may not read a file or folder, or it is a link to nothing."""
     if not os.access(path, os.R_OK):
         raise UserError(f"data ({path}) must be readable; change its permissions, or fix the link")
 
 
-def _is_data_file(path: Path) -> bool:
-    return path.suffix.lower() in _READERS and not path.name.startswith(".") and not path.is_dir()
+def is_known(name: str) -> bool:
+    """Whether a file of that name can be read."""
+    return _endings(name)[0] in _READERS
 
 
-def _looks_like_path(path: str) -> bool:
-    return path.startswith(("/", "./", "../", "~")) or Path(path).suffix.lower() in _READERS
+def stem_of(path: Path) -> str:
+    """The file's name without its endings, that of compression too."""
+    return path.name[: len(path.name) - len("".join(_endings(path.name)))]
+
+
+def _endings(name: str) -> tuple[str, str]:
+    """The ending that tells the format and that of compression, lower-case; each may be empty."""
+    rest, ending = os.path.splitext(name.lower())
+    if ending not in _COMPRESSIONS:
+        return ending, ""
+    inner = os.path.splitext(rest)[1]
+    return (inner if inner in _COMPRESSED else "", ending)
+
+
+def _read_file(path: Path) -> Iterator[Chunk]:
+    return _READERS[_endings(path.name)[0]](path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """The file's content, decompressed while it is read, and a function that says how many bytes of the file are read.
+
+    Raises UserError where it cannot be decompressed.
+    """
+    compression = _COMPRESSIONS.get(_endings(path.name)[1])
+    with path.open("rb") as file:
+        if compression is None:
+            yield file, file.tell
+            return
+        try:
+            with pa.CompressedInputStream(file, compression) as stream:
+                yield cast(BinaryIO, io.BufferedReader(stream)), file.tell
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"data ({path}) cannot be read as {compression}: {first_line(error)}; compress it again"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +172,12 @@ class _Lines:
 
 
 def _read_json_lines(path: Path) -> Iterator[Chunk]:
-    with path.open("rb") as file:
+    with _opened(path) as (file, position):
         lines = _iter_lines(file)
-        first = 1
+        first, read = 1, 0
         while chunk := _take_chunk(lines):
-            texts, sizes = zip(*chunk, strict=True)
-            yield _Lines(name=str(path), size=sum(sizes), first=first, lines=texts)
-            first += len(chunk)
+            yield _Lines(name=str(path), size=position() - read, first=first, lines=[line for line, _ in chunk])
+            first, read = first + len(chunk), position()
 
 
 def _iter_lines(file: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
@@ -172,10 +187,11 @@ def _iter_lines(file: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
         if len(line) <= MAX_LINE_BYTES:
             yield line, len(line)
         else:
-            start = file.tell() - len(line)
+            size = len(line)
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
-            yield None, file.tell() - start
+                size += len(line)
+            yield None, size
 
 
 def _take_chunk(lines: Iterator[tuple[bytes | None, int]]) -> list[tuple[bytes | None, int]]:
@@ -196,7 +212,7 @@ def _parse_line(line: bytes, source: str, encoding: str) -> Row | BadRecord:
     except json.JSONDecodeError as error:
         return BadRecord(source=source, reason="not JSON", detail=f"{error.msg} at column {error.colno}")
     except ValueError as error:  # an integer of thousands of digits
-        return BadRecord(source=source, reason="not JSON", detail=_first_line(error))
+        return BadRecord(source=source, reason="not JSON", detail=first_line(error))
     except RecursionError:
         return BadRecord(source=source, reason="nested too deeply")
 
@@ -216,7 +232,8 @@ class _Values:
 
 def _read_json_array(path: Path) -> Iterator[Chunk]:
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+        with _opened(path) as (file, _):
+            rows = json.loads(file.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"data ({path}) must be UTF-8, byte {error.start + 1} is not; re-encode the file") from error
     except json.JSONDecodeError as error:
@@ -225,7 +242,7 @@ def _read_json_array(path: Path) -> Iterator[Chunk]:
             "a file with one object per line is named .jsonl"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data ({path}) must be one JSON array: {_first_line(error)}; use .jsonl") from error
+        raise UserError(f"data ({path}) must be one JSON array: {first_line(error)}; use .jsonl") from error
     if not isinstance(rows, list):
         raise UserError(f"data ({path}) must be a JSON array of objects, found {type(rows).__name__}; put it in [ ]")
     return _chunks_of_values(rows, str(path), path.stat().st_size // max(len(rows), 1))
@@ -256,7 +273,7 @@ class _Table:
             except UnicodeDecodeError:  # Arrow does not check strings when it reads them
                 yield BadRecord(source=source, reason="not UTF-8")
             except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date before the year 1
-                yield BadRecord(source=source, reason="not readable", detail=_first_line(error))
+                yield BadRecord(source=source, reason="not readable", detail=first_line(error))
             else:
                 yield Row(source=source, value=_without_nulls(value))
 
@@ -278,62 +295,12 @@ def _read_parquet(path: Path) -> Iterator[Chunk]:
                 yield _Table(name=str(path), size=size_of_row * batch.num_rows, first=first, batch=batch)
                 first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data ({path}) cannot be read as Parquet: {_first_line(error)}; write it again") from error
+        raise UserError(f"data ({path}) cannot be read as Parquet: {first_line(error)}; write it again") from error
 
 
-def _dataset_source(rows: Sequence[object], name: str, files: tuple[Path, ...], version: str = "") -> Source:
-    size_of_row = sum(file.stat().st_size for file in files) // max(len(rows), 1)
-    return Source(
-        name=name,
-        files=files,
-        version=version,
-        chunks=lambda: _chunks_of_values(map(_without_nulls, rows), name, size_of_row),
-    )
-
-
-def _load_from_disk(folder: Path) -> Sequence[object]:
-    datasets = _import_datasets(str(folder))
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"data ({folder}) cannot be loaded by datasets: {_first_line(error)}; save it again") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if "train" not in loaded:
-            splits = ", ".join(loaded)
-            raise UserError(f"data ({folder}) must have a train split, found {splits}; name the folder of one split")
-        loaded = loaded["train"]
-    return loaded.with_format(None)  # a saved numpy or torch format would come back as arrays
-
-
-def _load_from_hub(dataset_id: str) -> Sequence[object]:
-    datasets = _import_datasets(dataset_id)
-    try:
-        return datasets.load_dataset(dataset_id, split="train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"data ({dataset_id}) is not a local file or folder, and the hub does not have it: {_first_line(error)}; "
-            "check the name, or download it and give the folder"
-        ) from error
-
-
-def _import_datasets(path: str) -> Any:
-    """The library, a second's import that plain files do not need."""
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise UserError(
-            f"data ({path}) is no file and no folder of files, and needs the package datasets, which is not there; "
-            "pip install datasets, or check the path"
-        ) from None
-    return datasets
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a library says, in one line."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _known_suffixes() -> str:
-    return " or ".join(_READERS)
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Chunk]]] = {
@@ -341,3 +308,5 @@ _READERS: dict[str, Callable[[Path], Iterator[Chunk]]] = {
     ".json": _read_json_array,
     ".parquet": _read_parquet,
 }
+_COMPRESSED = (".jsonl", ".json")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from megatron_psft.data.files import BadRecord, Row, open_rows
+from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import RECORD_FORMATS, RecordKeys, turns_of
 from megatron_psft.data.keys import KWARGS_KEY, SYSTEM_KEYS, THINKING_KEY
 from megatron_psft.data.messages import (
@@ -20,6 +20,7 @@ from megatron_psft.data.messages import (
     parse_tools,
     wrong_type,
 )
+from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError
 
 Parsed = TypeVar("Parsed")
@@ -65,7 +66,7 @@ def parse_with(parse: Callable[[object, str], Parsed], row: Row | BadRecord) -> 
 
 
 def iter_records(paths: Sequence[str], keys: RecordKeys) -> Iterator[Record | BadRecord]:
-    """Streams the records of `paths` (see `files.open_source`) in order. All paths are checked before the first record.
+    """Streams the records of `paths` (see `open_source`) in order. All paths are checked before the first record.
 
     Raises UserError where a path, or a whole JSON or Parquet file, cannot be read.
     """

@@ -25,6 +25,8 @@ class DatasetStatistics:
     truncated: int
     dropped: Mapping[str, int]
     """Records of the source that are left out, by reason."""
+    selection: str = ""
+    """Which files of the source are read, and which are left out and why; empty for a file."""
     sources: tuple["DatasetStatistics", ...] = ()
     """The same for each source, where there are several."""
 
@@ -36,10 +38,46 @@ class DatasetStatistics:
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
             for row in rows
         ]
+        lines += [part.selection for part in self.sources or (self,) if part.selection]
         for part in self.sources or (self,):
             dropped = ", ".join(f"{count:,} {reason}" for reason, count in part.dropped.items()) or "none"
             lines.append(f"{part.name}: truncated: {part.truncated:,}; dropped: {dropped}")
         return "\n".join(lines)
+
+
+def describe_passes(
+    packs: int, unit: str, *, global_batch_size: int, train_iters: int | None, epochs: int | None
+) -> str:
+    """How often a run takes each record: lines to log.
+
+    Args:
+        packs: of an epoch.
+        unit: what they are called, such as packs, or records where each is alone.
+        global_batch_size: packs of a step.
+        train_iters: steps of the run; None where it is not known.
+        epochs: passes that were asked for; None where steps were.
+    """
+    lines = []
+    if train_iters is not None:
+        taken = train_iters * global_batch_size
+        times, rest = divmod(taken, packs)
+        steps = "1 step" if train_iters == 1 else f"{train_iters:,} steps"
+        more = f", those of {rest:,} {unit} once more" if rest else ""
+        lines.append(
+            f"{steps} of {global_batch_size:,} {unit} make {taken / packs:.4g} passes over the {packs:,} "
+            f"{unit} of an epoch: each record {times:,} times{more}"
+        )
+        if epochs is not None and taken > epochs * packs:
+            lines.append(
+                f"the last global batch begins another pass: {taken - epochs * packs:,} {unit} more than "
+                f"{epochs} x {packs:,} fill it"
+            )
+    if packs < global_batch_size:
+        lines.append(
+            f"an epoch is less than a global batch, {packs:,} of {global_batch_size:,} {unit}: each step takes each "
+            f"record {global_batch_size / packs:.4g} times; lower --global-batch-size"
+        )
+    return "\n".join(lines)
 
 
 def _cells(part: DatasetStatistics) -> tuple[str, ...]:

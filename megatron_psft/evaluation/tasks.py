@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_psft.config.flags import require_at_least
 from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer
-from megatron_psft.data.files import BadRecord, Row, open_rows
+from megatron_psft.data.files import BadRecord, Row
+from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.evaluation.lm_eval import Harness
 from megatron_psft.evaluation.results import CORRECT, Generation, ResultsFolder, summarize
@@ -171,7 +172,7 @@ def read_questions(path: str, tasks: TaskConfig, num_samples: int | None, verifi
     where questions are repeated unequally and `num_samples` does not say how many answers are wanted.
     """
     _check_exists(path)
-    rows = list(open_rows(path))
+    rows = list(open_rows(path, use="other"))
     keys = _find_keys(path, rows, tasks)
     counts = Counter(_identity(row, keys) for row in rows)
     distinct = {_identity(row, keys): row for row in reversed(rows)}  # the first of each

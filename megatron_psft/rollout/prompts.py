@@ -5,10 +5,11 @@ from typing import Any
 
 from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer
-from megatron_psft.data.files import BadRecord, Row, open_rows
+from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.records import parse_row, parse_with
+from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError
 from megatron_psft.rollout.rewards import Verifier
 

@@ -15,6 +15,9 @@ from megatron_psft.config.schema import Config
 from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset, parse_weighted_path
 from megatron_psft.data.packing import PackPlan, plan_of
+from megatron_psft.data.sources import place_of
+from megatron_psft.data.splits import SplitUse
+from megatron_psft.data.statistics import describe_passes
 from megatron_psft.distributed.collective import on_every_rank, patient_group
 from megatron_psft.errors import InfrastructureError, UserError, storage_error
 from megatron_psft.hf import folder, hub
@@ -106,15 +109,13 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     reads_weights = config.weights.reads_hf_weights
     weights = SafetensorsFolder(model_folder, shape) if reads_weights else RandomWeights(shape, config.batch.seed)
     tokenizer = _read_tokenizer(tokenizer_folder, shape)
-    dataset = _read_dataset(config, config.data.data, tokenizer, is_main)
-    valid = _read_dataset(config, config.data.valid_data, tokenizer, is_main) if config.data.valid_data else None
+    dataset = _read_dataset(config, "training", tokenizer, is_main)
+    valid = _read_dataset(config, "other", tokenizer, is_main) if config.data.valid_data else None
     validate_advantages(config, has_advantages=dataset.has_advantages)
     plan = plan_of(dataset.sequence_lengths, config.data)
-    train_iters = config.batch.train_iters
-    if train_iters is None:
-        assert config.batch.epochs is not None
-        train_iters = -(-config.batch.epochs * len(plan) // config.batch.global_batch_size)
-        validate_train_iters(config, train_iters)
+    train_iters = config.batch.steps(len(plan))
+    assert train_iters is not None
+    validate_train_iters(config, train_iters)
     side_files = side_files_of(model_folder, tokenizer_folder, tokenizer, dataset)
     if is_main and config.weights.export_hf is not None:
         side_files.check()
@@ -131,11 +132,19 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     )
 
 
-def describe(inputs: Inputs, *, packing: bool) -> None:
+def describe(inputs: Inputs, config: Config) -> None:
     """Says what the run trains on, with one record as the model gets it."""
     log.info("training data, one epoch, in tokens:\n%s", inputs.dataset.statistics())
-    if packing:
+    if config.data.packing:
         log.info("packing: %s", inputs.plan)
+    passes = describe_passes(
+        len(inputs.plan),
+        "packs" if config.data.packing else "records",
+        global_batch_size=config.batch.global_batch_size,
+        train_iters=inputs.train_iters,
+        epochs=config.batch.epochs,
+    )
+    log.info("%s", passes)
     if inputs.valid_dataset is not None:
         log.info("validation data:\n%s", inputs.valid_dataset.statistics())
     for sequence in inputs.dataset[0].sequences:
@@ -170,7 +179,7 @@ def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> It
     yield "data_cache_dir", Path(data.data_cache_dir)
     for name, paths in (("data", data.data), ("valid_data", data.valid_data)):
         for path in paths:
-            yield name, Path(parse_weighted_path(path).path)
+            yield name, place_of(parse_weighted_path(path).path)
 
 
 def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
@@ -186,13 +195,14 @@ def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
 
 
 def _read_dataset(
-    config: Config, paths: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, show_progress: bool
+    config: Config, use: SplitUse, tokenizer: PreTrainedTokenizerBase, show_progress: bool
 ) -> TokenizedDataset:
     return build_dataset(
-        paths,
+        config.data.data if use == "training" else config.data.valid_data,
         tokenizer,
         config.data,
         seed=config.batch.seed,
         show_progress=show_progress,
         are_pairs=config.objective.needs_pairs,
+        use=use,
     )

@@ -32,7 +32,7 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
     on_every_rank(lambda: check_machine(config.precision, platform))
     inputs = read_in_turn(config, rank, local_rank)
     log.info("%s", platform.describe())
-    describe(inputs, packing=config.data.packing)
+    describe(inputs, config)
     ready = build_run(config, inputs, platform)
     if ready.first_step == ready.train_iters:
         rest = "nothing to do" if config.weights.export_hf is None else "nothing to do but to export"

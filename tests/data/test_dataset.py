@@ -238,7 +238,7 @@ def test_a_path_may_hold_an_equals_sign(tmp_path):
     assert len(build_many(f"{tmp_path}/a=0.5=0.5")) == 1
     assert len(build_many(f"{tmp_path}/x=y")) == 3
     assert len(build_many(f"{tmp_path}/a=2.jsonl/a.jsonl=3")) == 3
-    with pytest.raises(UserError, match=r"z=y\) is not a local"):
+    with pytest.raises(UserError, match=r"z=y\) does not exist"):
         build_many("z=y")
 
 

@@ -1,8 +1,9 @@
 """Whatever lies in a file, reading it gives rows, bad records with their place, or an error the user can act on."""
 
+import gzip
 import json
 import os
-import sys
+import random
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_psft.data import files
-from megatron_psft.data.files import BadRecord, Row, open_rows
+from megatron_psft.data.files import BadRecord, Row
+from megatron_psft.data.sources import open_rows, open_source
 from megatron_psft.errors import UserError
 
 ROWS = [{"a": 1}, {"a": 2}, {"a": 3}]
@@ -45,27 +47,45 @@ def test_every_format_gives_the_same_rows_with_their_place(tmp_path):
         assert list(open_rows(str(tmp_path / name))) == expected
 
 
-def test_a_folder_is_its_data_files_in_order_of_name(tmp_path):
-    write(tmp_path / "b.jsonl", '{"a": 2}')
-    write(tmp_path / "a.JSON", '[{"a": 1}]')
-    write_parquet(tmp_path / "c.parquet", [{"a": 3}])
-    write(tmp_path / "README.md", "not data")
-    write(tmp_path / "._a.jsonl", b"\0\5\26\7")
-    (tmp_path / "d.jsonl").mkdir()
-    assert values(tmp_path) == ROWS
+@pytest.mark.parametrize(("ending", "compression"), [("gz", "gzip"), ("zst", "zstd"), ("GZ", "gzip")])
+def test_compressed_files_are_read_as_they_are(tmp_path, ending, compression):
+    lines = [json.dumps({"a": number, "text": "ä" * (number % 50)}) for number in range(1000)]
+    texts = {"a.jsonl": "\n".join(lines).encode(), "a.json": f"[{','.join(lines)}]".encode()}
+    for name, text in texts.items():
+        with pa.output_stream(str(tmp_path / f"{name}.{ending}"), compression=compression) as file:
+            file.write(text)
+        write(tmp_path / name, text)
+        assert values(tmp_path / f"{name}.{ending}") == values(tmp_path / name) == [json.loads(line) for line in lines]
 
 
-def test_a_saved_dataset_with_splits_gives_its_train_split_as_plain_values(tmp_path):
-    train = datasets.Dataset.from_list([{"a": [1, 2]}]).with_format("numpy")
-    splits = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": [3, 4]}]), "train": train})
-    splits.save_to_disk(tmp_path / "saved")
-    assert values(tmp_path / "saved") == [{"a": [1, 2]}]
+@pytest.mark.parametrize(("ending", "codec"), [("gz", "gzip"), ("zst", "zstd")])
+def test_a_compressed_file_of_several_parts_is_read_to_its_end(tmp_path, ending, codec):
+    parts = [pa.compress(b'{"a": %d}\n' % number, codec, asbytes=True) for number in (1, 2, 3)]
+    if codec == "gzip":
+        parts = [gzip.compress(b'{"a": %d}\n' % number) for number in (1, 2, 3)]
+    assert values(write(tmp_path / f"a.jsonl.{ending}", b"".join(parts))) == ROWS
 
 
-def test_a_saved_dataset_without_train_split_names_those_it_has(tmp_path):
-    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match="must have a train split, found test"):
-        open_rows(str(tmp_path / "saved"))
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    ("ending", "harm"),
+    [("gz", "truncated"), ("gz", "other"), ("gz", "changed"), ("zst", "truncated"), ("zst", "other")],
+)
+def test_a_compressed_file_that_is_damaged_is_a_user_error(tmp_path, ending, name, harm):
+    text = json.dumps([{"a": random.Random(0).random()} for _ in range(5000)]).encode()
+    whole = gzip.compress(text) if ending == "gz" else pa.compress(text, "zstd", asbytes=True)
+    content = {"truncated": whole[: len(whole) // 2], "other": text, "changed": whole[:20] + b"\xff" * 20 + whole[40:]}
+    path = write(tmp_path / f"{name}.{ending}", content[harm])
+    with pytest.raises(UserError, match=rf"{name}\.{ending}\) cannot be read as (gzip|zstd): .+; compress it again"):
+        list(open_rows(path))
+
+
+def test_chunks_of_a_compressed_file_add_up_to_its_size(tmp_path):
+    text = b"".join(b'{"a": "%d"}\n' % random.Random(number).getrandbits(400) for number in range(5000))
+    source = open_source(write(tmp_path / "a.jsonl.gz", gzip.compress(text)))
+    sizes = [chunk.size for chunk in source.chunks()]
+    assert sum(sizes) == source.size
+    assert sizes.count(0) < len(sizes) * 0.8  # a bar that moves
 
 
 def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path):
@@ -160,74 +180,9 @@ def test_parquet_rows_are_numbered_through_batches(tmp_path):
     assert [(row.source, row.value) for row in open_rows(path)] == [(f"{path}:{i + 1}", {"a": i}) for i in range(1000)]
 
 
-@pytest.mark.parametrize("path", ["/no/such", "./no_such", "../no_such", "~/no_such", "no/such.jsonl", "none.parquet"])
-def test_a_path_that_does_not_exist_is_a_user_error_and_no_hub_id(path, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(UserError, match=r"does not exist; give a file, a folder or the ID"):
-        open_rows(path)
-
-
-def test_an_id_without_the_library_of_the_hub_names_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"data \(some/set\) is no file .* pip install datasets, or check the path"):
-        open_rows("some/set")
-
-
-def test_other_files_and_empty_folders_are_user_errors(tmp_path):
-    with pytest.raises(UserError, match=r"must be a \.jsonl or \.json or \.parquet file"):
-        open_rows(write(tmp_path / "a.csv", "a,b"))
-    with pytest.raises(UserError, match="is a folder without any"):
-        open_rows(str(tmp_path))
-
-
-def test_a_dangling_link_in_a_folder_is_not_passed_over(tmp_path):
-    write(tmp_path / "a.jsonl", '{"a": 1}')
-    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match=r"b\.jsonl\) must be readable"):
-        list(open_rows(str(tmp_path)))
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_an_unreadable_file_is_a_user_error(tmp_path):
     path = write(tmp_path / "a.jsonl", "{}")
     os.chmod(path, 0)
     with pytest.raises(UserError, match="must be readable"):
         open_rows(path)
-
-
-def test_a_folder_that_datasets_cannot_load_is_a_user_error(tmp_path):
-    write(tmp_path / "state.json", "{}")
-    with pytest.raises(UserError, match="cannot be loaded by datasets"):
-        open_rows(str(tmp_path))
-
-
-def test_an_id_that_is_not_local_is_the_train_split_on_the_hub(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"name": name, "split": split}])
-    assert list(open_rows("org/set")) == [Row(source="org/set:1", value={"name": "org/set", "split": "train"})]
-
-
-def test_a_hub_dataset_has_a_version_of_its_content(monkeypatch):
-    loaded = [datasets.Dataset.from_list(ROWS[:count]) for count in (1, 1, 2)]
-    found = []
-    for dataset in loaded:
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, dataset=dataset, **__: dataset)
-        source = files.open_source("org/set")
-        found.append(source.version)
-        assert [row for chunk in source.chunks() for row in chunk.rows()] == [
-            Row(source=f"org/set:{i}", value=row) for i, row in enumerate(dataset, 1)
-        ]
-    assert found[0] == found[1] != found[2]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [ConnectionError("no network\nat all"), ValueError("no network"), datasets.exceptions.DatasetsError("no network")],
-)
-def test_a_hub_that_fails_is_a_user_error_of_one_line(monkeypatch, error):
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"\(org/set\) is not a local .* no network; check the name") as raised:
-        open_rows("org/set")
-    assert "\n" not in str(raised.value)
