@@ -83,7 +83,7 @@ def open_rows(path: str, *, use: SplitUse = "training") -> Iterator[Row | BadRec
 
 
 def place_of(path: str) -> Path:
-    """The file or folder that a `--data` path reads from, should it be local; of a pattern the folder of its matches."""
+    """The file or folder that a `--data` path reads from if it is local; of a pattern, the folder of its matches."""
     place = Path(os.path.expanduser(_parse(path).base))
     if os.path.exists(place) or not glob.has_magic(str(place)):
         return place
