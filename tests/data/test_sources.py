@@ -165,7 +165,7 @@ def test_a_pattern_is_its_matches_in_order_of_name(tmp_path):
 def test_a_pattern_over_several_splits_is_as_a_folder(tmp_path):
     fill(tmp_path, "train.jsonl", "test-1.jsonl", "test-2.jsonl")
     assert read(tmp_path / "*.jsonl") == ["train.jsonl"]
-    assert read(tmp_path / "te*.jsonl") == ["test-1.jsonl", "test-2.jsonl"]
+    assert read(tmp_path / "tes*.jsonl") == ["test-1.jsonl", "test-2.jsonl"]
     assert read(tmp_path / "*.jsonl@test") == ["test-1.jsonl", "test-2.jsonl"]
 
 
