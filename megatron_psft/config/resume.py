@@ -98,6 +98,7 @@ FREE: tuple[str, ...] = (
     "wandb_project",
     "mlflow_experiment",
     "log_clipped_tokens",
+    "check_scoring",
 )
 """Settings that may change without a word: they leave every number of training as it is."""
 

@@ -15,6 +15,9 @@ OLD_POLICY_FIELDS = (
 )
 """Fields that have an effect with objectives that need the old policy."""
 
+_OF_OLD_POLICY = ("log_clipped_tokens", "check_scoring")
+"""Fields of logging that have an effect where a ratio may be another than 1."""
+
 _PACKAGES = {"tensorboard_dir": "tensorboard", "wandb_project": "wandb", "mlflow_experiment": "mlflow"}
 """What a field needs that may not be installed."""
 
@@ -155,9 +158,9 @@ def _validate_effects(config: Config) -> None:
     data, optimizer, parallel, recompute = config.data, config.optimizer, config.parallel, config.recompute
     _validate_objective(config.objective)
     if not config.objective.needs_old_policy:
-        _refuse_if_set(config.logging, f"with objective {config.objective.objective}", "log_clipped_tokens")
+        _refuse_if_set(config.logging, f"with objective {config.objective.objective}", *_OF_OLD_POLICY)
     if config.objective.old_policy_interval == 1:
-        _refuse_if_set(config.logging, "with old_policy_interval 1", "log_clipped_tokens")
+        _refuse_if_set(config.logging, "with old_policy_interval 1", *_OF_OLD_POLICY)
     if not data.valid_data:
         _refuse_if_set(data, "without valid_data", "eval_interval", "eval_iters")
     if optimizer.lr_decay_style == "constant":

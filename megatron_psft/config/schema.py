@@ -266,6 +266,10 @@ class LoggingConfig:
     log_clipped_tokens: int | None = None
     """PSFT: number of tokens, the most clipped ones of the run so far, that are written to clipped_tokens.json in
     `save` whenever a checkpoint is; nothing is counted if unset."""
+    check_scoring: bool = False
+    """PSFT: measure after every sync how far the old policy's pass and training differ on the same weights
+    (`scoring_gap_max`), at the cost of a forward pass over one more global batch; if unset only after the first sync of
+    each start, and in fp8 after every one."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "log_interval", "log_clipped_tokens")

@@ -142,6 +142,11 @@ def _mean_clipped(run: Run) -> str:
     return f"{100 * values.mean():.1f}" if len(values) else ABSENT
 
 
+def _largest_gap(run: Run) -> str:
+    values = _finite(run, "scoring_gap_max")
+    return number(float(values.max())) if len(values) else ABSENT
+
+
 def _finite(run: Run, name: str) -> NDArray[np.float64]:
     values = run.metrics.get(name, np.empty(0))
     return values[np.isfinite(values)]
@@ -157,6 +162,7 @@ _SUMMARY: Mapping[str, Callable[[Run], str]] = {
     "entropy, nats": _course("entropy"),
     "validation entropy, nats": _course("valid_entropy"),
     "clip fraction, mean, %": _mean_clipped,
+    "scoring check, nats: largest difference": _largest_gap,
     "pairs with a margin above 0, %": _course("accuracy", 100),
     "time of all steps, h:min:s": _duration,
     "tokens per second": _rate("tokens"),

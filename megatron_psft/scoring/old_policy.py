@@ -62,7 +62,6 @@ class OldPolicyWindow:
         score: ScoreStep,
         prepare: Callable[[Sequence[int]], None] | None = None,
         show_progress: bool = False,
-        score_first: bool = False,
     ) -> None:
         """Starts outside of any window.
 
@@ -72,12 +71,10 @@ class OldPolicyWindow:
             score: scores a step's global batch.
             prepare: told the steps that are about to be scored, before the first pass of this process. Collective.
             show_progress: whether a long pass shows a progress bar.
-            score_first: whether a window's first batch is scored as well, to see how far the two passes of one policy
-                are from each other.
         """
         self._objective, self._train_iters = objective, train_iters
         self._score, self._prepare = score, prepare
-        self._show_progress, self._score_first = show_progress, score_first
+        self._show_progress = show_progress
         self._start: int | None = None
         """First step of the window; None before any."""
         self._end = 0
@@ -121,22 +118,26 @@ class OldPolicyWindow:
         """
         self._scores.clear()
         end = self.window_of(step).stop
-        scored_steps = range(step if self._score_first else step + 1, end)
+        scored_steps = range(step + 1, end)
         if scored_steps and self._prepare is not None:
             self._prepare(scored_steps)
             self._prepare = None
         scores: dict[int, list[Tensor]] = {}
         for later in progress(scored_steps, "old policy", unit="step", is_shown=self._show_progress):
-            # Host memory: k global batches of log-probabilities are needed one at a time, far apart.
-            scores[later] = [_to_host(log_probs) for log_probs in self._score(later)]
+            scores[later] = self.score(later)
             between_batches()
         self._start, self._end, self._scores = step, end, scores
+
+    def score(self, step: int) -> list[Tensor]:
+        """What the current weights say of the labels of `step`, as `Scores.log_probs`, in host memory: k global batches
+        of them are needed one at a time, far apart. Collective."""
+        return [_to_host(log_probs) for log_probs in self._score(step)]
 
     def at(self, step: int) -> OldPolicy:
         """The old policy of `step`, which a window must hold if it has one."""
         if not self._has_old_policy(step):
             return NoOldPolicy()
-        if step == self._start and not self._score_first:
+        if step == self._start:
             return CurrentPolicy()
         return Scores(self._scores[step])
 

@@ -35,7 +35,7 @@ from megatron_psft.model.gpt import build_model, virtual_size
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.objectives.builtin.psft import is_clipped
 from megatron_psft.objectives.ratio import policy_ratio
-from megatron_psft.scoring.agreement import ScoringAgreement
+from megatron_psft.scoring.agreement import ScoringAgreement, precision_of
 from megatron_psft.scoring.host_memory import check_host_memory
 from megatron_psft.scoring.old_policy import OldPolicyWindow
 from megatron_psft.scoring.packs import from_packs, to_packs
@@ -58,7 +58,7 @@ class Run:
     pipeline: Pipeline
     state: TrainState
     agreement: ScoringAgreement | None
-    """Measured after each sync, where precision may make the ratio another than 1."""
+    """Of the old policy's pass and training; None where every ratio is 1."""
     loader: BatchLoader
     valid_loader: BatchLoader | None
     reference: ReferencePass | None
@@ -132,11 +132,17 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
 
 
 def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement | None:
-    """Where a ratio that should be 1 may not be, and counts."""
     objective = config.objective
-    if config.precision.fp8_format is None or not objective.needs_old_policy or objective.old_policy_interval == 1:
+    if not objective.needs_old_policy or objective.old_policy_interval == 1:
         return None
-    return ScoringAgreement(objective.clip_ratio_high, parallel)
+    precision = precision_of(config.precision)
+    return ScoringAgreement(
+        precision=precision,
+        clip_ratio_high=objective.clip_ratio_high,
+        parallel=parallel,
+        # What fp8 makes of activations depends on their scales, which change as training goes on.
+        after_every_sync=config.logging.check_scoring or precision == "fp8",
+    )
 
 
 def _observers(

@@ -1,7 +1,7 @@
 """Trains: one loop for every objective, with the old policy, evaluation and checkpoints around it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,6 @@ import torch
 
 from megatron_psft.checkpoint.saver import Saver
 from megatron_psft.config.resume import settings_of
-from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.collective import naming_lost_peers
 from megatron_psft.distributed.signals import StopRequested, StopSignals
 from megatron_psft.metrics import flops
@@ -19,7 +18,7 @@ from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.run_log import RunLog
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.progress import progress
-from megatron_psft.scoring.old_policy import CurrentPolicy, OldPolicy, objective_at
+from megatron_psft.scoring.old_policy import objective_at
 from megatron_psft.train.assemble import Run
 from megatron_psft.train.optimizer import update
 
@@ -97,11 +96,13 @@ def train_step(
             if state.window.syncs_before(step):
                 pipeline.gather_parameters()
                 state.window.sync(step, between_batches=between_batches)
-        old_policy = state.window.at(step)
-        with _measured_agreement(run, micro_batches, old_policy):
-            sums = pipeline.train(micro_batches, old_policy, objective=objective_at(run.config.objective, step))
+                if run.agreement is not None and run.agreement.is_due:
+                    run.agreement.expect(state.window.score(step))
+        objective = objective_at(run.config.objective, step)
+        sums = pipeline.train(micro_batches, state.window.at(step), objective=objective)
         needs = run.config.objective.needs
         metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, needs=needs)
+        metrics |= {} if run.agreement is None else run.agreement.report(step + 1)
         lr = state.optimizer.param_groups[0]["lr"]
         before_update()
         grad_norm = update(state.optimizer, step + 1, run.parallel.device)
@@ -151,19 +152,6 @@ def _write_clipped_tokens(run: Run, completed_steps: int) -> None:
     if run.parallel.is_main:
         folder = Path(run.config.weights.save)
         counts.write(folder, last_step=completed_steps, num_tokens=num_tokens, decode=run.decode)
-
-
-@contextmanager
-def _measured_agreement(run: Run, micro_batches: Sequence[MicroBatch], old_policy: OldPolicy) -> Iterator[None]:
-    """Around the training pass of a step: in the first one after a sync, how far it is from a scoring pass."""
-    agreement = run.agreement
-    if agreement is None or not isinstance(old_policy, CurrentPolicy):
-        yield
-        return
-    scored = run.pipeline.score_labels(micro_batches[: agreement.num_micro_batches])
-    agreement.expect([stats.log_probs for stats in scored])
-    yield
-    agreement.report()
 
 
 def _saver(run: Run) -> Saver:

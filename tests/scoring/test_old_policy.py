@@ -41,7 +41,7 @@ class Run:
             old_policy = self.window.at(step)
             assert self.window.at(step) == old_policy, "reading changes nothing"
             assert not self.window.syncs_before(step)
-            assert syncs == (old_policy == CURRENT) or self.window._score_first
+            assert syncs == (old_policy == CURRENT)
             self.places.append(self.window.window_step(step))
             weights.append(self._weights_of(step, old_policy) if isinstance(old_policy, Scores) else old_policy)
         return weights
@@ -112,12 +112,6 @@ def test_warm_up_is_of_psft_alone():
     for objective, expected in (("psft", ["sft", "sft", "psft"]), ("dft", ["dft"] * 3), ("sft", ["sft"] * 3)):
         config = ObjectiveConfig(objective=objective, sft_warmup_iters=2)
         assert [objective_at(config, step).config.objective for step in range(3)] == expected
-
-
-def test_a_window_whose_first_batch_is_scored_too_knows_all_of_its_steps():
-    run = Run(interval=3, train_iters=5, warmup_iters=1, score_first=True)
-    assert run.train(0, 5) == [NONE, 1, 1, 1, 4]
-    assert run.passes == [(1, 1), (1, 2), (1, 3), (4, 4)]
 
 
 def test_a_sync_that_is_interrupted_has_not_come():
