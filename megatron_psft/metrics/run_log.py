@@ -12,6 +12,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from megatron_psft.atomic import replace_file
+from megatron_psft.metrics.clip_watch import ClipWatch
 from megatron_psft.metrics.table import METRICS, with_former_names
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.progress import is_on_terminal
@@ -26,14 +27,21 @@ class RunLog:
     """What rank 0 shows and keeps of a run: metrics.jsonl, its trackers, lines now and then, on a terminal a bar."""
 
     def __init__(
-        self, folder: Path, trackers: Trackers, *, first_step: int, train_iters: int, log_interval: int
+        self,
+        folder: Path,
+        trackers: Trackers,
+        *,
+        first_step: int,
+        train_iters: int,
+        log_interval: int,
+        clip_watch: ClipWatch | None = None,
     ) -> None:
         """Opens the file; lines of metrics.jsonl from `first_step` (from 1) on, left by a run that went further, are
-        dropped. `trackers` are closed with the log."""
+        dropped. `trackers` are closed with the log; what `clip_watch` says is printed."""
         self._path = folder / METRICS_FILE
         _drop_from(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._trackers = trackers
+        self._trackers, self._clip_watch = trackers, clip_watch
         self._first_step, self._train_iters, self._log_interval = first_step, train_iters, log_interval
         self._first_recorded: float | None = None
         """When the first step was over; it is no measure of the others, as much is set up in it."""
@@ -59,6 +67,10 @@ class RunLog:
         if self._is_printed(step, values):
             shown = [f"{name} {values[name]:.4g}" for name in PRINTED if name in values]
             self.say(f"step {step} of {self._train_iters}: " + ", ".join([*shown, *self._remaining(step)]))
+        if self._clip_watch is not None and "clip_fraction" in values:
+            warning = self._clip_watch.add(step - 1, values["clip_fraction"])
+            if warning is not None:
+                self.say(warning)
 
     def _is_printed(self, step: int, values: Mapping[str, float]) -> bool:
         """Every `log_interval` steps, after each evaluation, and at both ends, so that a short run shows something."""

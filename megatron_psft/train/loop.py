@@ -13,6 +13,7 @@ from megatron_psft.config.resume import settings_of
 from megatron_psft.distributed.collective import naming_lost_peers
 from megatron_psft.distributed.signals import StopRequested, StopSignals
 from megatron_psft.metrics import flops
+from megatron_psft.metrics.clip_watch import ClipWatch
 from megatron_psft.metrics.provenance import versions
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.run_log import RunLog
@@ -176,7 +177,12 @@ def _run_log(run: Run) -> RunLog | nullcontext[None]:
     first_step = run.first_step + 1
     trackers = Trackers(logging, folder, first_step=first_step, description=description)
     return RunLog(
-        folder, trackers, first_step=first_step, train_iters=run.train_iters, log_interval=logging.log_interval
+        folder,
+        trackers,
+        first_step=first_step,
+        train_iters=run.train_iters,
+        log_interval=logging.log_interval,
+        clip_watch=ClipWatch(run.state.window.window_of),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_psft.config.schema import LoggingConfig
 from megatron_psft.metrics import run_log as module
+from megatron_psft.metrics.clip_watch import ClipWatch
 from megatron_psft.metrics.run_log import METRICS_FILE, RunLog
 from megatron_psft.metrics.trackers import Trackers
 
@@ -137,3 +138,14 @@ def test_a_terminal_gets_a_bar_and_the_same_lines(tmp_path, capsys, monkeypatch)
     assert printed_steps(out) == printed_steps(lines_of_file)
     assert "9/9" in err
     assert "\r" in err
+
+
+def test_what_the_clip_watch_says_is_printed_once(tmp_path, capsys):
+    watch = ClipWatch(lambda step: range(step - step % 3, step - step % 3 + 3))
+    write_steps(tmp_path, 1, 7, clip_watch=watch)
+    assert capsys.readouterr().out.count("WARNING") == 0, "half of the tokens, and no more"
+    with report(tmp_path, clip_watch=watch) as target:
+        for step in range(1, 8):
+            target.record(step, values(step) | {"clip_fraction": 0.7})
+    out = capsys.readouterr().out
+    assert out.count("WARNING: 70 % of the label tokens of steps 1 to 3 were clipped") == out.count("WARNING") == 1
