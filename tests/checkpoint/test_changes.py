@@ -109,7 +109,7 @@ def test_a_start_that_finds_no_checkpoint_begins_the_run(pool, tmp_path, inputs,
         shutil.rmtree(checkpoint)
     train(pool, 1, inputs.argv(run, *THREE_STEPS, *SFT))
     assert yaml.safe_load((run / "config.yaml").read_text())["objective"] == "sft"
-    assert [line["clip_fraction"] for line in metrics_of(run)] == [0, 0, 0]
+    assert ["clip_fraction" in line for line in metrics_of(run)] == [False] * 3
     assert [(start["step"], start["settings"]["objective"]) for start in starts_of(run)] == [(0, "psft"), (0, "sft")]
 
 
