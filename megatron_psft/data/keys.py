@@ -115,7 +115,7 @@ HARMLESS_ENDS = (
 
 _LEARN_WORDS = frozenset({*LEARN_KEYS, "learn", "learned", "mask", "masks", "masked", "weights", "labels", "trained"})
 _NEAR = 0.88  # one letter of eight: "advantages" and "tool", not "system_id"
-_LONGEST_KEY = 64  # characters; what is longer is no misspelling
+_LONGEST_KEY = 64  # characters; what is longer is no misspelling, and not kept in the caches below
 
 
 def _names(groups: Iterable[KeyGroup]) -> frozenset[str]:
@@ -130,9 +130,13 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-@lru_cache(maxsize=4096)
 def message_key_problem(key: str) -> str | None:
     """Why a message's key outside of the heeded ones is refused, given that it has a value; None for a harmless one."""
+    return _message_name_problem(key[: _LONGEST_KEY + 1])
+
+
+@lru_cache(maxsize=4096)
+def _message_name_problem(key: str) -> str | None:
     if (text := _find(key, MESSAGE_REFUSED)) is not None:
         return _refusal("message", key, f"is not supported: {text}")
     if _is_harmless(key):
@@ -145,6 +149,7 @@ def row_key_problem(key: str, value: object, optional: tuple[str, ...]) -> str |
     `optional` are keys of the format that the row might have had."""
     if key in _ROW_HEEDED:
         return None
+    key = key[: _LONGEST_KEY + 1]
     problem = _row_name_problem(key, optional)
     if problem is None and isinstance(value, bool | list | dict) and _is_suspect(key, value):
         problem = _refusal("row", key, f"is not known{_hint(key, {*_ROW_HEEDED, *optional})}")

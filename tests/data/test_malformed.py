@@ -111,12 +111,22 @@ HUGE = "word " * (2 * 2**20)
     "row",
     [
         {HUGE: 1},
+        {"messages": [USER, {**ASSISTANT, HUGE: 1}]},
+        {"messages": [USER, ASSISTANT], HUGE + "_kwargs": 1, "images": [1]},
         {"prompt": "Hi?", "completion": HUGE + "\0"},
         {"prompt": "Hi?", "completion": HUGE + "\ud800"},
         {"messages": [USER, {"role": HUGE, "content": "Yes."}]},
         {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": HUGE}]},
     ],
-    ids=["key", "content with NUL", "content with surrogate", "role", "calls"],
+    ids=[
+        "key",
+        "key of a message",
+        "key beside another",
+        "content with NUL",
+        "content with surrogate",
+        "role",
+        "calls",
+    ],
 )
 def test_ten_megabytes_in_a_bad_place_are_reported_in_a_line(tmp_path, row):
     data = tmp_path / "a.jsonl"
