@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_psft.atomic import replace_file
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, run_command
+from megatron_psft.config.inputs import TemplateConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
 from megatron_psft.evaluation.compare import compare
@@ -62,6 +63,7 @@ class CompareConfig:
 
     sides: Sides
     tasks: ComparedTasks
+    template: TemplateConfig
     sampling: EvaluationSampling
 
 
@@ -99,8 +101,14 @@ def check_effects(config: CompareConfig, models: Sequence[str]) -> None:
                 f"{name} ({getattr(config.sides, name)}) must be a results folder of `psft evaluate`, with its "
                 "results.json; or a model, which needs tasks"
             )
-    if not models and (config.tasks != ComparedTasks() or config.sampling != EvaluationSampling()):
-        raise UserError("tasks and sampling have no effect where first and second are results folders; leave them out")
+    if not models and (
+        config.tasks != ComparedTasks()
+        or config.template != TemplateConfig()
+        or config.sampling != EvaluationSampling()
+    ):
+        raise UserError(
+            "tasks, chat template and sampling have no effect where first and second are results folders; remove them"
+        )
     if not models and config.sides.tokenizer is not None:
         raise UserError(
             f"tokenizer ({config.sides.tokenizer}) has no effect where first and second are results folders; leave it "
@@ -112,4 +120,6 @@ def results_of(name: str, config: CompareConfig) -> ResultsFolder:
     """Evaluates the model on side `name`."""
     model = ModelConfig(model=getattr(config.sides, name), tokenizer=config.sides.tokenizer)
     out = str(Path(config.sides.out) / name)
-    return evaluate(Evaluation(model=model, tasks=config.tasks, sampling=config.sampling, out=out))
+    return evaluate(
+        Evaluation(model=model, tasks=config.tasks, template=config.template, sampling=config.sampling, out=out)
+    )

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     from transformers import PreTrainedTokenizerBase
 
     from megatron_psft.data.cache_folders import CacheFolder
-    from megatron_psft.data.chat import Example
     from megatron_psft.data.dataset import TokenizedDataset
+    from megatron_psft.data.example import Example
     from megatron_psft.data.loader import BatchLoader, MicroBatch
     from megatron_psft.data.packing import PackPlan
 
@@ -238,7 +238,7 @@ def records_of(batch: "MicroBatch", lengths: "Sequence[int]") -> "Iterator[Examp
     never reads a record's last token, which is a label only."""
     import numpy as np
 
-    from megatron_psft.data.chat import Example
+    from megatron_psft.data.example import Example
 
     tokens, labels, mask = (array.flatten().numpy() for array in (batch.tokens, batch.labels, batch.label_mask))
     row_length = 0 if batch.segments is not None else batch.seq_length
@@ -261,7 +261,7 @@ def describe(name: str, example: "Example") -> str:
 
 def show_text(example: "Example", tokenizer: "PreTrainedTokenizerBase", in_color: bool) -> None:
     """The decoded record with its labels marked."""
-    from megatron_psft.data.chat import label_runs
+    from megatron_psft.data.example import label_runs
 
     print("".join(mark(text, in_color) if is_label else text for is_label, text in label_runs(example, tokenizer)))
 

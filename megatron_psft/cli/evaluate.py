@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import run_command
+from megatron_psft.config.inputs import TemplateConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.evaluation.results import results_table
 from megatron_psft.evaluation.tasks import Evaluation, EvaluationSampling, TaskConfig, evaluate
@@ -44,6 +45,7 @@ class EvaluateConfig:
 
     model: ModelConfig
     tasks: TaskConfig
+    template: TemplateConfig
     sampling: EvaluationSampling
     output: OutputConfig
 
@@ -57,7 +59,13 @@ def main(argv: Sequence[str]) -> int:
 def run(config: EvaluateConfig) -> None:
     """Raises UserError for what cannot be evaluated."""
     folder = evaluate(
-        Evaluation(model=config.model, tasks=config.tasks, sampling=config.sampling, out=config.output.out)
+        Evaluation(
+            model=config.model,
+            tasks=config.tasks,
+            template=config.template,
+            sampling=config.sampling,
+            out=config.output.out,
+        )
     )
     print(results_table(folder.results()))
     print(f"\nresults in {folder.path}")

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_absent, run_command
+from megatron_psft.config.inputs import TemplateConfig
 from megatron_psft.config.paths import PathText
-from megatron_psft.data.chat import ChatRenderer
+from megatron_psft.data.chat import ChatRenderer, RenderSettings
 from megatron_psft.errors import UserError
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rollout.groups import GroupRecords
@@ -59,6 +60,8 @@ class OutputConfig:
     """Also write groups whose rewards are all equal; their advantages are 0."""
     keep_unfinished: bool = False
     """Also write answers that were cut at max_new_tokens; training teaches the model to end where they were cut."""
+    keep_reasoning: bool = False
+    """Training will have this flag, too: also write answers whose reasoning the chat template drops without it."""
 
     def __post_init__(self) -> None:
         require_absent(self, "out")
@@ -70,6 +73,7 @@ class RolloutConfig:
 
     model: ModelConfig
     prompts: PromptConfig
+    template: TemplateConfig
     sampling: SamplingConfig
     score: ScoreConfig
     output: OutputConfig
@@ -88,7 +92,8 @@ def rollout(config: RolloutConfig) -> None:
     prompts = read_prompts(config.prompts, verifier)
     model_folder = config.model.folder()
     tokenizer = config.model.load_tokenizer()
-    renderer = ChatRenderer(tokenizer, "last")
+    settings = RenderSettings.of_template(config.template, keep_reasoning=config.output.keep_reasoning)
+    renderer = ChatRenderer(tokenizer, "last", settings)
     records = GroupRecords(
         verifier=verifier,
         renderer=renderer,

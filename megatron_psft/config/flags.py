@@ -7,6 +7,7 @@ text under `help` in the field's metadata continues, or stands for where a field
 import argparse
 import ast
 import inspect
+import json
 import math
 import os
 import sys
@@ -254,6 +255,8 @@ def _convert(field: Field[Any], value: object) -> object:
     if value is None and field.default is None:
         return None
     kinds = _kinds(field)
+    if isinstance(value, dict) and field.metadata.get("is_json"):
+        value = json.dumps(value)  # a flag has it as text, and YAML has a way of its own
     if get_origin(kinds[0]) is tuple and isinstance(value, str):
         value = [value]
     for kind in kinds:

@@ -1,7 +1,8 @@
 """What a run reads and where its results go: the sections of weights and data. The others are in schema.py."""
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from megatron_psft.config.flags import require_at_least
 from megatron_psft.config.paths import PathText
@@ -63,7 +64,33 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class TemplateConfig:
+    """How conversations become text."""
+
+    chat_template: PathText | None = None
+    """File with the Jinja chat template to use in place of the tokenizer's."""
+    chat_template_kwargs: str | None = field(default=None, metadata={"is_json": True})
+    """JSON object of variables for the chat template, as '{"enable_thinking": false}'. A row's own win over these."""
+
+    def __post_init__(self) -> None:
+        _ = self.template_variables  # raises where they are no object
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The variables that `chat_template_kwargs` gives."""
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            variables = json.loads(self.chat_template_kwargs)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"chat_template_kwargs ({self.chat_template_kwargs}) must be JSON: {error}") from None
+        if not isinstance(variables, dict):
+            raise UserError(f"chat_template_kwargs ({self.chat_template_kwargs}) must be a JSON object")
+        return variables
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(TemplateConfig):
     """Records, and how they become tokens and label tokens."""
 
     data: tuple[PathText, ...]
@@ -103,6 +130,14 @@ class DataConfig:
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     """Tokens that count as labels: those of all assistant turns, of the last assistant turn, or of the whole text (not
     of preference pairs, of which only what differs is labels)."""
+    keep_reasoning: bool = False
+    """Where the chat template drops the reasoning of a turn, render the turn as the last of its own conversation: a
+    sequence of its own for each such turn. Otherwise earlier turns that lose their reasoning are no labels, and a
+    record whose last turn does is bad."""
+    loss_on_empty_think: bool = True
+    """Count an empty block of reasoning that the chat template writes before an answer as labels."""
+    split_special_tokens: bool = False
+    """Take special tokens that stand in a record's own text as plain text. Otherwise they become control tokens."""
     skip_bad_records: bool = False
     """Train without the records that cannot be used, after listing them, instead of stopping."""
     data_cache_dir: PathText = "~/.cache/megatron_psft"
@@ -112,7 +147,11 @@ class DataConfig:
     """Processes on each node that tokenize, the first time; one per usable core, at most 32, if unset."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_at_least(1, self, "eval_interval", "eval_iters", "data_workers")
         require_at_least(2, self, "seq_length")  # the shortest sequence with a token to predict
+        if self.loss_on == "all" and (self.keep_reasoning or not self.loss_on_empty_think):
+            name = "keep_reasoning" if self.keep_reasoning else "no_loss_on_empty_think"
+            raise UserError(f"{name} needs loss_on assistant or last, and loss_on is all; change one of them")
         if not self.data:
             raise UserError("data () must name at least one file or folder")

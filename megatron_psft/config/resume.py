@@ -33,6 +33,10 @@ SAME: Mapping[str, tuple[str, ...]] = {
         "completion_key",
         "system_prompt",
         "loss_on",
+        "chat_template_kwargs",
+        "keep_reasoning",
+        "loss_on_empty_think",
+        "split_special_tokens",
         "skip_bad_records",
     ),
     "the batches and their order": ("global_batch_size", "seed", "shuffle"),
@@ -70,7 +74,7 @@ TOLD: Mapping[str, tuple[str, ...]] = {
         "optimizer_offload_fraction",
     ),
     "valid_nll is of other batches from here on": ("valid_data", "eval_iters"),
-    "the training tokens are the same": ("data", "tokenizer", "ignore_keys"),
+    "the training tokens are the same": ("data", "tokenizer", "chat_template", "ignore_keys"),
     "no effect: the weights are those of the checkpoint": ("load_hf", "random_init", "init_from"),
 }
 """Settings that may change, each named in a line when it does; by what the change means."""

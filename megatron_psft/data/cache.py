@@ -31,9 +31,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_psft.data.chat import ChatRenderer, Example, LossOn
+from megatron_psft.data.chat import ChatRenderer, LossOn, RenderSettings
+from megatron_psft.data.example import Example
 from megatron_psft.data.files import BadRecord, Source
 from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.template import template_texts
 from megatron_psft.data.tokenizing import (
     INDEX,
     ChunkTokenizer,
@@ -94,6 +96,12 @@ class TokenizedSource:
             second_start=int(entry["second_start"]) or None,
         )
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that are records; some may have several sequences, and so entries of the index, each."""
+        places = self.index[["file", "row"]]
+        return len(places) - int((places[1:] == places[:-1]).sum())
+
     def location(self, record: int) -> str:
         """`path:N` of a record."""
         return f"{self.file_names[self.index[record]['file']]}:{self.index[record]['row']}"
@@ -112,11 +120,25 @@ class DataCache:
     """
 
     def __init__(
-        self, root: str, tokenizer: "PreTrainedTokenizerBase", *, keys: RecordKeys, loss_on: LossOn, num_workers: int
+        self,
+        root: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        keys: RecordKeys,
+        loss_on: LossOn,
+        num_workers: int,
+        settings: RenderSettings | None = None,
     ) -> None:
+        settings = settings or RenderSettings()
         self._root = Path(os.path.expanduser(root))
-        self._tokenize = ChunkTokenizer(keys=keys, renderer=ChatRenderer(tokenizer, loss_on))
-        self._options = {**asdict(keys), "loss_on": loss_on, "tokenizer": _hash_of(tokenizer), "code": _hash_of_code()}
+        self._tokenize = ChunkTokenizer(keys=keys, renderer=ChatRenderer(tokenizer, loss_on, settings))
+        self._options = {
+            **asdict(keys),
+            **asdict(settings),
+            "loss_on": loss_on,
+            "tokenizer": _hash_of(tokenizer),
+            "code": _hash_of_code(),
+        }
         self._num_workers = num_workers
 
     def open(self, source: Source, *, show_progress: bool) -> TokenizedSource:
@@ -295,7 +317,7 @@ def _hash_of(tokenizer: "PreTrainedTokenizerBase") -> str:
 
     parts = [
         tokenizer.backend_tokenizer.to_str(),
-        tokenizer.get_chat_template(),
+        sorted(template_texts(tokenizer).items()),
         sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
         (transformers.__version__, tokenizers.__version__),
     ]

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.cache import DataCache, TokenizedSource
-from megatron_psft.data.chat import Example
+from megatron_psft.data.chat import RenderSettings
+from megatron_psft.data.example import Example, Notes
 from megatron_psft.data.formats import DEFAULT_COMPLETION_KEY, RecordKeys
 from megatron_psft.data.records import raise_or_report
 from megatron_psft.data.sources import open_source
@@ -164,6 +165,7 @@ def build_dataset(
         keys=keys,
         loss_on=config.loss_on,
         num_workers=config.data_workers or _usable_cores(),
+        settings=RenderSettings.of_data(config),
     )
     sources = [cache.open(source, show_progress=show_progress) for source in opened]
     _check_bad_records(sources, paths, config.skip_bad_records)
@@ -197,7 +199,7 @@ def _usable_cores() -> int:
 
 def _check_bad_records(sources: Sequence[TokenizedSource], paths: Sequence[str], skip_bad_records: bool) -> None:
     counts = sum((Counter(source.bad_counts) for source in sources), Counter[str]())
-    total = counts.total() + sum(map(len, sources))
+    total = counts.total() + sum(source.num_rows for source in sources)
     if not total:
         raise UserError(f"data ({', '.join(paths)}) holds no record; name files that hold at least one")
     bad = list(islice((record for source in sources for record in source.bad_records()), _LISTED_BAD_RECORDS))
@@ -283,5 +285,6 @@ def _repeat_by_weight(
             label_tokens=int(usable.labels[taken].sum()),
             truncated=int(usable.is_truncated[taken].sum()),
             dropped=usable.dropped,
+            notes=Notes(*source.index["notes"][usable.records[taken]].sum(axis=0, dtype=np.int64).tolist()),
         ),
     )

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_psft.data.chat import Example
 from megatron_psft.data.dataset import TokenizedDataset
+from megatron_psft.data.example import Example
 from megatron_psft.data.packing import EpochOrder, PackPlan
 from megatron_psft.data.rows import RowLayout, packed_row, separate_rows
 from megatron_psft.distributed.context_split import aligned_length

@@ -1,11 +1,14 @@
 """What a run trains on, in figures."""
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_psft.data.example import NO_NOTES, Notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class DatasetStatistics:
     """Records of the source that are left out, by reason."""
     selection: str = ""
     """Which files of the source are read, and which are left out and why; empty for a file."""
+    notes: Notes = NO_NOTES
     sources: tuple["DatasetStatistics", ...] = ()
     """The same for each source, where there are several."""
 
@@ -42,6 +46,7 @@ class DatasetStatistics:
         for part in self.sources or (self,):
             dropped = ", ".join(f"{count:,} {reason}" for reason, count in part.dropped.items()) or "none"
             lines.append(f"{part.name}: truncated: {part.truncated:,}; dropped: {dropped}")
+            lines += [f"{part.name}: {note}" for note in _describe(part.notes)]
         return "\n".join(lines)
 
 
@@ -87,6 +92,22 @@ def _cells(part: DatasetStatistics) -> tuple[str, ...]:
     return (part.name, passes, *(f"{count:,}" for count in (*counts, *lengths)))
 
 
+def _describe(notes: Notes) -> list[str]:
+    """A sentence for each count that is not 0."""
+    texts = {
+        "without_reasoning": "assistant turns are no labels: the chat template drops their reasoning; --keep-reasoning "
+        "trains on them",
+        "special_tokens": "records have special tokens in their text, which become control tokens unless "
+        "--split-special-tokens",
+        "cut_blanks": "answers begin with blanks that would join the prompt's last token; they are kept apart, as in "
+        "generation",
+        "joined_blanks": "answers begin with blanks that are one token with the prompt's end, and so no labels",
+        "extra_sequences": "sequences come on top of the records, of turns that have one of their own to keep their "
+        "reasoning",
+    }
+    return [f"{count:,} {texts[name]}" for name, count in notes._asdict().items() if count]
+
+
 def count_records(
     name: str,
     *,
@@ -95,6 +116,7 @@ def count_records(
     label_tokens: int,
     truncated: int,
     dropped: Mapping[str, int],
+    notes: Notes = NO_NOTES,
     sources: Sequence[DatasetStatistics] = (),
 ) -> DatasetStatistics:
     """Statistics of records of these `lengths` (int64 [records], one at least)."""
@@ -112,6 +134,7 @@ def count_records(
         length_max=int(longest),
         truncated=truncated,
         dropped=dropped,
+        notes=notes,
         sources=tuple(sources),
     )
 
@@ -127,5 +150,6 @@ def add_up(parts: Sequence[DatasetStatistics], lengths: NDArray[np.int64]) -> Da
         label_tokens=sum(part.label_tokens for part in parts),
         truncated=sum(part.truncated for part in parts),
         dropped=sum((Counter(part.dropped) for part in parts), Counter()),
+        notes=functools.reduce(Notes.plus, (part.notes for part in parts)),
         sources=parts,
     )

@@ -20,7 +20,8 @@ from itertools import chain, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_psft.data.chat import ChatRenderer, Example, Rendering
+from megatron_psft.data.chat import ChatRenderer, Rendering
+from megatron_psft.data.example import Example, Notes
 from megatron_psft.data.files import BadRecord, Chunk
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import RecordError
@@ -31,7 +32,7 @@ from megatron_psft.errors import UserError
 INDEX = np.dtype(
     [
         ("offset", "<i8"),  # of the record's first token
-        ("row", "<i8"),  # its place in the file, from 1
+        ("row", "<i8"),  # its place in the file, from 1; several sequences of one record share it
         ("file", "<i4"),
         ("length", "<i4"),  # in tokens
         ("labels", "<i4"),
@@ -39,6 +40,7 @@ INDEX = np.dtype(
         ("second_start", "<i4"),  # where the rejected sequence of a pair begins; 0 where the record is no pair
         ("advantage", "<f4"),
         ("crc32", "<u4"),
+        ("notes", "<u2", (len(Notes._fields),)),
     ]
 )
 """What is known of each record without reading its tokens."""
@@ -63,11 +65,13 @@ class TokenizedChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class _Rendered:
-    """A record as text, a preference pair as two. `row`: its place in the file, from 1."""
+    """A record as text: the sequences of a demonstration, most often one, or both sides of a preference pair. `row`:
+    its place in the file, from 1."""
 
     row: int
     advantage: float
     texts: tuple[Rendering, ...]
+    is_pair: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +87,12 @@ class ChunkTokenizer:
         results = [self._render(parse(row, self.keys)) for row in chunk.rows()]
         rendered = [result for result in results if not isinstance(result, BadRecord)]
         sequences = iter(self.renderer.tokenize([text for record in rendered for text in record.texts]))
-        examples = [_example_of(record, sequences) for record in rendered]
+        found = [(record.row, example) for record in rendered for example in _examples_of(record, sequences)]
+        examples = [example for _, example in found]
         return TokenizedChunk(
             name=chunk.name,
             size=chunk.size,
-            index=make_index([record.row for record in rendered], examples),
+            index=make_index([row for row, _ in found], examples),
             tokens=np.concatenate([np.empty(0, np.int32), *(example.tokens for example in examples)]),
             label_mask=np.concatenate([np.empty(0, np.bool_), *(example.label_mask for example in examples)]),
             bad=tuple(result for result in results if isinstance(result, BadRecord)),
@@ -96,20 +101,24 @@ class ChunkTokenizer:
     def _render(self, item: Record | Pair | BadRecord) -> _Rendered | BadRecord:
         if isinstance(item, BadRecord):
             return item
+        is_pair = isinstance(item, Pair)
         records = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
         try:
-            texts = tuple(self.renderer.render(record) for record in records)
+            texts = tuple(text for record in records for text in self.renderer.render(record))
+            if is_pair and len(texts) != len(records):
+                raise RecordError("a side of a preference pair that needs several sequences to keep its reasoning")
         except RecordError as error:
             return BadRecord(source=item.source, reason=error.reason, detail=error.detail)
-        return _Rendered(row=int(item.source.rpartition(":")[2]), advantage=records[0].advantage, texts=texts)
+        row = int(item.source.rpartition(":")[2])
+        return _Rendered(row=row, advantage=records[0].advantage, texts=texts, is_pair=is_pair)
 
 
-def _example_of(record: _Rendered, sequences: Iterator[Example]) -> Example:
+def _examples_of(record: _Rendered, sequences: Iterator[Example]) -> list[Example]:
     """Takes what the record needs from the sequences."""
-    first = next(sequences)
-    if len(record.texts) == 2:
-        return Example.of_pair(first, next(sequences))
-    return first if record.advantage == 1 else replace(first, advantage=record.advantage)
+    own = list(islice(sequences, len(record.texts)))
+    if record.is_pair:
+        return [Example.of_pair(*own)]
+    return own if record.advantage == 1 else [replace(one, advantage=record.advantage) for one in own]
 
 
 def make_index(rows: Sequence[int], examples: Sequence[Example]) -> NDArray[np.void]:
@@ -126,6 +135,7 @@ def make_index(rows: Sequence[int], examples: Sequence[Example]) -> NDArray[np.v
     index["first_label"] = [int(np.argmax(example.label_mask)) if len(example.tokens) else 0 for example in examples]
     index["first_label"] = np.where(has_label, index["first_label"], index["length"])
     index["advantage"] = [example.advantage for example in examples]
+    index["notes"] = np.minimum([example.notes for example in examples], 2**16 - 1).reshape(-1, len(Notes._fields))
     index["crc32"] = [checksum(example.tokens, example.label_mask) for example in examples]
     return index
 

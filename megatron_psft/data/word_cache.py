@@ -9,6 +9,7 @@ been seen before, and a tokenizer, which goes through its text several times ove
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -45,7 +46,8 @@ class WordCache:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         self._backend = tokenizer.backend_tokenizer
-        self._can_cut = _can_cut(description)
+        self.can_cut = _can_cut(description)
+        """Whether pieces of a text have the tokens of the whole."""
         added = sorted((token["content"] for token in description["added_tokens"]), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, added)).join("()") if added else "(?!)")
         self._words: dict[str, tuple[bytes, bytes]] = {}
@@ -62,8 +64,18 @@ class WordCache:
         words.update((word, value) for word, value in found.items() if len(word) <= _LONGEST_WORD)
         return encoded
 
+    def encode_cut(self, text: str, places: Sequence[int]) -> Encoded:
+        """The tokens of one text, none of which lies across one of `places`, in order."""
+        borders = [0, *places, len(text)]
+        parts = [text[start:end] for start, end in pairwise(borders)]
+        encoded = self.encode(parts)
+        return Encoded(
+            np.concatenate([part.tokens for part in encoded]),
+            np.concatenate([part.offsets + start for part, start in zip(encoded, borders, strict=False)]),
+        )
+
     def _pieces(self, text: str) -> list[str]:
-        if not self._can_cut:
+        if not self.can_cut:
             return [text]
         parts = self._added.split(text)  # what lies between added tokens, and every other one such a token
         return [piece for i, part in enumerate(parts) for piece in ([part] if i % 2 else _CUT.split(part)) if piece]

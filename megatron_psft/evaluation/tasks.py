@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_psft.config.flags import require_at_least
+from megatron_psft.config.inputs import TemplateConfig
 from megatron_psft.config.paths import PathText
-from megatron_psft.data.chat import ChatRenderer
+from megatron_psft.data.chat import ChatRenderer, RenderSettings
 from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError, nearest_name_hint
@@ -105,8 +106,16 @@ class Evaluation:
 
     model: ModelConfig
     tasks: TaskConfig
+    template: TemplateConfig
     sampling: EvaluationSampling
     out: str
+
+    def __post_init__(self) -> None:
+        if self.tasks.names and self.template != TemplateConfig():
+            raise UserError(
+                "chat_template and chat_template_kwargs are for maths sets only, and tasks has "
+                f"{', '.join(self.tasks.names)} of lm-evaluation-harness; evaluate these by a command of their own"
+            )
 
     def settings(self, model_folder: Path) -> dict[str, Any]:
         """What must not change within one folder of results. JSON values.
@@ -116,7 +125,14 @@ class Evaluation:
         stats = [(path.name, path.stat()) for path in sorted(model_folder.glob("*.safetensors"))]
         weights = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
         tasks, sampling = self.tasks, self.sampling
+        rendering = RenderSettings.of_template(self.template)
+        # Only where set, so that results of earlier versions can be added to.
+        template = {
+            "chat_template": rendering.chat_template and hashlib.sha256(rendering.chat_template.encode()).hexdigest(),
+            "chat_template_kwargs": dict(rendering.template_kwargs),
+        }
         return {
+            **{name: value for name, value in template.items() if value},
             "model": str(model_folder.resolve()),
             "weights": hashlib.sha256(weights.encode()).hexdigest()[:12],
             "tokenizer": self.model.tokenizer,
@@ -256,7 +272,7 @@ def _answer_sets(
     verifier: Verifier,
     folder: ResultsFolder,
 ) -> None:
-    renderer = ChatRenderer(tokenizer, "last")
+    renderer = ChatRenderer(tokenizer, "last", RenderSettings.of_template(evaluation.template))
     rendered = {
         questions.name: [render_prompt("tasks", prompt, renderer) for prompt in questions.questions]
         for questions in sets

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_psft.data.chat import ChatRenderer
+from megatron_psft.data.chat import LOST_REASONING, ChatRenderer
 from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import RecordError
@@ -13,6 +13,8 @@ from megatron_psft.data.records import parse_row
 from megatron_psft.rollout.prompts import Prompt
 from megatron_psft.rollout.rewards import AdvantageName, Verifier, group_advantages
 from megatron_psft.rollout.sampling import Answer
+
+_UNTHOUGHT = "without reasoning in training; see --keep-reasoning"
 
 
 @dataclass(kw_only=True)
@@ -74,26 +76,28 @@ class GroupRecords:
             self.tally.left_out["in groups of equal rewards"] += len(answers)
             return
         for answer, reward, advantage in zip(answers, rewards, advantages, strict=True):
-            messages = [*prompt.messages, {"role": "assistant", "content": answer.text}]
-            trained = tokens_in_training(messages, self.renderer)
+            row: dict[str, Any] = {"messages": [*prompt.messages, {"role": "assistant", "content": answer.text}]}
+            if prompt.template_kwargs:
+                row["chat_template_kwargs"] = dict(prompt.template_kwargs)
             if not answer.is_finished and not self.keep_unfinished:
                 self.tally.left_out["unfinished"] += 1
-            elif trained is None:
-                self.tally.left_out["empty or refused by the chat template"] += 1
-            else:
-                self.tally.written += 1
-                self.tally.other_tokens += answer.is_finished and trained != answer.prompt_tokens + answer.tokens
-                yield {"messages": messages, "advantage": advantage, "reward": reward, "answer": prompt.answer}
+                continue
+            try:
+                trained = tokens_in_training(row, self.renderer)
+            except RecordError as error:
+                is_unthought = error.reason == LOST_REASONING
+                self.tally.left_out[_UNTHOUGHT if is_unthought else "empty or refused by the chat template"] += 1
+                continue
+            self.tally.written += 1
+            self.tally.other_tokens += answer.is_finished and trained != answer.prompt_tokens + answer.tokens
+            yield {**row, "advantage": advantage, "reward": reward, "answer": prompt.answer}
 
 
-def tokens_in_training(messages: list[Any], renderer: ChatRenderer) -> tuple[int, ...] | None:
-    """The tokens that training makes of a conversation, up to the last label, or None if it would refuse the record, as
-    it does an empty answer."""
-    record = parse_row(Row(source="", value={"messages": messages}), RecordKeys())
+def tokens_in_training(row: dict[str, Any], renderer: ChatRenderer) -> tuple[int, ...]:
+    """The tokens that training makes of a record, up to the last label. Raises RecordError if it would refuse it, as it
+    does an empty answer."""
+    record = parse_row(Row(source="", value=row), RecordKeys())
     if isinstance(record, BadRecord):
-        return None
-    try:
-        (example,) = renderer.tokenize([renderer.render(record)])
-    except RecordError:
-        return None
+        raise RecordError(record.reason, record.detail)
+    (example,) = renderer.tokenize(renderer.render(record))
     return tuple(example.tokens[: example.label_mask.nonzero()[0][-1] + 1].tolist())

@@ -1,6 +1,7 @@
 """Rows -> prompts with known answers, for rollouts and reinforcement learning."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_psft.config.paths import PathText
@@ -36,6 +37,8 @@ class Prompt:
     messages: tuple[Message, ...]
     answer: str
     source: str
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """The row's own variables for the chat template."""
 
 
 def read_prompts(config: PromptConfig, verifier: Verifier) -> list[Prompt]:
@@ -68,7 +71,9 @@ def parse_prompt(row: Row | BadRecord, config: PromptConfig, verifier: Verifier)
     record = parse_row(Row(source=row.source, value=whole), RecordKeys(system_prompt=config.system_prompt))
     if isinstance(record, BadRecord):
         return record
-    return Prompt(messages=record.messages[:-1], answer=answer, source=row.source)
+    return Prompt(
+        messages=record.messages[:-1], answer=answer, source=row.source, template_kwargs=record.template_kwargs
+    )
 
 
 def parse_value(row: object, config: PromptConfig, verifier: Verifier) -> tuple[dict[str, Any], str]:
@@ -90,14 +95,15 @@ def parse_value(row: object, config: PromptConfig, verifier: Verifier) -> tuple[
         verifier.check(answer)
     except ValueError as error:
         raise RecordError("answer that the verifier cannot use", f"{answer!r:.60} {error}") from None
-    return {"messages": asked, "system": row.get("system")}, answer
+    kept = {key: row.get(key) for key in ("system", "chat_template_kwargs", "enable_thinking")}
+    return {"messages": asked, **kept}, answer
 
 
 def render_prompt(field: str, prompt: Prompt, renderer: ChatRenderer) -> str:
     """The text that the model goes on with. Raises UserError, which names the configuration's `field`, for what the
     chat template refuses."""
     try:
-        return renderer.render_prompt(prompt.messages)
+        return renderer.render_prompt(prompt.messages, prompt.template_kwargs)
     except RecordError as error:
         raise UserError(f"{field} must be what the chat template can write: {prompt.source}: {error}") from None
 

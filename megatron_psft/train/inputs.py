@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_psft.config.rules import validate_advantages, validate_train_iters
 from megatron_psft.config.schema import Config
-from megatron_psft.data.chat import Example, label_runs
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset, parse_weighted_path
+from megatron_psft.data.example import Example, label_runs
 from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.data.sources import place_of
 from megatron_psft.data.splits import SplitUse

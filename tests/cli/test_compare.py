@@ -186,8 +186,11 @@ def test_what_cannot_be_compared_is_refused(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks", "x.jsonl"], "tasks and sampling have no effect where first and second are results folders"),
-        (["--temperature", "0.5"], "tasks and sampling have no effect"),
+        (
+            ["--tasks", "x.jsonl"],
+            "tasks, chat template and sampling have no effect where first",
+        ),
+        (["--temperature", "0.5"], "tasks, chat template and sampling have no effect"),
         (["--tokenizer", "t"], "tokenizer (t) has no effect"),
         (["--examples", "-1"], "examples (-1) must be at least 0"),
         (["--max-characters", "0"], "max_characters (0) must be at least 1"),

@@ -16,7 +16,7 @@ from megatron_psft.errors import UserError
 from tests.support.configs import flag, parse, write_yaml
 
 TEXTS = {
-    *("prompt_key", "completion_key", "answer_key", "system_prompt", "ignore_keys"),
+    *("prompt_key", "completion_key", "answer_key", "system_prompt", "ignore_keys", "chat_template_kwargs"),
     *("wandb_project", "mlflow_experiment", "recompute_modules", "objective"),
 }
 """Fields of text that is no path. A new field of text is either added here or a `PathText`."""

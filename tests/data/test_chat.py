@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_psft.data.chat import ChatRenderer, label_runs, render_record
+from megatron_psft.data.chat import ChatRenderer, render_record
+from megatron_psft.data.example import label_runs
 from megatron_psft.data.messages import RecordError
 from megatron_psft.data.records import Record
 from megatron_psft.errors import UserError
@@ -50,14 +51,13 @@ contents = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="
         (toys.LLAMA3, TWO_TURNS, ["Yes.<|eot|>", "So.<|eot|>"]),
         (toys.LLAMA3, conversation("Hi?", " \n Yes. \n"), ["Yes.<|eot|>"]),
         (toys.QWEN3, TWO_TURNS, ["Yes.<|im_end|>", "<think>\n\n</think>\n\nSo.<|im_end|>"]),
-        (toys.QWEN3, THOUGHTS, ["Yes.<|im_end|>", "<think>\nB\n</think>\n\nSo.<|im_end|>"]),
-        (toys.R1, THOUGHTS, ["\n\nYes.</s>", "\n\nSo.</s>"]),
+        (toys.QWEN3, THOUGHTS, ["<think>\nB\n</think>\n\nSo.<|im_end|>"]),
         (toys.R1, conversation("<|assistant|><think>\n?", "Yes."), ["Yes.</s>"]),
         (toys.R1, conversation("Hi?", "<b>Yes."), ["<b>Yes.</s>"]),
         (toys.NEMOTRON, TWO_TURNS, ["</think>Yes.<|im_end|>", "</think>So.<|im_end|>"]),
         (toys.NEMOTRON, conversation("Hi?", "<think>\nA\n</think>Yes."), ["A\n</think>Yes.<|im_end|>"]),
         (toys.QWEN3_WITHOUT_THINKING, TWO_TURNS, ["Yes.<|im_end|>", "So.<|im_end|>"]),
-        (toys.QWEN3_WITHOUT_THINKING, THOUGHTS, ["Yes.<|im_end|>", "B\n</think>\n\nSo.<|im_end|>"]),
+        (toys.QWEN3_WITHOUT_THINKING, THOUGHTS, ["B\n</think>\n\nSo.<|im_end|>"]),
         (toys.GLM, TWO_TURNS, ["Yes.<|user|>", "So.</s>"]),
         (toys.LLAMA2, TWO_TURNS, ["Yes. </s>", "So. </s>"]),
         (toys.NO_GENERATION_PROMPT, TWO_TURNS, ["Yes.<|im_end|>", "So.<|im_end|>"]),
@@ -140,7 +140,7 @@ def test_reasoning_is_a_label_where_the_template_writes_it():
         ),
         source="toy:1",
     )
-    assert label_texts(earlier, tokenizer) == ["Yes.<|im_end|>", "So.<|im_end|>"]
+    assert label_texts(earlier, tokenizer) == ["So.<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_the_prompt_and_the_end_of_turn_enclose_the_labels(template, end):
     renderer = ChatRenderer(byte_tokenizer(template), "last")
     assert renderer.end_of_turn() == end
     record = conversation("Hi?", "Yes.")
-    rendering = renderer.render(record)
+    (rendering,) = renderer.render(record)
     prompt = renderer.render_prompt(record.messages[:1])
     ((start, stop),) = rendering.label_spans
     assert (rendering.text[:start], rendering.text[start:stop].endswith(end)) == (prompt, True)
@@ -299,7 +299,7 @@ ANSWER = "Ça fait 48/2 = 24 \u20ac \U0001f469\u200d\U0001f469\u200d\U0001f467 \
         ("qwen2.5", TWO_TURNS, ["Yes.<|im_end|>", "So.<|im_end|>"]),
         ("qwen2.5", conversation("Hi?", ANSWER), [ANSWER + "<|im_end|>"]),
         ("qwen3", TWO_TURNS, ["Yes.<|im_end|>", "<think>\n\n</think>\n\nSo.<|im_end|>"]),
-        ("qwen3", THOUGHTS, ["Yes.<|im_end|>", "<think>\nB\n</think>\n\nSo.<|im_end|>"]),
+        ("qwen3", THOUGHTS, ["<think>\nB\n</think>\n\nSo.<|im_end|>"]),
         ("qwen3", conversation("Hi?", ANSWER), ["<think>\n\n</think>\n\n" + ANSWER + "<|im_end|>"]),
         ("llama3", TWO_TURNS, ["Yes.<|eot_id|>", "So.<|eot_id|>"]),
         ("llama3", conversation("Hi?", ANSWER, system="Be brief."), [ANSWER.strip() + "<|eot_id|>"]),
@@ -334,11 +334,7 @@ def test_qwen3_has_the_reasoning_of_the_last_turns_only(real_tokenizer):
     longer = Record(
         messages=(*record.messages, *conversation("Why?", "So.").messages), tools=record.tools, source="toy:1"
     )
-    assert label_texts(longer, real_tokenizer("qwen3")) == [
-        '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call><|im_end|>',
-        "So 2.<|im_end|>",
-        "<think>\n\n</think>\n\nSo.<|im_end|>",
-    ]
+    assert label_texts(longer, real_tokenizer("qwen3")) == ["<think>\n\n</think>\n\nSo.<|im_end|>"]
     first = label_texts(record, real_tokenizer("qwen3"))[0]
     assert first.startswith("<think>\nAdd.\n</think>\n\n<tool_call>")
     with pytest.raises(RecordError, match="the chat template does not render reasoning_content"):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_psft.data.chat import Example
 from megatron_psft.data.dataset import TokenizedDataset
+from megatron_psft.data.example import Example
 from megatron_psft.data.loader import BatchLoader, MicroBatch, Shard, collate
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from megatron_psft.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_psft.data.chat import Example, render_record
+from megatron_psft.data.chat import render_record
+from megatron_psft.data.example import Example
 from megatron_psft.data.loader import collate
 from megatron_psft.data.records import Record
 from tests.support import oracle

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from megatron_psft.data.chat import Example, LossOn, label_runs, render_record
+from megatron_psft.data.chat import LossOn, render_record
+from megatron_psft.data.example import Example, label_runs
 from megatron_psft.data.messages import Message
 from megatron_psft.data.records import Record
 

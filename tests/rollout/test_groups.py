@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_psft.data.chat import ChatRenderer
+from megatron_psft.data.chat import ChatRenderer, RenderSettings
 from megatron_psft.rollout.groups import GroupRecords, Tally
 from megatron_psft.rollout.prompts import Prompt
 from megatron_psft.rollout.rewards import ExactVerifier
@@ -10,10 +10,11 @@ from megatron_psft.rollout.sampling import Answer
 from tests.data import toys
 
 
-def group_of(answers: list[Answer], template: str) -> tuple[list[dict], Tally]:
+def group_of(answers: list[Answer], template: str, *, keep_reasoning: bool = False) -> tuple[list[dict], Tally]:
     """The records of made-up answers to "Hi?" under a template."""
     prompt = Prompt(messages=({"role": "user", "content": "Hi?"},), answer="Yes.", source="toy:1")
-    renderer = ChatRenderer(toys.byte_tokenizer(template), "last")
+    settings = RenderSettings(keep_reasoning=keep_reasoning)
+    renderer = ChatRenderer(toys.byte_tokenizer(template), "last", settings)
     records = GroupRecords(verifier=ExactVerifier(), renderer=renderer, advantage="grpo", keep_flat_groups=True)
     return list(records.of(prompt, answers)), records.tally
 
@@ -35,7 +36,10 @@ def test_answers_that_training_reads_otherwise_are_counted():
     thought = answer_of("So.</think>Yes.", toys.R1, ["So.</think>Yes.", "</s>"])
     unthought = answer_of("Yes.", toys.R1, ["Yes.", "</s>"])
     records, tally = group_of([thought, unthought], toys.R1)
-    assert (len(records), tally.other_tokens) == (2, 2)
+    assert [record["messages"][1]["content"] for record in records] == ["Yes."]
+    assert (tally.other_tokens, tally.left_out) == (1, {"without reasoning in training; see --keep-reasoning": 1})
+    records, tally = group_of([thought, unthought], toys.R1, keep_reasoning=True)
+    assert (len(records), tally.other_tokens) == (2, 1)
 
 
 def test_empty_answers_are_left_out():

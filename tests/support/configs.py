@@ -35,6 +35,8 @@ def other_value(field: Field) -> Any:
         return next(choice for choice in choices if choice != field.default)
     if get_origin(field.type) is tuple:
         return ("mlp", "moe") if field.name == "recompute_modules" else ("a.jsonl", "b.jsonl")
+    if field.name == "chat_template_kwargs":
+        return '{"enable_thinking": false}'
     if kind is bool:
         return not field.default
     if kind is int:

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_psft.data.cache import TokenizedSource
-from megatron_psft.data.chat import Example
 from megatron_psft.data.dataset import SourceRecords, TokenizedDataset
+from megatron_psft.data.example import Example
 from megatron_psft.data.statistics import count_records
 from megatron_psft.data.tokenizing import make_index
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_psft.config.schema import (
     ParallelConfig,
 )
-from megatron_psft.data.chat import Example
+from megatron_psft.data.example import Example
 from megatron_psft.data.loader import MicroBatch, collate
 from megatron_psft.scoring.old_policy import CurrentPolicy, Scores
 from tests.support import oracle, tiny
