@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from docs.draw_rooms import draw
+from megatron_psft.config.foreign_names import TRAINERS, table_of
 from megatron_psft.config.resume import FREE, SAME, TOLD
 from megatron_psft.config.rules import OLD_POLICY_FIELDS
 from megatron_psft.config.schema import ObjectiveConfig
@@ -29,6 +30,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "resume": lambda: resume_table(),
     "files": lambda: file_tables(),
     "objectives": lambda: objective_table(),
+    **{f"names of {trainer}": (lambda trainer=trainer: table_of(trainer)) for trainer in TRAINERS},
 }
 _PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 import argcomplete
 from argcomplete.completers import ChoicesCompleter
 
+from megatron_psft.config.foreign_names import foreign_name_hint
 from megatron_psft.config.paths import PathText, escape_path, expand_path
 from megatron_psft.config.yaml_files import read_settings
 from megatron_psft.errors import ExplainedError, UserError, nearest_name_hint
@@ -105,7 +106,8 @@ def parse_flags(root: type[_Root], argv: Sequence[str], *, prog: str | None = No
     namespace, unknown = parser.parse_known_args(_without_booleans(argv, known))
     if unknown:
         name = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument {name}{nearest_name_hint(name, map(_flag, ['config', *known]))}")
+        hint = foreign_name_hint(name, known, as_flags=True) if name.startswith("-") else ""
+        raise UserError(f"unknown argument {name}{hint or nearest_name_hint(name, map(_flag, ['config', *known]))}")
     given = vars(namespace)
     path = given.pop("config")
     values = {name: field.default for name, field in known.items() if field.default not in (MISSING, None)}
@@ -204,7 +206,8 @@ def _read_yaml(path: Path, known: dict[str, Field[Any]]) -> dict[str, Any]:
     for setting in read_settings(path):
         name = setting.name
         if name not in known:
-            raise UserError(f"{setting.file}: unknown key {name}{nearest_name_hint(str(name), known)}")
+            hint = foreign_name_hint(str(name), known, as_flags=False) or nearest_name_hint(str(name), known)
+            raise UserError(f"{setting.file}: unknown key {name}{hint}")
         # Numbers in quotes count as numbers, for fractions only: 1e-6 needs quotes for other readers of YAML.
         values[name] = _convert(known[name], _read_number(known[name], (float,), setting.value))
     return values

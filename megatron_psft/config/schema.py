@@ -139,7 +139,7 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     """Adam's epsilon, added to the denominator for numerical stability."""
     clip_grad: float = 1.0
-    """Gradients are scaled down to this norm over all parameters where theirs is larger."""
+    """Gradients are scaled down to this norm over all parameters where theirs is larger; 0 scales nothing."""
     optimizer_cpu_offload: bool = False
     """Keep Adam's averages and the fp32 weights in the host's memory, and update there. Needs bf16 and
     `use_distributed_optimizer`."""
@@ -147,9 +147,9 @@ class OptimizerConfig:
     """Share of the parameters that `optimizer_cpu_offload` takes."""
 
     def __post_init__(self) -> None:
-        require_at_least(0, self, "lr", "min_lr", "lr_warmup_iters", "weight_decay")
+        require_at_least(0, self, "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
         require_at_least(1, self, "lr_wsd_decay_iters")
-        require_positive(self, "adam_eps", "clip_grad")
+        require_positive(self, "adam_eps")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1")

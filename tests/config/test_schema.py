@@ -315,7 +315,7 @@ def test_all_missing_fields_are_named_at_once() -> None:
         ("--adam-beta1 1", "adam_beta1 (1.0) must be at least 0 and below 1"),
         ("--adam-beta2 -0.5", "adam_beta2 (-0.5) must be at least 0 and below 1"),
         ("--adam-eps 0", "adam_eps (0.0) must be greater than 0"),
-        ("--clip-grad 0", "clip_grad (0.0) must be greater than 0"),
+        ("--clip-grad -1", "clip_grad (-1.0) must be at least 0"),
         ("--optimizer-offload-fraction 0", "optimizer_offload_fraction (0.0) must be above 0 and at most 1"),
         ("--optimizer-offload-fraction 1.5", "optimizer_offload_fraction (1.5) must be above 0 and at most 1"),
         ("--tensor-model-parallel-size 0", "tensor_model_parallel_size (0) must be at least 1"),

@@ -56,6 +56,7 @@ def test_one_process_of_a_node_tokenizes_for_all(pool, inputs, tmp_path):
     assert [exit.code for exit, _ in results] == [0, 0], results[0][0].err
     assert [count for _, count in results] == [1, 0]
     assert "passes  records" in results[0][0].err
+    assert "1 step of 2 packs make " in results[0][0].err
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def adamw(before: dict[str, Tensor], scales: list[float], rates: list[float], op
         decay = options.weight_decay if tensor.dim() > 1 else 0.0
         for step, (scale, lr) in enumerate(zip(scales, rates, strict=True)):
             norm = norm_of(before, step, scale)
-            clip = min(1.0, options.clip_grad / (norm + 1e-6))
+            clip = min(1.0, options.clip_grad / (norm + 1e-6)) if options.clip_grad else 1.0
             grad = clip * scale * gradient(name, tuple(tensor.shape), 0, step).double()
             mean = beta1 * mean + (1 - beta1) * grad
             square = beta2 * square + (1 - beta2) * grad * grad
@@ -135,11 +135,11 @@ HALF = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parallel"),
-    [(1, ParallelConfig()), (2, ParallelConfig()), (2, DISTRIBUTED)],
-    ids=["DP1", "DP2", "DP2 distributed"],
+    ("world_size", "parallel", "clip_grad"),
+    [(1, ParallelConfig(), 3.0), (2, ParallelConfig(), 3.0), (2, DISTRIBUTED, 3.0), (1, ParallelConfig(), 0.0)],
+    ids=["DP1", "DP2", "DP2 distributed", "not clipped"],
 )
-def test_updates_are_adamw_on_clipped_gradients_without_decay_of_1d_parameters(pool, world_size, parallel):
+def test_updates_are_adamw_on_clipped_gradients_without_decay_of_1d_parameters(pool, world_size, parallel, clip_grad):
     options = OptimizerConfig(
         lr=0.02,
         lr_decay_style="linear",
@@ -148,7 +148,7 @@ def test_updates_are_adamw_on_clipped_gradients_without_decay_of_1d_parameters(p
         adam_beta1=0.8,
         adam_beta2=0.9,
         adam_eps=0.01,
-        clip_grad=3.0,
+        clip_grad=clip_grad,
     )
     scales = [1.0, 0.003, 1.0, 0.02]  # norms far above the bound, and below it
     results = pool.run(_train, world_size, make_config(options, parallel=parallel), world_size, scales)
