@@ -14,6 +14,11 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:07d}"
 
 
+def export_folder(folder: Path, step: int) -> Path:
+    """Of an export of the checkpoint, beside it."""
+    return folder / f"{step_folder(folder, step).name}_hf"
+
+
 def step_folders(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first; whether they are intact is `damage_on_any_rank`'s question."""
     found = (path for path in folder.glob("step_*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir())

@@ -40,12 +40,15 @@ class WeightsConfig:
     start compares with this one."""
     export_hf: PathText | None = None
     """Folder that receives the trained model in Hugging Face format; none is written if unset."""
+    export_interval: int | None = None
+    """Checkpoints of `save_interval` from one that is also exported to the next: of 2, every other one, to
+    `step_0000012_hf` beside it in `save`, where it stays whatever `keep_last` says. None is if unset."""
     steal_lock: bool = False
     """Take `save` and `export_hf` at once from a process of another host that holds their lock and is gone; otherwise
     they are free 10 minutes after its last sign of life. A process that lives on this host is never robbed."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "save_interval", "keep_last")
+        require_at_least(1, self, "save_interval", "keep_last", "export_interval")
         if self.init_from is not None and self.load is not None:
             raise UserError(
                 f"init_from ({self.init_from}) starts a run, load ({self.load}) goes on with one; remove one of them"
@@ -57,6 +60,13 @@ class WeightsConfig:
     def reads_hf_weights(self) -> bool:
         """Whether the weights of `load_hf` are asked for, and not only its config and tokenizer."""
         return not self.random_init and self.init_from is None
+
+    @property
+    def export_steps(self) -> int | None:
+        """Steps between exports beside checkpoints; None without such exports."""
+        if self.save_interval is None or self.export_interval is None:
+            return None
+        return self.save_interval * self.export_interval
 
     @property
     def tokenizer_source(self) -> str:

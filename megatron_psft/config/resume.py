@@ -83,6 +83,7 @@ FREE: tuple[str, ...] = (
     "save",
     "load",
     "export_hf",
+    "export_interval",
     "save_interval",
     "keep_last",
     "async_save",

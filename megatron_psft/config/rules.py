@@ -153,16 +153,22 @@ def _validate_precision(config: Config) -> None:
         raise UserError("optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or remove it")
 
 
+def _validate_intervals(config: Config) -> None:
+    if not config.data.valid_data:
+        _refuse_if_set(config.data, "without valid_data", "eval_interval", "eval_iters")
+    if config.weights.save_interval is None:
+        _refuse_if_set(config.weights, "without save_interval", "export_interval")
+
+
 def _validate_effects(config: Config) -> None:
     """Refuses fields that were set although another one leaves them without effect."""
-    data, optimizer, parallel, recompute = config.data, config.optimizer, config.parallel, config.recompute
+    optimizer, parallel, recompute = config.optimizer, config.parallel, config.recompute
     _validate_objective(config.objective)
     if not config.objective.needs_old_policy:
         _refuse_if_set(config.logging, f"with objective {config.objective.objective}", *_OF_OLD_POLICY)
     if config.objective.old_policy_interval == 1:
         _refuse_if_set(config.logging, "with old_policy_interval 1", *_OF_OLD_POLICY)
-    if not data.valid_data:
-        _refuse_if_set(data, "without valid_data", "eval_interval", "eval_iters")
+    _validate_intervals(config)
     if optimizer.lr_decay_style == "constant":
         _refuse_if_set(optimizer, "with lr_decay_style constant", "min_lr")
     if optimizer.lr_decay_style != "WSD":

@@ -28,6 +28,8 @@ from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel, initialize_parallel
 from megatron_psft.errors import UserError
 from megatron_psft.head.layer import HeadOutput
+from megatron_psft.hf.export import export
+from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.weights import fill_parameters
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model.fp8 import row_multiple
@@ -71,6 +73,8 @@ class Run:
     first_step: int
     """Steps that were completed before, in an earlier process."""
     train_iters: int
+    side_files: SideFiles
+    export_dtype: torch.dtype
 
 
 def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
@@ -128,7 +132,23 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         start=start,
         first_step=first_step,
         train_iters=inputs.train_iters,
+        side_files=inputs.side_files,
+        export_dtype=torch.bfloat16 if config.precision.bf16 else inputs.weights.dtype,
     )
+
+
+def export_model(run: Run, target: Path) -> None:
+    """Writes the model as it is; collective. Raises UserError, on all ranks, where `target` cannot be written."""
+    run.pipeline.gather_parameters()
+    export(
+        run.state.chunks,
+        target,
+        shape=run.shape,
+        dtype=run.export_dtype,
+        side_files=run.side_files,
+        parallel=run.parallel,
+    )
+    log.info("exported %s", target)
 
 
 def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement | None:

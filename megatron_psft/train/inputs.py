@@ -117,7 +117,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     assert train_iters is not None
     validate_train_iters(config, train_iters)
     side_files = side_files_of(model_folder, tokenizer_folder, tokenizer, dataset)
-    if is_main and config.weights.export_hf is not None:
+    if is_main and (config.weights.export_hf is not None or config.weights.export_steps is not None):
         side_files.check()
     return Inputs(
         model_folder=model_folder,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_psft.checkpoint.folders import export_folder
 from megatron_psft.checkpoint.saver import Saver
 from megatron_psft.config.resume import settings_of
 from megatron_psft.distributed.collective import naming_lost_peers
@@ -20,7 +21,7 @@ from megatron_psft.metrics.run_log import RunLog
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.progress import progress
 from megatron_psft.scoring.old_policy import objective_at
-from megatron_psft.train.assemble import Run
+from megatron_psft.train.assemble import Run, export_model
 from megatron_psft.train.optimizer import update
 
 
@@ -50,6 +51,8 @@ def train(run: Run) -> int:
                 if steps.are_due(run.config.weights.save_interval) or steps.all_completed:
                     save(run, saver, run_log, steps.completed)
                     steps.saved = steps.completed
+                if steps.are_due(run.config.weights.export_steps):
+                    export_model(run, export_folder(Path(run.config.weights.save), steps.completed))
             stop.check()
         except StopRequested as request:
             if steps.saved < steps.completed:

@@ -3,16 +3,13 @@
 import logging
 from pathlib import Path
 
-import torch
-
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, config_to_yaml
 from megatron_psft.distributed.collective import on_every_rank, on_rank_zero
 from megatron_psft.distributed.device import Platform
-from megatron_psft.hf import export
 from megatron_psft.metrics.provenance import record_start, versions
 from megatron_psft.model.fp8 import check_machine
-from megatron_psft.train.assemble import Run, build_run
+from megatron_psft.train.assemble import Run, build_run, export_model
 from megatron_psft.train.inputs import describe, read_in_turn
 from megatron_psft.train.loop import train
 
@@ -43,16 +40,7 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
         if signum:
             return signum
     if config.weights.export_hf is not None:
-        ready.pipeline.gather_parameters()
-        export.export(
-            ready.state.chunks,
-            Path(config.weights.export_hf),
-            shape=inputs.shape,
-            dtype=torch.bfloat16 if config.precision.bf16 else inputs.weights.dtype,
-            side_files=inputs.side_files,
-            parallel=ready.parallel,
-        )
-        log.info("exported %s", config.weights.export_hf)
+        export_model(ready, Path(config.weights.export_hf))
     return 0
 
 

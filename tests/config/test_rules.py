@@ -102,6 +102,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
     ("flags", "message"),
     [
         ("--valid-data v.jsonl", "valid_data (v.jsonl) needs eval_interval"),
+        ("--export-interval 2", "export_interval (2) has no effect without save_interval"),
         ("--eval-interval 5", "eval_interval (5) has no effect without valid_data"),
         ("--eval-iters 5", "eval_iters (5) has no effect without valid_data"),
         ("--prompt-key text --completion-key text", "prompt_key (text) must differ from completion_key"),

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_psft.hf.hub import load_tokenizer
@@ -92,3 +94,25 @@ def test_ids_beyond_the_rows_of_the_embedding_are_refused(pool, tmp_path, model,
     assert done.code == 2
     assert f"tokenizer ({folder}) has ids up to {number} (" in done.err
     assert "but the model's embedding has 200 rows (vocab_size)" in done.err
+
+
+def test_every_nth_checkpoint_is_exported_beside_it(pool, tmp_path, model, tokenizer):
+    """With the weights of that step, in a pipeline, while checkpoints are written in the background and removed."""
+    layout = ("--pipeline-model-parallel-size", "2", "--save-interval", "1", "--lr-decay-style", "constant")
+    two_layers = tiny.build_model(tmp_path / "model", "qwen2", num_hidden_layers=2, vocab_size=200)
+    for name in ("long", "short"):
+        (tmp_path / name).mkdir()
+    every_other = ("--export-interval", "2", "--keep-last", "1", "--async-save", "--train-iters", "5")
+    long = train(pool, tmp_path / "long", two_layers, tokenizer, *layout, *every_other, size=2)
+    assert long.code == 0, long.err
+    save = tmp_path / "long" / "save"
+    assert sorted(path.name for path in save.glob("step_*")) == ["step_0000002_hf", "step_0000004_hf", "step_0000005"]
+    short = train(pool, tmp_path / "short", two_layers, tokenizer, *layout, "--train-iters", "4", size=2)
+    assert short.code == 0, short.err
+    weights = [
+        load_file(folder / "model.safetensors") for folder in (save / "step_0000004_hf", tmp_path / "short" / "hf")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    before = load_file(save / "step_0000002_hf" / "model.safetensors")
+    assert not torch.equal(before["model.norm.weight"], weights[0]["model.norm.weight"])
