@@ -34,12 +34,12 @@ class GapBounds:
 
 BOUNDS = {
     "fp32": GapBounds(p99=1e-4, largest=1e-3),
-    "bf16": GapBounds(p99=0.05, largest=0.5),
-    "fp8": GapBounds(p99=0.15, largest=1.5),
+    "bf16": GapBounds(p99=0.1, largest=0.5),
+    "fp8": GapBounds(p99=0.2, largest=1.5),
 }
 """Where shapes and kernels are the same, as by default, fp32 and bf16 give 0. The bounds are for passes in other shapes
-(`old_policy_micro_batch_size`) and for kernels that sum in an order of the moment: bf16 rounds activations by up to
-2^-9, so that logits around 10 are off by some 0.02; fp8 rounds more coarsely, but not the head."""
+(`old_policy_micro_batch_size`) and for kernels that round elsewhere or sum in an order of the moment. Attention in fp32
+beside a bf16 model of random weights gives a p99 of 0.043 with 4 layers and of 0.061 with 12; fp8 is a guess."""
 
 
 def precision_of(config: PrecisionConfig) -> str:

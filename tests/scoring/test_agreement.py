@@ -83,6 +83,25 @@ def noisy_scores(noise: float):
 
 
 @contextmanager
+def fp32_attention(_: float):
+    """In the pass attention is computed in fp32, as by a kernel that rounds only at its end: no fault."""
+    from megatron_psft.model.layers import Attention
+
+    forward = Attention.forward
+
+    def exact(self, query, key, value, *args, **kwargs):
+        if torch.is_grad_enabled():
+            return forward(self, query, key, value, *args, **kwargs)
+        return forward(self, query.float(), key.float(), value.float(), *args, **kwargs).to(query.dtype)
+
+    Attention.forward = exact
+    try:
+        yield
+    finally:
+        Attention.forward = forward
+
+
+@contextmanager
 def shifted_attention(_: float):
     """In the pass each position gets the attention of the one before it."""
     from megatron_psft.model.layers import Attention
@@ -100,7 +119,12 @@ def shifted_attention(_: float):
         Attention.forward = forward
 
 
-FAULTS = {"attention scale": scaled_attention, "noise": noisy_scores, "positions": shifted_attention}
+FAULTS = {
+    "attention scale": scaled_attention,
+    "noise": noisy_scores,
+    "positions": shifted_attention,
+    "rounding": fp32_attention,
+}
 
 
 def _run_with(fault: str, size: float, argv: list[str]) -> Exit:
@@ -113,12 +137,20 @@ def _run_with(fault: str, size: float, argv: list[str]) -> Exit:
 def test_another_attention_scale_in_the_pass_is_warned_of(pool, inputs, tmp_path, precision, layout):
     world_size, flags = LAYOUTS[layout].world_size, LAYOUTS[layout].flags
     flags = [*flags, *(["--bf16"] if precision == "bf16" else [])]
-    exits = pool.run(_run_with, world_size, "attention scale", 1.04, command_line(inputs, tmp_path, *flags))
+    exits = pool.run(_run_with, world_size, "attention scale", 1.05, command_line(inputs, tmp_path, *flags))
     assert [exit.code for exit in exits] == [0] * world_size, exits[0].err
     assert exits[0].err.count(f"WARNING: step 2: {DIFFER} {precision} allows: scoring_gap_max") == 1
     _, line, _ = lines_of(tmp_path)
     assert BOUNDS[precision].p99 < line["scoring_gap_p99"] < line["scoring_gap_max"] < 1
     assert [gap is None for gap in gaps_of(tmp_path)] == [True, False, True], "once, after the warm-up"
+
+
+def test_rounding_of_another_kernel_is_within_what_bf16_allows(pool, inputs, tmp_path):
+    argv = command_line(inputs, tmp_path, "--bf16", "--train-iters", "2")
+    (exit,) = pool.run(_run_with, 1, "rounding", 0.0, argv)
+    assert exit.code == 0, exit.err
+    assert lines_of(tmp_path)[1]["scoring_gap_p99"] > BOUNDS["fp32"].p99, "it is seen, and more than fp32 would allow"
+    assert "WARNING" not in exit.err
 
 
 @pytest.mark.parametrize(
