@@ -226,7 +226,7 @@ def passes_of(config: ShowDataConfig, packs: int) -> str:
     batch = config.batch
     return describe_passes(
         packs,
-        "packs" if config.data.packing else "records",
+        "pack" if config.data.packing else "record",
         global_batch_size=batch.global_batch_size,
         train_iters=batch.steps(packs),
         epochs=batch.epochs,

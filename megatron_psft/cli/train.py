@@ -17,6 +17,7 @@ from megatron_psft.config.inputs import WeightsConfig
 from megatron_psft.config.paths import expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
+from megatron_psft.config.yaml_files import read_settings
 from megatron_psft.errors import ExplainedError, RankError, UserError
 from megatron_psft.hf.folder import check_apart
 from megatron_psft.lock import lock_beside, lock_within, sole_writer
@@ -131,7 +132,10 @@ def _config_file(argv: Sequence[str]) -> list[tuple[str, Path]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     path = parser.parse_known_args(argv)[0].config
-    return [] if path is None else [("config", Path(expand_path("config", path)))]
+    if path is None:
+        return []
+    file = Path(expand_path("config", path))
+    return [("config", each) for each in dict.fromkeys([file, *(setting.file for setting in read_settings(file))])]
 
 
 def _ranks() -> tuple[int, int, int]:

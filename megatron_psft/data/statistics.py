@@ -57,7 +57,7 @@ def describe_passes(
 
     Args:
         packs: of an epoch.
-        unit: what they are called, such as packs, or records where each is alone.
+        unit: what one is called: pack, or record where each is alone.
         global_batch_size: packs of a step.
         train_iters: steps of the run; None where it is not known.
         epochs: passes that were asked for; None where steps were.
@@ -66,23 +66,26 @@ def describe_passes(
     if train_iters is not None:
         taken = train_iters * global_batch_size
         times, rest = divmod(taken, packs)
-        steps = "1 step" if train_iters == 1 else f"{train_iters:,} steps"
-        more = f", those of {rest:,} {unit} once more" if rest else ""
+        more = f", those of {_count(rest, unit)} once more" if rest else ""
         lines.append(
-            f"{steps} of {global_batch_size:,} {unit} make {taken / packs:.4g} passes over the {packs:,} "
-            f"{unit} of an epoch: each record {times:,} times{more}"
+            f"{_count(train_iters, 'step')} of {_count(global_batch_size, unit)} make {taken / packs:.4g} passes over "
+            f"the {_count(packs, unit)} of an epoch: each record {_count(times, 'time')}{more}"
         )
         if epochs is not None and taken > epochs * packs:
             lines.append(
-                f"the last global batch begins another pass: {taken - epochs * packs:,} {unit} more than "
+                f"the last global batch begins another pass: {_count(taken - epochs * packs, unit)} more than "
                 f"{epochs} x {packs:,} fill it"
             )
     if packs < global_batch_size:
         lines.append(
-            f"an epoch is less than a global batch, {packs:,} of {global_batch_size:,} {unit}: each step takes each "
-            f"record {global_batch_size / packs:.4g} times; lower --global-batch-size"
+            f"an epoch is less than a global batch, {packs:,} of {_count(global_batch_size, unit)}: each step takes "
+            f"each record {global_batch_size / packs:.4g} times; lower --global-batch-size"
         )
     return "\n".join(lines)
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"
 
 
 def _cells(part: DatasetStatistics) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ def describe(inputs: Inputs, config: Config) -> None:
         log.info("packing: %s", inputs.plan)
     passes = describe_passes(
         len(inputs.plan),
-        "packs" if config.data.packing else "records",
+        "pack" if config.data.packing else "record",
         global_batch_size=config.batch.global_batch_size,
         train_iters=inputs.train_iters,
         epochs=config.batch.epochs,

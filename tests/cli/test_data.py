@@ -55,6 +55,14 @@ def test_the_command_prints_statistics_and_marked_records(inputs):
     assert "\x1b[" not in done.stdout  # a pipe is no terminal
 
 
+def test_passes_over_the_records_are_said_as_far_as_the_flags_tell(show):
+    small = ("--no-packing", "--global-batch-size", "2")
+    assert "passes over" not in show(*small).out
+    assert "2 steps of 2 records make 1.333 passes over the 3 records of an epoch" in show(*small, "--epochs", "1").out
+    assert "the last global batch begins another pass: 1 record more" in show(*small, "--epochs", "1").out
+    assert "an epoch is less than a global batch, 1 of 64 packs" in show().out
+
+
 def test_colour_comes_when_asked_for(show):
     exit = show("--color", "always")
     assert "assistant\n\x1b[32mtwo<|im_end|>\x1b[0m\n" in exit.out

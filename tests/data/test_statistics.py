@@ -31,7 +31,7 @@ TOKENIZER = byte_tokenizer(toys.GLM)
          ["4 steps of 3 records make 3 passes over the 4 records of an epoch: each record 3 times"]),
         (4, {"epochs": 2, "global_batch_size": 3},
          ["3 steps of 3 records make 2.25 passes over the 4 records of an epoch: each record 2 times, those of 1 "
-          "records once more", "the last global batch begins another pass: 1 records more than 2 x 4 fill it"]),
+          "record once more", "the last global batch begins another pass: 1 record more than 2 x 4 fill it"]),
         (10, {"train_iters": 3, "global_batch_size": 2},
          ["3 steps of 2 records make 0.6 passes over the 10 records of an epoch: each record 0 times, those of 6 "
           "records once more"]),
@@ -44,7 +44,7 @@ def test_passes_are_said(records, batch, expected):
     config = BatchConfig(**batch)
     steps = config.steps(records)
     text = describe_passes(
-        records, "records", global_batch_size=config.global_batch_size, train_iters=steps, epochs=config.epochs
+        records, "record", global_batch_size=config.global_batch_size, train_iters=steps, epochs=config.epochs
     )
     assert text.split("\n") == expected
 
@@ -66,8 +66,8 @@ def test_each_record_is_taken_as_often_as_is_said(packing, epochs, size):
         pad_to_multiple_of=1, pad_token_id=0,
     )  # fmt: skip
     taken = Counter(int(record) for step in range(steps) for pack in loader.own_packs(step) for record in pack)
-    text = describe_passes(len(plan), "packs", global_batch_size=size, train_iters=steps, epochs=epochs)
-    times = int(re.search(r"each record ([\d,]+) times", text)[1])
+    text = describe_passes(len(plan), "pack", global_batch_size=size, train_iters=steps, epochs=epochs)
+    times = int(re.search(r"each record ([\d,]+) time", text)[1])
     assert set(taken.values()) <= {times, times + 1}
     assert (max(taken.values()) > times) == ("once more" in text)
     assert ("begins another pass" in text) == (max(taken.values()) > epochs)
