@@ -84,9 +84,10 @@ def examine_machine(environment: Mapping[str, str]) -> list[Finding]:
     """Prints what there is and what is used of it; returns what was found to be so or so."""
     from megatron_psft.distributed.device import detect
 
+    findings = doctor.check_device(environment)
     platform = detect(0)
     print_table("machine", doctor.describe_machine(platform))
-    findings = doctor.check_device(platform.is_gpu) + doctor.check_imports(platform)
+    findings += doctor.check_imports(platform)
     findings += doctor.check_apex() + doctor.check_environment(platform.is_gpu, environment)
     bf16 = doctor.check_bf16(platform.is_gpu)
     findings += bf16 + doctor.check_shared_memory()

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from megatron_psft.cli.exit_code import EXIT_BUG, EXIT_SIGNALLED, check_file, exit_code_of, leave, left_behind
 from megatron_psft.cli.output import configure_output
@@ -21,6 +22,11 @@ from megatron_psft.config.yaml_files import read_settings
 from megatron_psft.errors import ExplainedError, RankError, UserError
 from megatron_psft.hf.folder import check_apart
 from megatron_psft.lock import lock_beside, lock_within, sole_writer
+
+if TYPE_CHECKING:
+    from megatron_psft.distributed.device import Platform
+    from megatron_psft.distributed.device_choice import Survey
+    from megatron_psft.distributed.rendezvous import Meeting
 
 EXAMPLES = """examples:
   eight GPUs; the model is exported at the end:
@@ -64,45 +70,90 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(config: Config, rank: int, world_size: int, local_rank: int) -> int:
     # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
-    from megatron_psft.distributed.collective import on_rank_zero
-    from megatron_psft.distributed.device import detect
+    from megatron_psft.distributed.device_choice import has_hidden_gpu, survey
+
+    minutes = config.parallel.distributed_timeout_minutes
+    settled = _settle(survey(config.precision.device, rank, local_rank), rank, world_size, minutes)
+    if isinstance(settled, int):
+        return settled
+    meeting, device = settled
+    if config.precision.device == "auto" and device == "cpu" and has_hidden_gpu(os.environ):
+        logging.getLogger(__name__).warning("CUDA_VISIBLE_DEVICES hides the GPUs of this machine: they are not used")
+
+    # After the device is known: for the CPU, no library is to look for a GPU.
+    from megatron_psft.distributed.device import prepare
     from megatron_psft.distributed.grid import process_group
+
+    platform = prepare(device, local_rank)
+    try:
+        with process_group(platform, world_size, minutes, meeting=meeting), left_behind(), ExitStack() as locks:
+            return _run(config, platform, locks, rank, local_rank)
+    except RankError as error:
+        return _leave_alone(error, rank)
+
+
+def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, local_rank: int) -> int:
+    """Within the process group, so that all ranks can leave together."""
+    from megatron_psft.distributed.collective import on_rank_zero
     from megatron_psft.train.run import run
 
-    platform = detect(local_rank)
-    timeout_minutes = config.parallel.distributed_timeout_minutes
-    with process_group(platform, world_size, timeout_minutes), left_behind(), ExitStack() as locks:
-        try:
-            on_rank_zero(lambda: _lock(config.weights, locks))
-            signum = run(config, platform, rank, local_rank)
-        except (RankError, OSError) as error:
-            return _leave_alone(error, rank)
-        except ExplainedError as error:
-            return refuse(error)
-        except KeyboardInterrupt:
-            signum = signal.SIGINT
-        if not signum:
-            return 0
-        leave(EXIT_SIGNALLED + signum)
+    try:
+        on_rank_zero(lambda: _lock(config.weights, locks))
+        signum = run(config, platform, rank, local_rank)
+    except (RankError, OSError) as error:
+        return _leave_alone(error, rank)
+    except ExplainedError as error:
+        import torch.distributed as dist
+
+        code = _explain(error, rank)
+        dist.barrier()
+        return code
+    except KeyboardInterrupt:
+        signum = signal.SIGINT
+    if not signum:
+        return 0
+    leave(EXIT_SIGNALLED + signum)
     if rank == 0:
         name = signal.Signals(signum).name
         print(f"ended by {name}: the same command resumes from the newest checkpoint", file=sys.stderr)
     return EXIT_SIGNALLED + signum
 
 
-def refuse(error: ExplainedError) -> int:
-    """Prints the error once and returns the exit code. All ranks have the same one and leave together: torchrun ends
-    the others when the first exits."""
+def refuse(mistake: UserError) -> int:
+    """Ends all ranks with the mistake of one, which rank 0 prints, and returns the exit code."""
     rank, world_size, _ = _ranks()
+    if world_size == 1:  # at once: to meet others takes torch
+        return _explain(mistake, rank)
+    settled = _settle(mistake, rank, world_size)
+    assert isinstance(settled, int), "a mistake settles no device"
+    return settled
+
+
+def _settle(
+    own: "Survey | UserError", rank: int, world_size: int, timeout_minutes: float = 30.0
+) -> "tuple[Meeting, Literal['cuda', 'cpu']] | int":
+    """Meets the other ranks before any collective. Returns the meeting and the device that all compute on, or the exit
+    code where they cannot, for what this rank or another has to say."""
+    from megatron_psft.distributed.device_choice import agree
+    from megatron_psft.distributed.rendezvous import meet
+
+    try:
+        meeting = meet(rank, world_size, timeout_minutes)
+        return meeting, agree(meeting, own)
+    except RankError as error:
+        return _leave_alone(error, rank)
+    except ExplainedError as error:  # on all ranks alike
+        code = _explain(error, rank)
+        meeting.leave()
+        return code
+
+
+def _explain(error: ExplainedError, rank: int) -> int:
+    """Prints what all ranks have raised once, and returns the exit code. They leave together after it: torchrun ends
+    the others when the first exits."""
     leave(error.exit_code)
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    if world_size > 1:
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        dist.barrier()
     return error.exit_code
 
 

@@ -60,6 +60,7 @@ TOLD: Mapping[str, tuple[str, ...]] = {
     "the learning rate follows the schedule of the new length": ("train_iters", "epochs"),
     "another number format from the next step on": ("fp8_format", "fp8_recipe"),
     "equal up to rounding": (
+        "device",
         "micro_batch_size",
         "old_policy_micro_batch_size",
         "fused_head",

@@ -212,8 +212,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Number formats."""
+    """What is computed on, and in which number formats."""
 
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Compute on a GPU for each rank (cuda) or on the CPU (cpu). auto takes GPUs where all ranks have one, and the CPU
+    where there is no sign of a GPU; it refuses a rank whose GPU does not work, or that torch cannot use."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights; otherwise everything is fp32."""
     fp8_format: Literal["e4m3", "hybrid"] | None = None

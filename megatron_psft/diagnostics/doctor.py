@@ -25,7 +25,6 @@ Level = Literal["ok", "warning", "problem"]
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_MEMORY_GIB = 1  # docker gives 64 MiB unless asked for more
-_GPU_DEVICE = Path("/dev/nvidiactl")
 _PROBE = "Ünïcode, 12345 + 3.14 = x_1;\n\n  def f(a):\treturn a's\u00a0end 日本 <b>\r\n"
 
 
@@ -71,21 +70,21 @@ def check_versions() -> list[Finding]:
     return findings or [Finding(level="ok", text="all libraries that are needed are there, in supported versions")]
 
 
-def check_device(is_gpu: bool) -> list[Finding]:
-    """Whether a GPU lies idle beside a torch that cannot use it."""
+def check_device(environment: Mapping[str, str]) -> list[Finding]:
+    """Whether a GPU lies idle beside a torch that cannot use it; to be asked before a device is chosen."""
     import torch
 
-    if is_gpu or not _GPU_DEVICE.exists():
+    from megatron_psft.distributed.device_choice import has_hidden_gpu, unusable_gpu
+
+    if torch.cuda.is_available():
         return []
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None and not hidden.strip():
-        return [Finding(level="warning", text="CUDA_VISIBLE_DEVICES is empty: runs ignore the GPUs; unset it")]
-    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    text = (
-        f"{_GPU_DEVICE} exists, but torch {torch.__version__}, built {built}, sees no GPU: runs would go to the CPU. "
-        "Install torch for this driver (https://pytorch.org), or see what nvidia-smi says"
-    )
-    return [Finding(level="problem", text=text)]
+    trouble = unusable_gpu(environment)
+    if trouble is not None:
+        text = f"{trouble}; runs are refused unless --device cpu says that they are to compute on the CPU"
+        return [Finding(level="problem", text=text)]
+    if has_hidden_gpu(environment):
+        return [Finding(level="warning", text="CUDA_VISIBLE_DEVICES hides all GPUs: runs ignore them; unset it")]
+    return []
 
 
 def check_environment(is_gpu: bool, environment: Mapping[str, str]) -> list[Finding]:

@@ -1,12 +1,13 @@
 """Everything that lets Megatron-Core run without a GPU.
 
-Megatron-Core is written against `torch.cuda`. Where CUDA is absent, `adapt_to_cpu` answers those calls for the CPU, so
-that the trainer's code is the same on a laptop and on a cluster. Where CUDA is present nothing of that is touched. No
-other file of this package but megatron_lines.py patches another library.
+Megatron-Core is written against `torch.cuda`. On a CPU `adapt_to_cpu` answers those calls, so that the trainer's code
+is the same on a laptop and on a cluster. On a GPU nothing of that is touched. No other file of this package but
+megatron_lines.py patches another library.
 """
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,12 +24,14 @@ _TO_DEVICE = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory})
 def adapt_to_cpu() -> None:
     """Answers Megatron-Core's `torch.cuda` calls for the CPU; later calls do nothing.
 
-    Must run before a Megatron-Core model is built. Changes `torch` for the whole process.
+    Must run before a Megatron-Core model is built. Changes `torch` for the whole process: where there is a GPU, neither
+    this process nor those that it starts will see it.
     """
-    assert not torch.cuda.is_available(), "the CPU answers would hide a GPU"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _answer_device_queries()
     _answer_streams()
     _answer_random_state()
+    _answer_fused_optimizers()
     _answer_gradient_norm()
     _answer_token_counts()
     _answer_offloading()
@@ -110,6 +113,9 @@ class _Stream:
 def _answer_device_queries() -> None:
     _replace(
         torch.cuda,
+        # CUDA has read which GPUs are visible if anything has asked before.
+        is_available=lambda: False,
+        device_count=lambda: 0,
         current_device=lambda: torch.device("cpu"),
         synchronize=lambda device=None: None,
         empty_cache=lambda: None,
@@ -142,6 +148,20 @@ def _answer_random_state() -> None:
     _replace(torch.cuda.random, get_rng_state=get_state, set_rng_state=set_state)
     # Megatron-Core's own setter queues the call until CUDA is initialized, which never happens here.
     _replace(megatron_random, _set_cuda_rng_state=set_state)
+
+
+def _answer_fused_optimizers() -> None:
+    """Transformer Engine's and Apex's kernels, which Megatron-Core takes on import where they are installed."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
+
+    _replace(optimizers, Adam=torch.optim.AdamW, SGD=torch.optim.SGD, USING_PYTORCH_OPTIMIZER=True)
+    for module in (clip_grads, optimizer):
+        _replace(
+            module, multi_tensor_applier=local_multi_tensor_applier, multi_tensor_scale_impl=local_multi_tensor_scale
+        )
+    _replace(distrib_optimizer, HAVE_APEX_OR_TE=False, USING_TE_OPTIMIZER=False, USING_APEX_OPTIMIZER=False)
 
 
 def _answer_gradient_norm() -> None:

@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import importlib.util
-import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from packaging.version import Version
 
 from megatron_psft.distributed.cpu_shims import adapt_to_cpu
+from megatron_psft.distributed.device_choice import set_hardware_queues
 from megatron_psft.distributed.megatron_lines import do_without_engine
 
 
@@ -60,11 +61,16 @@ def _engine_version() -> tuple[int, int] | None:
 
 
 def detect(local_rank: int) -> Platform:
-    """Chooses the device of this process and prepares it; `local_rank` is the process's index on its node."""
-    if torch.cuda.is_available():
+    """Takes a GPU where torch sees one, else the CPU, and prepares it; `local_rank` is the process's index on its node.
+    For a process by itself: the ranks of a run decide together (device_choice.py)."""
+    return prepare("cuda" if torch.cuda.is_available() else "cpu", local_rank)
+
+
+def prepare(device: Literal["cuda", "cpu"], local_rank: int) -> Platform:
+    """Makes this process compute on the device, which is there; for the CPU no GPU is seen from then on."""
+    if device == "cuda":
+        set_hardware_queues()
         torch.cuda.set_device(local_rank)
-        # Megatron-Core's sequence parallelism relies on one hardware queue to order communication before computation.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         has_engine = _is_importable("transformer_engine")
         if not has_engine:
             do_without_engine()

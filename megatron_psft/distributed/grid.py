@@ -1,5 +1,6 @@
 """The only door to `megatron.core.parallel_state`: sets the process groups up and hands out ranks, sizes and groups."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.distributed.device import Platform
+from megatron_psft.distributed.rendezvous import Meeting, meet
+from megatron_psft.errors import RankError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +110,35 @@ def initialize_parallel(
 
 
 @contextmanager
-def process_group(platform: Platform, world_size: int, timeout_minutes: float = 30.0) -> Iterator[None]:
+def process_group(
+    platform: Platform, world_size: int, timeout_minutes: float = 30.0, *, meeting: Meeting | None = None
+) -> Iterator[None]:
     """The processes that torchrun started, joined for the length of a run; a lone process is a world of one.
 
     A collective that some rank has not joined after `timeout_minutes` fails on the others.
+
+    Args:
+        platform: what the process computes on.
+        world_size: number of processes.
+        timeout_minutes: of a collective.
+        meeting: where they have met; here if None.
+
+    Raises:
+        RankError: another process is gone.
     """
+    timeout = timedelta(minutes=timeout_minutes)
     if world_size > 1:
-        dist.init_process_group(platform.backend, timeout=timedelta(minutes=timeout_minutes))
+        meeting = meeting or meet(int(os.environ["RANK"]), world_size, timeout_minutes)
+        store = dist.PrefixStore("default_pg", meeting.store)
+        try:
+            dist.init_process_group(
+                platform.backend, store=store, rank=meeting.rank, world_size=world_size, timeout=timeout
+            )
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RankError(
+                f"rank {meeting.rank}: the ranks could not be joined; see their output: {reason}"
+            ) from error
     else:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_psft.diagnostics import doctor
 from megatron_psft.diagnostics.doctor import Finding
+from megatron_psft.distributed import device_choice
 from megatron_psft.metrics import provenance
 from tests.support import tiny
 
@@ -47,16 +48,17 @@ def test_without_the_package_installed_no_version_is_checked(monkeypatch):
 
 
 def test_a_gpu_that_torch_cannot_use_is_a_problem(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_GPU_DEVICE", tmp_path / "nvidiactl")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert doctor.check_device(is_gpu=False) == []
+    monkeypatch.setattr(device_choice, "_GPU_SIGNS", (tmp_path / "nvidiactl",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.check_device({}) == []
     (tmp_path / "nvidiactl").touch()
-    assert doctor.check_device(is_gpu=True) == []
-    (finding,) = doctor.check_device(is_gpu=False)
+    (finding,) = doctor.check_device({})
     assert finding.level == "problem"
-    assert f"torch {torch.__version__}, built " in finding.text
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert levels(doctor.check_device(is_gpu=False)) == ["warning"]
+    assert finding.text.startswith(f"{device_choice.unusable_gpu({})}; ")
+    assert levels(doctor.check_device({"CUDA_VISIBLE_DEVICES": ""})) == ["warning"]
+    assert levels(doctor.check_device({"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "1"})) == ["problem"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert doctor.check_device({}) == []
 
 
 @pytest.mark.parametrize(

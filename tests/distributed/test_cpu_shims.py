@@ -6,10 +6,12 @@ import os
 from importlib.machinery import ModuleSpec
 
 import megatron.core.optimizer  # by itself it adds names to `torch`, when it is first imported
+import megatron.core.utils
 import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
+from megatron_psft.distributed import cpu_shims
 from megatron_psft.distributed.device import Platform, detect
 
 
@@ -196,6 +198,41 @@ def test_a_gpu_is_chosen_and_nothing_is_patched(pretended_gpu, monkeypatch, engi
     for module, before in names_before.items():
         after = dict(vars(module))
         assert [name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)] == []
+
+
+def test_on_the_cpu_no_gpu_is_seen_though_there_is_one(pretended_gpu, monkeypatch):
+    for name in ("is_available", "device_count", "current_device", "synchronize", "empty_cache", "FloatTensor"):
+        monkeypatch.setattr(torch.cuda, name, getattr(torch.cuda, name, None), raising=False)  # to be put back
+    assert torch.cuda.is_available()
+    cpu_shims._answer_device_queries()
+    assert (torch.cuda.is_available(), torch.cuda.device_count()) == (False, 0)
+    assert torch.cuda.current_device() == torch.device("cpu")
+
+
+def test_on_the_cpu_no_library_for_gpus_updates_weights(monkeypatch):
+    """Megatron-Core takes what is installed, wherever the model is."""
+    local = {
+        "multi_tensor_applier": megatron.core.utils.local_multi_tensor_applier,
+        "multi_tensor_scale_impl": megatron.core.utils.local_multi_tensor_scale,
+    }
+    expected = {
+        megatron.core.optimizer: {
+            "Adam": torch.optim.AdamW,
+            "SGD": torch.optim.SGD,
+            "USING_PYTORCH_OPTIMIZER": True,
+        },
+        megatron.core.optimizer.clip_grads: local,
+        megatron.core.optimizer.optimizer: local,
+        megatron.core.optimizer.distrib_optimizer: dict.fromkeys(
+            ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"), False
+        ),
+    }
+    for module, names in expected.items():
+        for name in names:
+            monkeypatch.setattr(module, name, "of Transformer Engine")
+    cpu_shims._answer_fused_optimizers()
+    for module, names in expected.items():
+        assert {name: getattr(module, name) for name in names} == names
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ CUDA = re.compile(r"torch\.cuda\.[\w.]+|\.cuda\(|\"cuda[^\"]*\"|'cuda[^']*'")
 # Questions that are the same with and without the answers.
 HARMLESS = {"torch.cuda.is_available"}
 COMPARED = re.compile(r"type [!=]= \"cuda\"")
-ANSWERS = ("distributed/device.py", "distributed/cpu_shims.py")
+ANSWERS = ("distributed/device.py", "distributed/device_choice.py", "distributed/cpu_shims.py")
 # Asked on a GPU only, of a device that is named; or no device but a key.
 JUSTIFIED = {
     "cli/plan.py": {'"cuda"'},
+    "cli/train.py": {"'cuda'"},
     "checkpoint/state.py": {"torch.cuda.get_rng_state", "torch.cuda.set_rng_state"},
+    "config/schema.py": {'"cuda"'},
     "diagnostics/doctor.py": {
         "torch.cuda.is_bf16_supported",
         "torch.cuda.device_count",

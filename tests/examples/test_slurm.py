@@ -317,6 +317,7 @@ def test_a_preempted_run_goes_on_where_it_was(start, tmp_path):
     flags += f" --tokenizer {tiny.build_tokenizer(tmp_path / 'tokenizer')} --save {tmp_path / 'run'}"
     flags += f" --data {tiny.write_records(tmp_path / 'data.jsonl', 16)} --seq-length 256 --global-batch-size 2"
     node = {"SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_NUM_NODES": "1", "TASKS": "0", "GPUS": "2"}
+    flags += " --device cpu"  # Slurm says that there are GPUs
     cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def steps() -> list[int]:
