@@ -13,7 +13,7 @@ _KINDS = {
 }
 """The words that the hub finds in names, and a few more."""
 
-_HUB_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
+_HUB_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]{8,})?")  # older ones end with a hash
 _NUMBER = re.compile(r"[-_.]?\d+([-_.]of[-_.]\d+)?$")
 
 SplitUse = Literal["training", "other"]
