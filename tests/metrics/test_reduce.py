@@ -10,6 +10,7 @@ import torch
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import DivergenceError
+from megatron_psft.metrics.histogram import count_bins, percentiles
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.sums import BatchSums, batch_sums
 from megatron_psft.metrics.table import means
@@ -106,6 +107,8 @@ def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
         "records": 18,
     }
     results = pool.run(_reduce, 4, layout)
+    alone = percentiles(count_bins((log_probs.float() - old_log_probs.float()).exp().log()), [5, 50, 95])
+    assert [results[0][name] for name in list(PERCENTILES)[:3]] == [math.exp(found) for found in alone]
     assert results[0].keys() == expected.keys()
     for name, value in expected.items():
         of_bin = name in PERCENTILES and name != "ratio_max"
