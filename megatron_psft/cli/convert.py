@@ -140,6 +140,8 @@ class Folders:
     model: Path
     """Has config.json."""
     tokenizer: Path
+    resize_vocab: bool
+    """Whether the run that has trained the weights added rows for the tokenizer."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -166,10 +168,14 @@ def convert_or_check(config: ConvertConfig) -> int:
     import torch
 
     from megatron_psft.hf.conversion import outline_of
+    from megatron_psft.hf.hub import load_tokenizer
     from megatron_psft.model.shape import read_shape
+    from megatron_psft.train.exported import resized_shape
 
     folders = find_folders(config.source)
     shape = read_shape(folders.model, "load_hf" if config.source.from_hf is None else "from_hf")
+    if folders.resize_vocab:
+        shape = resized_shape(shape, load_tokenizer(folders.tokenizer))
     outline = outline_of(shape)
     weights = open_source(config, folders, shape, outline)
     if config.target.dtype is not None:
@@ -211,7 +217,7 @@ def find_folders(source: SourceConfig) -> Folders:
     """Raises UserError where a part is missing."""
     from megatron_psft.hf.hub import model_folder
 
-    tokenizer = source.tokenizer
+    tokenizer, resize_vocab = source.tokenizer, False
     if source.from_hf is not None:
         weights = model = model_folder("from_hf", source.from_hf, with_weights=True)
     else:
@@ -223,8 +229,9 @@ def find_folders(source: SourceConfig) -> Folders:
             run = run_config(weights)
             load_hf, tokenizer = run.load_hf, tokenizer or run.tokenizer
         model = model_folder("load_hf", load_hf, with_weights=False)
+        resize_vocab = config_path(weights).is_file() and run_config(weights).resize_vocab
     tokenizer_folder = model if tokenizer is None else model_folder("tokenizer", tokenizer, with_weights=False)
-    return Folders(weights=weights, model=model, tokenizer=tokenizer_folder)
+    return Folders(weights=weights, model=model, tokenizer=tokenizer_folder, resize_vocab=resize_vocab)
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -239,9 +246,14 @@ def newest_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
+def config_path(checkpoint: Path) -> Path:
+    """Of the run of a step folder."""
+    return checkpoint.parent / "config.yaml"
+
+
 def run_config(checkpoint: Path) -> WeightsConfig:
     """What the run of a step folder was started with."""
-    path = checkpoint.parent / "config.yaml"
+    path = config_path(checkpoint)
     if not path.is_file():
         raise UserError(f"load_hf must be given: {checkpoint} holds no config.json, and there is no {path}")
     return parse_config(["--config", str(path)]).weights
@@ -276,7 +288,7 @@ def write(
     field, path = target.place
     num_parameters = sum(map(math.prod, hf_tensors(weights.shape).values()))
     require_room(field, path, num_parameters * dtype.itemsize)
-    side_files = side_files_of(folders)
+    side_files = side_files_of(folders, weights.shape)
     try:
         if target.to_hf is None:
             write_checkpoint(path, weights, outline, dtype, export_dtype=export_dtype, side_files=side_files)
@@ -300,8 +312,8 @@ def write(
     print(f"{num_parameters} parameters as {str(dtype).removeprefix('torch.')} in {path}")
 
 
-def side_files_of(folders: Folders) -> "SideFiles":
-    """Raises UserError for a tokenizer that cannot be loaded.
+def side_files_of(folders: Folders, shape: "ModelShape") -> "SideFiles":
+    """Raises UserError for a tokenizer that cannot be loaded. `shape` is that of the weights.
 
     Weights that a run has trained, or with a tokenizer from elsewhere, are written so that they load with it; a model
     of somebody else's is copied as it is.
@@ -309,8 +321,10 @@ def side_files_of(folders: Folders) -> "SideFiles":
     from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP
     from megatron_psft.hf.hub import load_tokenizer
     from megatron_psft.hf.side_files import SideFiles
+    from megatron_psft.model.shape import read_shape
     from megatron_psft.train.exported import end_of_turn_id
 
+    vocab_size = None if shape.vocab_size == read_shape(folders.model).vocab_size else shape.vocab_size
     is_trained = is_step_folder(folders.weights) and read_content(folders.weights)["step"] != WEIGHTS_ONLY_STEP
     has_one = (folders.tokenizer / "tokenizer.json").is_file()
     if not has_one or (folders.tokenizer == folders.model and not is_trained):
@@ -321,6 +335,7 @@ def side_files_of(folders: Folders) -> "SideFiles":
         tokenizer_folder=folders.tokenizer,
         tokenizer=tokenizer,
         stop_id=end_of_turn_id(tokenizer) if is_trained else None,
+        vocab_size=vocab_size,
     )
 
 

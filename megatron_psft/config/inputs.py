@@ -20,6 +20,9 @@ class WeightsConfig:
     holds a checkpoint."""
     tokenizer: PathText | None = None
     """Folder or hub ID of the tokenizer and its chat template; `load_hf` if unset."""
+    resize_vocab: bool = False
+    """Add rows to the embedding and the output layer where the tokenizer has ids without one, each the mean of those
+    that there are; such a tokenizer is refused otherwise. No effect on others."""
     save: PathText
     """Run folder: metrics.jsonl, config.yaml and checkpoints. Where it holds one already, the run resumes from it."""
     save_interval: int | None = None

@@ -81,6 +81,7 @@ TOLD: Mapping[str, tuple[str, ...]] = {
 """Settings that may change, each named in a line when it does; by what the change means."""
 
 FREE: tuple[str, ...] = (
+    "resize_vocab",
     "save",
     "load",
     "export_hf",

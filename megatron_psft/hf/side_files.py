@@ -33,6 +33,8 @@ class SideFiles:
     """On which they are compared besides hard ones."""
     stop_id: int | None = None
     """Of the token that the model was taught to end its turn with."""
+    vocab_size: int | None = None
+    """Rows of the embedding where some were added; those of config.json if None."""
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
         """Writes them into `folder`; config.json names `dtype`. Raises UserError where the tokenizer would load as
@@ -41,6 +43,8 @@ class SideFiles:
         # transformers 5 spells it `dtype`, transformers 4 reads only `torch_dtype`; both read the latter.
         config.pop("dtype", None)
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        if self.vocab_size is not None:
+            config["vocab_size"] = self.vocab_size
         _write_json(folder / CONFIG, config)
         _copy_files(self.model_folder, GENERATION_CONFIG, folder)
         if self.stop_id is not None:

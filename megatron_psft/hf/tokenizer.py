@@ -7,6 +7,7 @@ texts their own way.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,11 @@ _CLASSES: tuple[dict[str, Any], ...] = (
     },
 )
 """What is written into tokenizer_config.json, the first that helps."""
+
+
+def highest_id(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, int]:
+    """The token with the highest id, and this: ids may have gaps, so that it is not told by their number."""
+    return max(tokenizer.get_vocab().items(), key=itemgetter(1))
 
 
 def token_difference(

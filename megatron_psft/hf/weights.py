@@ -17,11 +17,18 @@ from megatron_psft.model.parameters import named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.progress import progress
 
+_MEAN_ROWS = 8192  # held at a time in double precision
+
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class WeightSource(Protocol):
     """Where Hugging Face tensors come from."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, which stands for all."""
+        ...
 
     def read(self, piece: Piece) -> Tensor:
         """Returns the block that `piece` names, on the CPU."""
@@ -136,6 +143,38 @@ class RandomWeights:
             generator = torch.Generator().manual_seed(zlib.crc32(piece.name.encode()) + self._seed)
             tensor = torch.randn(dims, generator=generator) * self._std
         return tensor[piece.index].to(self.dtype)
+
+
+class WithMeanRows:
+    """Weights with rows added to the embedding and the output layer, each the mean of the rows that there are: a new
+    token is about as probable as the others are on average, whatever came before (J. Hewitt, "Initializing New Word
+    Embeddings for Pretrained Language Models", 2021)."""
+
+    def __init__(self, weights: SafetensorsFolder, shape: ModelShape) -> None:
+        """`shape` is that of `weights`, without the rows."""
+        self._weights, self._num_rows = weights, shape.vocab_size
+        self._names = {embedding_name(shape), head_name(shape)}
+        self._means: dict[str, Tensor] = {}
+        self.dtype = weights.dtype
+
+    def read(self, piece: Piece) -> Tensor:
+        """Reads only the bytes of the block, and of a tensor with new rows in it all."""
+        start, stop = piece.rows
+        if piece.name not in self._names or stop <= self._num_rows:
+            return self._weights.read(piece)
+        new = self._mean(piece.name).expand(stop - max(start, self._num_rows), -1)
+        if start >= self._num_rows:
+            return new
+        return torch.cat([self._weights.read(Piece(piece.name, (start, self._num_rows))), new])
+
+    def _mean(self, name: str) -> Tensor:
+        """Of a tensor's rows: [1, hidden], in its dtype."""
+        if name not in self._means:
+            starts = range(0, self._num_rows, _MEAN_ROWS)
+            blocks = (Piece(name, (start, min(start + _MEAN_ROWS, self._num_rows))) for start in starts)
+            total = sum(self._weights.read(block).double().sum(0, keepdim=True) for block in blocks)
+            self._means[name] = (torch.as_tensor(total) / self._num_rows).to(self.dtype)
+        return self._means[name]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What an exported model takes along of its training besides weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -7,15 +8,24 @@ from transformers import PreTrainedTokenizerBase
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.messages import RecordError
+from megatron_psft.errors import UserError
 from megatron_psft.hf.side_files import SideFiles
+from megatron_psft.hf.tokenizer import highest_id
+from megatron_psft.model.shape import ModelShape
 
 _COMPARED_RECORDS, _COMPARED_TOKENS = 100, 2000
 
 
 def side_files_of(
-    model_folder: Path, tokenizer_folder: Path, tokenizer: PreTrainedTokenizerBase, dataset: TokenizedDataset
+    model_folder: Path,
+    tokenizer_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: TokenizedDataset,
+    *,
+    vocab_size: int | None,
 ) -> SideFiles:
-    """The files of a run's export; its tokenizer is compared on some of what is trained on, too."""
+    """The files of a run's export; its tokenizer is compared on some of what is trained on, too. `vocab_size` is None
+    where it is that of `model_folder`."""
     examples = (dataset[index] for index in range(min(len(dataset), _COMPARED_RECORDS)))
     return SideFiles(
         model_folder=model_folder,
@@ -23,6 +33,7 @@ def side_files_of(
         tokenizer=tokenizer,
         texts=[str(tokenizer.decode(example.tokens[:_COMPARED_TOKENS].tolist())) for example in examples],
         stop_id=end_of_turn_id(tokenizer),
+        vocab_size=vocab_size,
     )
 
 
@@ -33,3 +44,20 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except RecordError:
         return None
     return tokenizer.get_vocab()[token]
+
+
+def resized_shape(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> ModelShape:
+    """The shape with a row of the embedding for each id of the tokenizer."""
+    _, number = highest_id(tokenizer)
+    return shape if number < shape.vocab_size else replace(shape, vocab_size=number + 1)
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
+    """Raises UserError where an id has no row in the embedding."""
+    token, number = highest_id(tokenizer)
+    if number >= shape.vocab_size:
+        raise UserError(
+            f"tokenizer ({tokenizer.name_or_path}) has ids up to {number} ({token}), but the model's embedding has "
+            f"{shape.vocab_size} rows (vocab_size); name the tokenizer that belongs to the model, or add rows with "
+            "--resize-vocab"
+        )

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -22,10 +21,10 @@ from megatron_psft.distributed.collective import on_every_rank, patient_group
 from megatron_psft.errors import InfrastructureError, UserError, storage_error
 from megatron_psft.hf import folder, hub
 from megatron_psft.hf.side_files import SideFiles
-from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder
+from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, WeightSource, WithMeanRows
 from megatron_psft.model.gpt import check_layout
 from megatron_psft.model.shape import ModelShape, read_shape
-from megatron_psft.train.exported import side_files_of
+from megatron_psft.train.exported import check_rows, resized_shape, side_files_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Inputs:
 
     model_folder: Path
     shape: ModelShape
-    weights: SafetensorsFolder | RandomWeights
+    weights: WeightSource
     dataset: TokenizedDataset
     plan: PackPlan
     valid_dataset: TokenizedDataset | None
@@ -103,12 +102,16 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     """
     model_folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=config.weights.reads_hf_weights)
     tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
-    shape = read_shape(model_folder)
-    check_layout(shape, config)
+    own_shape = read_shape(model_folder)
+    check_layout(own_shape, config)
     _prepare_folders(config, model_folder, tokenizer_folder, is_main)
-    reads_weights = config.weights.reads_hf_weights
-    weights = SafetensorsFolder(model_folder, shape) if reads_weights else RandomWeights(shape, config.batch.seed)
-    tokenizer = _read_tokenizer(tokenizer_folder, shape)
+    files = SafetensorsFolder(model_folder, own_shape) if config.weights.reads_hf_weights else None
+    tokenizer = hub.load_tokenizer(tokenizer_folder)
+    shape = resized_shape(own_shape, tokenizer) if config.weights.resize_vocab else own_shape
+    check_rows(tokenizer, shape)
+    weights: WeightSource = RandomWeights(shape, config.batch.seed)
+    if files is not None:
+        weights = files if shape == own_shape else WithMeanRows(files, own_shape)
     dataset = _read_dataset(config, "training", tokenizer, is_main)
     valid = _read_dataset(config, "other", tokenizer, is_main) if config.data.valid_data else None
     validate_advantages(config, has_advantages=dataset.has_advantages)
@@ -116,7 +119,13 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     train_iters = config.batch.steps(len(plan))
     assert train_iters is not None
     validate_train_iters(config, train_iters)
-    side_files = side_files_of(model_folder, tokenizer_folder, tokenizer, dataset)
+    side_files = side_files_of(
+        model_folder,
+        tokenizer_folder,
+        tokenizer,
+        dataset,
+        vocab_size=None if shape == own_shape else shape.vocab_size,
+    )
     if is_main and (config.weights.export_hf is not None or config.weights.export_steps is not None):
         side_files.check()
     return Inputs(
@@ -180,18 +189,6 @@ def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> It
     for name, paths in (("data", data.data), ("valid_data", data.valid_data)):
         for path in paths:
             yield name, place_of(parse_weighted_path(path).path)
-
-
-def _read_tokenizer(folder: Path, shape: ModelShape) -> PreTrainedTokenizerBase:
-    tokenizer = hub.load_tokenizer(folder)
-    # Not len(tokenizer): ids may have gaps, and what counts is the row of the embedding that each of them takes.
-    token, number = max(tokenizer.get_vocab().items(), key=itemgetter(1))
-    if number >= shape.vocab_size:
-        raise UserError(
-            f"tokenizer ({folder}) has ids up to {number} ({token}), but the model's embedding has {shape.vocab_size} "
-            "rows (vocab_size); name the tokenizer that belongs to the model"
-        )
-    return tokenizer
 
 
 def _read_dataset(

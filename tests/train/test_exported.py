@@ -1,6 +1,7 @@
 """The model that a run leaves is the one it trained: its tokens, and where it stops."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_psft.hf.export import write_folder
 from megatron_psft.hf.hub import load_tokenizer
+from megatron_psft.hf.mapping import Piece, hf_tensors
+from megatron_psft.hf.side_files import SideFiles
+from megatron_psft.hf.weights import SafetensorsFolder, WithMeanRows
+from megatron_psft.model.shape import read_shape
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
+from tests.support.converting import run_convert
+from tests.support.layouts import LAYOUTS
 
 TEXT = "24clips 48/2 #### 72"
 
@@ -94,6 +102,56 @@ def test_ids_beyond_the_rows_of_the_embedding_are_refused(pool, tmp_path, model,
     assert done.code == 2
     assert f"tokenizer ({folder}) has ids up to {number} (" in done.err
     assert "but the model's embedding has 200 rows (vocab_size)" in done.err
+    assert "or add rows with --resize-vocab" in done.err
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_added_rows_compute_what_transformers_computes_with_its_own(tmp_path, tied):
+    source = tiny.build_model(tmp_path / "model", "llama", vocab_size=200, tied=tied, num_hidden_layers=2)
+    own = read_shape(source)
+    weights, shape = WithMeanRows(SafetensorsFolder(source, own), own), replace(own, vocab_size=230)
+    tensors = ((name, weights.read(Piece(name, (0, dims[0])))) for name, dims in hf_tensors(shape).items())
+    files = SideFiles(model_folder=source, tokenizer_folder=source, vocab_size=230)
+    write_folder(tmp_path / "target", tensors, shape=shape, dtype=torch.float32, side_files=files)
+    expected = AutoModelForCausalLM.from_pretrained(source)
+    expected.resize_token_embeddings(230, mean_resizing=True)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert found.config.vocab_size == 230
+    tokens = torch.tensor([[3, 229, 7, 200, 215, 199]])
+    logits = found(tokens).logits
+    assert torch.allclose(logits, expected(tokens).logits, atol=2e-3, rtol=0)  # which adds a little noise
+    for table in {expected.get_input_embeddings(), expected.get_output_embeddings()}:
+        table.weight.data[200:] = table.weight.data[:200].mean(0)
+    assert torch.allclose(logits, expected(tokens).logits, atol=1e-5, rtol=0)
+    assert logits[..., 200:].abs().max() > 1e-2
+    embedding = load_file(tmp_path / "target" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(embedding[:200], load_file(source / "model.safetensors")["model.embed_tokens.weight"])
+
+
+def test_added_rows_are_trained_resumed_and_exported_in_tensor_parallel_ranks(pool, tmp_path):
+    """Some on either rank: Megatron-Core pads to 1024 rows, of which each has 512."""
+    source = tiny.build_model(tmp_path / "model", "qwen3", vocab_size=500, num_hidden_layers=1)
+    words = sparse(tmp_path / "tokenizer", 530)
+    flags = ("--resize-vocab", "--objective", "sft", "--lr-decay-style", "constant", *LAYOUTS["TP2-SP"].flags)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    runs = [("whole", ()), ("parts", ("--train-iters", "1")), ("parts", ())]
+    for name, more in runs:
+        done = train(pool, tmp_path / name, source, words, "--lr", "1e-3", *flags, *more, size=2)
+        assert done.code == 0, done.err
+    whole, parts = (load_file(tmp_path / name / "hf" / "model.safetensors") for name, _ in runs[:2])
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    assert json.loads((tmp_path / "whole" / "hf" / "config.json").read_text())["vocab_size"] == 531
+    mean = load_file(source / "model.safetensors")["lm_head.weight"].mean(0)
+    head = whole["lm_head.weight"]
+    assert head.shape == (531, 64)
+    assert 0 < (head[500:] - mean).abs().max() < 0.01  # two steps away
+    argv = ["--from-megatron", str(tmp_path / "whole" / "save"), "--to-hf", str(tmp_path / "converted")]
+    assert pool.run(run_convert, 1, argv)[0].code == 0
+    converted = load_file(tmp_path / "converted" / "model.safetensors")
+    assert all(torch.equal(tensor, converted[name]) for name, tensor in whole.items())
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "converted" / name).read_text() == (tmp_path / "whole" / "hf" / name).read_text()
 
 
 def test_every_nth_checkpoint_is_exported_beside_it(pool, tmp_path, model, tokenizer):
