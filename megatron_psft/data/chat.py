@@ -192,6 +192,9 @@ class ChatRenderer:
     def _render_all(self, conversation: Conversation, record: Record) -> Rendering:
         """Everything is a label but for turns that are not to be learned, and those that lose their reasoning."""
         messages, turns = conversation.messages, conversation.turns
+        if others := sorted(record.unlearned.difference(turns)):
+            detail = f"messages[{others[0]}], {messages[others[0]]['role']}"
+            raise RecordError("a turn with weight 0 that cannot be left out of --loss-on all", detail)
         if not record.unlearned and not any(has_reasoning(messages[index]) for index in turns):
             text = self._finder.close(conversation.text(), messages[-1])
             if changed := [index for index in turns if missing_part(messages[index], text)]:

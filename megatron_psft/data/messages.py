@@ -17,13 +17,6 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assist
 _KEYS_OF_BOTH = frozenset({"tool_calls", "tool_call_id", *REASONING_KEYS, *LEARN_KEYS})
 _KEYS, _SHAREGPT_KEYS = _KEYS_OF_BOTH | {"role", "content"}, _KEYS_OF_BOTH | {"from", "value"}
 
-# The arguments of `apply_chat_template`, and what the trainer gives a template itself.
-_RESERVED_KWARGS = frozenset(
-    {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding"}
-    | {"continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
-    | {"return_assistant_tokens_mask", "strftime_now", "raise_exception"}
-)
-
 
 class _Call(TypedDict):
     type: Literal["function"]
@@ -298,14 +291,12 @@ def parse_tools(value: object) -> tuple[dict[str, Any], ...]:
 
 def parse_template_kwargs(value: object, name: str) -> dict[str, Any]:
     """Variables for a chat template, from an object or its JSON text; those that are null are left out. Raises
-    RecordError, also for names that the trainer, or transformers, gives to templates itself."""
+    RecordError."""
     value = _parse_json_text(value, name)
     if is_empty(value):
         return {}
     if not isinstance(value, dict):
         raise RecordError("wrong type", f"{name} is {type(value).__name__}, not an object")
-    if reserved := sorted(_RESERVED_KWARGS & value.keys()):
-        raise RecordError(f"{name} may not set {reserved[0]}")
     _check_unicode(_to_json(value, name), name)
     return {key: item for key, item in value.items() if item is not None}
 

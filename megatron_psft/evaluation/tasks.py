@@ -62,6 +62,9 @@ class TaskConfig:
     """Maths sets: name of the known answer in a row; a dot goes into an object. Needs `prompt_key`."""
     system_prompt: str | None = None
     """Maths sets: system message of all questions, instead of their own; each question's if unset."""
+    ignore_keys: tuple[str, ...] = ()
+    """Maths sets: keys of rows and messages to read as if they were not there. A key of a message that is not supported
+    is refused otherwise."""
     include_path: PathText | None = None
     """lm-evaluation-harness: folder of further task definitions, its YAML files."""
     apply_chat_template: bool = True
@@ -127,12 +130,13 @@ class Evaluation:
         tasks, sampling = self.tasks, self.sampling
         rendering = RenderSettings.of_template(self.template)
         # Only where set, so that results of earlier versions can be added to.
-        template = {
+        newer = {
             "chat_template": rendering.chat_template and hashlib.sha256(rendering.chat_template.encode()).hexdigest(),
             "chat_template_kwargs": dict(rendering.template_kwargs),
+            "ignore_keys": list(tasks.ignore_keys),
         }
         return {
-            **{name: value for name, value in template.items() if value},
+            **{name: value for name, value in newer.items() if value},
             "model": str(model_folder.resolve()),
             "weights": hashlib.sha256(weights.encode()).hexdigest()[:12],
             "tokenizer": self.model.tokenizer,
@@ -192,7 +196,13 @@ def read_questions(path: str, tasks: TaskConfig, num_samples: int | None, verifi
     keys = _find_keys(path, rows, tasks)
     counts = Counter(_identity(row, keys) for row in rows)
     distinct = {_identity(row, keys): row for row in reversed(rows)}  # the first of each
-    config = PromptConfig(prompts=(path,), prompt_key=keys[0], answer_key=keys[1], system_prompt=tasks.system_prompt)
+    config = PromptConfig(
+        prompts=(path,),
+        prompt_key=keys[0],
+        answer_key=keys[1],
+        system_prompt=tasks.system_prompt,
+        ignore_keys=tasks.ignore_keys,
+    )
     questions, bad = [], []
     for identity in list(counts)[: tasks.limit]:
         prompt = parse_prompt(distinct[identity], config, verifier)

@@ -8,6 +8,7 @@ from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.keys import KWARGS_KEY, SYSTEM_KEYS, THINKING_KEY
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.records import parse_row, parse_with
 from megatron_psft.data.sources import open_rows
@@ -28,6 +29,9 @@ class PromptConfig:
     """Name of the known answer in a row, a text or a number; a dot goes into an object."""
     system_prompt: str | None = None
     """System message of all prompts, instead of their own; each prompt's if unset."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of rows and messages to read as if they were not there. A key of a message that is not supported is refused
+    otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,8 @@ def parse_prompt(row: Row | BadRecord, config: PromptConfig, verifier: Verifier)
     asked, answer = found
     # With an answer in place it is a record, and is checked as such.
     whole = {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": "?"}]}
-    record = parse_row(Row(source=row.source, value=whole), RecordKeys(system_prompt=config.system_prompt))
+    keys = RecordKeys(system_prompt=config.system_prompt, ignored=config.ignore_keys)
+    record = parse_row(Row(source=row.source, value=whole), keys)
     if isinstance(record, BadRecord):
         return record
     return Prompt(
@@ -80,7 +85,7 @@ def parse_value(row: object, config: PromptConfig, verifier: Verifier) -> tuple[
     """Conversation and known answer of a row; the conversation's messages are not checked. Raises RecordError."""
     if not isinstance(row, dict):
         raise RecordError("not an object", f"found {type(row).__name__}")
-    if row.get("tools"):
+    if row.get("tools") and "tools" not in config.ignore_keys:
         raise RecordError("tools are not supported in prompts")
     asked = row.get(config.prompt_key, row.get("messages"))
     asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
@@ -95,7 +100,7 @@ def parse_value(row: object, config: PromptConfig, verifier: Verifier) -> tuple[
         verifier.check(answer)
     except ValueError as error:
         raise RecordError("answer that the verifier cannot use", f"{answer!r:.60} {error}") from None
-    kept = {key: row.get(key) for key in ("system", "chat_template_kwargs", "enable_thinking")}
+    kept = {key: row.get(key) for key in (*SYSTEM_KEYS, KWARGS_KEY, THINKING_KEY)}
     return {"messages": asked, **kept}, answer
 
 

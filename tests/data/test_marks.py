@@ -3,9 +3,12 @@
 import pytest
 
 from megatron_psft.data import keys
+from megatron_psft.data.chat import ChatRenderer, render_record
 from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.messages import RecordError
 from megatron_psft.data.pairs import Pair, parse_pair
+from tests.data import toys
 from tests.data.spelled import (
     AGAIN,
     CHAT,
@@ -20,6 +23,7 @@ from tests.data.spelled import (
     reason,
     sharegpt,
 )
+from tests.data.toys import byte_tokenizer, label_texts_of
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["messages", "ShareGPT"])
@@ -200,10 +204,6 @@ def test_a_row_has_variables_for_the_template(extra, kwargs):
         ({"chat_template_kwargs": "enable_thinking"}, "not JSON"),
         ({"chat_template_kwargs": {"a": float("nan")}}, "not JSON"),
         ({"chat_template_kwargs": {"a": "\ud800"}}, "lone surrogate"),
-        *(
-            ({"chat_template_kwargs": {key: []}}, f"chat_template_kwargs may not set {key}")
-            for key in ("tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
-        ),
         ({"enable_thinking": "true"}, "wrong type"),
         ({"enable_thinking": 1}, "wrong type"),
         (
@@ -214,3 +214,31 @@ def test_a_row_has_variables_for_the_template(extra, kwargs):
 )
 def test_variables_that_a_template_cannot_have_are_refused(extra, found):
     assert reason({"messages": [USER, RIGHT], **extra}) == found
+
+
+@pytest.mark.parametrize(
+    "key", ["tools", "messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"]
+)
+def test_variables_that_rendering_sets_are_refused(key):
+    renderer = ChatRenderer(byte_tokenizer(toys.CHATML), "assistant")
+    record = good({"messages": [USER, RIGHT], "chat_template_kwargs": {key: []}})
+    with pytest.raises(RecordError, match=rf"rendering sets itself \({key}\)"):
+        renderer.render(record)
+
+
+def test_labels_are_the_turns_that_are_to_be_learned():
+    row = {"prompt": [USER, WRONG, AGAIN], "completion": [RIGHT, AGAIN, {**WRONG, "train": False}, AGAIN, RIGHT]}
+    tokenizer = byte_tokenizer(toys.CHATML)
+    assert label_texts_of(render_record(good(row), tokenizer, "assistant"), tokenizer) == ["4<|im_end|>"] * 2
+    weighed = good({"messages": [USER, {**WRONG, "weight": 0}, AGAIN, RIGHT]})
+    texts = label_texts_of(render_record(weighed, tokenizer, "all"), tokenizer)
+    assert "5" not in "".join(texts)
+    assert "".join(texts).count("2+2?") == 1
+
+
+def test_a_turn_that_is_not_the_assistant_s_cannot_be_left_out_of_the_whole_text():
+    record = good({"messages": [{**USER, "weight": 0}, RIGHT]})
+    tokenizer = byte_tokenizer(toys.CHATML)
+    assert label_texts_of(render_record(record, tokenizer, "assistant"), tokenizer) == ["4<|im_end|>"]
+    with pytest.raises(RecordError, match=r"cannot be left out of --loss-on all \(messages\[0\], user\)"):
+        render_record(record, tokenizer, "all")
