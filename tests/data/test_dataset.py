@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -189,14 +190,15 @@ def test_chunks_of_bad_records_alone_do_no_harm(tmp_path):
     assert build(path, skip_bad_records=True).lengths.tolist() == [7]
 
 
-def test_progress_is_shown_only_when_asked_for(tmp_path, capsys):
+def test_progress_is_shown_only_when_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("megatron_psft.progress._SHORT_SECONDS", 0.0)
     path = write_rows(tmp_path, pair(1, 1))
     build(path)
     assert capsys.readouterr() == ("", "")
     build(path, show_progress=True, data_cache_dir=str(tmp_path / "other"))
     shown = capsys.readouterr().err
-    assert "tokenizing: 100%" in shown
-    assert "1 records" in shown
+    assert "tokenizing:" in shown
 
 
 def build_many(*paths: str, seed: int = 7, **changes: object) -> TokenizedDataset:
