@@ -11,7 +11,7 @@ writes it. What a template drops even there, as DeepSeek-R1's does, is written a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.plain_text import PlainText, unmark
 from megatron_psft.data.records import Record
 from megatron_psft.data.spans import Conversation, Span, TurnFinder
-from megatron_psft.data.template import ChatTemplates, read_template
+from megatron_psft.data.template import REASONING_KEYS, SENTINEL, ChatTemplates, read_template
 from megatron_psft.data.turns import continue_prompt, has_reasoning, missing_part, skip_empty_block
 from megatron_psft.data.word_cache import Encoded, WordCache
 from megatron_psft.errors import UserError
@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and the caller has th
 
 LOST_REASONING = "the chat template drops the reasoning of a turn that is to be learned"
 """A record's reason to be bad."""
+
+_SHORT = 40  # characters; nothing longer stands between a template's special tokens
 
 LossOn = Literal["assistant", "last", "all"]
 
@@ -178,15 +180,16 @@ class ChatRenderer:
         text = conversation.text()
         closed = self._finder.close(text, messages[-1])
         spans, lost = [], []
-        for index, (start, end) in zip(learned, self._finder.find(conversation, learned, text, closed), strict=True):
-            missing = missing_part(messages[index], label := closed[start:end])
+        for index, span in zip(learned, self._finder.find(conversation, learned, text, closed), strict=True):
+            start, label = span.start, closed[span.start : span.content_end]
+            missing = missing_part(messages[index], label)
             if missing == "content":
                 raise RecordError("the chat template changes what a turn says", f"messages[{index}]")
-            if missing == "reasoning":
+            if missing == "reasoning" or not _writes_reasoning(conversation, index):
                 lost.append(index)
             if not self._settings.loss_on_empty_think:
                 start += skip_empty_block(messages[index], label)
-            spans.append((start, end))
+            spans.append((start, span.end))
         return closed, spans, lost
 
     def _render_all(self, conversation: Conversation, record: Record) -> Rendering:
@@ -241,6 +244,18 @@ class ChatRenderer:
         if missing_part(message, text[len(prompt) :]) is not None:
             raise _lost_reasoning(index)
         return text + end, (len(prompt), label_end)
+
+
+def _writes_reasoning(conversation: Conversation, index: int) -> bool:
+    """Whether the template writes the reasoning of turn `index` at all, asked where it is so short that it may be found
+    in what the template itself writes; true for other turns."""
+    message = conversation.messages[index]
+    if not 0 < len(message.get("reasoning_content", "").strip()) < _SHORT:
+        return True
+    keys = message.keys() & set(REASONING_KEYS)
+    other = cast(Message, {**message, **dict.fromkeys(keys, SENTINEL)})
+    messages = [*conversation.messages[:index], other, *conversation.messages[index + 1 :]]
+    return SENTINEL in conversation.text(messages)
 
 
 def _lost_reasoning(index: int) -> RecordError:

@@ -12,7 +12,7 @@ The labels of a turn start where the generation prompt ends, since from there on
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.template import SENTINEL, BoundTemplate
@@ -23,6 +23,14 @@ _NO_MATCH = "(?!)"
 
 Span = tuple[int, int]
 """Characters [start, end)."""
+
+
+class TurnSpan(NamedTuple):
+    """A turn's label, [start, end), and where what the turn says ends within it."""
+
+    start: int
+    content_end: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,8 @@ class TurnFinder:
         is_closed = last["role"] != "assistant" or text.rstrip().endswith(self._special)
         return text if is_closed else text + self._eos
 
-    def find(self, conversation: Conversation, turns: Sequence[int], text: str, closed: str) -> list[Span]:
-        """The label span of each of `turns` in the conversation's `text`, which is `closed` with its last end of turn.
+    def find(self, conversation: Conversation, turns: Sequence[int], text: str, closed: str) -> list[TurnSpan]:
+        """The label of each of `turns` in the conversation's `text`, which is `closed` with its last end of turn.
 
         Raises RecordError where one cannot be found.
         """
@@ -88,7 +96,7 @@ class TurnFinder:
         for index in turns:
             span = self._find_content(conversation, index, text)
             start = self._find_label_start(conversation, index, text, span)
-            spans.append((start, self.find_end(closed, span.end, index)))
+            spans.append(TurnSpan(start, span.end, self.find_end(closed, span.end, index)))
         return spans
 
     def find_end(self, text: str, content_end: int, index: int) -> int:
@@ -117,7 +125,13 @@ class TurnFinder:
     def _find_content(self, conversation: Conversation, index: int, text: str) -> _ContentSpan:
         """The content of turn `index` in `text`, by comparison with the rendering that has a sentinel in its place."""
         messages = conversation.messages
-        other = conversation.text([*messages[:index], _SENTINEL_TURN, *messages[index + 1 :]])
+        try:
+            other = conversation.text([*messages[:index], _SENTINEL_TURN, *messages[index + 1 :]])
+        except RecordError:
+            # Some templates refuse a tool's turn after one without a call, which the sentinel is.
+            if "tool_calls" in messages[index] and (span := self._find_by_prefixes(conversation, index, text)):
+                return span
+            raise
         if other.count(SENTINEL) != 1:
             raise _not_once(index, other)
         before, after = other.split(SENTINEL)
@@ -125,6 +139,15 @@ class TurnFinder:
         if not text.endswith(after) or start > end:
             raise RecordError("no label span", f"messages[{index}] changes what the chat template writes elsewhere")
         return _ContentSpan(start=start, end=end, is_exact=start == len(before))
+
+    def _find_by_prefixes(self, conversation: Conversation, index: int, text: str) -> _ContentSpan | None:
+        """Turn `index` between its end and that of the turn before, if the text begins as renderings up to these do."""
+        before = conversation.text(conversation.messages[:index])
+        whole = conversation.text(conversation.messages[: index + 1]).rstrip()
+        ends = [token for token in self._special if whole.endswith(token)]
+        if not ends or not text.startswith(whole) or not whole.startswith(before):
+            return None
+        return _ContentSpan(start=len(before), end=len(whole) - len(max(ends, key=len)), is_exact=False)
 
     def _find_label_start(self, conversation: Conversation, index: int, text: str, span: _ContentSpan) -> int:
         """Where in `text` the generation prompt of turn `index`, whose content is `span`, ends and the model takes
@@ -136,8 +159,8 @@ class TurnFinder:
             return span.start  # with or without a prompt
         context = conversation.text(shown)
         prompt = prompted[_common_prefix_length(context, prompted) :]
-        if not prompt and span.is_exact:
-            return span.start  # whoever asks the model writes the turn's header
+        if not prompt and (span.is_exact or (span.start == len(context) and text.startswith(context))):
+            return span.start  # whoever asks the model writes the turn's header, if there is one
         if prompt and text.startswith(prompted):
             return len(prompted)
         if prompt and text.startswith(context):

@@ -199,7 +199,7 @@ class BoundTemplate:
             turn: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
             text, error = self._not_written("tool_calls", (_ASKED, turn), ())
             # Python's way to write an object, with single quotes, is nobody's JSON.
-            if text is not None and (_VALUE not in text or f"'{SENTINEL}'" in text):
+            if error is None and text is not None and (_VALUE not in text or f"'{SENTINEL}'" in text):
                 error = RecordError(_reason("tool_calls"), "the arguments of a call are lost or no JSON")
             if error is None:
                 self._takes_text_arguments = as_text
