@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Literal
 from megatron_psft.checkpoint.folders import is_step_folder, step_folders
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_absent, require_positive, run_command
-from megatron_psft.config.inputs import WeightsConfig
 from megatron_psft.config.paths import PathText
-from megatron_psft.config.schema import parse_config
+from megatron_psft.config.schema import Config, parse_config
 from megatron_psft.errors import UserError
 from megatron_psft.lock import lock_beside, sole_writer
 from megatron_psft.sealed import read_content
@@ -29,6 +28,8 @@ if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     from megatron_psft.hf.conversion import Outline, Weights
     from megatron_psft.hf.side_files import SideFiles
     from megatron_psft.model.shape import ModelShape
+
+RUN_CONFIG = "config.yaml"
 
 EXAMPLES = """examples:
   a published model as a checkpoint, and a run that starts from it in any layout:
@@ -140,8 +141,8 @@ class Folders:
     model: Path
     """Has config.json."""
     tokenizer: Path
-    resize_vocab: bool
-    """Whether the run that has trained the weights added rows for the tokenizer."""
+    run: Config | None
+    """What the run that has trained the weights was started with, where it is known."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -174,7 +175,7 @@ def convert_or_check(config: ConvertConfig) -> int:
 
     folders = find_folders(config.source)
     shape = read_shape(folders.model, "load_hf" if config.source.from_hf is None else "from_hf")
-    if folders.resize_vocab:
+    if folders.run is not None and folders.run.weights.resize_vocab:
         shape = resized_shape(shape, load_tokenizer(folders.tokenizer))
     outline = outline_of(shape)
     weights = open_source(config, folders, shape, outline)
@@ -217,7 +218,7 @@ def find_folders(source: SourceConfig) -> Folders:
     """Raises UserError where a part is missing."""
     from megatron_psft.hf.hub import model_folder
 
-    tokenizer, resize_vocab = source.tokenizer, False
+    tokenizer, run = source.tokenizer, None
     if source.from_hf is not None:
         weights = model = model_folder("from_hf", source.from_hf, with_weights=True)
     else:
@@ -225,13 +226,15 @@ def find_folders(source: SourceConfig) -> Folders:
         weights, load_hf = newest_checkpoint(Path(source.from_megatron)), source.load_hf
         if load_hf is None and (weights / "config.json").is_file():
             load_hf = str(weights)
+        run = run_config(weights)
         if load_hf is None:
-            run = run_config(weights)
-            load_hf, tokenizer = run.load_hf, tokenizer or run.tokenizer
+            if run is None:
+                path = weights.parent / RUN_CONFIG
+                raise UserError(f"load_hf must be given: {weights} holds no config.json, and there is no {path}")
+            load_hf, tokenizer = run.weights.load_hf, tokenizer or run.weights.tokenizer
         model = model_folder("load_hf", load_hf, with_weights=False)
-        resize_vocab = config_path(weights).is_file() and run_config(weights).resize_vocab
     tokenizer_folder = model if tokenizer is None else model_folder("tokenizer", tokenizer, with_weights=False)
-    return Folders(weights=weights, model=model, tokenizer=tokenizer_folder, resize_vocab=resize_vocab)
+    return Folders(weights=weights, model=model, tokenizer=tokenizer_folder, run=run)
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -246,17 +249,10 @@ def newest_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def config_path(checkpoint: Path) -> Path:
-    """Of the run of a step folder."""
-    return checkpoint.parent / "config.yaml"
-
-
-def run_config(checkpoint: Path) -> WeightsConfig:
-    """What the run of a step folder was started with."""
-    path = config_path(checkpoint)
-    if not path.is_file():
-        raise UserError(f"load_hf must be given: {checkpoint} holds no config.json, and there is no {path}")
-    return parse_config(["--config", str(path)]).weights
+def run_config(checkpoint: Path) -> Config | None:
+    """What the run of a step folder was started with; None for a checkpoint that no run has beside it."""
+    path = checkpoint.parent / RUN_CONFIG
+    return parse_config(["--config", str(path)]) if path.is_file() else None
 
 
 def open_source(config: ConvertConfig, folders: Folders, shape: "ModelShape", outline: "Outline") -> "Weights":
@@ -319,6 +315,7 @@ def side_files_of(folders: Folders, shape: "ModelShape") -> "SideFiles":
     of somebody else's is copied as it is.
     """
     from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP
+    from megatron_psft.data.chat import RenderSettings
     from megatron_psft.hf.hub import load_tokenizer
     from megatron_psft.hf.side_files import SideFiles
     from megatron_psft.model.shape import read_shape
@@ -330,11 +327,13 @@ def side_files_of(folders: Folders, shape: "ModelShape") -> "SideFiles":
     if not has_one or (folders.tokenizer == folders.model and not is_trained):
         return SideFiles(model_folder=folders.model, tokenizer_folder=folders.tokenizer)
     tokenizer = load_tokenizer(folders.tokenizer)
+    settings = RenderSettings() if folders.run is None else RenderSettings.of_data(folders.run.data)
     return SideFiles(
         model_folder=folders.model,
         tokenizer_folder=folders.tokenizer,
         tokenizer=tokenizer,
-        stop_id=end_of_turn_id(tokenizer) if is_trained else None,
+        chat_template=settings.chat_template,
+        stop_id=end_of_turn_id(tokenizer, settings) if is_trained else None,
         vocab_size=vocab_size,
     )
 

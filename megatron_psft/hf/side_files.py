@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_psft.hf.folder import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
-from megatron_psft.hf.tokenizer import settle_class
+from megatron_psft.hf.folder import CONFIG, GENERATION_CONFIG, NAMED_TEMPLATES, TOKENIZER_FILES
+from megatron_psft.hf.tokenizer import TOKENIZER_CONFIG, settle_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,8 @@ class SideFiles:
     """That which the exported one has to load as; not compared if None."""
     texts: Sequence[str] = ()
     """On which they are compared besides hard ones."""
+    chat_template: str | None = None
+    """The template trained with; the tokenizer's own if None."""
     stop_id: int | None = None
     """Of the token that the model was taught to end its turn with."""
     vocab_size: int | None = None
@@ -51,6 +53,8 @@ class SideFiles:
             self._add_stop(folder / GENERATION_CONFIG, config, self.stop_id)
         for pattern in TOKENIZER_FILES:
             _copy_files(self.tokenizer_folder, pattern, folder)
+        if self.chat_template is not None:
+            _replace_template(folder, self.chat_template)
         if self.tokenizer is not None:
             settle_class(folder, self.tokenizer, self.texts)
 
@@ -78,6 +82,18 @@ class SideFiles:
             replace(self, stop_id=None).write(Path(folder), torch.float32)  # stop_id would be told of twice
 
 
+def _replace_template(folder: Path, template: str) -> None:
+    """Has the tokenizer of `folder` this one template, wherever its own were."""
+    shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    path = folder / TOKENIZER_CONFIG
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("chat_template", None) is not None:
+            _write_json(path, config)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
 def _copy_files(source: Path, pattern: str, target: Path) -> None:
     for path in source.glob(pattern):
         copy = target / path.relative_to(source)
@@ -86,4 +102,4 @@ def _copy_files(source: Path, pattern: str, target: Path) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_psft.data.chat import ChatRenderer
+from megatron_psft.config.inputs import DataConfig
+from megatron_psft.data.chat import ChatRenderer, RenderSettings
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.messages import RecordError
+from megatron_psft.data.template import template_texts
 from megatron_psft.errors import UserError
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.tokenizer import highest_id
@@ -17,6 +19,7 @@ _COMPARED_RECORDS, _COMPARED_TOKENS = 100, 2000
 
 
 def side_files_of(
+    config: DataConfig,
     model_folder: Path,
     tokenizer_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -26,21 +29,25 @@ def side_files_of(
 ) -> SideFiles:
     """The files of a run's export; its tokenizer is compared on some of what is trained on, too. `vocab_size` is None
     where it is that of `model_folder`."""
+    settings = RenderSettings.of_data(config)
     examples = (dataset[index] for index in range(min(len(dataset), _COMPARED_RECORDS)))
     return SideFiles(
         model_folder=model_folder,
         tokenizer_folder=tokenizer_folder,
         tokenizer=tokenizer,
         texts=[str(tokenizer.decode(example.tokens[:_COMPARED_TOKENS].tolist())) for example in examples],
-        stop_id=end_of_turn_id(tokenizer),
+        chat_template=settings.chat_template,
+        stop_id=end_of_turn_id(tokenizer, settings),
         vocab_size=vocab_size,
     )
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, settings: RenderSettings) -> int | None:
     """Id of the token that a model of this chat template is taught to end its turn with, if there is one."""
+    if settings.chat_template is None and "default" not in template_texts(tokenizer):
+        return None
     try:
-        token = ChatRenderer(tokenizer, "assistant").end_of_turn()
+        token = ChatRenderer(tokenizer, "assistant", settings).end_of_turn()
     except RecordError:
         return None
     return tokenizer.get_vocab()[token]

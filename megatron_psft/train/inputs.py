@@ -120,6 +120,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     assert train_iters is not None
     validate_train_iters(config, train_iters)
     side_files = side_files_of(
+        config.data,
         model_folder,
         tokenizer_folder,
         tokenizer,

@@ -280,3 +280,28 @@ def test_named_templates_are_exported(tmp_path):
     (tmp_path / "target").mkdir()
     files.write(tmp_path / "target", torch.float32)
     assert AutoTokenizer.from_pretrained(tmp_path / "target").chat_template == templates
+
+
+@pytest.mark.parametrize("own", ["config", "list", "file", "folder", "none"])
+def test_the_template_trained_with_takes_the_place_of_the_tokenizers_own(tmp_path, own):
+    source = build(tmp_path / "tokenizer", byte_level, "PreTrainedTokenizerFast")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    if own == "config":
+        config["chat_template"] = "own"
+    if own == "list":
+        config["chat_template"] = [{"name": "default", "template": "own"}, {"name": "tool_use", "template": "own"}]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    if own == "file":
+        (source / "chat_template.jinja").write_text("own")
+    if own == "folder":
+        (source / "additional_chat_templates").mkdir()
+        (source / "additional_chat_templates" / "tool_use.jinja").write_text("own")
+    files = SideFiles(
+        model_folder=model(tmp_path / "model", "llama"),
+        tokenizer_folder=source,
+        tokenizer=load_tokenizer(source),
+        chat_template="{{ messages }}\n",
+    )
+    (tmp_path / "target").mkdir()
+    files.write(tmp_path / "target", torch.float32)
+    assert AutoTokenizer.from_pretrained(tmp_path / "target").chat_template == "{{ messages }}\n"

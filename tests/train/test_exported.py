@@ -133,6 +133,8 @@ def test_added_rows_are_trained_resumed_and_exported_in_tensor_parallel_ranks(po
     source = tiny.build_model(tmp_path / "model", "qwen3", vocab_size=500, num_hidden_layers=1)
     words = sparse(tmp_path / "tokenizer", 530)
     flags = ("--resize-vocab", "--objective", "sft", "--lr-decay-style", "constant", *LAYOUTS["TP2-SP"].flags)
+    (tmp_path / "own.jinja").write_text(f"{tiny.CHATML}{{# of this run #}}")
+    flags = ("--chat-template", str(tmp_path / "own.jinja"), *flags)
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     runs = [("whole", ()), ("parts", ("--train-iters", "1")), ("parts", ())]
@@ -150,7 +152,8 @@ def test_added_rows_are_trained_resumed_and_exported_in_tensor_parallel_ranks(po
     assert pool.run(run_convert, 1, argv)[0].code == 0
     converted = load_file(tmp_path / "converted" / "model.safetensors")
     assert all(torch.equal(tensor, converted[name]) for name, tensor in whole.items())
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+    assert (tmp_path / "converted" / "chat_template.jinja").read_text().endswith("{# of this run #}")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "converted" / name).read_text() == (tmp_path / "whole" / "hf" / name).read_text()
 
 
