@@ -17,11 +17,16 @@ _ASIDE = re.compile(r"\..+\.psft-[0-9a-f]{16}")
 
 def replace_file(path: Path, text: str) -> None:
     """Writes a file in one move: whoever reads it, after whatever interruption, finds the old text or the new."""
-    staging = path.with_name(path.name + ".new")
+    staging = unfinished(path)
     staging.write_text(text, encoding="utf-8")
     sync(staging)
     staging.rename(path)
     sync(path.parent)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is written until it is whole: a hidden name that nobody gives a file of his own."""
+    return path.with_name(f".{path.name}.psft-unfinished")
 
 
 def sync(path: Path) -> None:

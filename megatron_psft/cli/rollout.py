@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_psft.atomic import unfinished
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.config.inputs import TemplateConfig
@@ -103,7 +104,7 @@ def rollout(config: RolloutConfig) -> None:
     )
     sampler = Sampler(model_folder, tokenizer, renderer, config.sampling)
     rendered = [render_prompt("prompts", prompt, renderer) for prompt in prompts]
-    partial = Path(config.output.out + ".partial")
+    partial = unfinished(Path(config.output.out))
     try:  # a folder that cannot be written to costs no sampling
         partial.parent.mkdir(parents=True, exist_ok=True)
         file = partial.open("w", encoding="utf-8")

@@ -66,13 +66,16 @@ def test_records_carry_the_advantage_within_their_group(sample):
         assert {record["answer"] for record in members} == {"3"}
 
 
-def test_verifier_and_advantage_are_chosen(sample):
+def test_verifier_and_advantage_are_chosen(sample, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "out.jsonl.partial").write_text("somebody else's")
     _, records = sample("--num-samples", "12", "--verifier", "exact", "--advantage", "drgrpo")
     rewards = [float(record["messages"][1]["content"] == "3") for record in records]
     assert [record["reward"] for record in records] == rewards
     first = [record for record in records if record["group"] == records[0]["group"]]
     mean = fmean(record["reward"] for record in first)
     assert [record["advantage"] for record in first] == pytest.approx([record["reward"] - mean for record in first])
+    assert (tmp_path / "new" / "out.jsonl.partial").read_text() == "somebody else's"
 
 
 def test_groups_without_spread_are_left_out_and_counted(sample, tmp_path):
