@@ -102,11 +102,7 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
                 "adam_epsilon": "adam_eps",
             }
         ),
-        Counterpart(
-            there="`warmup_ratio`",
-            here="`--lr-warmup-iters`, in steps",
-            names={"warmup_ratio": "here lr_warmup_iters, in steps"},
-        ),
+        _same({"warmup_ratio": "lr_warmup_fraction"}),
         Counterpart(there='`loss_type="dft"`', here="`--objective dft`", names={"loss_type": "objective"}),
         Counterpart(
             there='`eval_strategy="steps", eval_steps`',
@@ -171,16 +167,7 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
             here="`--init-from DIR`: weights alone, from step 0",
             names={"finetune": "init_from", "pretrained_checkpoint": "init_from"},
         ),
-        Counterpart(
-            there="`--lr-warmup-fraction`",
-            here="`--lr-warmup-iters`, in steps",
-            names={"lr_warmup_fraction": "here lr_warmup_iters, in steps"},
-        ),
-        Counterpart(
-            there="`--lr-decay-iters`",
-            here="nothing: the learning rate decays to the end of the run",
-            names={"lr_decay_iters": "here the learning rate decays to the end of the run"},
-        ),
+        Counterpart(there="`--lr-warmup-iters`, `--lr-warmup-fraction`, `--lr-decay-iters`", here="the same"),
         Counterpart(there="`--eval-interval`, `--eval-iters`", here="the same, over all tokens of `--valid-data`"),
         Counterpart(
             there="masks by pad value, prompts trained on with the default prompt format",

@@ -50,6 +50,8 @@ TOLD: Mapping[str, tuple[str, ...]] = {
         "min_lr",
         "lr_decay_style",
         "lr_warmup_iters",
+        "lr_warmup_fraction",
+        "lr_decay_iters",
         "lr_wsd_decay_iters",
         "weight_decay",
         "adam_beta1",
@@ -57,7 +59,7 @@ TOLD: Mapping[str, tuple[str, ...]] = {
         "adam_eps",
         "clip_grad",
     ),
-    "the learning rate follows the schedule of the new length": ("train_iters", "epochs"),
+    "without lr_decay_iters the learning rate follows the schedule of the new length": ("train_iters", "epochs"),
     "another number format from the next step on": ("fp8_format", "fp8_recipe"),
     "equal up to rounding": (
         "device",

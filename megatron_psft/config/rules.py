@@ -55,19 +55,20 @@ def validate_train_iters(config: Config, train_iters: int) -> None:
 
     `validate` calls it where `train_iters` is set; with `epochs` the caller does, once the data has told the steps.
     """
-    phases = {
-        "lr_warmup_iters": config.optimizer.lr_warmup_iters,
-        "sft_warmup_iters": config.objective.sft_warmup_iters,
-    }
-    for name, steps in phases.items():
-        if steps >= train_iters:
-            raise UserError(f"{name} ({steps}) must be below the number of training steps ({train_iters}); change one")
-    warmup, decay = config.optimizer.lr_warmup_iters, config.optimizer.lr_wsd_decay_iters
-    if decay is not None and warmup + decay > train_iters:
-        raise UserError(
-            f"lr_wsd_decay_iters ({decay}) plus lr_warmup_iters ({warmup}) must be at most the number of training "
-            f"steps ({train_iters}); change one of them"
-        )
+    optimizer, sft_warmup = config.optimizer, config.objective.sft_warmup_iters
+    end, all_steps = optimizer.decay_steps(train_iters), f"the number of training steps ({train_iters})"
+    decay_end = all_steps if optimizer.lr_decay_iters is None else f"lr_decay_iters ({end})"
+    if optimizer.lr_warmup_iters >= end:
+        raise UserError(f"lr_warmup_iters ({optimizer.lr_warmup_iters}) must be below {decay_end}; change one")
+    if sft_warmup >= train_iters:
+        raise UserError(f"sft_warmup_iters ({sft_warmup}) must be below {all_steps}; change one")
+    warmup, decay = optimizer.warmup_steps(train_iters), optimizer.lr_wsd_decay_iters
+    if decay is not None and warmup + decay > end:
+        fraction = optimizer.lr_warmup_fraction
+        given = f"lr_warmup_iters ({warmup})"
+        if fraction is not None:
+            given = f"the {warmup:g} steps of lr_warmup_fraction ({fraction})"
+        raise UserError(f"lr_wsd_decay_iters ({decay}) plus {given} must be at most {decay_end}; change one of them")
 
 
 def _validate_packages(logging: LoggingConfig) -> None:
@@ -137,6 +138,11 @@ def _validate_needs(config: Config) -> None:
         raise UserError(f"min_lr ({optimizer.min_lr}) must be at most lr ({optimizer.lr}); change one of them")
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
         raise UserError("lr_decay_style (WSD) needs lr_wsd_decay_iters; set it or choose another style")
+    if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_iters:
+        raise UserError(
+            f"lr_warmup_fraction ({optimizer.lr_warmup_fraction}) and lr_warmup_iters ({optimizer.lr_warmup_iters}) "
+            "are both set; remove one"
+        )
     _validate_precision(config)
     if recompute.recompute_granularity == "full":
         for name in ("recompute_method", "recompute_num_layers"):
@@ -171,6 +177,8 @@ def _validate_effects(config: Config) -> None:
     _validate_intervals(config)
     if optimizer.lr_decay_style == "constant":
         _refuse_if_set(optimizer, "with lr_decay_style constant", "min_lr")
+        if optimizer.lr_warmup_fraction is None:
+            _refuse_if_set(optimizer, "with lr_decay_style constant and no lr_warmup_fraction", "lr_decay_iters")
     if optimizer.lr_decay_style != "WSD":
         _refuse_if_set(optimizer, f"with lr_decay_style {optimizer.lr_decay_style}", "lr_wsd_decay_iters")
     if not optimizer.optimizer_cpu_offload:

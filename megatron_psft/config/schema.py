@@ -121,15 +121,22 @@ class OptimizerConfig:
     """AdamW and the schedule of its learning rate."""
 
     lr: float = 1e-6
-    """Highest learning rate, reached after `lr_warmup_iters`."""
+    """Highest learning rate, reached at the end of warm-up."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay. Cannot be set with lr_decay_style constant."""
     lr_decay_style: Literal["constant", "cosine", "linear", "WSD"] = "cosine"
     """Course of the learning rate after warm-up; WSD (warm-up, stable, decay) needs `lr_wsd_decay_iters`."""
     lr_warmup_iters: int = 0
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Optimizer steps over which the learning rate rises linearly from 0. Give either this or `lr_warmup_fraction`."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a share of `lr_decay_iters`, or of all steps if that is unset. Give either this or
+    `lr_warmup_iters`."""
+    lr_decay_iters: int | None = None
+    """Optimizer step, warm-up included, at which the learning rate reaches `min_lr` and stays; the run's last step if
+    unset. Beyond the run's last step, the run ends on the way."""
     lr_wsd_decay_iters: int | None = None
-    """Last optimizer steps, over which WSD lets the learning rate fall exponentially. Needs lr_decay_style WSD."""
+    """Last optimizer steps before the end of the decay, over which WSD lets the learning rate fall exponentially. Needs
+    lr_decay_style WSD."""
     weight_decay: float = 0.1
     """Decoupled weight decay; 1-D parameters (norms, biases) have none."""
     adam_beta1: float = 0.9
@@ -148,15 +155,26 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
-        require_at_least(1, self, "lr_wsd_decay_iters")
+        require_at_least(1, self, "lr_wsd_decay_iters", "lr_decay_iters")
         require_positive(self, "adam_eps")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1")
+        for name in ("adam_beta1", "adam_beta2", "lr_warmup_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"{name} ({value}) must be at least 0 and below 1")
         if not 0 < self.optimizer_offload_fraction <= 1:
             raise UserError(
                 f"optimizer_offload_fraction ({self.optimizer_offload_fraction}) must be above 0 and at most 1"
             )
+
+    def decay_steps(self, train_iters: int) -> int:
+        """Steps from the first one to the end of the decay, in a run of `train_iters`."""
+        return train_iters if self.lr_decay_iters is None else self.lr_decay_iters
+
+    def warmup_steps(self, train_iters: int) -> float:
+        """Steps of warm-up in a run of `train_iters`; as in Megatron-LM, a share of the decay need not be whole."""
+        if self.lr_warmup_fraction is None:
+            return self.lr_warmup_iters
+        return self.lr_warmup_fraction * self.decay_steps(train_iters)
 
 
 @dataclass(frozen=True, kw_only=True)

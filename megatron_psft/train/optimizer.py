@@ -44,15 +44,15 @@ def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> OptimizerParamScheduler:
-    """Megatron-Core's schedule, counted in optimizer steps; its length is the run's."""
+    """Megatron-Core's schedule, counted in optimizer steps of a run of `train_iters`."""
     options = config.optimizer
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=options.lr,
         min_lr=options.min_lr,
-        lr_warmup_steps=options.lr_warmup_iters,
-        lr_decay_steps=train_iters,
+        lr_warmup_steps=options.warmup_steps(train_iters),
+        lr_decay_steps=options.decay_steps(train_iters),
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,

@@ -74,7 +74,7 @@ def test_what_may_change_is_named_and_recorded_and_config_yaml_stays(pool, tmp_p
     said = train(pool, 1, inputs.argv(run, *flags))
     named = [line.partition(": ")[2] for line in said.splitlines() if line.startswith("changed since the checkpoint")]
     assert named == [
-        "train_iters: 3 -> 4 (the learning rate follows the schedule of the new length)",
+        "train_iters: 3 -> 4 (without lr_decay_iters the learning rate follows the schedule of the new length)",
         "micro_batch_size: 1 -> 2 (equal up to rounding)",
         "lr: 0.001 -> 0.0005 (counts from the next step on)",
     ]

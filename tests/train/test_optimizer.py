@@ -345,6 +345,26 @@ def test_wsd_is_warm_up_stable_decay():
     assert found == pytest.approx([0, 0.55, 1.1, 1.1, 1.1, 1.1, 1.1, *(0.1 + part for part in halves)])
 
 
+def test_the_decay_may_end_before_the_run_or_after_it():
+    """By Megatron-LM's formula: warm-up to `lr`, decay to `min_lr` at the decay's last step, then `min_lr`."""
+    found = rates(6, lr=0.9, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=1, lr_decay_iters=3)
+    assert found == pytest.approx([0, 0.9, 0.5, 0.1, 0.1, 0.1])
+    found = rates(3, lr=1.1, min_lr=0.1, lr_decay_style="cosine", lr_decay_iters=6)
+    assert found == pytest.approx([1.1, *(0.1 + 0.5 * (1 + cosine) for cosine in (math.sqrt(3) / 2, 0.5))])
+    found = rates(5, lr=1.1, min_lr=0.1, lr_decay_style="WSD", lr_decay_iters=4, lr_wsd_decay_iters=2)
+    assert found == pytest.approx([1.1, 1.1, 1.1, 0.1 + 2 * 0.5**0.5 - 1, 0.1])
+
+
+def test_warm_up_as_a_share_of_the_decay():
+    found = rates(8, lr=0.6, lr_decay_style="linear", lr_warmup_fraction=0.25)
+    assert found == rates(8, lr=0.6, lr_decay_style="linear", lr_warmup_iters=2)
+    found = rates(3, lr=0.6, lr_decay_style="constant", lr_warmup_fraction=0.25, lr_decay_iters=8)
+    assert found == pytest.approx([0, 0.3, 0.6])
+    # 2.5 steps: Megatron-LM does not round, so the highest rate lies between two steps.
+    found = rates(5, lr=1.0, lr_decay_style="linear", lr_warmup_fraction=0.5)
+    assert found == pytest.approx([0, 0.4, 0.8, 0.8, 0.4])
+
+
 def test_a_resumed_schedule_follows_its_own_flags_from_the_step_that_was_reached():
     from megatron_psft.train.optimizer import build_scheduler
 
