@@ -18,7 +18,7 @@ from megatron_psft.config.schema import (
     PrecisionConfig,
     WeightsConfig,
 )
-from megatron_psft.errors import UserError
+from megatron_psft.errors import DivergenceError
 from megatron_psft.model.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -259,7 +259,7 @@ def _update_with_bad_gradient(config: Config, world_size: int, bad_rank: int, na
         message = None
         try:
             update(run.optimizer, 2, torch.device("cpu"))
-        except UserError as error:
+        except DivergenceError as error:
             message = str(error)
         return message, all(map(torch.equal, before, held))
 
