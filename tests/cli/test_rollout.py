@@ -29,10 +29,11 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def sample(inputs, tmp_path, capsys):
-    """Runs the command; a later flag replaces one given here. Returns how it ended, and the records it has written."""
+    """Runs the command; a flag replaces one given here. Returns how it ended, and the records it has written."""
 
     def run(*flags: str | Path) -> tuple[Exit, list[dict]]:
-        argv = ["--model", inputs / "model", "--tokenizer", inputs / "tokenizer", "--prompts", inputs / "prompts.jsonl"]
+        argv = ["--model", inputs / "model", "--tokenizer", inputs / "tokenizer"]
+        argv += [] if "--prompts" in flags else ["--prompts", inputs / "prompts.jsonl"]
         argv += ["--out", tmp_path / "new" / "out.jsonl", "--engine", "transformers", "--max-new-tokens", "16", *flags]
         code = main([str(value) for value in argv])
         out = tmp_path / "new" / "out.jsonl"

@@ -143,7 +143,8 @@ def test_a_bad_pair_is_named(tmp_path, capsys, row, message):
     ],
 )
 def test_mistakes_are_one_line_and_code_2(tmp_path, capsys, flags, message):
-    code = grpo.main(["--model", "./none", "--prompts", str(tmp_path), "--out", str(tmp_path / "out"), *flags])
+    prompts = [] if "--prompts" in flags else ["--prompts", str(tmp_path)]
+    code = grpo.main(["--model", "./none", *prompts, "--out", str(tmp_path / "out"), *flags])
     assert_refused(capsys, code, message)
 
 
