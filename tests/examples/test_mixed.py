@@ -52,7 +52,9 @@ def mixed(tmp_path, capsys):
 
     def run(*flags: str) -> tuple[int, list[tuple[str, str, float]], str]:
         out = tmp_path / "mixed.jsonl"
-        argv = ["--demonstrations", str(demonstrations), "--rollouts", str(rollouts), "--out", str(out), *flags]
+        given = {"--demonstrations": demonstrations, "--rollouts": rollouts}
+        files = [word for name, path in given.items() if name not in flags for word in (name, str(path))]
+        argv = [*files, "--out", str(out), *flags]
         code = mix.main(argv)
         records = read_lines(out) if out.exists() else []
         read = [(row["messages"][0]["content"], row["messages"][1]["content"], row["advantage"]) for row in records]

@@ -73,7 +73,8 @@ def expected(pool, inputs, tmp_path_factory):
     def train(family: str, *flags: str) -> list[dict[str, float]]:
         save = tmp_path_factory.mktemp(family)
         argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--save", save]
-        argv += ["--data", inputs / "data" / "training.jsonl", "--train-iters", STEPS, "--no-shuffle", "--no-packing"]
+        argv += [] if "--data" in flags else ["--data", inputs / "data" / "training.jsonl"]
+        argv += ["--train-iters", STEPS, "--no-shuffle", "--no-packing"]
         argv += ["--global-batch-size", GLOBAL_BATCH_SIZE, "--micro-batch-size", 2]
         argv += ["--lr", oracle.PARITY_LR, "--lr-decay-style", "constant", "--seq-length", SEQ_LENGTH]
         argv += [] if "--objective" in flags else ["--old-policy-interval", 4]  # no use otherwise
