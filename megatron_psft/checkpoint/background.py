@@ -22,6 +22,8 @@ import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, TemporalAsyncCaller
 from torch import Tensor
 
+from megatron_psft.distributed.orphans import end_with_parent
+
 _ALIGNMENT_BYTES = 64
 
 
@@ -33,7 +35,7 @@ class BackgroundCalls(AsyncCallsQueue):
         super().__init__()
         self._tensors, self._plan = SharedMemory(), SharedMemory()
         # What takes seconds to import is imported once, while training begins.
-        multiprocessing.set_forkserver_preload(["megatron_psft.checkpoint.saver"])
+        multiprocessing.set_forkserver_preload([f"megatron_psft.checkpoint.{name}" for name in ("server", "saver")])
         with _ignored_warnings():
             forkserver.ensure_running()
 
@@ -164,6 +166,7 @@ class _Plan:
 
 
 def _write(write: Callable[..., None], tensors: SharedMemory, plan: _Plan, rank: int, results: Any) -> None:
+    end_with_parent()
     # Takes what training leaves of a CPU. At the lowest `nice` its two processes still delay the trainer's.
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     torch.set_num_threads(1)

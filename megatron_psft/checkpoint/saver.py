@@ -37,7 +37,8 @@ from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
 from megatron_psft.distributed.cpu_shims import plain_operations
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.distributed.megatron_lines import save_options
+from megatron_psft.distributed.megatron_lines import save_options, start_results_server
+from megatron_psft.distributed.orphans import end_with_parent, forks_end_with_parent
 from megatron_psft.distributed.signals import helpers_outlive_signals
 from megatron_psft.errors import InfrastructureError, RankError, storage_error
 from megatron_psft.model.parameters import own_parameters
@@ -96,6 +97,7 @@ class Saver:
         needed_bytes = self._state_bytes()
         staging = on_rank_zero(lambda: _begin(target, needed_bytes))
         with self._writing(), naming_lost_peers(f"checkpoint {target}"), helpers_outlive_signals():
+            start_results_server(end_with_parent)
             request = _plan(self._sharded_content(step), staging, is_first=self._has_to_validate)
             self._has_to_validate = False
             if request.async_fn is not None:  # there may be nothing to write on this rank
@@ -263,7 +265,7 @@ def _own_storages(content: dict[str, Any]) -> None:
 
 def _write(write: Callable[..., None], staging: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """Megatron-Core's writing of this rank's files, and their checksums; in the background both."""
-    with _without_crc32():
+    with _without_crc32(), forks_end_with_parent():
         write(*args, **kwargs)
     sealed.leave_sums(staging, rank)
 

@@ -19,6 +19,7 @@ from megatron_psft.config.paths import expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.config.yaml_files import read_settings
+from megatron_psft.distributed.orphans import end_with_launcher
 from megatron_psft.errors import ExplainedError, RankError, UserError
 from megatron_psft.hf.folder import check_apart
 from megatron_psft.lock import lock_beside, lock_within, sole_writer
@@ -54,6 +55,7 @@ _ENV_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 def main(argv: Sequence[str]) -> int:
     """Runs the command line on this rank and returns the exit code: 0, that of an error that is explained
     (`ExplainedError.exit_code`), or 128 plus the number of the signal that ended the run."""
+    end_with_launcher()
     rank, world_size, local_rank = _ranks()
     configure_output(level=logging.INFO, rank=rank)
     with left_behind():

@@ -8,7 +8,6 @@ help there. Processes are spawned and not forked: by the time data is read, this
 import multiprocessing
 import os
 import signal
-import threading
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import RecordError
 from megatron_psft.data.pairs import Pair, parse_pair
 from megatron_psft.data.records import Record, parse_row
+from megatron_psft.distributed.orphans import end_with_parent
 from megatron_psft.errors import UserError
 
 INDEX = np.dtype(
@@ -199,17 +199,8 @@ class _Worker:
 def _set_up_worker(tokenizer: ChunkTokenizer) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough threads
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     _Worker.tokenizer = tokenizer
-
-
-def end_with_parent() -> None:
-    """Ends this process when its parent has ended, for a thread of a worker: a parent that is killed tells nobody, and
-    its workers would go on, or wait for work for good."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _tokenize_in_worker(chunk: Chunk) -> TokenizedChunk:

@@ -1,9 +1,11 @@
 """Where the supported lines of Megatron-Core, 0.16 and 0.19, differ. No other file knows."""
 
 import inspect
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 
@@ -14,6 +16,17 @@ def save_options() -> dict[str, str]:
 
     knows_strategies = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if knows_strategies else {}
+
+
+def start_results_server(initializer: Callable[[], None]) -> None:
+    """Starts the process through which Megatron-Core's writers of checkpoints answer, with `initializer` called in it:
+    the one that Megatron-Core would start goes on for ever when this process is killed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def do_without_engine() -> None:

@@ -8,6 +8,7 @@ from megatron.bridge.training.finetune import finetune as bridge_finetune
 
 from megatron_psft.checkpoint.unpickle import DataReader
 from megatron_psft.distributed.megatron_lines import read_with
+from megatron_psft.distributed.orphans import end_with_launcher
 from megatron_psft.nemo.config import PsftConfigContainer
 from megatron_psft.nemo.forward_step import BridgeStep, PsftForwardStep
 from megatron_psft.nemo.old_policy import OldPolicyCallback
@@ -28,6 +29,7 @@ def finetune(
     if bridge_step is None:
         bridge_step = (vlm_step if hasattr(config.model, "vision_config") else gpt_step).forward_step
     forward_step = PsftForwardStep(config.psft, bridge_step)
+    end_with_launcher()
     callbacks = [OldPolicyCallback(config.psft, forward_step), *callbacks]
     with read_with(DataReader):
         bridge_finetune(config, forward_step, callbacks=callbacks)
