@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from megatron_psft.cli.exit_code import leave, left_behind
 from megatron_psft.config.flags import run_command
 from megatron_psft.errors import UserError
 
@@ -16,7 +17,9 @@ EXAMPLES = """examples:
     torchrun --nproc-per-node 8 examples/nemo/finetune_psft.py --recipe qwen25_7b \\
         --pretrained-checkpoint Qwen2.5-7B-Instruct --data DATA --save runs/first
   any field of Megatron-Bridge's configuration, and of PSFT's section:
-    ... --overrides train.train_iters=500 model.context_parallel_size=2 psft.old_policy_interval=4"""
+    ... --overrides train.train_iters=500 model.context_parallel_size=2 psft.old_policy_interval=4
+
+Exit codes, and PSFT_EXIT_CODE_FILE, are those of `psft train`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,11 @@ class FinetuneConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains on this rank and returns the exit code: 0, or 2 after a user's mistake."""
-    return run_command(FinetuneConfig, train, argv, epilog=EXAMPLES)
+    """Trains on this rank and returns the exit code, as `psft train` has it."""
+    with left_behind():
+        code = run_command(FinetuneConfig, train, argv, epilog=EXAMPLES)
+        leave(code)
+        return code
 
 
 def train(config: FinetuneConfig) -> None:

@@ -1,5 +1,6 @@
 """What ranks do together so that a failure of one is everybody's, or at least says whom it waited for."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -100,9 +101,14 @@ def naming_lost_peers(doing: str) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise RankError(
-            f"rank {dist.get_rank()}: {doing}: {collective} failed, as another rank hangs or is gone; see its output; "
+            f"rank {_own_rank()}: {doing}: {collective} failed, as another rank hangs or is gone; see its output; "
             f"distributed_timeout_minutes says how long to wait: {reason}"
         ) from error
+
+
+def _own_rank() -> str:
+    """Also where the group has been taken down since."""
+    return str(dist.get_rank()) if dist.is_initialized() else os.environ.get("RANK", "0")
 
 
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"

@@ -1,14 +1,19 @@
 """Megatron-Bridge's fine-tuning loop with PSFT."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from megatron.bridge.training import gpt_step, vlm_step
-from megatron.bridge.training.callbacks import Callback
+from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.finetune import finetune as bridge_finetune
+from megatron.bridge.training.state import GlobalState
 
 from megatron_psft.checkpoint.unpickle import DataReader
+from megatron_psft.distributed.collective import naming_lost_peers
 from megatron_psft.distributed.megatron_lines import read_with
 from megatron_psft.distributed.orphans import end_with_launcher
+from megatron_psft.errors import DivergenceError
 from megatron_psft.nemo.config import PsftConfigContainer
 from megatron_psft.nemo.forward_step import BridgeStep, PsftForwardStep
 from megatron_psft.nemo.old_policy import OldPolicyCallback
@@ -25,11 +30,55 @@ def finetune(
         bridge_step: Bridge's forward step for the model; if unset, that of text models, or of those with a
             vision part.
         callbacks: further ones.
+
+    Raises:
+        UserError: on every rank.
+        DivergenceError, RankError: on this rank, which does not wait for the others.
+        SystemExit: as Bridge's loop ends early; 128 plus the signal's number where a signal was the cause, for which
+            Bridge has 0.
     """
     if bridge_step is None:
         bridge_step = (vlm_step if hasattr(config.model, "vision_config") else gpt_step).forward_step
     forward_step = PsftForwardStep(config.psft, bridge_step)
     end_with_launcher()
-    callbacks = [OldPolicyCallback(config.psft, forward_step), *callbacks]
-    with read_with(DataReader):
+    end = _EarlyEnd()
+    callbacks = [end, OldPolicyCallback(config.psft, forward_step), *callbacks]
+    with read_with(DataReader), end.told_by_code(), _explained(), naming_lost_peers("training"):
         bridge_finetune(config, forward_step, callbacks=callbacks)
+
+
+_NOT_FINITE = re.compile(r"found (NaN|Inf) in ")
+"""Megatron's words for a loss or a gradient norm that is not finite."""
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Bridge raises a bare RuntimeError for divergence, on the rank that meets it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _NOT_FINITE.search(str(error)):
+            raise DivergenceError(f"{error}; resume from the last checkpoint with a lower lr") from error
+        raise
+
+
+class _EarlyEnd(Callback):
+    """Whether it was a signal that ended Bridge's loop before its time."""
+
+    def __init__(self) -> None:
+        self._state: GlobalState | None = None
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        self._state = context.state
+
+    @contextmanager
+    def told_by_code(self) -> Iterator[None]:
+        """Has a loop that a signal ended exit as processes do that a signal ends."""
+        try:
+            yield
+        except SystemExit as request:
+            state = self._state
+            # Bridge's own question to all ranks needs their group, which it has taken down.
+            if request.code == 0 and state is not None and state.signal_handler._signal_received:
+                raise SystemExit(128 + state.signal_handler.sig) from None
+            raise

@@ -1,0 +1,67 @@
+"""How a run in Megatron-Bridge ends, by its exit code."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_psft.cli.exit_code import FILE_VARIABLE
+from megatron_psft.errors import UserError
+from tests.nemo import cpu
+from tests.nemo.bridge import needs_bridge
+from tests.support.cli import Exit, call_main
+
+pytestmark = needs_bridge
+
+CODES = {"nan": 3, "inf": 3, "peer": 4, "mistake": 2, "signal": 143, "duration": 0, "bug": 1}
+
+
+def _end_as_bridge_does(how: str, callbacks) -> None:
+    import torch
+    import torch.distributed as dist
+    from megatron.bridge.training.losses import masked_next_token_loss
+    from megatron.bridge.training.utils.sig_utils import DistributedSignalHandler
+    from megatron.core.rerun_state_machine import initialize_rerun_state_machine
+
+    if how in ("nan", "inf"):
+        initialize_rerun_state_machine()
+        masked_next_token_loss(torch.ones(1), torch.tensor([float(how)]), True, False)
+    if how == "peer":
+        # As a collective fails: no group of one process does.
+        code = compile("raise RuntimeError('Connection closed by peer')", dist.distributed_c10d.__file__, "exec")
+        exec(code)
+    if how == "mistake":
+        raise UserError("train_iters")
+    if how == "bug":
+        raise KeyError("missing")
+    with DistributedSignalHandler() as handler:
+        callbacks[0].on_train_start(SimpleNamespace(state=SimpleNamespace(signal_handler=handler)))
+        if how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise SystemExit(0)
+
+
+def _end(how: str, code_file: str) -> Exit:
+    cpu.prepare()
+    from examples.nemo import finetune_psft
+    from megatron_psft.nemo import train
+    from megatron_psft.nemo.config import PsftConfig
+
+    os.environ[FILE_VARIABLE] = code_file
+    train.bridge_finetune = lambda config, forward_step, callbacks: _end_as_bridge_does(how, callbacks)
+    finetune_psft.build_recipe = lambda config: SimpleNamespace(psft=PsftConfig(), model=None)
+    argv = ["--recipe", "qwen3_4b", "--pretrained-checkpoint", "x"]
+    try:
+        return call_main(finetune_psft.main, argv)
+    except RuntimeError as error:
+        return Exit(1, "", repr(error.__cause__))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", CODES)
+def test_the_end_of_bridges_loop_is_told_by_the_code(bridge_pool, tmp_path, how):
+    file = tmp_path / "code"
+    (exit,) = bridge_pool.run(_end, 1, how, str(file))
+    assert exit.code == CODES[how], exit.err
+    assert (file.read_text() if file.exists() else "0\n") == f"{CODES[how]}\n"
