@@ -72,9 +72,8 @@ class SideFiles:
             generation["eos_token_id"] = [*stops, stop_id] if stops else stop_id
             _write_json(path, generation)
             token = stop_id if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(stop_id)
-            log.info(
-                "export: generation_config.json stops at %s (%d), which ends a turn, besides %s", token, stop_id, stops
-            )
+            others = f", besides {', '.join(map(str, stops))}" if stops else ""
+            log.info("export: generation_config.json stops at %s (%d), which ends a turn%s", token, stop_id, others)
 
     def check(self) -> None:
         """Raises the errors of `write`, without the files."""
