@@ -44,7 +44,7 @@ from megatron_psft.data.tokenizing import (
     refuse_main_module_of_worker,
     tokenize_chunks,
 )
-from megatron_psft.errors import RankError, UserError
+from megatron_psft.errors import RankError, UserError, storage_error
 from megatron_psft.progress import Progress
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ class DataCache:
     def open(self, source: Source, *, show_progress: bool) -> TokenizedSource:
         """The tokenized source, from its folder or, the first time, into it.
 
-        Raises UserError: a file that is broken as a whole or changes while it is read, a cache that cannot be written.
+        Raises UserError: a file that is broken as a whole or changes while it is read, a cache that cannot be written;
+        InfrastructureError where it has no room, or its disk fails.
         """
         key = {**self._options, "files": _identity(source), "version": source.version}
         folder = self._root / _digest(json.dumps(key, sort_keys=True).encode())[:32]
@@ -158,10 +159,11 @@ class DataCache:
                     self._make_folder(folder, source, key, is_locked=is_locked, show_progress=show_progress)
                     found = _open_folder(folder, source.name)
         except OSError as error:
-            raise UserError(
+            text = (
                 f"data_cache_dir ({self._root}) cannot be written, or data ({source.name}) not read: "
                 f"{error.strerror or error}; make room or name another folder with --data-cache-dir"
-            ) from error
+            )
+            raise storage_error(error, text) from error
         if found is None:
             raise UserError(f"data_cache_dir ({self._root}) does not keep what is written to it; name another folder")
         return found

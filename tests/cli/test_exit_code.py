@@ -161,6 +161,28 @@ def _run_with_file(argv: list[str], code_file: str) -> Exit:
     return run_cli(argv)
 
 
+def _run_without_room_for_the_cache(argv: list[str], number: int) -> Exit:
+    from megatron_psft.data.cache import DataCache
+
+    def fail(self, *args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    original, DataCache._make_folder = DataCache._make_folder, fail
+    try:
+        return run_cli(argv)
+    finally:
+        DataCache._make_folder = original
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 4), (errno.EACCES, 2)])
+def test_what_one_rank_meets_while_it_tokenizes_ends_all(pool, argv, tmp_path, number, code):
+    flags = ["--save", str(tmp_path / "run"), "--data-cache-dir", str(tmp_path / "cache")]
+    exits = pool.run(_run_without_room_for_the_cache, 2, [*argv, *flags], number)
+    assert [exit.code for exit in exits] == [code, code]
+    assert f"error: data_cache_dir ({tmp_path}/cache) cannot be written" in exits[0].err
+    assert exits[1].err == ""
+
+
 ENDS = {
     "flag": (["--clip-ratio-hig", "0.3"], 2),
     "data": (["--data", "no/such.jsonl"], 2),
