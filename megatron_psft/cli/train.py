@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -43,10 +44,11 @@ The same command again resumes from the newest checkpoint in --save. In a checko
 `torchrun -m megatron_psft`. Before a run, `psft plan` says what it takes, `psft data` what it trains on, and `psft
 doctor` what this machine has.
 
-Exit code: 0; 1 after a bug, with a traceback; 2 after a mistake in flags, files or data; 3 where the loss or the
-gradient norm is not finite; 4 where a peer, disk or node was lost; 130 after Ctrl-C and 143 after SIGTERM, with a
-checkpoint. torchrun exits with 1 whatever its processes did: if the environment variable PSFT_EXIT_CODE_FILE names a
-file that does not exist, the first rank that fails writes its code there."""
+Exit code: 0, also where --exit-duration-in-mins ended the run; 1 after a bug, with a traceback; 2 after a mistake in
+flags, files or data; 3 where the loss or the gradient norm is not finite; 4 where a peer, disk or node was lost; 130
+after Ctrl-C and 143 after SIGTERM, with a checkpoint. torchrun exits with 1 whatever its processes did: if the
+environment variable PSFT_EXIT_CODE_FILE names a file that does not exist, the first rank that fails writes its code
+there."""
 
 _ENV_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """What torchrun sets, and what holds in a process that it has not started."""
@@ -56,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line on this rank and returns the exit code: 0, that of an error that is explained
     (`ExplainedError.exit_code`), or 128 plus the number of the signal that ended the run."""
     end_with_launcher()
+    started_at = time.monotonic()
     rank, world_size, local_rank = _ranks()
     configure_output(level=logging.INFO, rank=rank)
     with left_behind():
@@ -67,10 +70,10 @@ def main(argv: Sequence[str]) -> int:
                 check_apart("export_hf", Path(config.weights.export_hf), _config_file(argv))
         except UserError as error:
             return refuse(error)
-        return _train(config, rank, world_size, local_rank)
+        return _train(config, rank, world_size, local_rank, started_at)
 
 
-def _train(config: Config, rank: int, world_size: int, local_rank: int) -> int:
+def _train(config: Config, rank: int, world_size: int, local_rank: int, started_at: float) -> int:
     # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
     from megatron_psft.distributed.device_choice import has_hidden_gpu, survey
 
@@ -89,19 +92,19 @@ def _train(config: Config, rank: int, world_size: int, local_rank: int) -> int:
     platform = prepare(device, local_rank)
     try:
         with process_group(platform, world_size, minutes, meeting=meeting), left_behind(), ExitStack() as locks:
-            return _run(config, platform, locks, rank, local_rank)
+            return _run(config, platform, locks, rank, local_rank, started_at)
     except RankError as error:
         return _leave_alone(error, rank)
 
 
-def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, local_rank: int) -> int:
+def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, local_rank: int, started_at: float) -> int:
     """Within the process group, so that all ranks can leave together."""
     from megatron_psft.distributed.collective import on_rank_zero
     from megatron_psft.train.run import run
 
     try:
         on_rank_zero(lambda: _lock(config.weights, locks))
-        signum = run(config, platform, rank, local_rank)
+        signum = run(config, platform, rank, local_rank, started_at)
     except (RankError, OSError) as error:
         return _leave_alone(error, rank)
     except ExplainedError as error:

@@ -92,6 +92,7 @@ FREE: tuple[str, ...] = (
     "keep_last",
     "async_save",
     "steal_lock",
+    "exit_duration_in_mins",
     "eval_interval",
     "data_cache_dir",
     "data_workers",

@@ -25,6 +25,9 @@ class BatchConfig:
     """Optimizer steps of the whole run. Give either this or `epochs`."""
     epochs: int | None = None
     """Passes over the training records. Give either this or `train_iters`."""
+    exit_duration_in_mins: float | None = None
+    """Minutes from the start of the process after which the run completes its step, writes a checkpoint and ends with
+    exit code 0; the same command goes on from there. No limit if unset."""
     global_batch_size: int = 64
     """Sequences per optimizer step, over all ranks; a multiple of `micro_batch_size` times the data-parallel size. With
     packing a sequence is a pack of records. Both sequences of a preference pair count as one."""
@@ -37,6 +40,8 @@ class BatchConfig:
     def __post_init__(self) -> None:
         require_at_least(1, self, "train_iters", "epochs", "global_batch_size", "micro_batch_size")
         require_at_least(0, self, "seed")
+        if self.exit_duration_in_mins is not None:
+            require_positive(self, "exit_duration_in_mins")
 
     def steps(self, packs: int) -> int | None:
         """Optimizer steps of the run, of whose epochs each has so many packs; None where neither field is set."""

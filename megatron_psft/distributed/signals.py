@@ -1,6 +1,8 @@
-"""Ends a run in good order when it is told to: SIGTERM, as schedulers send before they kill, or Ctrl-C."""
+"""Ends a run in good order: at SIGTERM, as schedulers send before they kill, at Ctrl-C, or when its time is up."""
 
+import math
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -13,30 +15,38 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequested(Exception):  # noqa: N818 (no error, as StopIteration is none)
-    """Raised on every rank alike once a signal has come to any of them."""
+    """Raised on every rank alike once a signal has come to any of them, or the time of any is up."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
+    def __init__(self, signum: int | None) -> None:
+        """`signum` is the signal's number; None where the time is up."""
+        super().__init__("the time is up" if signum is None else signal.Signals(signum).name)
         self.signum = signum
 
 
 class StopSignals:
-    """Within this context SIGTERM and the first SIGINT are requests that `check` honours.
+    """Within this context SIGTERM and the first SIGINT are requests that `check` honours, as is the end of a time.
 
     A SIGINT after any of them acts at once, as it would outside. SIGTERM may come again, as when a scheduler signals
     all processes and torchrun its own once more.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """`device` is what this rank computes on, over which ranks tell each other."""
-        self._device, self._received = device, 0
+    def __init__(self, device: torch.device, *, deadline: float = math.inf) -> None:
+        """Receives nothing yet.
+
+        Args:
+            device: what this rank computes on, over which ranks tell each other.
+            deadline: when the time of this rank is up, by `time.monotonic()`, in seconds.
+        """
+        self._device, self._deadline, self._received = device, deadline, 0
 
     def check(self) -> None:
-        """Raises `StopRequested` where any rank has received a signal; collective."""
-        highest = torch.tensor(self._received, device=self._device)
+        """Raises `StopRequested` where any rank has received a signal, or its time is up; collective."""
+        is_over = time.monotonic() >= self._deadline
+        highest = torch.tensor([self._received, int(is_over)], device=self._device)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        if highest > 0:
-            raise StopRequested(int(highest))
+        signum, any_is_over = highest.tolist()
+        if signum or any_is_over:
+            raise StopRequested(signum or None)
 
     def __enter__(self) -> "StopSignals":
         self._previous = {signum: signal.signal(signum, self._receive) for signum in _SIGNALS}

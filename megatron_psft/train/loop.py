@@ -1,5 +1,7 @@
 """Trains: one loop for every objective, with the old policy, evaluation and checkpoints around it."""
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,15 +26,22 @@ from megatron_psft.scoring.old_policy import objective_at
 from megatron_psft.train.assemble import Run, export_model
 from megatron_psft.train.optimizer import update
 
+log = logging.getLogger(__name__)
 
-def train(run: Run) -> int:
+
+def train(run: Run, started_at: float) -> StopRequested | None:
     """Trains from `first_step` to `train_iters` and leaves a checkpoint; collective.
 
+    Args:
+        run: ready to train.
+        started_at: when the process began, by `time.monotonic()`, in seconds.
+
     Returns:
-        0, or the number of the signal that ended the run early, with its last step completed and saved.
+        None, or what ended the run early, with its last step completed and saved.
     """
     steps = _Steps(total=run.train_iters, completed=run.first_step, saved=run.first_step)
-    with StopSignals(run.parallel.device) as stop, _saver(run) as saver, _run_log(run) as run_log:
+    deadline = started_at + 60 * (run.config.batch.exit_duration_in_mins or math.inf)
+    with StopSignals(run.parallel.device, deadline=deadline) as stop, _saver(run) as saver, _run_log(run) as run_log:
         try:
             if run.reference is not None and not steps.all_completed:
                 with naming_lost_peers("the reference's pass"):
@@ -57,8 +66,24 @@ def train(run: Run) -> int:
         except StopRequested as request:
             if steps.saved < steps.completed:
                 save(run, saver, run_log, steps.completed)
-            return request.signum
-    return 0
+            if request.signum is not None:
+                return request
+            return None if steps.all_completed else _time_is_up(run, steps, request)
+    return None
+
+
+def _time_is_up(run: Run, steps: "_Steps", request: StopRequested) -> StopRequested:
+    """Says what `request`, which it returns, has ended."""
+    has_progress = steps.completed > run.first_step
+    log.log(
+        logging.INFO if has_progress else logging.WARNING,
+        "%sended after step %d of %d, as exit_duration_in_mins (%g) is over: the same command goes on from there",
+        "" if has_progress else "WARNING: no step was completed: ",
+        steps.completed,
+        steps.total,
+        run.config.batch.exit_duration_in_mins,
+    )
+    return request
 
 
 @dataclass

@@ -16,11 +16,19 @@ from megatron_psft.train.loop import train
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
-    """Trains as `config` says, on all ranks of the default process group; `local_rank` counts those of a node.
+def run(config: Config, platform: Platform, rank: int, local_rank: int, started_at: float) -> int:
+    """Trains as `config` says, on all ranks of the default process group.
+
+    Args:
+        config: the run's.
+        platform: what this rank computes on.
+        rank: of all ranks.
+        local_rank: of the ranks of this node.
+        started_at: when the process began, by `time.monotonic()`, in seconds.
 
     Returns:
-        0, or the number of the signal that ended the run early; then the same command goes on from there.
+        0, also where the run ended early as its time was up, or the number of the signal that ended it early; then the
+        same command goes on from there.
 
     Raises:
         UserError, DivergenceError, InfrastructureError: on every rank alike.
@@ -36,9 +44,9 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int) -> int:
         log.warning("WARNING: %s: %d of %d steps are done", rest, ready.first_step, ready.train_iters)
     else:
         on_rank_zero(lambda: _record(ready))
-        signum = train(ready)
-        if signum:
-            return signum
+        ended_early = train(ready, started_at)
+        if ended_early is not None:
+            return ended_early.signum or 0
     if config.weights.export_hf is not None:
         export_model(ready, Path(config.weights.export_hf))
     return 0

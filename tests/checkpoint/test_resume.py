@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,51 @@ def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, sig
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, done + 1))
     train(pool, 2, argv)
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+def _run_out_of_time(argv: list[str], rank: str, step: int) -> Exit:
+    """The command line; the clock of `rank` jumps an hour ahead in training step `step`."""
+    from megatron_psft.distributed import signals
+    from megatron_psft.train.pipeline import Pipeline
+
+    original, calls = Pipeline.train, []
+
+    def late(*args, **kwargs):
+        calls.append("train")
+        if os.environ["RANK"] == rank and len(calls) == step:
+            patch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 3600))
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "train", late)
+        return run_cli(argv)
+
+
+def test_a_run_whose_time_is_up_ends_well_and_goes_on_bit_for_bit(pool, tmp_path, inputs):
+    """In the middle of a window, by the clock of one rank; what is asked for at the end waits for the end."""
+    train(pool, 2, inputs.argv(tmp_path / "whole", *DIST_OPT))
+    run, exported = tmp_path / "run", tmp_path / "hf"
+    argv = inputs.argv(run, *DIST_OPT, "--exit-duration-in-mins", "60", "--export-hf", str(exported))
+    exits = pool.run(_run_out_of_time, 2, argv, "1", 3)
+    assert [exit.code for exit in exits] == [0, 0], exits[0].err
+    line = "ended after step 3 of 8, as exit_duration_in_mins (60) is over: the same command goes on from there"
+    assert [(exit.out + exit.err).splitlines().count(line) for exit in exits] == [1, 0]
+    assert step_folders(run) == [step_folder(run, 3)]
+    assert not exported.exists()
+    exits = pool.run(_run_out_of_time, 2, argv, "0", 5)  # in the last step: all that was asked for is done
+    assert [exit.code for exit in exits] == [0, 0], exits[0].err
+    assert not any("exit_duration" in exit.out + exit.err for exit in exits)
+    found = metrics_of(run)
+    assert found[5].pop("scoring_gap_max") == found[5].pop("scoring_gap_p99") == 0  # measured again by each start
+    assert found == metrics_of(tmp_path / "whole")
+    assert exported.exists()
+
+
+@pytest.mark.slow
+def test_a_start_that_takes_all_of_the_time_warns(pool, tmp_path, inputs):
+    said = train(pool, 1, inputs.argv(tmp_path / "run", "--exit-duration-in-mins", "0.00001"))
+    assert "WARNING: no step was completed: ended after step 0 of 8, as exit_duration_in_mins (1e-05) is over" in said
+    assert not step_folders(tmp_path / "run")
 
 
 @pytest.mark.parametrize("layout", [slow(ONE, id="one"), slow(DIST_OPT, id="DP2-distopt")])

@@ -310,6 +310,7 @@ def test_all_missing_fields_are_named_at_once() -> None:
         ("--lr -1", "lr (-1.0) must be at least 0"),
         ("--min-lr -1", "min_lr (-1.0) must be at least 0"),
         ("--lr-warmup-iters -1", "lr_warmup_iters (-1) must be at least 0"),
+        ("--exit-duration-in-mins 0", "exit_duration_in_mins (0.0) must be greater than 0"),
         ("--lr-warmup-fraction 1", "lr_warmup_fraction (1.0) must be at least 0 and below 1"),
         ("--lr-warmup-fraction -0.1", "lr_warmup_fraction (-0.1) must be at least 0 and below 1"),
         ("--lr-decay-iters 0", "lr_decay_iters (0) must be at least 1"),

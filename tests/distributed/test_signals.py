@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import process_group
 from megatron_psft.distributed.signals import StopRequested, StopSignals, helpers_outlive_signals
 from tests.support.cli import REPOSITORY
+
+CPU = torch.device("cpu")
 
 
 def _check_after_signal(to_rank: int, signum: int) -> list[int]:
@@ -34,6 +37,25 @@ def _check_after_signal(to_rank: int, signum: int) -> list[int]:
         dist.barrier()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     return found
+
+
+def _check_after_deadline(late_rank: int, signum: int | None) -> int | None:
+    """What ended this rank, where the time of one rank is up and, if `signum` is set, another has a signal."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    left = -1 if rank == late_rank else 3600
+    with process_group(detect(rank), world_size), StopSignals(CPU, deadline=time.monotonic() + left) as stop:
+        if signum is not None and rank != late_rank:
+            os.kill(os.getpid(), signum)
+        with pytest.raises(StopRequested) as request:
+            stop.check()
+        dist.barrier()
+    return request.value.signum
+
+
+@pytest.mark.parametrize("late_rank", [0, 1])
+@pytest.mark.parametrize("signum", [None, signal.SIGTERM])
+def test_a_deadline_of_one_rank_stops_all_and_a_signal_comes_first(pool, late_rank, signum):
+    assert pool.run(_check_after_deadline, 2, late_rank, signum) == [signum] * 2
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
