@@ -168,6 +168,12 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
             names={"finetune": "init_from", "pretrained_checkpoint": "init_from"},
         ),
         Counterpart(there="`--lr-warmup-iters`, `--lr-warmup-fraction`, `--lr-decay-iters`", here="the same"),
+        Counterpart(
+            there="`--profile`, `--profile-step-start`, `--profile-step-end`, `--profile-ranks`",
+            here="the same with `--profile-rank`, of one; steps count from 1, and the last is profiled as well",
+            names={"profile_ranks": "profile_rank", "use_pytorch_profiler": "profile"},
+        ),
+        Counterpart(there="`--exit-duration-in-mins`", here="the same"),
         Counterpart(there="`--eval-interval`, `--eval-iters`", here="the same, over all tokens of `--valid-data`"),
         Counterpart(
             there="masks by pad value, prompts trained on with the default prompt format",

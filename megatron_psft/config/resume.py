@@ -109,6 +109,10 @@ FREE: tuple[str, ...] = (
     "mlflow_experiment",
     "log_clipped_tokens",
     "check_scoring",
+    "profile",
+    "profile_step_start",
+    "profile_step_end",
+    "profile_rank",
 )
 """Settings that may change without a word: they leave every number of training as it is."""
 

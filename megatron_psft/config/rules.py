@@ -28,6 +28,7 @@ def validate(config: Config, world_size: int) -> None:
     _validate_needs(config)
     _validate_effects(config)
     _validate_packages(config.logging)
+    _validate_profile(config.logging, world_size)
     if config.batch.train_iters is not None:
         validate_train_iters(config, config.batch.train_iters)
 
@@ -62,6 +63,10 @@ def validate_train_iters(config: Config, train_iters: int) -> None:
         raise UserError(f"lr_warmup_iters ({optimizer.lr_warmup_iters}) must be below {decay_end}; change one")
     if sft_warmup >= train_iters:
         raise UserError(f"sft_warmup_iters ({sft_warmup}) must be below {all_steps}; change one")
+    if config.logging.profile and config.logging.profile_step_start > train_iters:
+        raise UserError(
+            f"profile_step_start ({config.logging.profile_step_start}) must be at most {all_steps}; change one"
+        )
     warmup, decay = optimizer.warmup_steps(train_iters), optimizer.lr_wsd_decay_iters
     if decay is not None and warmup + decay > end:
         fraction = optimizer.lr_warmup_fraction
@@ -76,6 +81,13 @@ def _validate_packages(logging: LoggingConfig) -> None:
         value = getattr(logging, field)
         if value is not None and importlib.util.find_spec(package) is None:
             raise UserError(f"{field} ({value}) needs the package {package}, which is not there; pip install {package}")
+
+
+def _validate_profile(logging: LoggingConfig, world_size: int) -> None:
+    if not logging.profile:
+        _refuse_if_set(logging, "without profile", "profile_step_start", "profile_step_end", "profile_rank")
+    if logging.profile_rank >= world_size:
+        raise UserError(f"profile_rank ({logging.profile_rank}) must be below the number of ranks ({world_size})")
 
 
 def _validate_batch(config: Config, world_size: int) -> None:

@@ -296,9 +296,25 @@ class LoggingConfig:
     """PSFT: measure after every sync how far the old policy's pass and training differ on the same weights
     (`scoring_gap_max`), at the cost of a forward pass over one more global batch; if unset only after the first sync of
     each start, and in fp8 after every one."""
+    profile: bool = False
+    """Measure steps `profile_step_start` to `profile_step_end` on rank `profile_rank` with torch.profiler: into the
+    folder `profile` of `save` go a trace for chrome://tracing or Perfetto, and a table of the 20 operators that take
+    most time themselves, of the GPU where there is one."""
+    profile_step_start: int = 10
+    """First step to profile, counted from 1. Needs `profile`."""
+    profile_step_end: int = 12
+    """Last step to profile; the run's last where that comes first. Needs `profile`."""
+    profile_rank: int = 0
+    """Rank to profile. Needs `profile`."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "log_interval", "log_clipped_tokens")
+        require_at_least(1, self, "log_interval", "log_clipped_tokens", "profile_step_start")
+        require_at_least(0, self, "profile_rank")
+        if self.profile_step_end < self.profile_step_start:
+            raise UserError(
+                f"profile_step_end ({self.profile_step_end}) must not be below profile_step_start "
+                f"({self.profile_step_start}); change one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

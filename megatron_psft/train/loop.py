@@ -25,6 +25,7 @@ from megatron_psft.progress import progress
 from megatron_psft.scoring.old_policy import objective_at
 from megatron_psft.train.assemble import Run, export_model
 from megatron_psft.train.optimizer import update
+from megatron_psft.train.profile import StepProfiler
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,12 @@ def train(run: Run, started_at: float) -> StopRequested | None:
     """
     steps = _Steps(total=run.train_iters, completed=run.first_step, saved=run.first_step)
     deadline = started_at + 60 * (run.config.batch.exit_duration_in_mins or math.inf)
-    with StopSignals(run.parallel.device, deadline=deadline) as stop, _saver(run) as saver, _run_log(run) as run_log:
+    with (
+        StopSignals(run.parallel.device, deadline=deadline) as stop,
+        _saver(run) as saver,
+        _run_log(run) as run_log,
+        _profiler(run) as profiler,
+    ):
         try:
             if run.reference is not None and not steps.all_completed:
                 with naming_lost_peers("the reference's pass"):
@@ -50,7 +56,8 @@ def train(run: Run, started_at: float) -> StopRequested | None:
                 stop.check()
                 step = steps.completed
                 with naming_lost_peers(f"step {step + 1}"):
-                    values = train_step(run, step, between_batches=stop.check, before_update=saver.wait_for_copy)
+                    with profiler.watch(step + 1):
+                        values = train_step(run, step, between_batches=stop.check, before_update=saver.wait_for_copy)
                     steps.completed += 1
                     if steps.are_due(run.config.data.eval_interval):
                         values |= evaluate(run)
@@ -195,6 +202,11 @@ def _saver(run: Run) -> Saver:
         keep_last=weights.keep_last,
         in_background=weights.async_save,
     )
+
+
+def _profiler(run: Run) -> StepProfiler:
+    save, parallel = Path(run.config.weights.save), run.parallel
+    return StepProfiler(run.config.logging, save, rank=parallel.rank, device=parallel.device)
 
 
 def _run_log(run: Run) -> RunLog | nullcontext[None]:

@@ -40,6 +40,7 @@ def test_flags_of_the_tables_exist():
         ("finetune", "here it is --init-from", "here it is init_from"),
         ("data.train_files", "here it is --data", "here it is data"),
         ("warmup_ratio", "here it is --lr-warmup-fraction", "here it is lr_warmup_fraction"),
+        ("profile-ranks", "here it is --profile-rank", "here it is profile_rank"),
         ("hidden-size", "the model's config.json says it", "the model's config.json says it"),
         ("enable_dft_loss", "here objective dft", "here objective dft"),
         ("model", "here it is --load-hf", "here it is load_hf"),
