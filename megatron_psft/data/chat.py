@@ -259,7 +259,7 @@ def _writes_reasoning(conversation: Conversation, index: int) -> bool:
 
 
 def _lost_reasoning(index: int) -> RecordError:
-    detail = f"messages[{index}]; --keep-reasoning renders each turn with its own"
+    detail = f"messages[{index}]; --keep-reasoning trains on it"
     return RecordError(LOST_REASONING, detail)
 
 

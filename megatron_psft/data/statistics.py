@@ -96,19 +96,17 @@ def _cells(part: DatasetStatistics) -> tuple[str, ...]:
 
 
 def _describe(notes: Notes) -> list[str]:
-    """A sentence for each count that is not 0."""
+    """A line for each count that is not 0."""
     texts = {
-        "without_reasoning": "assistant turns are no labels: the chat template drops their reasoning; --keep-reasoning "
-        "trains on them",
-        "special_tokens": "records have special tokens in their text, which become control tokens unless "
-        "--split-special-tokens",
-        "cut_blanks": "answers begin with blanks that would join the prompt's last token; they are kept apart, as in "
-        "generation",
-        "joined_blanks": "answers begin with blanks that are one token with the prompt's end, and so no labels",
-        "extra_sequences": "sequences come on top of the records, of turns that have one of their own to keep their "
-        "reasoning",
+        "without_reasoning": "assistant turns that are no labels, as the chat template drops their reasoning "
+        "(--keep-reasoning trains on them)",
+        "special_tokens": "records with special tokens in their text, which become control tokens "
+        "(--split-special-tokens keeps them text)",
+        "cut_blanks": "answers whose first blanks would join the prompt's last token, and are kept apart",
+        "joined_blanks": "answers whose first blanks are no labels, in one token with the prompt's end",
+        "extra_sequences": "sequences beyond one for each record, of turns that need their own to keep their reasoning",
     }
-    return [f"{count:,} {texts[name]}" for name, count in notes._asdict().items() if count]
+    return [f"{texts[name]}: {count:,}" for name, count in notes._asdict().items() if count]
 
 
 def count_records(

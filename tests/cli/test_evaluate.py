@@ -239,6 +239,13 @@ def test_tasks_of_the_harness_need_it(run, monkeypatch):
     )
 
 
+def test_a_chat_template_is_for_maths_sets_only(run):
+    exit = run("--tasks", "ifeval", "--chat-template-kwargs", "{}")
+    assert exit.code == 2
+    assert "chat_template and chat_template_kwargs are for maths sets only" in exit.err
+    assert "ifeval of lm-evaluation-harness" in exit.err
+
+
 def test_help_has_an_example_and_needs_no_torch():
     command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "evaluate", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

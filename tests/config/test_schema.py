@@ -83,6 +83,17 @@ def test_help_prints_the_string_below_each_field(
         assert f"{section}:" in lines
 
 
+def test_variables_of_the_chat_template_are_json_or_a_mapping(tmp_path: Path) -> None:
+    expected = {"enable_thinking": False, "levels": [1, "x"]}
+    text = '{"enable_thinking": false, "levels": [1, "x"]}'
+    assert parse("--chat-template-kwargs", text).data.template_variables == expected
+    path = write_yaml(tmp_path, "chat_template_kwargs:\n  enable_thinking: false\n  levels: [1, x]\n")
+    assert parse("--config", path).data.template_variables == expected
+    for wrong, rule in (("{", "must be JSON"), ("[1]", "must be a JSON object"), ("enable_thinking", "must be JSON")):
+        with pytest.raises(UserError, match=re.escape(f"chat_template_kwargs ({wrong}) {rule}")):
+            parse("--chat-template-kwargs", wrong)
+
+
 def test_old_policy_interval_takes_a_number_or_fixed() -> None:
     assert parse("--old-policy-interval", "4").objective.old_policy_interval == 4
     assert parse("--old-policy-interval", "fixed").objective.old_policy_interval == "fixed"

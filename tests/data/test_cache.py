@@ -80,6 +80,7 @@ def test_limits_on_length_are_no_part_of_the_cache(data, forbid_tokenizing):
         ({"prompt_key": "completion", "completion_key": "prompt"}, TOKENIZER),
         ({"system_prompt": "Be brief."}, TOKENIZER),
         ({}, byte_tokenizer(toys.LLAMA3)),
+        ({"chat_template_kwargs": '{"greeting": "Hello"}'}, byte_tokenizer("{{ greeting }}" + toys.CHATML)),
         ({}, byte_tokenizer(toys.CHATML, merges=[("x", "x")])),
     ],
 )
@@ -89,6 +90,32 @@ def test_what_changes_tokens_changes_the_place(data, changes, tokenizer):
     assert len(folders(data)) == 2
     assert other.fingerprint() != first.fingerprint()
     assert everything(build(data)) == everything(first)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keep_reasoning": True},
+        {"loss_on_empty_think": False},
+        {"split_special_tokens": True},
+        {"chat_template_kwargs": '{"enable_thinking": true}'},
+    ],
+)
+def test_what_may_change_tokens_has_a_place_of_its_own(data, changes):
+    build(data)
+    build(data, **changes)
+    assert len(folders(data)) == 2
+
+
+def test_a_templates_text_and_not_its_file_names_the_place(data, tmp_path):
+    first, second = tmp_path / "a.jinja", tmp_path / "b.jinja"
+    for path in (first, second):
+        path.write_text(toys.CHATML)
+        build(data, chat_template=str(path))
+    assert len(folders(data)) == 1
+    second.write_text(toys.LLAMA3)
+    build(data, chat_template=str(second))
+    assert len(folders(data)) == 2
 
 
 def test_changed_data_is_tokenized_again(data):

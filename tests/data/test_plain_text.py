@@ -139,7 +139,8 @@ def test_the_table_counts_records_with_special_tokens(tmp_path):
     path.write_text("\n".join(json.dumps({"prompt": asked, "completion": said}) for asked, said in contents))
     dataset = build(path, BYTES)
     assert dataset.statistics().notes.special_tokens == 2
-    assert "2 records have special tokens in their text" in str(dataset.statistics())
+    assert "records with special tokens in their text" in str(dataset.statistics())
+    assert "(--split-special-tokens keeps them text): 2" in str(dataset.statistics())
     split = build(path, BYTES, split_special_tokens=True)
     assert "special tokens" not in str(split.statistics())
     ids = special_ids(BYTES)

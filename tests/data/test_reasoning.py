@@ -201,7 +201,8 @@ def rows_of(dataset: TokenizedDataset) -> list[str]:
 def test_the_table_counts_turns_that_are_no_labels(traces):
     statistics = build(traces, templates.QWEN3.tokenizer()).statistics()
     assert (statistics.records, statistics.notes.without_reasoning) == (4, 3)
-    assert "3 assistant turns are no labels: the chat template drops their reasoning" in str(statistics)
+    assert "assistant turns that are no labels, as the chat template drops their reasoning" in str(statistics)
+    assert "(--keep-reasoning trains on them): 3" in str(statistics)
     assert "no labels" not in str(build(traces, templates.CHATML.tokenizer()).statistics())
 
 
@@ -209,7 +210,7 @@ def test_sequences_of_a_record_share_its_place(traces):
     dataset = build(traces, templates.QWEN3.tokenizer(), keep_reasoning=True)
     assert rows_of(dataset) == ["1", "1", "2", "3", "4", "4", "4"]
     assert dataset.statistics().notes.extra_sequences == 3
-    assert "3 sequences come on top of the records" in str(dataset.statistics())
+    assert "need their own to keep their reasoning: 3" in str(dataset.statistics())
     # Again, from the cache, and without the flag from another folder of it.
     assert rows_of(build(traces, templates.QWEN3.tokenizer(), keep_reasoning=True)) == rows_of(dataset)
     assert len(build(traces, templates.QWEN3.tokenizer())) == 4

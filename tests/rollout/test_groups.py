@@ -48,3 +48,15 @@ def test_empty_answers_are_left_out():
     assert [record["messages"][1]["content"] for record in records] == ["Yes."]
     assert tally.left_out == {"empty or refused by the chat template": 1}
     assert records[0]["advantage"] == pytest.approx(0.5 / (0.5**0.5 + 1e-6))  # of 0 and 1: the empty one counts
+
+
+def test_a_record_keeps_the_variables_that_its_prompt_was_asked_with():
+    answer = answer_of("Yes.", toys.CHATML, ["Yes.", "<|im_end|>"])
+    prompt = Prompt(
+        messages=({"role": "user", "content": "Hi?"},), answer="Yes.", source="toy:1", template_kwargs={"level": 2}
+    )
+    renderer = ChatRenderer(toys.byte_tokenizer("{{ level }}" + toys.CHATML), "last")
+    records = GroupRecords(verifier=ExactVerifier(), renderer=renderer, advantage="grpo", keep_flat_groups=True)
+    (row,) = records.of(prompt, [answer])
+    assert row["chat_template_kwargs"] == {"level": 2}
+    assert renderer.render_prompt(prompt.messages, prompt.template_kwargs).startswith("2<|im_start|>")
