@@ -103,14 +103,22 @@ class TokenizedSource:
         return len(places) - int((places[1:] == places[:-1]).sum())
 
     def location(self, record: int) -> str:
-        """`path:N` of a record."""
+        """`path:N` of a record. Raises DamagedCacheError where there is no such file."""
+        if not 0 <= self.index[record]["file"] < len(self.file_names):
+            raise DamagedCacheError(f"{self.folder} is damaged at record {record}; delete it and start again")
         return f"{self.file_names[self.index[record]['file']]}:{self.index[record]['row']}"
 
     def bad_records(self) -> Iterator[BadRecord]:
-        """The rows that are no record, in order."""
-        if self.folder is not None:
-            with (self.folder / "bad.jsonl").open() as file:
-                yield from (BadRecord(**json.loads(line)) for line in file)
+        """The rows that are no record, in order. Raises UserError where the file of them is not as written."""
+        if self.folder is None:
+            return
+        path = self.folder / "bad.jsonl"
+        try:
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    yield BadRecord(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete {self.folder} and start again") from None
 
 
 class DataCache:
