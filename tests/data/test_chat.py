@@ -15,28 +15,10 @@ from megatron_psft.data.messages import RecordError
 from megatron_psft.data.records import Record
 from megatron_psft.errors import UserError
 from tests.data import toys
-from tests.data.toys import byte_tokenizer, conversation, label_texts
+from tests.data.toys import byte_tokenizer, calling, conversation, label_texts
 
 TWO_TURNS = conversation("Hi?", "Yes.", "Why?", "So.")
 THOUGHTS = conversation("Hi?", "<think>\nA\n</think>\n\nYes.", "Why?", "<think>\nB\n</think>\n\nSo.")
-
-ADD: dict = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
-SCHEMA: dict = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
-
-
-def calling(content: str = "", **last: str) -> Record:
-    """A user asks, the assistant calls a tool, the tool answers, the assistant concludes."""
-    return Record(
-        messages=(
-            {"role": "user", "content": "Hi?"},
-            {"role": "assistant", "content": content, "tool_calls": [ADD]},
-            {"role": "tool", "content": "2"},
-            {"role": "assistant", "content": "So 2.", **last},
-        ),
-        tools=(SCHEMA,),
-        source="toy:1",
-    )
-
 
 # Blanks that a template trims, blanks that a prompt ends in, and characters of several bytes.
 contents = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0<"), min_size=1).filter(str.strip)

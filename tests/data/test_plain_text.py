@@ -13,8 +13,7 @@ from megatron_psft.data.messages import RecordError
 from megatron_psft.data.records import Record
 from tests.data import templates, toys
 from tests.data.cached import build
-from tests.data.test_chat import calling
-from tests.data.toys import byte_tokenizer, conversation, label_texts_of
+from tests.data.toys import byte_tokenizer, calling, conversation, label_texts_of
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

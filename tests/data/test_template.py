@@ -10,8 +10,7 @@ from megatron_psft.data.records import Record
 from megatron_psft.data.template import read_template
 from megatron_psft.errors import UserError
 from tests.data import templates, toys
-from tests.data.test_chat import calling
-from tests.data.toys import byte_tokenizer, conversation, label_texts, label_texts_of
+from tests.data.toys import byte_tokenizer, calling, conversation, label_texts, label_texts_of
 
 SWITCHED = "{% if enable_thinking %}<think>{% endif %}{{ greeting }}" + toys.CHATML
 

@@ -113,6 +113,24 @@ def conversation(*contents: str, system: str | None = None) -> Record:
     return Record(messages=tuple(messages), source="toy:1")
 
 
+ADD: dict = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+SCHEMA: dict = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
+
+
+def calling(content: str = "", **last: str) -> Record:
+    """A user asks, the assistant calls a tool, the tool answers, the assistant concludes."""
+    return Record(
+        messages=(
+            {"role": "user", "content": "Hi?"},
+            {"role": "assistant", "content": content, "tool_calls": [ADD]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "So 2.", **last},
+        ),
+        tools=(SCHEMA,),
+        source="toy:1",
+    )
+
+
 def label_texts(record: Record, tokenizer: PreTrainedTokenizerFast, loss_on: LossOn = "assistant") -> list[str]:
     """The decoded runs of label tokens."""
     return label_texts_of(render_record(record, tokenizer, loss_on), tokenizer)
