@@ -59,6 +59,7 @@ def test_ranks_count_through_tensor_then_context_then_data_then_pipeline(
             "expert_tensor_rank": tensor_rank,
             "expert_tensor_size": tensor_size,
             "expert_data_rank": data_rank * context_size + context_rank,
+            "expert_data_size": data_size * context_size,
             "device": torch.device("cpu"),
         }
         is_first, is_last = pipeline_rank == 0, pipeline_rank == pipeline_size - 1
@@ -83,7 +84,8 @@ def test_experts_have_a_grid_of_their_own(pool, expert_tensor_size, expected):
     places = [place for place, _ in pool.run(_place, 4, config, 4)]
     ranks = [(place["expert_rank"], place["expert_tensor_rank"], place["expert_data_rank"]) for place in places]
     assert ranks == expected
-    assert {(place["expert_size"], place["expert_tensor_size"]) for place in places} == {(2, expert_tensor_size or 2)}
+    sizes = {(place["expert_size"], place["expert_tensor_size"], place["expert_data_size"]) for place in places}
+    assert sizes == {(2, expert_tensor_size or 2, 2 // (expert_tensor_size or 2))}
 
 
 def test_interleaving_says_how_many_chunks_a_rank_has(pool):
