@@ -9,7 +9,7 @@ from megatron_psft.errors import UserError, nearest_name_hint
 PathText = Annotated[str, "path"]
 """Type of a field that holds a path, or what may be one, such as a hub ID; `expand_path` is applied to it."""
 
-_VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^{}]*)\})")
+_VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^{}]*)\}|(\{))")
 
 
 def expand_path(field: str, text: str) -> str:
@@ -19,7 +19,9 @@ def expand_path(field: str, text: str) -> str:
     """
 
     def value_of(match: re.Match[str]) -> str:
-        escaped, *names = match.groups()
+        escaped, *names, unclosed = match.groups()
+        if unclosed:
+            raise UserError(f"{field} ({text}) has a ${{ without its }}; close it, or write $$ for a $ in a name")
         name = next((name for name in names if name is not None), "")
         if escaped:
             return "$"

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -230,7 +231,9 @@ def _select_usable(source: TokenizedSource, *, seq_length: int, overlong: str) -
     lengths = np.where(is_long, seq_length, lengths)
     is_dropped = is_long & (overlong == "drop")
     has_no_label = ~is_dropped & (source.index["first_label"] >= lengths)
-    dropped = Counter({f"bad: {reason}": count for reason, count in source.bad_counts.items()})
+    dropped = Counter[str]()
+    for reason, count in source.bad_counts.items():  # whole in the report of bad records, with the way on
+        dropped[f"bad: {re.split('[:;?]', reason)[0]}"] += count
     dropped["over-long"] = int(is_dropped.sum())
     dropped["without a label in seq_length"] = int(has_no_label.sum())
     dropped = Counter({reason: count for reason, count in dropped.items() if count})

@@ -14,6 +14,8 @@ from megatron_psft.errors import nearest_name_hint
 
 DEFAULT_PROMPT_KEY = "prompt"
 DEFAULT_COMPLETION_KEY = "completion"
+_UNREAD_TEXTS = ("context", "passage", "document")
+"""Columns of which a question may be about; a format without a place for them would drop them."""
 _PAPER_COMPLETION_KEYS = ("demonstration", "demostration")
 """Columns of the paper's Parquet files; its script writes the first spelling and its trainer reads the second."""
 
@@ -104,7 +106,7 @@ def _refuse_keys(row: Mapping[str, object], format: Format, used: set[str]) -> N
     for key, value in row.items():
         if key in used or is_empty(value):
             continue
-        if key in format.refused and isinstance(value, str):
+        if key.lower() in format.refused and isinstance(value, str):
             problems[key] = refused_beside(key, format.name)
         elif key not in _FORMAT_KEYS and (problem := row_key_problem(key, value, format.optional)) is not None:
             problems[key] = problem
@@ -198,7 +200,7 @@ RECORD_FORMATS = (
     Format(
         name="prompt and completion",
         keys=("prompt", "completion"),
-        refused=("input", "context"),
+        refused=("input", *_UNREAD_TEXTS),
         parse=_parse_prompt_and_completion,
         example='{"prompt": "2+2?", "completion": "4"}',
     ),
@@ -206,7 +208,7 @@ RECORD_FORMATS = (
         name="Alpaca",
         keys=("instruction", "output"),
         optional=("input",),
-        refused=("context",),
+        refused=_UNREAD_TEXTS,
         parse=_parse_alpaca,
         example='{"instruction": "Add", "input": "2 and 2", "output": "4"}',
     ),
@@ -217,7 +219,7 @@ PAIR_FORMATS = (
     Format(
         name="prompt",
         keys=("prompt", "chosen", "rejected"),
-        refused=("input", "context"),
+        refused=("input", *_UNREAD_TEXTS),
         parse=_parse_prompt,
         example='{"prompt": "2+2?", "chosen": "4", "rejected": "5"}',
     ),
@@ -237,7 +239,7 @@ PAIR_FORMATS = (
         name="Alpaca",
         keys=("instruction", "chosen", "rejected"),
         optional=("input",),
-        refused=("context",),
+        refused=_UNREAD_TEXTS,
         parse=_parse_instruction,
         example='{"instruction": "Add", "input": "2 and 2", "chosen": "4", "rejected": "5"}',
     ),

@@ -47,7 +47,7 @@ ROW_REFUSED = (
     KeyGroup(("history",), "give earlier turns as messages"),
     KeyGroup(("documents",), "write them into the messages"),
     KeyGroup(
-        (*REASONING_KEYS, "thoughts", "think"),
+        (*REASONING_KEYS, "thoughts", "think", "cot", "chain_of_thought", "rationale"),
         "give reasoning as reasoning_content of the assistant's message, a switch as enable_thinking",
     ),
     KeyGroup(
@@ -184,7 +184,9 @@ def refused_beside(key: str, format_name: str) -> str:
 
 
 def _find(key: str, groups: Iterable[KeyGroup]) -> str | None:
-    return next((group.text for group in groups if key.lower() in group.names), None)
+    """The text of the group that `key` is in, be it in capitals, camelCase, or the plural of a name."""
+    name = "_".join(_words(key))
+    return next((group.text for group in groups if {name, name.removesuffix("s")} & {*group.names}), None)
 
 
 def _refusal(where: str, key: str, why: str) -> str:

@@ -143,6 +143,8 @@ def parse_message(value: object, where: str) -> Turn:
     """One checked message; `where` names it in errors. Raises RecordError."""
     if not isinstance(value, dict):
         raise RecordError("wrong type", f"{where} is {type(value).__name__}, not an object")
+    if not (is_empty(value.get("from")) or is_empty(value.get("role"))):
+        raise RecordError("message with both from and role: keep one form", where)
     is_sharegpt = "from" in value and "role" not in value
     role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
     given_role, content = value.get(role_key), value.get(content_key)
@@ -201,6 +203,9 @@ def _parse_part(part: object, where: str) -> str:
     text = part.get("text")
     if not isinstance(text, str):
         raise wrong_type(f"{where}.text", text)
+    # What a message may say of itself, it cannot say of a part: it would be read of the whole, or not at all.
+    if said := sorted(key for key in _KEYS & part.keys() if not is_empty(part[key])):
+        raise RecordError(f"content part with {said[0]}, which is a key of messages: give the part a message", where)
     _refuse_unknown(part, ("type", "text"), where)
     return text
 

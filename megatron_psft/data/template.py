@@ -7,6 +7,7 @@ probes find is remembered for each template and set of variables.
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +16,7 @@ from jinja2 import TemplateError
 
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.records import Record
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, nearest_name_hint
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and the caller has the tokenizer already
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,14 @@ _ASKED: Message = {"role": "user", "content": "?"}
 _ANSWERED: Message = {"role": "assistant", "content": "!"}
 _TOOL: dict[str, Any] = {"type": "function", "function": {"name": SENTINEL, "description": "", "parameters": {}}}
 _CALL_ID = "000000000"  # Mistral's templates want nine letters or digits
+
+
+_WORD = re.compile(r"[A-Za-z_]\w*")
+
+
+def _reader_of(name: str) -> Callable[[str], object]:
+    """What finds a variable in the text of a template."""
+    return re.compile(rf"\b{re.escape(name)}\b").search
 
 
 def read_template(path: str) -> str:
@@ -100,6 +109,11 @@ class ChatTemplates:
             raise UserError(
                 f"chat_template_kwargs must not have {', '.join(taken)}, which rendering sets itself; remove it"
             )
+        if unread := sorted(name for name in variables or {} if not any(map(_reader_of(name), texts.values()))):
+            raise UserError(
+                f"chat_template_kwargs must name variables of the chat template, which reads no {unread[0]}"
+                f"{nearest_name_hint(unread[0], set(_WORD.findall(' '.join(texts.values()))))}; fix or remove it"
+            )
         self._tokenizer = tokenizer
         self._texts = texts
         self._variables = dict(variables or {})
@@ -113,6 +127,8 @@ class ChatTemplates:
         if key not in self._bound:
             if taken := reserved_variables(self._tokenizer, variables):
                 raise RecordError("chat_template_kwargs with names that rendering sets itself", ", ".join(taken))
+            if unread := sorted(key for key in variables if not _reader_of(key)(self._texts[name])):
+                raise RecordError(f"the chat template reads no variable {unread[0]:.40}")
             if len(self._bound) >= _MOST_VARIANTS:
                 self._bound.clear()
             together = {**self._variables, **variables}

@@ -88,6 +88,7 @@ def test_other_names_stay_as_they_are(text):
         ("a/${NOT_SET}", "NOT_SET, which is not set"),
         ("$EMPTY/a", "EMPTY, which is empty"),
         ("${EMPTY:-b}/a", "environment variable EMPTY:-b, which is not set"),
+        ("${HOME/b", r"save \(\$\{HOME/b\) has a \$\{ without its \}; close it"),
         ("${}/a", "environment variable {}, which is not set"),
         ("$HOM_E/a", "HOM_E, which is not set; did you mean HOME?"),
         ("~nobody-of-this-name/a", "begins with ~nobody-of-this-name, which is nobody's home here; write ./~nobody-of"),

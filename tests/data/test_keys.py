@@ -7,7 +7,7 @@ import pytest
 
 from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data import keys
-from megatron_psft.data.dataset import build_dataset
+from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import PAIR_FORMATS, RECORD_FORMATS, RecordKeys
 from megatron_psft.data.pairs import Pair, parse_pair
@@ -90,6 +90,9 @@ def test_a_tool_s_turn_keeps_its_name_and_the_call_it_answers():
         ("loss_mask", [0, 0, 0, 1], "is not supported: give weight 0"),
         ("weight", 0, "is not supported: advantage weighs a record"),
         ("train", False, "is not supported"),
+        ("sample_weights", 0.2, "is not supported: advantage weighs a record"),
+        ("lossWeights", 0, "is not supported: advantage weighs a record"),
+        ("Rationale", "2 and 2.", "is not supported: give reasoning as reasoning_content"),
         ("systemPrompt", "Be brief.", "is not known; did you mean system_prompt?"),
         ("systemm", "Be brief.", "is not known; did you mean system?"),
         ("system_instruction", "Be brief.", "is not known; did you mean system?"),
@@ -124,6 +127,8 @@ def test_a_row_key_that_may_change_what_is_learned_is_refused_and_can_be_ignored
         ({"instruction": "Add", "output": "4", "inputs": "2 and 2"}, {}, "inputs"),
         ({"instruction": "Add", "output": "4", "Input": "2 and 2"}, {}, "Input"),
         ({"instruction": "Add", "output": "4", "context": "2 and 2"}, {}, "context"),
+        ({"prompt": "Add", "completion": "4", "Context": "2 and 2"}, {}, "Context"),
+        ({"prompt": "Add", "completion": "4", "passage": "2 and 2"}, {}, "passage"),
         (
             {"instruction": "Add", "output": "4", "input": "2 and 2"},
             {"prompt": "instruction", "completion": "output"},
@@ -313,13 +318,16 @@ def test_the_report_counts_records_once_per_key_and_the_flag_is_the_way_on(tmp_p
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-    def build(**settings: object) -> int:
+    def build(**settings: object) -> TokenizedDataset:
         config = DataConfig(data=(str(path),), data_cache_dir=str(tmp_path / "cache"), **settings)
-        return len(build_dataset(config.data, byte_tokenizer(toys.CHATML), config, seed=0, show_progress=False))
+        return build_dataset(config.data, byte_tokenizer(toys.CHATML), config, seed=0, show_progress=False)
 
     with pytest.raises(UserError, match="no usable record") as error:
         build()
     assert "  2 x message key zzz is not known; --ignore-keys zzz trains without it\n" in str(error.value)
     assert str(error.value).endswith("  1 x message key yyy is not known; --ignore-keys yyy trains without it")
-    assert build(ignore_keys=("zzz",), skip_bad_records=True) == 2
-    assert build(ignore_keys=("zzz", "yyy")) == 3
+    assert len(build(ignore_keys=("zzz",), skip_bad_records=True)) == 2
+    assert build(ignore_keys=("zzz",), skip_bad_records=True).statistics().dropped == {
+        "bad: message key yyy is not known": 1
+    }
+    assert len(build(ignore_keys=("zzz", "yyy"))) == 3

@@ -30,6 +30,7 @@ def test_parts_of_text_are_joined(form):
         ({"type": "thinking", "thinking": "Hm."}, "content part of type 'thinking' is not supported"),
         ({"text": "a"}, "content part of type None is not supported"),
         ({"type": "text", "text": "a", "image": "a.png"}, "message key image is not supported"),
+        ({"type": "text", "text": "a", "weight": 0}, "content part with weight, which is a key of messages"),
         ("a", "wrong type"),
         ({"type": "text", "text": "a\0"}, "NUL character"),
     ],
@@ -48,6 +49,11 @@ def test_keys_of_parts_can_be_ignored_and_those_of_calls_stay():
     record = good(row, ignored=("style", "name"))
     assert record.messages[1]["tool_calls"][0]["function"]["name"] == "f"
     assert record.messages[2:] == ({"role": "tool", "content": "4"}, RIGHT)
+
+
+def test_a_message_in_two_forms_is_refused():
+    both = {"from": "human", "value": "2+2?", "role": "user", "content": "3+3?"}
+    assert reason({"messages": [both, RIGHT]}) == "message with both from and role: keep one form"
 
 
 def test_no_parts_are_no_content():

@@ -53,6 +53,15 @@ def test_variables_that_rendering_sets_are_refused(name):
         text_of(conversation("Hi?", "Yes."), SWITCHED, template_kwargs={name: True})
 
 
+def test_a_variable_that_the_template_does_not_read_is_refused():
+    with pytest.raises(RecordError, match="the chat template reads no variable enable_thinkin"):
+        text_of(with_variables(enable_thinkin=True), SWITCHED)
+    with pytest.raises(RecordError, match="the chat template reads no variable enable_thinking"):
+        text_of(with_variables(enable_thinking=True), toys.CHATML)
+    with pytest.raises(UserError, match=r"reads no enable_thinkin; did you mean enable_thinking\?"):
+        text_of(conversation("Hi?", "Yes."), SWITCHED, template_kwargs={"enable_thinkin": False})
+
+
 def test_a_template_can_be_given_in_place_of_the_tokenizers():
     given = toys.CHATML.replace("<|im_start|>", "<|start|>")
     assert text_of(conversation("Hi?", "Yes."), toys.CHATML, chat_template=given).startswith("<|start|>user")
