@@ -1,5 +1,6 @@
 """What the old policy has said of a window's labels, on disk beside Bridge's checkpoints."""
 
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -64,8 +65,14 @@ class WindowFiles:
             raise UserError(
                 f"checkpoint.load ({load}) is within a window of the old policy, and has no {path}; {remedy}"
             )
-        saved = torch.load(path, weights_only=True)
-        window = _window_in(saved)
+        try:
+            saved = torch.load(path, weights_only=True)
+            window = _window_in(saved)
+        except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, EOFError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{path} is not as a run writes it, and nothing of it was run: {reason}; {remedy}"
+            ) from None
         if saved["layout"] != self.layout or step not in window.log_probs:
             raise UserError(
                 f"checkpoint.load ({load}) is within a window of the old policy that was scored with another number of "

@@ -1,10 +1,13 @@
 """What is left of a window when a run resumes within it."""
 
+import pickle
+
 import pytest
 import torch
 
 from megatron_psft.errors import UserError
 from tests.nemo.bridge import needs_bridge
+from tests.support.reducers import Reducer, torch_saved
 
 pytestmark = needs_bridge
 
@@ -47,6 +50,16 @@ def test_a_window_that_version_0_1_wrote_is_read(tmp_path):
     assert [part.tolist() for part in left.log_probs[11]] == [[-1.0, -2.0]]
     assert [part.tolist() for part in left.label_ids[11]] == [[7, 16_777_215]]
     assert left.label_ids[11][0].dtype == torch.int32
+
+
+def test_nothing_in_a_window_s_file_is_run(tmp_path):
+    files().write(tmp_path, 8, window(8))
+    (path,) = tmp_path.rglob("rank_*.pt")
+    for planted in (torch_saved(Reducer(tmp_path / "marker")), pickle.dumps(Reducer(tmp_path / "marker")), b"", b"PK"):
+        path.write_bytes(planted)
+        with pytest.raises(UserError, match=rf"{path} is not as a run writes it"):
+            files().read(tmp_path, 10)
+    assert not (tmp_path / "marker").exists()
 
 
 def test_windows_of_checkpoints_are_kept_and_no_others(tmp_path):

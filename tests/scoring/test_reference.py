@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 from dataclasses import dataclass, replace
@@ -15,14 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from megatron_psft import sealed
 from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.scoring.reference import PROGRESS
-from megatron_psft.scoring.values import VALUES
+from megatron_psft.scoring.values import VALUES, RecordValues
 from tests.support import oracle, tiny
 from tests.support.cli import Exit, run_cli
 from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
 from tests.support.pool import WorkerError
+from tests.support.reducers import Reducer
 from tests.support.runs import CP2, DIST_OPT, TP2_SP
 
 PACKED, SEPARATE = ("--packing",), ("--no-packing",)
@@ -341,3 +344,21 @@ def test_the_reference_of_a_run_that_starts_from_a_checkpoint_is_its_model(pool,
     assert found.scored == 1
     assert found.difference < 1e-5
     assert values_of(tmp_path / "run") != values_of(finished)
+
+
+def test_nothing_in_a_file_of_the_reference_is_run(tmp_path):
+    """Its values are read as floats and all else as JSON, also where the folder's marker vouches for them."""
+    marker, folder = tmp_path / "marker", tmp_path / "reference"
+    planted = pickle.dumps(Reducer(marker))
+    planted += b"\0" * (-len(planted) % 4)
+    staging = sealed.begin(folder)
+    (staging / VALUES).write_bytes(planted)
+    sealed.seal(folder, {"a": 1})
+    assert sealed.first_damage(folder, part=0, parts=1) is None
+    values = RecordValues(folder / VALUES, np.array([len(planted) // 4]))
+    values.open()
+    assert values(0).tobytes() == planted
+    (folder / sealed.MARKER).write_bytes(planted)
+    with pytest.raises(sealed.DamageError):
+        sealed.read_content(folder)
+    assert not marker.exists()
