@@ -77,3 +77,8 @@ def nearest_name_hint(name: str, known: Iterable[str]) -> str:
     """Returns `; did you mean X?` for the known name closest to `name`, or an empty string where none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in a line; one that says nothing is told by its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -28,7 +28,7 @@ from torch.futures import Future
 from megatron_psft.checkpoint.names import rename
 from megatron_psft.distributed.collective import Result, on_every_rank
 from megatron_psft.distributed.megatron_lines import read_with
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, first_line
 
 _METADATA_CLASSES = {
     "torch": {"Size"},
@@ -249,5 +249,5 @@ def _explained(path: Path, part: str | None = None) -> Iterator[None]:
                 f"{place} must hold nothing but data, and {what}, which could run code; nothing of it was run; do not "
                 "use what you do not know the origin of"
             ) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{place} is not as it is written by a run: {reason}; use another checkpoint") from error

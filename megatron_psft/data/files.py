@@ -18,7 +18,7 @@ from typing import BinaryIO, Protocol, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, first_line
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer JSON line is a bad record: it would be some 16 million tokens, and a file without line ends fills memory."""
@@ -296,11 +296,6 @@ def _read_parquet(path: Path) -> Iterator[Chunk]:
                 first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data ({path}) cannot be read as Parquet: {first_line(error)}; write it again") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says, in one line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Chunk]]] = {

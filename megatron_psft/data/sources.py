@@ -19,12 +19,11 @@ from megatron_psft.data.files import (
     check_readable,
     dataset_source,
     file_source,
-    first_line,
     is_known,
     stem_of,
 )
 from megatron_psft.data.splits import SplitUse, choose, kind_of, label_of
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, first_line
 
 _NAMED_FILES = 8
 _SET_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")

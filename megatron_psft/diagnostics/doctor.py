@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, first_line
 from megatron_psft.metrics.provenance import installed_version
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
@@ -181,7 +181,7 @@ def attempt(what: str, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
     try:
         return action(), []
     except Exception as error:  # whatever a library raises on this machine is what is looked for
-        first = next(iter(str(error).strip().splitlines()), "no reason given")
+        first = first_line(error)
         text = f"{what} fails, and so would a run: {type(error).__name__}: {first}"
         return None, [Finding(level="problem", text=text)]
 

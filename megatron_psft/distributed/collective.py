@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_psft import sealed
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.errors import InfrastructureError, RankError, UserError, storage_error
+from megatron_psft.errors import InfrastructureError, RankError, UserError, first_line, storage_error
 
 Result = TypeVar("Result")
 
@@ -99,7 +99,7 @@ def naming_lost_peers(doing: str) -> Iterator[None]:
         collective = _collective_in(error.__traceback__)
         if collective is None:
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RankError(
             f"rank {_own_rank()}: {doing}: {collective} failed, as another rank hangs or is gone; see its output; "
             f"distributed_timeout_minutes says how long to wait: {reason}"

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from megatron_psft.distributed.rendezvous import Meeting
-from megatron_psft.errors import InfrastructureError, UserError
+from megatron_psft.errors import InfrastructureError, UserError, first_line
 
 Device = Literal["auto", "cuda", "cpu"]
 
@@ -65,7 +65,7 @@ def _try_gpu(index: int) -> tuple[str | None, str | None]:
     try:
         torch.ones(1, device=f"cuda:{index}").add_(1).item()
     except RuntimeError as error:
-        return None, f"cuda:{index} does not work: {_first_line(error)}"
+        return None, f"cuda:{index} does not work: {first_line(error)}"
     identity = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     return (None if identity is None else str(identity)), None
 
@@ -203,7 +203,7 @@ def _reason(environment: Mapping[str, str]) -> str:
         torch.cuda.init()
         said = "it sees no GPU"
     except (RuntimeError, AssertionError) as error:
-        said = _first_line(error)
+        said = first_line(error)
     return (
         f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use it ({said}): see what nvidia-smi "
         "says; the driver may be too old for this build, and a container needs its GPUs handed in, as by docker run "
@@ -230,7 +230,3 @@ def _ranks(ranks: Sequence[int]) -> str:
             runs.append([rank])
     texts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(texts)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

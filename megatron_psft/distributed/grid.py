@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.rendezvous import Meeting, meet
-from megatron_psft.errors import RankError
+from megatron_psft.errors import RankError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ def process_group(
                 platform.backend, store=store, rank=meeting.rank, world_size=world_size, timeout=timeout
             )
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise RankError(
                 f"rank {meeting.rank}: the ranks could not be joined; see their output: {reason}"
             ) from error

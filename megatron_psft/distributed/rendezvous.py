@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_psft.errors import RankError
+from megatron_psft.errors import RankError, first_line
 
 _ANSWER_DELAY = timedelta(seconds=30)
 """How much longer a rank waits for the answer than rank 0 waits for what all have to say."""
@@ -85,6 +85,6 @@ def meet(rank: int, world_size: int, timeout_minutes: float = 30.0) -> Meeting:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RankError(f"rank {rank}: the ranks could not meet at {address}; see their output: {reason}") from error
     return Meeting(rank=rank, world_size=world_size, store=dist.PrefixStore("psft", store), timeout=timeout)

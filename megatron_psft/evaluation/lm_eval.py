@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_psft.errors import UserError, nearest_name_hint
+from megatron_psft.errors import UserError, first_line, nearest_name_hint
 from megatron_psft.evaluation.results import Generation, ResultsFolder, TaskResult, estimate_share, normal_estimate
 from megatron_psft.metrics.provenance import installed_version, versions
 from megatron_psft.rollout.sampling import SamplingConfig
@@ -53,7 +53,7 @@ class Harness:
         try:
             tasks = self._manager.load([name])["tasks"]
         except (OSError, ImportError) as error:  # the hub's errors are OSErrors too
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            first = first_line(error)
             raise UserError(f"tasks ({name}) need what could not be loaded: {first}") from None
         if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
             raise UserError(f"tasks ({name}) would run code that the model writes; use lm-eval in a sandbox for it")

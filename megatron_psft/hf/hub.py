@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from megatron_psft.config.paths import PathText
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, first_line
 from megatron_psft.hf.tokenizer import as_its_file
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def model_folder(field: str, name: str, *, with_weights: bool) -> Path:
         patterns = _TEXT_FILES + (_WEIGHT_FILES if with_weights else [])
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{field} ({name}) is no local folder and the hub has no answer for it: {reason}") from None
 
 
@@ -56,7 +56,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer, how = as_its_file(folder, loaded)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"tokenizer ({folder}) must be a folder with a Hugging Face tokenizer: {reason}") from None
     if how is not None:
         log.warning(

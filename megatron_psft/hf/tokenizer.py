@@ -11,7 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, first_line
 
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ def settle_class(folder: Path, wanted: "PreTrainedTokenizerBase", texts: Sequenc
         try:
             found = _difference(wanted, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), texts)
         except (OSError, ValueError) as error:  # as for a class that there is not
-            found = str(error).strip().splitlines()[0]
+            found = first_line(error)
         if found is None:
             return
     raise UserError(

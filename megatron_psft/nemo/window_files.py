@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, first_line
 
 FOLDER = "psft_window"
 _CHECKPOINT = re.compile(r"iter_(\d{7})")
@@ -69,7 +69,7 @@ class WindowFiles:
             saved = torch.load(path, weights_only=True)
             window = _window_in(saved)
         except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, EOFError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"{path} is not as a run writes it, and nothing of it was run: {reason}; {remedy}"
             ) from None

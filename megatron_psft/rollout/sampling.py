@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from megatron_psft.config.flags import require_at_least, require_positive
 from megatron_psft.data.chat import ChatRenderer
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, first_line
 from megatron_psft.progress import Progress, is_on_terminal
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
@@ -194,7 +194,7 @@ class _TransformersEngine:
                 model_folder, dtype="auto", trust_remote_code=False, use_safetensors=True
             )
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"model ({model_folder}) must be a folder with a Hugging Face model: {reason}") from None
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._config = config
