@@ -68,6 +68,7 @@ def train(pool, inputs: Path, save: Path, world_size: int, *flags: str) -> dict:
     return json.loads((save / "clipped_tokens.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_counts_what_its_metrics_call_clipped_and_a_resumed_one_too(pool, inputs, tmp_path):
     """The checkpoint that the second run starts from lies within a window of the old policy."""
     found = train(pool, inputs, tmp_path / "whole", 2, "--save-interval", "3")

@@ -126,6 +126,7 @@ def test_added_rows_compute_what_transformers_computes_with_its_own(tmp_path, ti
     assert torch.equal(embedding[:200], load_file(source / "model.safetensors")["model.embed_tokens.weight"])
 
 
+@pytest.mark.slow
 def test_added_rows_are_trained_resumed_and_exported_in_tensor_parallel_ranks(pool, tmp_path):
     """Some on either rank: Megatron-Core pads to 1024 rows, of which each has 512."""
     source = tiny.build_model(tmp_path / "model", "qwen3", vocab_size=500, num_hidden_layers=1)
@@ -155,6 +156,7 @@ def test_added_rows_are_trained_resumed_and_exported_in_tensor_parallel_ranks(po
         assert (tmp_path / "converted" / name).read_text() == (tmp_path / "whole" / "hf" / name).read_text()
 
 
+@pytest.mark.slow
 def test_every_nth_checkpoint_is_exported_beside_it(pool, tmp_path, model, tokenizer):
     """With the weights of that step, in a pipeline, while checkpoints are written in the background and removed."""
     layout = ("--pipeline-model-parallel-size", "2", "--save-interval", "1", "--lr-decay-style", "constant")

@@ -148,7 +148,7 @@ def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        ("qwen3_moe", "one"),
+        slow("qwen3_moe", "one"),
         ("qwen3_moe", "DP2-EP2"),
         *(slow("qwen3_moe", layout) for layout in SLOW_EXPERT_LAYOUTS),
         slow("mixtral", "one"),
@@ -265,7 +265,7 @@ def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--recompute-granularity", "selective"],
+        slow(["--recompute-granularity", "selective"]),
         slow(["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]),
         slow(["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "2"]),
     ],

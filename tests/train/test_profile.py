@@ -67,6 +67,7 @@ def test_an_error_passes_and_a_later_profile_works(tmp_path):
     assert profiled(tmp_path, range(1, 9), 3, 5)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_a_profile(pool, tmp_path, inputs):
     flags = ("--train-iters", "4")
     train(pool, 1, inputs.argv(tmp_path / "plain", *flags))
