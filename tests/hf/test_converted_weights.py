@@ -17,11 +17,11 @@ from tests.support.converting import (
     converted,
     dtypes_of,
     inputs,
-    metrics_of,
     tensors_of,
     train,
 )
 from tests.support.marks import slow
+from tests.support.runs import metrics_of
 
 __all__ = ["convert", "converted", "inputs"]  # the fixtures
 

@@ -1,6 +1,5 @@
 """What the tests of conversion share: the command, runs, and what folders hold."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,6 @@ from safetensors.torch import load_file
 
 from tests.support import tiny
 from tests.support.cli import Exit, call_main, run_cli
-
-TIMINGS = {"step_seconds", "old_policy_seconds", "tokens_per_second"}
 
 
 def run_convert(argv: Sequence[str]) -> Exit:
@@ -70,12 +67,6 @@ def train(pool, world_size: int, argv: list[str]) -> str:
     results = pool.run(run_cli, world_size, argv)
     assert [result.code for result in results] == [0] * world_size, results[0].err
     return results[0].out + results[0].err
-
-
-def metrics_of(save: Path) -> list[dict[str, float]]:
-    """Every line, without what a clock has said."""
-    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
