@@ -8,12 +8,13 @@ probes find is remembered for each template and set of variables.
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
+from megatron_psft.data.keys import THINKING_KEY
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.records import Record
 from megatron_psft.errors import UserError, nearest_name_hint
@@ -47,12 +48,14 @@ _TOOL: dict[str, Any] = {"type": "function", "function": {"name": SENTINEL, "des
 _CALL_ID = "000000000"  # Mistral's templates want nine letters or digits
 
 
+_NO_THINKING = (THINKING_KEY, False)
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
-def _reader_of(name: str) -> Callable[[str], object]:
-    """What finds a variable in the text of a template."""
-    return re.compile(rf"\b{re.escape(name)}\b").search
+def _unread(variables: Mapping[str, Any], texts: Iterable[str]) -> list[str]:
+    """Which variables no template of `texts` reads. That there is to be no thinking is true where nobody asks."""
+    known = {word for text in texts for word in _WORD.findall(text)}
+    return sorted(name for name, value in variables.items() if name not in known and (name, value) != _NO_THINKING)
 
 
 def read_template(path: str) -> str:
@@ -109,7 +112,7 @@ class ChatTemplates:
             raise UserError(
                 f"chat_template_kwargs must not have {', '.join(taken)}, which rendering sets itself; remove it"
             )
-        if unread := sorted(name for name in variables or {} if not any(map(_reader_of(name), texts.values()))):
+        if unread := _unread(variables or {}, texts.values()):
             raise UserError(
                 f"chat_template_kwargs must name variables of the chat template, which reads no {unread[0]}"
                 f"{nearest_name_hint(unread[0], set(_WORD.findall(' '.join(texts.values()))))}; fix or remove it"
@@ -127,7 +130,7 @@ class ChatTemplates:
         if key not in self._bound:
             if taken := reserved_variables(self._tokenizer, variables):
                 raise RecordError("chat_template_kwargs with names that rendering sets itself", ", ".join(taken))
-            if unread := sorted(key for key in variables if not _reader_of(key)(self._texts[name])):
+            if unread := _unread(variables, [self._texts[name]]):
                 raise RecordError(f"the chat template reads no variable {unread[0]:.40}")
             if len(self._bound) >= _MOST_VARIANTS:
                 self._bound.clear()

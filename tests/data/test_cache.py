@@ -98,7 +98,7 @@ def test_what_changes_tokens_changes_the_place(data, changes, tokenizer):
         {"keep_reasoning": True},
         {"loss_on_empty_think": False},
         {"split_special_tokens": True},
-        {"chat_template_kwargs": '{"enable_thinking": true}'},
+        {"chat_template_kwargs": '{"enable_thinking": false}'},
     ],
 )
 def test_what_may_change_tokens_has_a_place_of_its_own(data, changes):

@@ -58,6 +58,8 @@ def test_a_variable_that_the_template_does_not_read_is_refused():
         text_of(with_variables(enable_thinkin=True), SWITCHED)
     with pytest.raises(RecordError, match="the chat template reads no variable enable_thinking"):
         text_of(with_variables(enable_thinking=True), toys.CHATML)
+    plain = text_of(conversation("Hi?", "Yes."), toys.CHATML)
+    assert text_of(with_variables(enable_thinking=False), toys.CHATML) == plain, "it thinks for nobody"
     with pytest.raises(UserError, match=r"reads no enable_thinkin; did you mean enable_thinking\?"):
         text_of(conversation("Hi?", "Yes."), SWITCHED, template_kwargs={"enable_thinkin": False})
 

@@ -272,7 +272,7 @@ def test_a_mistake_of_one_rank_alone_ends_all(pool, argv, mistaken):
     exits = pool.run(_run_with, 2, argv, {mistaken: ["--lr", "fast"]}, {})
     assert [exit.code for exit in exits] == [2, 2]
     assert exits[0].err.startswith("error: lr ('fast') must be")
-    assert exits[1].err == ""
+    assert "error: " not in exits[1].err
 
 
 def test_ranks_with_different_flags_for_the_device_end_all(pool, argv):
