@@ -77,8 +77,8 @@ class _EarlyEnd(Callback):
         try:
             yield
         except SystemExit as request:
-            state = self._state
-            # Bridge's own question to all ranks needs their group, which it has taken down.
-            if request.code == 0 and state is not None and state.signal_handler._signal_received:
-                raise SystemExit(128 + state.signal_handler.sig) from None
+            # There may be none. Its own question to all ranks needs their group, which Bridge has taken down.
+            handler = None if self._state is None else self._state.signal_handler
+            if request.code == 0 and handler is not None and handler._signal_received:
+                raise SystemExit(128 + handler.sig) from None
             raise

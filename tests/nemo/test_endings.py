@@ -14,7 +14,7 @@ from tests.support.cli import Exit, call_main
 
 pytestmark = needs_bridge
 
-CODES = {"nan": 3, "inf": 3, "peer": 4, "mistake": 2, "signal": 143, "duration": 0, "bug": 1}
+CODES = {"nan": 3, "inf": 3, "peer": 4, "mistake": 2, "signal": 143, "duration": 0, "no handler": 0, "bug": 1}
 
 
 def _end_as_bridge_does(how: str, callbacks) -> None:
@@ -35,6 +35,9 @@ def _end_as_bridge_does(how: str, callbacks) -> None:
         raise UserError("train_iters")
     if how == "bug":
         raise KeyError("missing")
+    if how == "no handler":
+        callbacks[0].on_train_start(SimpleNamespace(state=SimpleNamespace(signal_handler=None)))
+        raise SystemExit(0)
     with DistributedSignalHandler() as handler:
         callbacks[0].on_train_start(SimpleNamespace(state=SimpleNamespace(signal_handler=handler)))
         if how == "signal":
@@ -48,14 +51,17 @@ def _end(how: str, code_file: str) -> Exit:
     from megatron_psft.nemo import train
     from megatron_psft.nemo.config import PsftConfig
 
-    os.environ[FILE_VARIABLE] = code_file
-    train.bridge_finetune = lambda config, forward_step, callbacks: _end_as_bridge_does(how, callbacks)
-    finetune_psft.build_recipe = lambda config: SimpleNamespace(psft=PsftConfig(), model=None)
-    argv = ["--recipe", "qwen3_4b", "--pretrained-checkpoint", "x"]
-    try:
-        return call_main(finetune_psft.main, argv)
-    except RuntimeError as error:
-        return Exit(1, "", repr(error.__cause__))
+    def loop(config, forward_step, callbacks):
+        _end_as_bridge_does(how, callbacks)
+
+    with pytest.MonkeyPatch.context() as patch:  # the process runs other tests after this one
+        patch.setenv(FILE_VARIABLE, code_file)
+        patch.setattr(train, "bridge_finetune", loop)
+        patch.setattr(finetune_psft, "build_recipe", lambda config: SimpleNamespace(psft=PsftConfig(), model=None))
+        try:
+            return call_main(finetune_psft.main, ["--recipe", "qwen3_4b", "--pretrained-checkpoint", "x"])
+        except RuntimeError as error:
+            return Exit(1, "", repr(error.__cause__))
 
 
 @pytest.mark.slow
