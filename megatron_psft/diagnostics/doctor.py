@@ -159,19 +159,18 @@ def check_model(folder: Path) -> list[Finding]:
 def check_tokenizer(folder: Path) -> list[Finding]:
     """Whether other programs make the tokens of a folder that training makes: transformers 5 takes parts of some
     tokenizers, such as one beside a config.json of model_type qwen2, from the family's class and not from the file."""
-    from transformers import AutoTokenizer
-
-    from megatron_psft.hf.tokenizer import as_its_file
+    from megatron_psft.hf import hub
 
     file = folder / "tokenizer.json"
     if not file.is_file():
         return [Finding(level="problem", text=f"{folder} has no tokenizer.json, and so no fast tokenizer")]
-    _, difference = as_its_file(folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    _, difference = hub.read_tokenizer(folder)
     if difference is None:
         return [Finding(level="ok", text=f"transformers makes the tokens of {folder} that its tokenizer.json says")]
     text = (
-        f"transformers makes other tokens of {folder} than its tokenizer.json says: {difference}. Training takes those "
-        "of the file, and an export loads as such everywhere; other programs that load this folder make the others"
+        f"transformers makes other tokens of {folder} than its tokenizer.json says: {difference[1]}. Training takes "
+        "those of the file, and an export loads as such everywhere; other programs that load this folder make the "
+        "others"
     )
     return [Finding(level="warning", text=text)]
 

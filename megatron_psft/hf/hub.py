@@ -47,8 +47,19 @@ def model_folder(field: str, name: str, *, with_weights: bool) -> Path:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a folder, with the tokens that its tokenizer.json says. Raises UserError where there is
-    none."""
+    """Loads the tokenizer of a folder, with the tokens that its tokenizer.json says, and logs where transformers would
+    make others. Raises UserError where there is none."""
+    tokenizer, difference = read_tokenizer(folder)
+    if difference is not None:
+        log.warning(
+            "tokenizer (%s): %s of transformers would not make the tokens of its tokenizer.json, which are used: %s",
+            *(folder, *difference),
+        )
+    return tokenizer
+
+
+def read_tokenizer(folder: Path) -> tuple["PreTrainedTokenizerBase", tuple[str, str] | None]:
+    """As `load_tokenizer`, with transformers' class that would make other tokens and how they differ, if it would."""
     from transformers import AutoTokenizer  # seconds, which a mistaken name does not cost
 
     try:
@@ -58,12 +69,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"tokenizer ({folder}) must be a folder with a Hugging Face tokenizer: {reason}") from None
-    if how is not None:
-        log.warning(
-            "tokenizer (%s): %s of transformers would not make the tokens of its tokenizer.json, which are used: %s",
-            *(folder, type(loaded).__name__, how),
-        )
-    return tokenizer
+    return tokenizer, None if how is None else (type(loaded).__name__, how)
 
 
 @dataclass(frozen=True, kw_only=True)

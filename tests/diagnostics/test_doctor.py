@@ -12,6 +12,7 @@ import torch
 from megatron_psft.diagnostics import doctor
 from megatron_psft.diagnostics.doctor import Finding
 from megatron_psft.distributed import device_choice
+from megatron_psft.errors import UserError
 from megatron_psft.metrics import provenance
 from tests.support import tiny
 
@@ -145,6 +146,13 @@ def test_a_model_that_is_not_supported_and_a_folder_without_tokenizer_are_proble
     assert (not_supported.level, no_tokenizer.level) == ("problem", "problem")
     assert "model_type (bert) is not supported" in not_supported.text
     assert "has no tokenizer.json" in no_tokenizer.text
+
+
+def test_a_broken_tokenizer_is_a_users_mistake(tokenizer, tmp_path):
+    folder = shutil.copytree(tokenizer, tmp_path / "broken")
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="must be a folder with a Hugging Face tokenizer"):
+        doctor.check_tokenizer(folder)
 
 
 def test_what_a_library_raises_is_the_finding():
