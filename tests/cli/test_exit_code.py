@@ -100,12 +100,7 @@ def test_other_commands_have_the_same_codes(capsys):
 @pytest.fixture(scope="module")
 def argv(tmp_path_factory) -> list[str]:
     """Flags of a run of 3 steps, without --save."""
-    folder = tmp_path_factory.mktemp("inputs")
-    model = tiny.build_model(folder / "model", "qwen2", num_hidden_layers=1)
-    tokenizer = tiny.build_tokenizer(folder / "tokenizer")
-    records = tiny.write_records(folder / "records.jsonl", 8)
-    flags = f"--load-hf {model} --tokenizer {tokenizer} --data {records} --train-iters 3 --global-batch-size 4"
-    return flags.split()
+    return [*tiny.run_flags(tmp_path_factory.mktemp("inputs")), "--train-iters", "3"]
 
 
 def _run_and_fail(argv: list[str], code_file: str, how: str, rank: int) -> Exit:

@@ -227,11 +227,7 @@ def test_the_flag_takes_three_values():
 @pytest.fixture(scope="module")
 def argv(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
-    model = tiny.build_model(folder / "model", "qwen2", num_hidden_layers=1)
-    tokenizer = tiny.build_tokenizer(folder / "tokenizer")
-    records = tiny.write_records(folder / "records.jsonl", 8)
-    flags = f"--load-hf {model} --tokenizer {tokenizer} --data {records} --save {folder / 'run'} --train-iters 1"
-    return [*flags.split(), "--global-batch-size", "4"]
+    return [*tiny.run_flags(folder), "--save", str(folder / "run"), "--train-iters", "1"]
 
 
 def _run_beside_a_gpu(argv: list[str], gpu_rank: int) -> tuple[Exit, float]:

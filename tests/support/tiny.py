@@ -218,3 +218,12 @@ def write_records(path: Path, count: int, *, seed: int = 0, max_words: int = 20,
 
 def _sentence(rng: random.Random, max_words: int) -> str:
     return " ".join(rng.choices(WORDS, k=round(max_words ** rng.random())))
+
+
+def run_flags(folder: Path) -> list[str]:
+    """Builds the inputs of the smallest run in `folder`, and returns the flags that name them: all it needs but its
+    length and `--save`."""
+    model = build_model(folder / "model", "qwen2", num_hidden_layers=1)
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    records = write_records(folder / "records.jsonl", 8)
+    return f"--load-hf {model} --tokenizer {tokenizer} --data {records} --global-batch-size 4".split()
