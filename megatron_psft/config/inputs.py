@@ -65,6 +65,11 @@ class WeightsConfig:
         return not self.random_init and self.init_from is None
 
     @property
+    def exports(self) -> bool:
+        """Whether the run writes the model in Hugging Face format, at its end or beside checkpoints."""
+        return self.export_hf is not None or self.export_steps is not None
+
+    @property
     def export_steps(self) -> int | None:
         """Steps between exports beside checkpoints; None without such exports."""
         if self.save_interval is None or self.export_interval is None:

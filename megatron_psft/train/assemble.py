@@ -73,7 +73,7 @@ class Run:
     first_step: int
     """Steps that were completed before, in an earlier process."""
     train_iters: int
-    side_files: SideFiles
+    side_files: SideFiles | None
     export_dtype: torch.dtype
 
 
@@ -139,6 +139,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
 
 def export_model(run: Run, target: Path) -> None:
     """Writes the model as it is; collective. Raises UserError, on all ranks, where `target` cannot be written."""
+    assert run.side_files is not None, "the run was told that it exports"
     run.pipeline.gather_parameters()
     export(
         run.state.chunks,

@@ -43,8 +43,8 @@ class Inputs:
     valid_dataset: TokenizedDataset | None
     tokenizer: PreTrainedTokenizerBase
     train_iters: int
-    side_files: SideFiles
-    """Of an export."""
+    side_files: SideFiles | None
+    """Of an export, if there will be one."""
 
 
 def read_in_turn(config: Config, rank: int, local_rank: int) -> Inputs:
@@ -119,16 +119,12 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     train_iters = config.batch.steps(len(plan))
     assert train_iters is not None
     validate_train_iters(config, train_iters)
-    side_files = side_files_of(
-        config.data,
-        model_folder,
-        tokenizer_folder,
-        tokenizer,
-        dataset,
-        vocab_size=None if shape == own_shape else shape.vocab_size,
-    )
-    if is_main and (config.weights.export_hf is not None or config.weights.export_steps is not None):
-        side_files.check()
+    side_files = None
+    if config.weights.exports:
+        rows = None if shape == own_shape else shape.vocab_size
+        side_files = side_files_of(config.data, model_folder, tokenizer_folder, tokenizer, dataset, vocab_size=rows)
+        if is_main:
+            side_files.check()
     return Inputs(
         model_folder=model_folder,
         shape=shape,
