@@ -190,9 +190,8 @@ class _Held:
         seconds = 1.0
         while not ends.wait(seconds):
             seconds = min(2 * seconds, BEAT_SECONDS)
-            with suppress(
-                OSError
-            ):  # a file server that does not answer now may do so later; nor is what was removed back
+            # A file server that does not answer now may do so later, and what was removed is not there again.
+            with suppress(OSError):
                 if self._is_ours():
                     os.utime(self._path)
                     continue

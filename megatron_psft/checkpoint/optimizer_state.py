@@ -17,7 +17,7 @@ _PLACEMENT = {"fused", *inspect.signature(HybridDeviceOptimizer.__init__).parame
 def sharded_optimizer_state(optimizer: MegatronOptimizer, weights: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """`optimizer.sharded_state_dict(weights, **options)`, which any run can load, whether it offloads or not."""
     for chained in optimizer.chained_optimizers:
-        if isinstance(chained, DistributedOptimizer):
+        if isinstance(chained, DistributedOptimizer):  # which asks itself for this when it makes its sharded state
             chained.sharded_param_state_fully_reshardable = ShardedRows(chained).sharded_state
     state = optimizer.sharded_state_dict(weights, **options)
     for group in _saved_groups(optimizer, state):

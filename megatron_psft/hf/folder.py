@@ -190,7 +190,8 @@ def _is_alone(target: Path, option: str) -> bool:
     """Whether an existing folder has nothing but an earlier export, and may have another name for a moment."""
     if os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK):
         return False
-    return not any(path for path in target.iterdir() if not _is_written(path, _read_manifest(option, target)))
+    manifest = _read_manifest(option, target)
+    return all(_is_written(path, manifest) for path in target.iterdir())
 
 
 def _is_written(path: Path, manifest: _Manifest | None) -> bool:
