@@ -113,9 +113,9 @@ class DataConfig(TemplateConfig):
 
     data: tuple[PathText, ...]
     """Training records: JSON Lines, JSON or Parquet files, folders of them or written by `datasets`, or hub IDs, of
-    which the training split is taken; FOLDER[:SUB-FOLDER][@SPLIT] and ID[:CONFIG][@SPLIT] name another. PATH=F takes F
-    passes over a source per epoch, as 2 or 0.3; a fraction is a random part, drawn once from `seed`. With objective dpo
-    a record is a preference pair of `chosen` and `rejected`."""
+    which the training split is taken; `FOLDER[:SUB-FOLDER][@SPLIT]` and `ID[:CONFIG][@SPLIT]` name another. `PATH=F`
+    takes F passes over a source per epoch, as 2 or 0.3; a fraction is a random part, drawn once from `seed`. With
+    objective dpo a record is a preference pair of `chosen` and `rejected`."""
     valid_data: tuple[PathText, ...] = ()
     """Validation records, as for `data`; of several splits one must be named. Needs `eval_interval`."""
     eval_interval: int | None = None
