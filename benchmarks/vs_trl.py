@@ -128,7 +128,6 @@ def _trl_trainer(spec: dict[str, Any], *, gradient_accumulation_steps: int) -> A
         learning_rate=LR,
         lr_scheduler_type="constant",
         weight_decay=0.1,
-        adam_beta2=0.95,
         max_grad_norm=1.0,
         max_length=spec["seq_length"],
         packing=True,

@@ -35,8 +35,8 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
             names={"train_files": "data", "val_files": "valid_data"},
         ),
         Counterpart(
-            there="`data.train_batch_size=64`, `actor.ppo_mini_batch_size=8`",
-            here="`--global-batch-size 8 --old-policy-interval 8`: k is the quotient",
+            there="`data.train_batch_size=256`, `actor.ppo_mini_batch_size=32`",
+            here="`--global-batch-size 32 --old-policy-interval 8`: k is the quotient",
             names={
                 "train_batch_size": "here global_batch_size and old_policy_interval: k is the quotient",
                 "ppo_mini_batch_size": "global_batch_size",
@@ -49,8 +49,8 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
         ),
         Counterpart(
             there="`actor.optim.lr=1e-6`, `lr_warmup_steps=10`, `weight_decay=0.1`",
-            here="`--lr 1e-6 --lr-warmup-iters 80 --weight-decay 0.1 --lr-decay-style constant`: its schedule steps "
-            "once per window of 8",
+            here="`--lr 1e-6 --lr-warmup-iters 80 --weight-decay 0.1 --lr-decay-style constant`: its schedule is "
+            "constant, and steps once per batch of 256, that is per 8 updates",
             names={"lr_warmup_steps": "lr_warmup_iters"},
         ),
         Counterpart(
@@ -58,10 +58,10 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
             here="`--loss-aggregation token-mean` (the default)",
             names={"loss_agg_mode": "loss_aggregation"},
         ),
-        Counterpart(there="`trainer.total_epochs=25`", here="`--epochs 25`", names={"total_epochs": "epochs"}),
+        Counterpart(there="`trainer.total_epochs=10`", here="`--epochs 10`", names={"total_epochs": "epochs"}),
         Counterpart(
-            there="`data.max_prompt_length + max_response_length`",
-            here="`--seq-length`",
+            there="`data.max_prompt_length=2048`, `max_response_length=6144`",
+            here="`--seq-length 8192`, the sum",
             names={"max_prompt_length": "seq_length", "max_response_length": "seq_length"},
         ),
         Counterpart(

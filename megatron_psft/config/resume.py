@@ -116,6 +116,9 @@ FREE: tuple[str, ...] = (
 )
 """Settings that may change without a word: they leave every number of training as it is."""
 
+_FORMER_DEFAULTS: Settings = {"adam_beta2": 0.95}
+"""Defaults of earlier releases: the same command has another value now."""
+
 _SAME = {name for names in SAME.values() for name in names}
 _MEANING = {name: meaning for meaning, names in TOLD.items() for name in names}
 
@@ -134,7 +137,10 @@ class Change:
         return self.name in _SAME
 
     def __str__(self) -> str:
-        return f"{self.name}: {shown(self.before)} -> {shown(self.now)} ({_MEANING[self.name]})"
+        line = f"{self.name}: {shown(self.before)} -> {shown(self.now)} ({_MEANING[self.name]})"
+        if self.before == _FORMER_DEFAULTS.get(self.name) and self.now == _defaults()[self.name]:
+            line += f"; the default has changed: --{self.name.replace('_', '-')} {self.before} goes on as before"
+        return line
 
 
 def settings_of(config: Config) -> Settings:

@@ -146,7 +146,7 @@ class OptimizerConfig:
     """Decoupled weight decay; 1-D parameters (norms, biases) have none."""
     adam_beta1: float = 0.9
     """Decay per step of Adam's mean of gradients."""
-    adam_beta2: float = 0.95
+    adam_beta2: float = 0.999
     """Decay per step of Adam's mean of squared gradients."""
     adam_eps: float = 1e-8
     """Adam's epsilon, added to the denominator for numerical stability."""

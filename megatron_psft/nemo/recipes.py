@@ -1,5 +1,7 @@
 """Bridge's recipes for full fine-tuning, with the settings of the paper (arXiv 2508.17784).
 
+A batch counts packs where Bridge packs records offline: 32 then are more records than the paper's 32 a step.
+
 A recipe is a function without arguments, as in Bridge; what it returns is overridden field by field. Parallelism,
 precision and data are Bridge's, except where PSFT needs otherwise.
 """
@@ -11,10 +13,11 @@ from megatron.bridge.recipes.qwen.qwen3 import qwen3_4b_sft_config
 from megatron.bridge.recipes.qwen_vl.qwen25_vl import qwen25_vl_7b_sft_config
 from megatron.bridge.training.config import ConfigContainer
 
+from megatron_psft.config.paper import RUNS
 from megatron_psft.config.schema import OptimizerConfig
 from megatron_psft.nemo.config import PsftConfigContainer
 
-_LR_WARMUP_ITERS = 10
+_PAPER = RUNS["psft"]
 
 
 def qwen25_7b_psft_config() -> PsftConfigContainer:
@@ -55,18 +58,20 @@ def psft_recipe(sft: ConfigContainer, tokenizer: str | None = None) -> PsftConfi
         sft: what `megatron.bridge.recipes` returns for full fine-tuning.
         tokenizer: hub ID or folder of the tokenizer with the chat template; the recipe's if unset.
     """
-    recipe, adamw = PsftConfigContainer.of(sft), OptimizerConfig()
+    recipe = PsftConfigContainer.of(sft)
     if tokenizer is not None:
         recipe.tokenizer.tokenizer_model = tokenizer
-    for name in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"):
-        setattr(recipe.optimizer, name, getattr(adamw, name))
+    for name in ("lr", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad"):
+        setattr(recipe.optimizer, name, _PAPER[name])
+    for name in ("min_lr", "adam_eps"):
+        setattr(recipe.optimizer, name, getattr(OptimizerConfig(), name))
     scheduler = recipe.scheduler
     # Bridge's schedule has a weight decay of its own, which wins over the optimizer's.
-    scheduler.start_weight_decay = scheduler.end_weight_decay = adamw.weight_decay
-    scheduler.lr_decay_style = adamw.lr_decay_style
-    scheduler.lr_warmup_iters = _LR_WARMUP_ITERS
+    scheduler.start_weight_decay = scheduler.end_weight_decay = _PAPER["weight_decay"]
+    scheduler.lr_decay_style = _PAPER["lr_decay_style"]
+    scheduler.lr_warmup_iters = _PAPER["lr_warmup_iters"]
     scheduler.lr_decay_iters = None  # the length of the run
-    recipe.train.global_batch_size = 64
+    recipe.train.global_batch_size = _PAPER["global_batch_size"]
     recipe.ddp.grad_reduce_in_fp32 = True
     # The auxiliary loss of experts is not clipped: it would go on to move the policy after PSFT has stopped.
     recipe.model.moe_aux_loss_coeff = 0.0

@@ -68,6 +68,21 @@ def test_a_setting_that_an_earlier_release_did_not_have_had_its_default() -> Non
     ]
 
 
+def test_a_run_begun_with_a_default_that_has_changed_is_told_how_to_go_on_as_before() -> None:
+    """As its config.yaml has it; who sets the value by hand reads the plain line."""
+    before = {**settings_of(parse()), "adam_beta2": 0.95}
+    assert settings_of(parse())["adam_beta2"] == 0.999
+    (change,) = changes_since(before, settings_of(parse()))
+    assert not change.is_refused
+    assert str(change) == (
+        "adam_beta2: 0.95 -> 0.999 (counts from the next step on); the default has changed: "
+        "--adam-beta2 0.95 goes on as before"
+    )
+    assert changes_since(before, settings_of(parse("--adam-beta2", "0.95"))) == []
+    (chosen,) = changes_since(before, settings_of(parse("--adam-beta2", "0.9")))
+    assert "default" not in str(chosen)
+
+
 def test_a_setting_of_another_release_alone_is_not_compared() -> None:
     before = {**settings_of(parse()), "of_another_release": 3}
     assert changes_since(before, settings_of(parse())) == []

@@ -58,7 +58,7 @@ def test_field_names_are_unique_over_sections() -> None:
 def test_defaults_are_the_papers() -> None:
     config = parse()
     assert (config.objective.clip_ratio_high, config.objective.old_policy_interval) == (0.28, 8)
-    assert (config.optimizer.adam_beta1, config.optimizer.adam_beta2) == (0.9, 0.95)
+    assert (config.optimizer.adam_beta1, config.optimizer.adam_beta2) == (0.9, 0.999)
     assert (config.optimizer.weight_decay, config.optimizer.clip_grad) == (0.1, 1.0)
 
 

@@ -7,31 +7,27 @@ import sys
 
 import pytest
 
+from megatron_psft.config.paper import RUNS
 from tests.nemo.bridge import needs_bridge
 from tests.nemo.hub import write_hub_cache
 from tests.support.cli import REPOSITORY
 
 pytestmark = [needs_bridge, pytest.mark.slow]
 
+_PSFT = ("objective", "clip_ratio_high", "old_policy_interval", "sft_warmup_iters")
+_OPTIMIZER = ("lr", "adam_beta1", "adam_beta2", "weight_decay", "clip_grad")
 PAPER = {
-    "psft.objective": "psft",
-    "psft.clip_ratio_high": 0.28,
-    "psft.old_policy_interval": 8,
-    "psft.sft_warmup_iters": 0,
+    **{f"psft.{name}": RUNS["psft"][name] for name in _PSFT},
     "psft.fused_head": True,
-    "optimizer.lr": 1e-6,
+    **{f"optimizer.{name}": RUNS["psft"][name] for name in _OPTIMIZER},
     "optimizer.min_lr": 0.0,
-    "optimizer.adam_beta1": 0.9,
-    "optimizer.adam_beta2": 0.95,
     "optimizer.adam_eps": 1e-8,
-    "optimizer.weight_decay": 0.1,
-    "optimizer.clip_grad": 1.0,
-    "scheduler.start_weight_decay": 0.1,
-    "scheduler.end_weight_decay": 0.1,
-    "scheduler.lr_decay_style": "cosine",
+    "scheduler.start_weight_decay": RUNS["psft"]["weight_decay"],
+    "scheduler.end_weight_decay": RUNS["psft"]["weight_decay"],
+    "scheduler.lr_decay_style": RUNS["psft"]["lr_decay_style"],
     "scheduler.lr_decay_iters": None,
-    "scheduler.lr_warmup_iters": 10,
-    "train.global_batch_size": 64,
+    "scheduler.lr_warmup_iters": RUNS["psft"]["lr_warmup_iters"],
+    "train.global_batch_size": RUNS["psft"]["global_batch_size"],
     "model.calculate_per_token_loss": True,
     "model.hidden_dropout": 0.0,
     "model.attention_dropout": 0.0,

@@ -34,7 +34,7 @@ def train(
     clip_ratio_high: float = 0.28,
     old_policy_interval: int | Literal["fixed"] = 8,
     sft_warmup_iters: int = 0,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: tuple[float, float] = (0.9, 0.999),
     adam_eps: float = 1e-8,
     weight_decay: float = 0.1,
     clip_grad: float = 1.0,

@@ -105,7 +105,7 @@ def expected(folder: Path) -> tuple[list[dict[str, float]], torch.nn.Module]:
     """DPO from its formula, all pairs in each step."""
     pairs = pairs_of(folder)
     model, initial = (oracle.load_model(folder / "model") for _ in range(2))
-    optimizer = torch.optim.AdamW(oracle._parameter_groups(model, 0.1), betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(oracle._parameter_groups(model, 0.1), betas=(0.9, 0.999), eps=1e-8)
 
     def sequence_log_probs(of: torch.nn.Module) -> Tensor:
         return torch.stack([torch.stack([oracle.label_statistics(of, *side)[0].sum() for side in p]) for p in pairs])
