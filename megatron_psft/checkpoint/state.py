@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.utils import unwrap_model
 from megatron_psft import sealed
 from megatron_psft.checkpoint import unpickle
 from megatron_psft.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from megatron_psft.checkpoint.replicas import load_by_turns
 from megatron_psft.checkpoint.window import sharded_window, window_state
 from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.grid import Parallel
@@ -48,14 +50,15 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     """Fills `state` from a step folder, and returns the learning rate that the next step would have had by the schedule
     of the run that wrote it; collective."""
     common = unpickle.load_common(checkpoint)
-    content = _sharded_state(state, is_loading=True)
+    others: dict[str, Any] = {}
     steps: list[int] = common["window_steps"]
     if parallel.is_last_stage:
-        content["old_log_probs"] = sharded_window(steps, loader, parallel)
+        others["old_log_probs"] = sharded_window(steps, loader, parallel)
     is_same_layout = sealed.read_content(checkpoint)["layout"] == _layout(parallel)
     if is_same_layout:
-        content["rng"] = _sharded_rng(parallel)
-    loaded = unpickle.load(checkpoint, content)
+        others["rng"] = _sharded_rng(parallel)
+    content = _sharded_state(state, is_loading=True)
+    loaded = load_by_turns(content, parallel, partial(unpickle.load, checkpoint), others=others)
     load_optimizer_state(state.optimizer, loaded["optimizer"])
     planned_lr: float = state.optimizer.param_groups[0]["lr"]
     for name, chunk in _named_chunks(state.chunks).items():
@@ -71,10 +74,11 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
     return planned_lr
 
 
-def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel]) -> None:
+def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel], parallel: Parallel) -> None:
     """Fills a model from any checkpoint's weights, whatever layout and precision these were saved in; collective."""
     models = _named_chunks(chunks)
-    loaded = unpickle.load(checkpoint, {name: sharded_weights(model) for name, model in models.items()})
+    content = {name: sharded_weights(model) for name, model in models.items()}
+    loaded = load_by_turns(content, parallel, partial(unpickle.load, checkpoint))
     log.info("weights from %s", checkpoint)
     for name, model in models.items():
         _fill(model, loaded[name], checkpoint)

@@ -72,6 +72,12 @@ class Parallel:
         """The ranks that share this rank's rows."""
         return parallel_state.get_context_parallel_group()
 
+    def replica_group(self, *, for_experts: bool) -> dist.ProcessGroup:
+        """The ranks with the same part of the model's experts, or of all else of it."""
+        if for_experts:
+            return parallel_state.get_expert_data_parallel_group()
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
 
 def initialize_parallel(
     config: ParallelConfig, *, virtual_size: int | None, seed: int, device: torch.device

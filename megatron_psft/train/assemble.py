@@ -97,7 +97,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     if checkpoint is None:
         fill_parameters(chunks, inputs.weights, shape, parallel)
     elif first_step == WEIGHTS_ONLY_STEP:
-        load_weights(checkpoint, chunks)
+        load_weights(checkpoint, chunks, parallel)
     optimizer = build_optimizer(config, chunks)
     clipped_tokens = None
     if config.logging.log_clipped_tokens is not None:

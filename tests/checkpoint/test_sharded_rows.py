@@ -1,87 +1,81 @@
-"""What each rank of a distributed optimizer holds, writes and reads of a checkpoint: its own share, and little more."""
+"""What each rank holds, writes and reads of a checkpoint: its own share, and little more."""
 
-import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_psft.checkpoint import saver
+from megatron_psft.checkpoint.unpickle import DataReader
+from tests.support import tiny
 from tests.support.cli import run_cli
-from tests.support.runs import DIST_OPT, forget_steps_from, inputs, metrics_of
+from tests.support.runs import DIST_OPT, ONE, forget_steps_from, inputs, metrics_of
 
 __all__ = ["inputs"]  # the fixture
 
-STATE = "optimizer.state."
 FEW_STEPS = ("--train-iters", "3", "--save-interval", "2")
+TP2, EP2 = ("--tensor-model-parallel-size", "2"), ("--expert-model-parallel-size", "2")
 
 
-@pytest.mark.parametrize("flags", [DIST_OPT, (*DIST_OPT, "--tensor-model-parallel-size", "2")], ids=["DP4", "TP2-DP2"])
-def test_a_rank_saves_and_loads_its_own_share_of_the_state(pool, tmp_path, inputs, flags):
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [("qwen3", DIST_OPT), ("qwen3", ONE), ("qwen3", (*DIST_OPT, *TP2)), ("qwen3_moe", (*DIST_OPT, *EP2))],
+    ids=["DP4", "DP4-undistributed", "TP2-DP2", "EP2-DP2"],
+)
+def test_a_rank_holds_writes_and_reads_its_own_share(pool, tmp_path, inputs, family, flags):
     run = tmp_path / "run"
+    if family != "qwen3":
+        inputs = replace(inputs, model=tiny.build_model(tmp_path / "model", family))
     argv = inputs.argv(run, *flags, *FEW_STEPS)
-    saves, _, asks = zip(*pool.run(state_bytes_moved, 4, argv), strict=True)
+    writes, _, asks = zip(*pool.run(bytes_moved, 4, argv), strict=True)
     assert asks == ([True, False],) * 4, "whether the parts make whole tensors is asked once"
-    numbers = [sum(math.prod(shape) for shape in found.values()) for found in whole_shapes(run / "step_0000003")]
-    (whole,) = {4 * number for number in numbers}
-    # Twelve bytes of each parameter, and of those that tensor-parallel ranks hold alike those of one of them.
-    assert sum(saved["written"] for saved in saves) == 3 * whole
-    for saved in saves:
-        assert saved["described"] <= 1.3 * 3 * whole / 4
+    stored = stored_bytes(run / "step_0000003")
+    # Files also have a few hundred bytes around every tensor.
+    assert 0.5 * stored < sum(writes) < stored
+    assert max(writes) <= 1.3 * sum(writes) / 4
     expected = metrics_of(run)
     forget_steps_from(run, 3)
-    for _, loaded, _ in pool.run(state_bytes_moved, 4, argv):
-        assert 0 < loaded["described"] <= 1.3 * 3 * whole / 4
+    for _, read, _ in pool.run(bytes_moved, 4, argv):
+        assert 0 < read <= 1.3 * stored / 4
     assert metrics_of(run) == expected
 
 
-def test_all_ranks_write_about_as_much(pool, tmp_path, inputs):
-    run = tmp_path / "run"
-    pool.run(run_cli, 4, inputs.argv(run, *DIST_OPT, *FEW_STEPS))
-    written: Counter[str] = Counter()
-    for path in (run / "step_0000003").glob("*.distcp"):
-        written[path.name.split("_")[2]] += path.stat().st_size
-    assert len(written) == 4
-    assert max(written.values()) <= 1.3 * sum(written.values()) / 4
+def stored_bytes(checkpoint: Path) -> int:
+    """Of all tensors, as they lie in files."""
+    reader = DataReader(checkpoint)
+    reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
+    return sum(part.length for part in reader.storage_data.values())
 
 
-def whole_shapes(checkpoint: Path) -> list[dict[str, tuple[int, ...]]]:
-    """Of each state of the optimizer: the whole parameters' shapes by name."""
-    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    names = ("param", "exp_avg", "exp_avg_sq")
-    return [
-        {key: value.global_shape for key, value in metadata.items() if key.startswith(f"{STATE}{name}.")}
-        for name in names
-    ]
+def bytes_moved(argv: list[str]) -> tuple[int, int, list[bool]]:
+    """Bytes of the tensors that this rank writes in the last save of a run, which are those that it holds a copy of
+    where there is one; bytes that it reads of the checkpoint that the run goes on from; and whether each save had the
+    parts of all ranks compared."""
+    moved, asks = Counter[str](), []
+    plan, read, save = saver._plan, DataReader.read_data, dist_checkpointing.save
 
+    def planned(*args, **kwargs):
+        request = plan(*args, **kwargs)
+        moved["written"] = sum(tensor.nbytes for *_, (_, pairs) in request.async_fn_args[1] for _, tensor in pairs)
+        return request
 
-def state_bytes_moved(argv: list[str]) -> tuple[dict[str, int], dict[str, int], list[bool]]:
-    """What this rank's last save of a run, and what its load, say of the optimizer's state: bytes that are described,
-    and bytes that it writes. And whether each save had the parts of all ranks compared."""
-    saved, loaded, asks = Counter[str](), Counter[str](), []
+    def reading(self, load_plan, planner):
+        moved["read"] += sum(self.storage_data[index].length for index in {i.storage_index for i in load_plan.items})
+        return read(self, load_plan, planner)
 
-    def counting(inner, moved):
-        def count(content, *args, **kwargs):
-            moved.clear()
-            if moved is saved:
-                asks.append(kwargs["validate_access_integrity"])
-            for value in nested_values(content):
-                if isinstance(value, ShardedTensor) and value.key.startswith(STATE):
-                    size = math.prod(value.local_shape) * value.dtype.itemsize
-                    moved["described"] += size
-                    moved["written"] += size if set(value.replica_id) == {0} else 0
-            return inner(content, *args, **kwargs)
+    def asking(*args, **kwargs):
+        asks.append(kwargs["validate_access_integrity"])
+        return save(*args, **kwargs)
 
-        count.__wrapped__ = inner  # whose signature says which Megatron-Core it is of
-        return count
-
+    asking.__wrapped__ = save  # whose signature says which Megatron-Core it is of
     with (
-        mock.patch.object(dist_checkpointing, "save", counting(dist_checkpointing.save, saved)),
-        mock.patch.object(dist_checkpointing, "load", counting(dist_checkpointing.load, loaded)),
+        mock.patch.object(saver, "_plan", planned),
+        mock.patch.object(DataReader, "read_data", reading),
+        mock.patch.object(dist_checkpointing, "save", asking),
     ):
         done = run_cli(argv)
         assert done.code == 0, done.err
-    return dict(saved), dict(loaded), asks
+    return moved["written"], moved["read"], asks
