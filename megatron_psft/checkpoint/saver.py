@@ -22,6 +22,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
 from megatron_psft.checkpoint.background import BackgroundCalls
+from megatron_psft.checkpoint.host_memory import check_room_for_saving, state_bytes
 from megatron_psft.checkpoint.identity import VERSION, Identity
 from megatron_psft.checkpoint.replicas import share_out
 from megatron_psft.checkpoint.state import (
@@ -41,11 +42,8 @@ from megatron_psft.distributed.megatron_lines import save_options, start_results
 from megatron_psft.distributed.orphans import end_with_parent, forks_end_with_parent
 from megatron_psft.distributed.signals import helpers_outlive_signals
 from megatron_psft.errors import InfrastructureError, RankError, storage_error
-from megatron_psft.model.parameters import own_parameters
 
 log = logging.getLogger(__name__)
-
-_ADAM_BYTES, _MASTER_BYTES = 8, 4  # per parameter: two fp32 moments, and the fp32 copy of a bf16 weight
 
 
 class Saver:
@@ -74,10 +72,14 @@ class Saver:
             parallel: this rank's place.
             keep_last: newest checkpoints to keep; all where None.
             in_background: whether `save` returns at once; `wait_for_copy` has to come before the state changes.
+
+        Raises:
+            UserError: a node has no room in host memory for what its ranks copy there.
         """
         self._folder, self._state = folder, state
         self._identity, self._settings = identity, settings
         self._loader, self._parallel, self._keep_last = loader, parallel, keep_last
+        check_room_for_saving(state, parallel, in_background=in_background)
         with helpers_outlive_signals():
             self._queue = BackgroundCalls() if in_background else None
         self._sealer = ThreadPoolExecutor(max_workers=1)  # of rank 0
@@ -159,9 +161,9 @@ class Saver:
 
     def _state_bytes(self) -> int:
         """About what a checkpoint takes, over all ranks."""
-        kept = own_parameters(self._state.chunks, self._parallel).values()
-        own = sum(p.numel() * (p.itemsize + _ADAM_BYTES + _MASTER_BYTES * (p.dtype != torch.float32)) for p in kept)
-        total = torch.tensor(own, device=self._parallel.device)
+        total = torch.tensor(
+            state_bytes(self._state, self._parallel), dtype=torch.float64, device=self._parallel.device
+        )
         dist.all_reduce(total)
         return int(total)
 

@@ -97,7 +97,7 @@ def plan(config: PlanConfig) -> int:
     fits = planned.peak.total <= room
     print("\n".join([*_layout_lines(planned), "", *_memory_lines(planned, planned.peak)]))
     print(f"of {cluster.gpu_memory_gib:g} GiB, {cluster.reserve_gib:g} kept free: {'fits' if fits else 'does not fit'}")
-    print("\n".join(["", *_cost_lines(planned), _saving_line(planned, cluster.gpus_per_node)]))
+    print("\n".join(["", *_cost_lines(planned), saving_line(planned, cluster.gpus_per_node)]))
     smallest = smallest_layout(planned, bytes_per_rank=room, ranks_per_node=cluster.gpus_per_node)
     print(f"smallest layout that fits: {_suggestion(smallest)}")
     return 0 if fits else 1
@@ -153,7 +153,8 @@ def _cost_lines(plan: "Plan") -> Iterator[str]:
         yield f"old log-probabilities: {kept * steps:.3g} MiB of host memory per GPU of the last stage ({steps} steps)"
 
 
-def _saving_line(plan: "Plan", gpus_per_node: int) -> str:
+def saving_line(plan: "Plan", gpus_per_node: int) -> str:
+    """What a save writes, and what it takes of host memory."""
     from megatron_psft.diagnostics.plan import GIB
 
     each, writers = plan.saved_bytes / GIB, min(gpus_per_node, plan.world_size)

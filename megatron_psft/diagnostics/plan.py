@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from megatron_psft.checkpoint.host_memory import saved_bytes
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
@@ -164,9 +165,9 @@ class Plan:
     def saved_bytes(self) -> float:
         """What a rank writes of a checkpoint, and so what it copies to host memory: its share of the weights and of the
         optimizer's state, about even over the ranks of a stage; of the stage with most."""
-        has_copies = self.config.precision.bf16 or self.config.parallel.use_distributed_optimizer
-        per_parameter = self._itemsize + FP32 * (3 if has_copies else 2)
-        return max(sum(self._shares(stage)) for stage in range(self.stages)) * per_parameter
+        is_distributed = self.config.parallel.use_distributed_optimizer
+        shares = map(self._shares, range(self.stages))
+        return max(saved_bytes(each, itemsize=self._itemsize, is_distributed=is_distributed) for each in shares)
 
     # Activations
 

@@ -24,23 +24,42 @@ def check_host_memory(bytes_per_rank: int, num_steps: int, parallel: Parallel) -
     Raises:
         UserError: on every rank, where a machine may have less memory left.
     """
-    keepers: list[str | None] = [None] * parallel.world_size
-    dist.all_gather_object(keepers, socket.gethostname() if parallel.is_last_stage else None)
-    needed = bytes_per_rank * keepers.count(socket.gethostname()) / 2**30
     log.info(
         "old policy: log-probabilities of %d steps take at most %.3g GiB of host memory per rank of the last pipeline "
         "stage",
         num_steps,
         bytes_per_rank / 2**30,
     )
+    require_host_memory(
+        bytes_per_rank if parallel.is_last_stage else 0,
+        purpose=f"old_policy_interval: the log-probabilities of {num_steps} steps need",
+        remedy="lower it or global_batch_size, or use more nodes",
+        parallel=parallel,
+    )
+
+
+def require_host_memory(needed_bytes: float, *, purpose: str, remedy: str, parallel: Parallel) -> None:
+    """Compares what the ranks of each node are about to take with what the node has left; collective.
+
+    Args:
+        needed_bytes: of this rank.
+        purpose: how an error begins, which goes on with how much that is.
+        remedy: how it ends.
+        parallel: this rank's place.
+
+    Raises:
+        UserError: on every rank, where a node has less memory left.
+    """
+    host = socket.gethostname()
+    needs: list[tuple[str, float]] = [("", 0.0)] * parallel.world_size
+    dist.all_gather_object(needs, (host, needed_bytes))
+    needed = sum(size for node, size in needs if node == host) / 2**30
 
     def check() -> None:
         available = psutil.virtual_memory().available / 2**30
         if needed > available:
             raise UserError(
-                f"old_policy_interval: the log-probabilities of {num_steps} steps need {needed:.3g} GiB of host memory "
-                f"on {socket.gethostname()}, which has {available:.3g} GiB left; lower it or global_batch_size, or use "
-                "more nodes"
+                f"{purpose} {needed:.3g} GiB of host memory on {host}, which has {available:.3g} GiB left; {remedy}"
             )
 
     on_every_rank(check)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_psft.cli.plan import saving_line
 from megatron_psft.cli.rollout import RolloutConfig
 from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.paper import RUNS
@@ -166,7 +167,11 @@ def test_a_recipe_fits_and_says_how(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_checkpoint_of_a_recipe_fits_the_host(path):
     """A node of eight H100s has a terabyte or two; half of one is left to all else."""
-    assert 8 * plan_of(path).saved_bytes < 512 * GIB
+    line = saving_line(plan_of(path), gpus_per_node=8)
+    said = re.fullmatch(r".* each GPU's process writes ([\d.]+) GiB, copied to ([\d.]+) GiB of a node's .*", line)
+    each, node = map(float, said.groups())
+    assert node == pytest.approx(8 * each, rel=0.01)
+    assert 0 < node < 512
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
