@@ -22,6 +22,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, TemporalAsyncCaller
 from torch import Tensor
 
+from megatron_psft.checkpoint.staging import Staging
 from megatron_psft.distributed.orphans import end_with_parent
 
 _ALIGNMENT_BYTES = 64
@@ -31,9 +32,15 @@ class BackgroundCalls(AsyncCallsQueue):
     """Megatron-Core's queue of writers, which are started from the server. Once started, the server sees no signal that
     its starter blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """Starts what can be started before a first save.
+
+        Args:
+            device: that training computes on.
+        """
         super().__init__()
         self._tensors, self._plan = SharedMemory(), SharedMemory()
+        self._staging = Staging(device) if device.type == "cuda" else None
         # What takes seconds to import is imported once, while training begins.
         multiprocessing.set_forkserver_preload([f"megatron_psft.checkpoint.{name}" for name in ("server", "saver")])
         with _ignored_warnings():
@@ -45,7 +52,7 @@ class BackgroundCalls(AsyncCallsQueue):
             call.async_caller.wait_for_copy()
 
     def _get_async_caller(self) -> "_Caller":
-        return _Caller(self._tensors, self._plan)
+        return _Caller(self._tensors, self._plan, self._staging)
 
 
 class SharedMemory:
@@ -56,8 +63,8 @@ class SharedMemory:
         self._file, self._size = _owned(os.memfd_create("checkpoint")), 0
         self._map: mmap.mmap | None = None
 
-    def copies(self, tensors: Iterable[Tensor]) -> list["SharedTensor"]:
-        """Copies tensors of any device; what was copied before is lost."""
+    def copies(self, tensors: Iterable[Tensor], staging: Staging | None = None) -> list["SharedTensor"]:
+        """Copies tensors, those of a GPU by `staging`; what was copied before is lost."""
         tensors, shared, size = list(tensors), [], 0
         for tensor in tensors:
             shared.append(SharedTensor(offset=size, shape=tensor.shape, dtype=tensor.dtype))
@@ -65,9 +72,13 @@ class SharedMemory:
         if size > self._size:
             self._file.truncate(size)
             self._map, self._size = None, size
+        pairs = [(tensor, self.open(copy)) for copy, tensor in zip(shared, tensors, strict=True)]
+        if staging is not None:
+            staging.copy(pair for pair in pairs if pair[0].is_cuda)
         # In one thread: more would be done sooner, but take time from the pass that goes on meanwhile.
-        for copy, tensor in zip(shared, tensors, strict=True):
-            self.open(copy).copy_(tensor.detach())
+        for tensor, copy in pairs:
+            if staging is None or not tensor.is_cuda:
+                copy.copy_(tensor.detach())
         return shared
 
     def open(self, shared: "SharedTensor") -> Tensor:
@@ -120,22 +131,25 @@ class _Caller(TemporalAsyncCaller):
     """One writer. What it writes is copied in a thread, next to the forward and backward pass, which change none of
     it."""
 
-    def __init__(self, tensors: SharedMemory, plan: SharedMemory) -> None:
+    def __init__(self, tensors: SharedMemory, plan: SharedMemory, staging: Staging | None) -> None:
         super().__init__()
-        self._tensors, self._plan = tensors, plan
+        self._tensors, self._plan, self._staging = tensors, plan, staging
         self._starting: Future[None] | None = None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         if async_req.async_fn is None:  # this rank has nothing to write
             return
         self.start_time = time()
+        if self._staging is not None:
+            self._staging.follow()
         thread = ThreadPoolExecutor(1)
         self._starting = thread.submit(self._start, async_req)
         thread.shutdown(wait=False)
 
     def _start(self, request: AsyncRequest) -> None:
         rank, buckets, results = request.async_fn_args
-        copies = iter(self._tensors.copies(tensor for *_, (_, pairs) in buckets for _, tensor in pairs))
+        tensors = (tensor for *_, (_, pairs) in buckets for _, tensor in pairs)
+        copies = iter(self._tensors.copies(tensors, self._staging))
         buckets = _with_tensors(buckets, lambda _: next(copies))
         # Not as an argument: more than a pipe holds would have us wait until the process has imported the main script.
         pickled = torch.frombuffer(bytearray(pickle.dumps(buckets)), dtype=torch.uint8)

@@ -25,6 +25,7 @@ from megatron_psft.checkpoint.background import BackgroundCalls
 from megatron_psft.checkpoint.host_memory import check_room_for_saving, state_bytes
 from megatron_psft.checkpoint.identity import VERSION, Identity
 from megatron_psft.checkpoint.replicas import share_out
+from megatron_psft.checkpoint.staging import with_own_storage
 from megatron_psft.checkpoint.state import (
     _METADATA,
     TrainState,
@@ -81,7 +82,7 @@ class Saver:
         self._loader, self._parallel, self._keep_last = loader, parallel, keep_last
         check_room_for_saving(state, parallel, in_background=in_background)
         with helpers_outlive_signals():
-            self._queue = BackgroundCalls() if in_background else None
+            self._queue = BackgroundCalls(parallel.device) if in_background else None
         self._sealer = ThreadPoolExecutor(max_workers=1)  # of rank 0
         self._sealing: Future[None] | None = None
         self._target = folder
@@ -256,13 +257,12 @@ def _plan(content: dict[str, Any], staging: Path, *, is_first: bool) -> AsyncReq
 
 def _own_storages(content: dict[str, Any]) -> None:
     """Makes what is part of a tensor on the CPU one of its own, over the same memory: Megatron-Core would copy it, of a
-    gated MLP's weights and moments all, while training waits. Pinned memory, which DLPack takes for CUDA's, stays as it
-    is."""
+    gated MLP's weights and moments all, while training waits."""
     apply_factories(content)  # which divide such weights
     for value in nested_values(content):
         data = value.data if isinstance(value, ShardedTensor) else None
-        if data is not None and data.device.type == "cpu" and not data.is_pinned():
-            value.data = torch.from_dlpack(data.detach())
+        if data is not None and data.device.type == "cpu":
+            value.data = with_own_storage(data.detach())
 
 
 def _write(write: Callable[..., None], staging: Path, rank: int, *args: Any, **kwargs: Any) -> None:
