@@ -7,19 +7,21 @@ interval of the questions' values.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import run_command
 from megatron_psft.config.inputs import TemplateConfig
+from megatron_psft.config.paper import EVALUATION
 from megatron_psft.config.paths import PathText
 from megatron_psft.evaluation.results import results_table
 from megatron_psft.evaluation.tasks import Evaluation, EvaluationSampling, TaskConfig, evaluate
 from megatron_psft.hf.hub import ModelConfig
 
 EXAMPLES = """examples:
-  the paper's maths sets, whose files repeat each question 8 or 32 times, as verl has them:
-    psft evaluate --model runs/first/hf --tasks eval/*.parquet --max-new-tokens 8192 --out results/first
+  the paper's maths sets, as it samples them: 32 answers of up to 10,240 tokens, temperature 0.7, top-p 0.95:
+    psft evaluate --model runs/first/hf --tasks eval/*.parquet --preset paper --out results/first
   GSM8K, 4 answers to each of its first 200 questions:
     psft evaluate --model runs/first/hf --tasks gsm8k/test.jsonl --limit 200 --num-samples 4 \\
         --out results/gsm8k
@@ -39,6 +41,19 @@ class OutputConfig:
     """Folder of results; created, or added to where it holds results of the same model and settings."""
 
 
+PRESETS = {"paper": EVALUATION}
+PresetName = Literal["paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetConfig:
+    """Several settings by one name."""
+
+    preset: PresetName | None = field(default=None, metadata={"presets": PRESETS})
+    """Sampling of maths sets as in published evaluations, where its flags are not given. paper (arXiv 2508.17784):
+    temperature 0.7, top_p 0.95, max_new_tokens 10240, num_samples 32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """The whole command."""
@@ -46,6 +61,7 @@ class EvaluateConfig:
     model: ModelConfig
     tasks: TaskConfig
     template: TemplateConfig
+    preset: PresetConfig
     sampling: EvaluationSampling
     output: OutputConfig
 

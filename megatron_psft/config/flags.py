@@ -1,7 +1,8 @@
 """A tree of dataclasses as command-line flags and as a flat YAML file. Knows no field by name.
 
 The root's fields are sections, and a section's fields are the flags; the string below a field is its help text, which
-text under `help` in the field's metadata continues, or stands for where a field was added to a class.
+text under `help` in the field's metadata continues, or stands for where a field was added to a class. `presets` there
+has, for a value of the field, values of other fields, which whatever is said of these wins over.
 """
 
 import argparse
@@ -110,10 +111,11 @@ def parse_flags(root: type[_Root], argv: Sequence[str], *, prog: str | None = No
         raise UserError(f"unknown argument {name}{hint or nearest_name_hint(name, map(_flag, ['config', *known]))}")
     given = vars(namespace)
     path = given.pop("config")
-    values = {name: field.default for name, field in known.items() if field.default not in (MISSING, None)}
-    values |= {} if path is None else _read_yaml(Path(expand_path("config", path)), known)
+    stated = {} if path is None else _read_yaml(Path(expand_path("config", path)), known)
     for name, text in given.items():
-        values[name] = _convert(known[name], _read_number(known[name], (int, float), text))
+        stated[name] = _convert(known[name], _read_number(known[name], (int, float), text))
+    values = {name: field.default for name, field in known.items() if field.default not in (MISSING, None)}
+    values |= _preset_values(known, stated) | stated
     values = {name: _expand(known[name], value) for name, value in values.items()}
     missing = [_flag(name) for name, field in known.items() if field.default is MISSING and name not in values]
     if missing:
@@ -123,6 +125,14 @@ def parse_flags(root: type[_Root], argv: Sequence[str], *, prog: str | None = No
         for name, section in get_type_hints(root).items()
     }
     return root(**sections)
+
+
+def _preset_values(known: dict[str, Field[Any]], stated: dict[str, Any]) -> dict[str, Any]:
+    """Values of other fields that the value of a stated field stands for, by `presets` in its metadata."""
+    values: dict[str, Any] = {}
+    for name, value in stated.items():
+        values |= known[name].metadata.get("presets", {}).get(value, {})
+    return values
 
 
 def _flag_fields(root: type) -> dict[str, Field[Any]]:

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_psft.cli.evaluate import main
+from megatron_psft.cli.evaluate import EvaluateConfig, main
+from megatron_psft.config.flags import parse_flags
+from megatron_psft.config.paper import EVALUATION
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
 
@@ -94,6 +96,30 @@ def test_figures_are_those_of_the_answers_that_are_kept(run, inputs, tmp_path):
     assert f"| toy | 3 | mean@12 | {fmean(means):.4f} | " in exit.out
     assert "pass@4" not in exit.out
     assert exit.out.startswith((tmp_path / "out" / "results.md").read_text().rstrip("\n"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "yaml", "changed"),
+    [
+        ("--preset paper", "", {}),
+        ("", "preset: paper", {}),
+        ("--num-samples 4 --preset paper", "", {"num_samples": 4}),
+        ("--preset paper", "top_p: 1.0\nmax_new_tokens: 2048", {"top_p": 1.0, "max_new_tokens": 2048}),
+        ("--temperature 1", "preset: paper\ntemperature: 0.5", {"temperature": 1.0}),
+        ("--temperature 1", "", {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1024, "num_samples": None}),
+    ],
+    ids=["flag", "yaml", "flag over it", "yaml over it", "flag over all", "no preset"],
+)
+def test_a_preset_gives_what_nobody_says_otherwise(tmp_path, flags, yaml, changed):
+    (tmp_path / "evaluate.yaml").write_text(yaml)
+    required = ["--model", "m", "--tasks", "t.jsonl", "--out", "o", "--config", str(tmp_path / "evaluate.yaml")]
+    sampling = parse_flags(EvaluateConfig, [*required, *flags.split()]).sampling
+    assert {name: getattr(sampling, name) for name in EVALUATION} == {**EVALUATION, **changed}
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are(run, tmp_path):
+    assert_refused(run("--tasks", "t.jsonl", "--preset", "papers"), "preset ('papers') must be paper")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_set_of_questions_alone_gets_as_many_answers_as_asked_for(run, inputs, tmp_path):

@@ -95,6 +95,7 @@ READERS = {
     "examples/miniature": Reader(Config, f"{TRAINING.flags} --train-iters 100"),
     "examples/mixed/train.yaml": TRAINING,
     "examples/mixed/rollout.yaml": Reader(RolloutConfig, "--model model --prompts prompts.jsonl --out out.jsonl"),
+    "examples/paper": Reader(Config, "--data train.jsonl --save run"),
     "examples/recipes/base": TRAINING,
     "examples/recipes": Reader(Config, "--data train.jsonl --save run"),
 }
@@ -114,9 +115,9 @@ def reader_of(name: str) -> Reader:
 
 
 def ranks_of(name: str) -> int:
-    """A recipe's name says its GPUs."""
+    """A recipe's name says its GPUs; the paper's runs include a recipe for 8."""
     match = re.search(r"-(\d+)xh100\.yaml$", name)
-    return int(match[1]) if match else 1
+    return int(match[1]) if match else 8 if name.startswith("examples/paper/") else 1
 
 
 @pytest.mark.parametrize("name", shipped())
