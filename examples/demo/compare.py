@@ -48,12 +48,14 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def metrics(run: Path) -> dict[str, list[float]]:
-    """Each value of metrics.jsonl over the steps; evaluated ones have fewer, with their steps under `valid_step`."""
+    """Each value of metrics.jsonl over the steps of training; evaluated ones are of other steps, under `valid_step`."""
     columns: dict[str, list[float]] = {}
     for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if "valid_nll" in line:
             line["valid_step"] = line["step"]
+        if line["step"] == 0:  # evaluated before the first one
+            del line["step"]
         for name, value in line.items():
             columns.setdefault(name, []).append(value)
     return columns

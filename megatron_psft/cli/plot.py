@@ -80,4 +80,4 @@ def plot_run(config: PlotRunConfig) -> None:
         page = write_report(runs, folder, smooth=config.drawn.smooth)
     except OSError as error:
         raise UserError(f"out ({folder}) must be a folder that can be written to: {error.strerror}") from None
-    print(f"{len(runs)} runs, {sum(len(run.steps) for run in runs)} steps: {page}")
+    print(f"{len(runs)} runs, {sum(run.num_steps for run in runs)} steps: {page}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_psft.config.flags import require_at_least
+from megatron_psft.config.named_paths import sets_by_name
 from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
 
@@ -117,11 +118,12 @@ class DataConfig(TemplateConfig):
     takes F passes over a source per epoch, as 2 or 0.3; a fraction is a random part, drawn once from `seed`. With
     objective dpo a record is a preference pair of `chosen` and `rejected`."""
     valid_data: tuple[PathText, ...] = ()
-    """Validation records, as for `data`; of several splits one must be named. Needs `eval_interval`."""
+    """Validation records, as for `data`; of several splits one must be named. `NAME=PATH` is a set of its own, with
+    metrics `valid_nll/NAME` and `valid_entropy/NAME`; paths without a name are one set. Needs `eval_interval`."""
     eval_interval: int | None = None
-    """Steps between evaluations. Needs `valid_data`."""
+    """Steps between evaluations; there is one before the first step, too. Needs `valid_data`."""
     eval_iters: int | None = None
-    """Global batches per evaluation; all of `valid_data` if unset. Needs `valid_data`."""
+    """Global batches of each set of `valid_data` per evaluation; all of it if unset. Needs `valid_data`."""
     seq_length: int = 4096
     """Length of the longest record that is trained on whole, in tokens; `overlong` says what happens to longer ones.
     With packing also the room of a pack. Of a preference pair the longer sequence counts, and a pack has room for twice
@@ -173,3 +175,9 @@ class DataConfig(TemplateConfig):
             raise UserError(f"{name} needs loss_on assistant or last, and loss_on is all; change one of them")
         if not self.data:
             raise UserError("data () must name at least one file or folder")
+        _ = self.valid_sets  # raises for a name that is empty, unfit or given twice
+
+    @property
+    def valid_sets(self) -> dict[str, tuple[str, ...]]:
+        """The paths of each set of `valid_data` by its name, which is empty for those without."""
+        return sets_by_name("valid_data", self.valid_data)

@@ -68,7 +68,7 @@ class TokenizedDataset:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        number = bisect_right(self._borders, index) - 1
+        number = self.source_of(index)
         part, place = self._parts[number], index - self._borders[number]
         return part.source.example(int(part.records[place]), int(part.lengths[place]))
 
@@ -91,9 +91,18 @@ class TokenizedDataset:
         """Whether any record's advantage is not 1."""
         return any(bool((part.source.index["advantage"][part.records] != 1).any()) for part in self._parts)
 
+    @property
+    def num_sources(self) -> int:
+        """Paths that the records are of."""
+        return len(self._parts)
+
+    def source_of(self, index: int) -> int:
+        """Which path a record is of, from 0."""
+        return bisect_right(self._borders, index) - 1
+
     def location(self, index: int) -> str:
         """`path:N`, where a record comes from."""
-        number = bisect_right(self._borders, index) - 1
+        number = self.source_of(index)
         part = self._parts[number]
         return part.source.location(int(part.records[index - self._borders[number]]))
 

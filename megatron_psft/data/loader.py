@@ -56,6 +56,9 @@ class MicroBatch:
     """`[batch, seq]` fp32, log-probabilities of the labels under the initial model, zeros where no label counts; None
     where the objective has no use for them, and outside training."""
 
+    sources: torch.Tensor | None = None
+    """`[records]` int64, which source of the data set each is of, from 0; None where it has one."""
+
     @property
     def num_records(self) -> int:
         """Records, over all context-parallel ranks."""
@@ -261,6 +264,9 @@ class BatchLoader:
             self._pad_token_id,
             has_advantages=self._has_advantages,
         )
+        if self._dataset.num_sources > 1:
+            sources = [self._dataset.source_of(record) for record in records for _ in range(self._plan.rows_per_record)]
+            batch = replace(batch, sources=torch.tensor(sources, dtype=torch.int64))
         if self._ref_log_probs is None:
             return batch
         values = [part for record in records for part in self._cut(record, self._ref_log_probs(record))]

@@ -50,6 +50,8 @@ class Metric:
     no mean of sums."""
     needs: Requirement | None = None
     """What an objective must need for its runs to have the metric; None if all runs have it."""
+    is_by_source: bool = False
+    """Whether runs on several sources have it of each by itself, too, over its label tokens."""
     ratio_percentile: int | None = None
     """Which percentile it is of the ratios of all label tokens, by nearest rank; None if it is none."""
     former_name: str | None = None

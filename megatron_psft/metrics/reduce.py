@@ -1,7 +1,7 @@
 """Reduces sums over all ranks to the metrics of a step, or of an evaluation."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,9 @@ from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import DivergenceError
 from megatron_psft.metrics.histogram import count_bins, percentiles
+from megatron_psft.metrics.set_names import split_name
 from megatron_psft.metrics.sums import BatchSums
-from megatron_psft.metrics.table import METRICS, means
+from megatron_psft.metrics.table import METRICS, in_order, means
 from megatron_psft.objectives.declare import Requirement
 from megatron_psft.objectives.labels import LabelStats
 
@@ -27,6 +28,7 @@ def reduce_metrics(
     step: int,
     *,
     needs: Collection[Requirement],
+    sources: Sequence[str] = (),
 ) -> dict[str, float]:
     """Adds the sums of all micro-batches and data-parallel ranks and divides once; collective over the world.
 
@@ -36,14 +38,16 @@ def reduce_metrics(
         parallel: this rank's place.
         step: from 1, for the error.
         needs: of the run's objective, from which its metrics follow.
+        sources: names of the training set's, where it has several.
 
     Returns:
-        The step's means, percentiles and counts by name, the same on every rank.
+        The step's means, percentiles and counts by name, the same on every rank; of a source without label tokens in
+        the batch nothing.
 
     Raises:
         DivergenceError: on every rank, where the loss of any rank is not finite; names step and rank.
     """
-    over = means(needs)
+    over = means(needs, sources)
     summed = tuple(dict.fromkeys([*over, *over.values()]))
     totals = dict.fromkeys((*summed, *_OF_BATCHES), 0.0)
     ratios = torch.empty(0, device=parallel.device)
@@ -72,11 +76,16 @@ def reduce_metrics(
         )
     world = dict(zip(totals, added[: len(totals)].tolist(), strict=True))
     values = {
-        **{name: world[name] / max(world[divisor], 1.0) for name, divisor in over.items()},
+        **{name: world[name] / max(world[divisor], 1.0) for name, divisor in over.items() if _has(world, divisor)},
         **(_ratios(added[len(totals) :], float(largest[1])) if has_old_policy else {}),
         **{name: int(world[name]) for name in ("label_tokens", *_OF_BATCHES)},
     }
-    return {name: values[name] for name in METRICS if name in values}
+    return {name: values[name] for name in in_order(values)}
+
+
+def _has(world: Mapping[str, float], divisor: str) -> bool:
+    """Whether a mean over `divisor` is told: for all label tokens always, for those of a source where it has any."""
+    return world[divisor] > 0 or not split_name(divisor)[1]
 
 
 def _ratios(counts: Tensor, highest: float) -> dict[str, float]:

@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from megatron_psft.atomic import replace_file
 from megatron_psft.metrics.clip_watch import ClipWatch
-from megatron_psft.metrics.table import METRICS, with_former_names
+from megatron_psft.metrics.set_names import split_name
+from megatron_psft.metrics.table import METRICS, in_order, with_former_names
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.progress import is_on_terminal
 
 METRICS_FILE = "metrics.jsonl"
 ON_BAR = [metric.name for metric in METRICS.values() if metric.is_on_bar]
-PRINTED = [metric.name for metric in METRICS.values() if metric.is_printed]
 _OF_EVALUATION = "valid_"
 
 
@@ -37,7 +37,8 @@ class RunLog:
         clip_watch: ClipWatch | None = None,
     ) -> None:
         """Opens the file; lines of metrics.jsonl from `first_step` (from 1) on, left by a run that went further, are
-        dropped. `trackers` are closed with the log; what `clip_watch` says is printed."""
+        dropped, and that of step 0 where the run begins anew. `trackers` are closed with the log; what `clip_watch`
+        says is printed."""
         self._path = folder / METRICS_FILE
         _drop_from(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -55,17 +56,18 @@ class RunLog:
         )
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one step (from 1), by the names of `METRICS`."""
+        """Writes one step (from 1; 0 is before the first one), by the names of `METRICS`."""
         line = with_former_names(values)
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
         self._trackers.log(step, line)
-        self._bar.set_postfix({name: f"{values[name]:.4g}" for name in ON_BAR if name in values}, refresh=False)
-        self._bar.update()
-        if self._first_recorded is None:
-            self._first_recorded = time.monotonic()
+        if step > 0:
+            self._bar.set_postfix({name: f"{values[name]:.4g}" for name in ON_BAR if name in values}, refresh=False)
+            self._bar.update()
+            self._first_recorded = self._first_recorded or time.monotonic()
         if self._is_printed(step, values):
-            shown = [f"{name} {values[name]:.4g}" for name in PRINTED if name in values]
+            printed = in_order(name for name in values if METRICS[split_name(name)[0]].is_printed)
+            shown = [f"{name} {values[name]:.4g}" for name in printed]
             self.say(f"step {step} of {self._train_iters}: " + ", ".join([*shown, *self._remaining(step)]))
         if self._clip_watch is not None and "clip_fraction" in values:
             warning = self._clip_watch.add(step - 1, values["clip_fraction"])
@@ -79,9 +81,8 @@ class RunLog:
 
     def _remaining(self, step: int) -> list[str]:
         """When the run will be over, at the pace of this process's steps with all that came between them."""
-        assert self._first_recorded is not None
         num_timed, num_left = step - self._first_step, self._train_iters - step
-        if not num_timed or not num_left:
+        if self._first_recorded is None or not num_timed or not num_left:
             return []
         seconds = (time.monotonic() - self._first_recorded) / num_timed * num_left
         return [f"eta {timedelta(seconds=round(seconds))}"]
@@ -113,6 +114,6 @@ def _drop_from(path: Path, first_step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     # The last line of a killed run may be half a line; its step is trained again.
     whole = [line for line in lines if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] < first_step]
+    kept = [line for line in whole if json.loads(line)["step"] < first_step] if first_step > 1 else []
     if len(kept) < len(lines):
         replace_file(path, "".join(kept))

@@ -4,18 +4,24 @@ A metric that is a mean over label tokens has an entry here and a line in `sums.
 metrics.jsonl, the progress bar, Megatron-Bridge's log, charts and docs/metrics.md follow from the entry.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from megatron_psft.metrics.metric import ChartSpec, Metric, Over
+from megatron_psft.metrics.metric import ChartSpec, Metric
+from megatron_psft.metrics.set_names import metric_of_set, split_name
 from megatron_psft.objectives.declare import Requirement
 
 _TABLE = (
-    Metric(name="step", unit="from 1", help="Optimizer step."),
+    Metric(
+        name="step",
+        unit="from 1",
+        help="Optimizer step. The line of step 0 has what was evaluated before the first one.",
+    ),
     Metric(
         name="nll",
         unit="nats per label token",
         help="-log pi of the labels, before the update: the curve to watch.",
         over="label_tokens",
+        is_by_source=True,
         is_printed=True,
         is_on_bar=True,
         chart=ChartSpec(
@@ -25,8 +31,8 @@ _TABLE = (
     Metric(
         name="valid_nll",
         unit="nats per label token",
-        help="`nll` of `--valid-data`, after the update, on steps with an evaluation; sum over all its label tokens "
-        "by their number.",
+        help="`nll` of `--valid-data`, after the update, on steps with an evaluation, and before the first step in the "
+        "line of step 0; sum over all its label tokens by their number. `valid_nll/NAME` of a set with a name.",
         is_printed=True,
         chart=ChartSpec(
             section="learning",
@@ -54,6 +60,7 @@ _TABLE = (
         unit="nats per label token",
         help="Entropy of the next-token distribution, over the whole vocabulary.",
         over="label_tokens",
+        is_by_source=True,
         is_printed=True,
         is_on_bar=True,
         chart=ChartSpec(
@@ -66,7 +73,7 @@ _TABLE = (
     Metric(
         name="valid_entropy",
         unit="nats per label token",
-        help="`entropy` on `--valid-data`, as `valid_nll`.",
+        help="`entropy` on `--valid-data`, as `valid_nll`; `valid_entropy/NAME` of a set with a name.",
         chart=ChartSpec(
             section="learning",
             title="Validation: entropy",
@@ -87,6 +94,7 @@ _TABLE = (
         needs="old",
         help="Label tokens whose ratio is beyond the bound of the clip, so that they have no gradient.",
         over="label_tokens",
+        is_by_source=True,
         is_printed=True,
         is_on_bar=True,
         chart=ChartSpec(
@@ -351,20 +359,34 @@ def metrics_for(needs: Collection[Requirement]) -> dict[str, Metric]:
     return {metric.name: metric for metric in _TABLE if metric.needs is None or metric.needs in needs}
 
 
-def means(needs: Collection[Requirement]) -> dict[str, Over]:
-    """What each mean of a step is over, by the metric's name, with an objective of these needs."""
-    return {name: metric.over for name, metric in metrics_for(needs).items() if metric.over is not None}
+def means(needs: Collection[Requirement], sources: Sequence[str] = ()) -> dict[str, str]:
+    """What each mean of a step is over (`Over`), by the metric's name, with an objective of these needs; with several
+    sources also what each has by itself."""
+    over: dict[str, str] = {}
+    for name, metric in metrics_for(needs).items():
+        if metric.over is not None:
+            over[name] = metric.over
+            named = sources if metric.is_by_source else ()
+            over |= {metric_of_set(name, source): metric_of_set(metric.over, source) for source in named}
+    return over
 
 
 def with_former_names(values: Mapping[str, float]) -> dict[str, float]:
-    """The values by name, each that was renamed under its former name too. Raises KeyError for one without an entry."""
+    """The values by name, each that was renamed under its former name too; one of a named set has none. Raises
+    KeyError for one without an entry."""
     line = {}
     for name, value in values.items():
         line[name] = value
-        former_name = METRICS[name].former_name
+        former_name = METRICS[split_name(name)[0]].former_name
         if former_name is not None:
             line[former_name] = value
     return line
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names in the table's order, those of one metric as they come. Raises KeyError for one without an entry."""
+    places = {name: place for place, name in enumerate(METRICS)}
+    return sorted(names, key=lambda name: places[split_name(name)[0]])
 
 
 def with_present_names(line: Mapping[str, float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ class Tracker(Protocol):
     """What the tracker knows the run by; None where it has no such name."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the values of one step (from 1), and does not wait until they have arrived."""
+        """Takes the values of one step (from 1, or 0 before the first), and does not wait until they have arrived."""
 
     def close(self, *, has_failed: bool) -> None:
         """Waits for what is under way."""
@@ -77,7 +77,7 @@ class _TensorBoard:
     def __init__(self, folder: str, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder, purge_step=first_step)
+        self._writer = SummaryWriter(folder, purge_step=first_step if first_step > 1 else 0)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

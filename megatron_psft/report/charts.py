@@ -1,10 +1,13 @@
 """What is drawn of runs: charts of metrics over steps, in sections that each answer one question."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_psft.metrics.metric import ChartSection, ChartSpec, Metric
+from megatron_psft.metrics.set_names import metric_of_set
 from megatron_psft.metrics.table import METRICS
+from megatron_psft.report.runs import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +61,12 @@ SECTIONS = (
     Section(title="Optimizer", note="What an update is made of.", charts=_charts("optimizer")),
     Section(title="Speed and memory", note="Of whole steps, with the old policy's pass.", charts=_charts("speed")),
 )
+
+
+def charts_of(section: Section, runs: Sequence[Run]) -> Iterator[Chart]:
+    """The section's charts, each followed by those of the named sets that runs have the same metric of."""
+    for chart in section.charts:
+        yield chart
+        for name in dict.fromkeys(name for run in runs for name in run.sets_of(chart.metric)):
+            metric = metric_of_set(chart.metric, name)
+            yield replace(chart, name=f"{chart.name}-{name}", title=f"{chart.title}, {name}", metric=metric)

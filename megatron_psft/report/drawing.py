@@ -84,7 +84,7 @@ class Drawing:
 def window_of(runs: Sequence[Run]) -> int:
     """Steps that a curve's value is of, so that the longest run has about CURVE_VALUES independent ones: whole windows
     of the old policy, as clipping begins anew in each."""
-    longest = max(len(run.steps) for run in runs)
+    longest = max(run.num_steps for run in runs)
     return max(run.interval * math.ceil(longest / CURVE_VALUES / run.interval) for run in runs)
 
 

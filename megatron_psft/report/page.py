@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from megatron_psft import __version__
 from megatron_psft.atomic import replace_file
-from megatron_psft.report.charts import SECTIONS, Chart, Section
+from megatron_psft.report.charts import SECTIONS, Chart, Section, charts_of
 from megatron_psft.report.drawing import MAX_SYNCS, Curve, curves_of, draw, styles_of, thinned, window_of
 from megatron_psft.report.runs import Run
 from megatron_psft.report.tables import END_STEPS, clipped_tokens, config_table, date, differing, number, summary_table
@@ -62,7 +62,7 @@ def _section(section: Section, runs: Sequence[Run], window: int, folder: Path) -
     syncs = _common_syncs(runs) if section.of_old_policy else []
     shown = [
         _chart(chart, runs, curves, syncs, folder)
-        for chart in section.charts
+        for chart in charts_of(section, runs)
         if (curves := curves_of(chart, runs, window))
     ]
     return {"title": section.title, "note": section.note, "charts": shown, "syncs": bool(syncs)}

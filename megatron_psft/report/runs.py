@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_psft.errors import UserError
 from megatron_psft.metrics.provenance import STARTS_FILE
+from megatron_psft.metrics.set_names import split_name
 from megatron_psft.metrics.table import with_present_names
 
 # The trainer's modules that write these files load torch, which takes seconds.
@@ -33,7 +34,7 @@ class Run:
     label: str
     """Tells it from the other runs."""
     steps: NDArray[np.int64]
-    """`[n]`, ascending, from 1."""
+    """`[n]`, ascending, from 1, or from 0 where something was evaluated before the first step."""
     metrics: Mapping[str, NDArray[np.float64]]
     """By name, `[n]`; nan where a step does not have it."""
     not_finite: Mapping[str, int]
@@ -46,6 +47,16 @@ class Run:
     """When the last step was written, seconds since 1970."""
     changes: Mapping[str, Sequence[tuple[int, object]]] = field(default_factory=dict)
     """Of the settings that were not the same all the time: first step (from 1) and value, in order."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of which there is a line."""
+        return int(np.count_nonzero(self.steps))
+
+    def sets_of(self, metric: str) -> list[str]:
+        """The named sets that the run has the metric of."""
+        found = map(split_name, self.metrics)
+        return [name for of_metric, name in found if of_metric == metric and name]
 
     @property
     def has_old_policy(self) -> bool:

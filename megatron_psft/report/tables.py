@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_psft.metrics.set_names import metric_of_set
 from megatron_psft.report.runs import Run
 
 ABSENT = "—"
@@ -32,7 +33,7 @@ class Row:
 
 def summary_table(runs: Sequence[Run]) -> list[Row]:
     """What became of each run; a row that no run has is left out."""
-    rows = [Row(name, [cell(run) for run in runs]) for name, cell in _SUMMARY.items()]
+    rows = [Row(title, [cell(run) for run in runs]) for title, cell in _summary_cells(runs)]
     return [row for row in rows if set(row.cells) != {ABSENT}]
 
 
@@ -129,12 +130,15 @@ def _course(name: str, factor: float = 1.0) -> Callable[[Run], str]:
     return cell
 
 
-def _lowest_and_last(run: Run) -> str:
-    values = _finite(run, "valid_nll")
-    if not len(values):
-        return ABSENT
-    steps = run.steps[np.isfinite(run.metrics["valid_nll"])]
-    return f"{number(values.min())} (step {steps[values.argmin()]}), {number(values[-1])}"
+def _lowest_and_last(name: str) -> Callable[[Run], str]:
+    def cell(run: Run) -> str:
+        values = _finite(run, name)
+        if not len(values):
+            return ABSENT
+        steps = run.steps[np.isfinite(run.metrics[name])]
+        return f"{number(values.min())} (step {steps[values.argmin()]}), {number(values[-1])}"
+
+    return cell
 
 
 def _mean_clipped(run: Run) -> str:
@@ -158,7 +162,7 @@ _SUMMARY: Mapping[str, Callable[[Run], str]] = {
     "label tokens": _labels,
     "loss": _course("loss"),
     "NLL, nats": _course("nll"),
-    "validation NLL, nats: lowest, last": _lowest_and_last,
+    "validation NLL, nats: lowest, last": _lowest_and_last("valid_nll"),
     "entropy, nats": _course("entropy"),
     "validation entropy, nats": _course("valid_entropy"),
     "clip fraction, mean, %": _mean_clipped,
@@ -169,3 +173,19 @@ _SUMMARY: Mapping[str, Callable[[Run], str]] = {
     "old policy's share of the time, %": _rate("old_policy_seconds", 100, ".1f"),
     "last step written": lambda run: date(run.modified),
 }
+
+_OF_SETS: Mapping[str, tuple[str, Callable[[str], Callable[[Run], str]]]] = {
+    "validation NLL, nats: lowest, last": ("valid_nll", _lowest_and_last),
+    "validation entropy, nats": ("valid_entropy", _course),
+}
+"""Rows of the summary of which each named set has one, too: the metric and its cell."""
+
+
+def _summary_cells(runs: Sequence[Run]) -> Iterator[tuple[str, Callable[[Run], str]]]:
+    """The rows of the summary by their titles."""
+    for title, cell in _SUMMARY.items():
+        yield title, cell
+        if title in _OF_SETS:
+            metric, cell_of = _OF_SETS[title]
+            for name in dict.fromkeys(name for run in runs for name in run.sets_of(metric)):
+                yield f"{name}: {title}", cell_of(metric_of_set(metric, name))

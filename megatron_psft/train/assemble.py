@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from megatron_psft.checkpoint.identity import (
 from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_weights
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, ObjectiveConfig
-from megatron_psft.data.dataset import TokenizedDataset
+from megatron_psft.data.dataset import TokenizedDataset, parse_weighted_path
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of
+from megatron_psft.data.source_names import source_names
 from megatron_psft.distributed.collective import on_rank_zero
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel, initialize_parallel
@@ -62,7 +63,8 @@ class Run:
     agreement: ScoringAgreement | None
     """Of the old policy's pass and training; None where every ratio is 1."""
     loader: BatchLoader
-    valid_loader: BatchLoader | None
+    valid_loaders: Mapping[str, BatchLoader]
+    """Of each validation set by name, which is empty for records without one."""
     reference: ReferencePass | None
     """What the training loader's `ref_log_probs` come from, where the objective needs them."""
     identity: Identity
@@ -104,7 +106,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         clipped_tokens = ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
     agreement = _scoring_agreement(config, parallel)
     observers = _observers(config.objective, clipped_tokens, agreement)
-    pipeline = Pipeline(chunks=chunks, parallel=parallel, observers=observers)
+    pipeline = Pipeline(chunks=chunks, parallel=parallel, observers=observers, sources=_sources(config))
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
     reference = _reference(config, inputs, pipeline, parallel, identity, start)
     state = TrainState(
@@ -126,7 +128,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         agreement=agreement,
         loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
         reference=reference,
-        valid_loader=_valid_loader(config, inputs, parallel),
+        valid_loaders=_valid_loaders(config, inputs, parallel),
         identity=identity,
         decode=lambda token_id: str(inputs.tokenizer.decode([token_id])),
         start=start,
@@ -164,6 +166,12 @@ def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement |
         # What fp8 makes of activations depends on their scales, which change as training goes on.
         after_every_sync=config.logging.check_scoring or precision == "fp8",
     )
+
+
+def _sources(config: Config) -> Sequence[str]:
+    """Names of the training set's sources, where it has several."""
+    names = source_names([parse_weighted_path(path).path for path in config.data.data])
+    return names if len(names) > 1 else ()
 
 
 def _observers(
@@ -258,11 +266,13 @@ def _describe_resumption(start: StartPoint, train_iters: int, planned_lr: float,
         log.info("learning rate of step %d: %.4g, and %.4g by the earlier schedule", start.step + 1, lr, planned_lr)
 
 
-def _valid_loader(config: Config, inputs: Inputs, parallel: Parallel) -> BatchLoader | None:
-    if inputs.valid_dataset is None:
-        return None
-    plan = plan_of(inputs.valid_dataset.sequence_lengths, config.data)
-    return _loader(config, inputs, inputs.valid_dataset, plan, parallel, is_training=False)
+def _valid_loaders(config: Config, inputs: Inputs, parallel: Parallel) -> dict[str, BatchLoader]:
+    return {
+        name: _loader(
+            config, inputs, dataset, plan_of(dataset.sequence_lengths, config.data), parallel, is_training=False
+        )
+        for name, dataset in inputs.valid_sets.items()
+    }
 
 
 def _loader(

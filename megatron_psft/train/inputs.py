@@ -1,7 +1,7 @@
 """Reads and checks everything that a run reads, before anything is built."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,8 @@ class Inputs:
     weights: WeightSource
     dataset: TokenizedDataset
     plan: PackPlan
-    valid_dataset: TokenizedDataset | None
+    valid_sets: Mapping[str, TokenizedDataset]
+    """By name, which is empty for records without one."""
     tokenizer: PreTrainedTokenizerBase
     train_iters: int
     side_files: SideFiles | None
@@ -112,8 +113,11 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     weights: WeightSource = RandomWeights(shape, config.batch.seed)
     if files is not None:
         weights = files if shape == own_shape else WithMeanRows(files, own_shape)
-    dataset = _read_dataset(config, "training", tokenizer, is_main)
-    valid = _read_dataset(config, "other", tokenizer, is_main) if config.data.valid_data else None
+    dataset = _read_dataset(config, config.data.data, "training", tokenizer, is_main)
+    valid_sets = {
+        name: _read_dataset(config, paths, "other", tokenizer, is_main)
+        for name, paths in config.data.valid_sets.items()
+    }
     validate_advantages(config, has_advantages=dataset.has_advantages)
     plan = plan_of(dataset.sequence_lengths, config.data)
     train_iters = config.batch.steps(len(plan))
@@ -131,7 +135,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
         weights=weights,
         dataset=dataset,
         plan=plan,
-        valid_dataset=valid,
+        valid_sets=valid_sets,
         tokenizer=tokenizer,
         train_iters=train_iters,
         side_files=side_files,
@@ -151,8 +155,8 @@ def describe(inputs: Inputs, config: Config) -> None:
         epochs=config.batch.epochs,
     )
     log.info("%s", passes)
-    if inputs.valid_dataset is not None:
-        log.info("validation data:\n%s", inputs.valid_dataset.statistics())
+    for name, valid in inputs.valid_sets.items():
+        log.info("validation data%s:\n%s", f" {name}" if name else "", valid.statistics())
     for sequence in inputs.dataset[0].sequences:
         shown = Example(tokens=sequence.tokens[:_SHOWN_TOKENS], label_mask=sequence.label_mask[:_SHOWN_TOKENS])
         runs = label_runs(shown, inputs.tokenizer)
@@ -183,16 +187,17 @@ def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> It
         if path is not None:
             yield name, Path(path)
     yield "data_cache_dir", Path(data.data_cache_dir)
-    for name, paths in (("data", data.data), ("valid_data", data.valid_data)):
+    valid = tuple(path for paths in data.valid_sets.values() for path in paths)
+    for name, paths in (("data", data.data), ("valid_data", valid)):
         for path in paths:
             yield name, place_of(parse_weighted_path(path).path)
 
 
 def _read_dataset(
-    config: Config, use: SplitUse, tokenizer: PreTrainedTokenizerBase, show_progress: bool
+    config: Config, paths: Sequence[str], use: SplitUse, tokenizer: PreTrainedTokenizerBase, show_progress: bool
 ) -> TokenizedDataset:
     return build_dataset(
-        config.data.data if use == "training" else config.data.valid_data,
+        paths,
         tokenizer,
         config.data,
         seed=config.batch.seed,

@@ -20,6 +20,7 @@ from megatron_psft.metrics.clip_watch import ClipWatch
 from megatron_psft.metrics.provenance import versions
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
 from megatron_psft.metrics.run_log import RunLog
+from megatron_psft.metrics.set_names import metric_of_set
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.progress import progress
 from megatron_psft.scoring.old_policy import objective_at
@@ -49,9 +50,8 @@ def train(run: Run, started_at: float) -> StopRequested | None:
         _profiler(run) as profiler,
     ):
         try:
-            if run.reference is not None and not steps.all_completed:
-                with naming_lost_peers("the reference's pass"):
-                    run.reference.complete(between_batches=stop.check)
+            if not steps.all_completed:
+                _begin(run, stop, run_log)
             while not steps.all_completed:
                 stop.check()
                 step = steps.completed
@@ -77,6 +77,19 @@ def train(run: Run, started_at: float) -> StopRequested | None:
                 return request
             return None if steps.all_completed else _time_is_up(run, steps, request)
     return None
+
+
+def _begin(run: Run, stop: StopSignals, run_log: RunLog | None) -> None:
+    """What comes before the first step of this start: the reference's pass, and of a run that is new an evaluation."""
+    if run.reference is not None:
+        with naming_lost_peers("the reference's pass"):
+            run.reference.complete(between_batches=stop.check)
+    if run.first_step == 0 and run.valid_loaders:
+        stop.check()
+        with naming_lost_peers("the evaluation before the first step"):
+            values = evaluate(run)
+        if run_log:
+            run_log.record(0, values)
 
 
 def _time_is_up(run: Run, steps: "_Steps", request: StopRequested) -> StopRequested:
@@ -137,7 +150,7 @@ def train_step(
         objective = objective_at(run.config.objective, step)
         sums = pipeline.train(micro_batches, state.window.at(step), objective=objective)
         needs = run.config.objective.needs
-        metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, needs=needs)
+        metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, needs=needs, sources=pipeline.sources)
         metrics |= {} if run.agreement is None else run.agreement.report(step + 1)
         lr = state.optimizer.param_groups[0]["lr"]
         before_update()
@@ -157,16 +170,18 @@ def train_step(
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Negative log-likelihood and entropy over the validation records; collective, training is not affected."""
-    assert run.valid_loader is not None
+    """Negative log-likelihood and entropy over each validation set; collective, training is not affected."""
     run.pipeline.gather_parameters()
-    sums = EvalSums(run.parallel)
-    eval_iters = run.config.data.eval_iters or run.valid_loader.num_batches
-    indices = range(min(eval_iters, run.valid_loader.num_batches))
-    for index in progress(indices, "evaluate", unit="batch", is_shown=run.parallel.is_main):
-        micro_batches = run.valid_loader.micro_batches(index)
-        sums.add(run.pipeline.score(micro_batches), micro_batches)
-    return sums.means()
+    values: dict[str, float] = {}
+    for name, loader in run.valid_loaders.items():
+        sums = EvalSums(run.parallel)
+        batches = range(min(run.config.data.eval_iters or loader.num_batches, loader.num_batches))
+        title = f"evaluate {name}".rstrip()
+        for index in progress(batches, title, unit="batch", is_shown=run.parallel.is_main):
+            micro_batches = loader.micro_batches(index)
+            sums.add(run.pipeline.score(micro_batches), micro_batches)
+        values |= {metric_of_set(metric, name): value for metric, value in sums.means().items()}
+    return values
 
 
 def save(run: Run, saver: Saver, run_log: RunLog | None, completed_steps: int) -> None:

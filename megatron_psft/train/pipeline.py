@@ -15,7 +15,7 @@ from megatron_psft.data.loader import MicroBatch
 from megatron_psft.distributed.collective import sum_over_context
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, scatter_labels, select_labels
-from megatron_psft.metrics.sums import BatchSums, batch_sums
+from megatron_psft.metrics.sums import BatchSums, LabelSources, batch_sums
 from megatron_psft.model.end import ask
 from megatron_psft.model.layers import packed_row_params
 from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
@@ -33,6 +33,8 @@ class Pipeline:
     chunks: Sequence[DistributedDataParallel]
     parallel: Parallel
     observers: Sequence[Observer] = ()
+    sources: Sequence[str] = ()
+    """Names of the training set's, in order, where it has several: each has metrics of its own."""
 
     def train(
         self, micro_batches: Sequence[MicroBatch], old_policy: OldPolicy, *, objective: Objective
@@ -63,6 +65,7 @@ class Pipeline:
                 objective.config,
                 # The ranks of a context-parallel group share each record: one of them counts it.
                 labelled_records=item.labelled_records if self.parallel.context_rank == 0 else 0,
+                sources=LabelSources(item.label_sources, self.sources) if self.sources else None,
             )
             # Three values: Megatron-Core sums losses and denominators over micro-batches and ranks and divides once.
             return output.loss, sums.totals["denominator"].to(torch.int), sums
@@ -170,6 +173,13 @@ class LabelledBatch:
             ids = select_labels(batch.record_ids, positions)
             given = replace(given, records=Records(ids=ids, label_counts=batch.label_counts, add_up=add_up))
         return replace(self, micro_batch=batch, label_positions=positions, given=given)
+
+    @property
+    def label_sources(self) -> Tensor:
+        """`[n]`, which source of the data set each label token is of."""
+        sources = self.micro_batch.sources
+        assert sources is not None, "the data set has several"
+        return sources[select_labels(self.micro_batch.record_ids, self.label_positions)]
 
     @property
     def label_ids(self) -> Tensor:

@@ -53,7 +53,9 @@ def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world
 def test_evaluation_leaves_no_trace_in_training(pool, tmp_path, inputs):
     train(pool, 2, inputs.argv(tmp_path / "plain", *DIST_OPT))
     train(pool, 2, inputs.argv(tmp_path / "evaluated", *DIST_OPT, *evaluated(inputs)))
-    lines = metrics_of(tmp_path / "evaluated")
+    before, *lines = metrics_of(tmp_path / "evaluated")
+    assert before.keys() == {"step", "valid_nll", "valid_entropy"}
+    assert before["step"] == 0
     values = [(line.pop("valid_nll", None), line.pop("valid_entropy", None)) for line in lines]
     assert [None not in pair for pair in values] == [False, True] * 4
     assert lines == metrics_of(tmp_path / "plain")
@@ -127,7 +129,7 @@ def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, sig
     # The old policy's pass is cut short: it comes before step 2, whose weights it does not touch.
     done = {"in training": 3, "in the old policy's pass": 1, "in evaluation": 2}[moment]
     assert step_folders(tmp_path / "run") == [step_folder(tmp_path / "run", done)]
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, done + 1))
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(done + 1))
     train(pool, 2, argv)
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
 

@@ -186,8 +186,10 @@ def test_run_folder_tells_how_it_was_made(pool, inputs, tmp_path):
     argv = command_line(inputs, tmp_path / "run", valid_data=inputs / "records.jsonl", eval_interval=2)
     assert pool.run(run_cli, 1, argv)[0].code == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert [("valid_nll" in line, "valid_entropy" in line) for line in lines] == [(False, False), (True, True)] * 2
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    evaluated = [("valid_nll" in line, "valid_entropy" in line) for line in lines]
+    assert evaluated == [(True, True), *[(False, False), (True, True)] * 2]
+    assert lines[0].keys() == {"step", "valid_nll", "valid_entropy"}
     resolved = (tmp_path / "run" / "config.yaml").read_text()
     assert "clip_ratio_high: 0.28" in resolved
     assert "# megatron-core " in resolved
@@ -195,7 +197,7 @@ def test_run_folder_tells_how_it_was_made(pool, inputs, tmp_path):
     again = ["--config", str(tmp_path / "run" / "config.yaml"), "--save", str(tmp_path / "again")]
     assert pool.run(run_cli, 1, again)[0].code == 0
     repeated = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in repeated] == [line["loss"] for line in lines]
+    assert [line["loss"] for line in repeated[1:]] == [line["loss"] for line in lines[1:]]
 
 
 def test_epochs_count_packs_and_metrics_count_records_and_real_tokens(pool, inputs, tmp_path):
@@ -225,6 +227,7 @@ def test_evaluation_does_not_change_the_training(pool, inputs, tmp_path):
     found, wanted = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab"
     )
+    assert found.pop(0)["step"] == 0
     for name in ("loss", "nll", "entropy", "grad_norm"):
         assert [line[name] for line in found] == [line[name] for line in wanted]
 

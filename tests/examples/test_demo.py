@@ -64,7 +64,8 @@ def test_plot_is_drawn_from_the_metrics(tmp_path):
         (tmp_path / name).mkdir()
         lines = [{"step": step, "entropy": 1 / step, "nll": 2 / step} for step in (1, 2, 3)]
         lines[1] |= {"valid_nll": 0.5, "valid_entropy": 0.25}
+        lines.insert(0, {"step": 0, "valid_nll": 0.75, "valid_entropy": 0.125})
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = compare.metrics(tmp_path / "sft")
-    assert (run["step"], run["valid_step"], run["valid_entropy"]) == ([1, 2, 3], [2], [0.25])
+    assert (run["step"], run["valid_step"], run["valid_entropy"]) == ([1, 2, 3], [0, 2], [0.125, 0.25])
     assert compare.plot(tmp_path).read_bytes().startswith(b"\x89PNG")

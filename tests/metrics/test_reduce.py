@@ -12,7 +12,7 @@ from megatron_psft.data.loader import MicroBatch
 from megatron_psft.errors import DivergenceError
 from megatron_psft.metrics.histogram import count_bins, percentiles
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
-from megatron_psft.metrics.sums import BatchSums, batch_sums
+from megatron_psft.metrics.sums import BatchSums, LabelSources, batch_sums
 from megatron_psft.metrics.table import means
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
 from megatron_psft.objectives.objective import Objective
@@ -114,6 +114,46 @@ def test_any_layout_equals_one_division_over_all_tokens(pool, layout):
         of_bin = name in PERCENTILES and name != "ratio_max"
         assert results[0][name] == pytest.approx(value, rel=1e-3 if of_bin else 1e-5), name
     assert results[1:] == [results[0]] * 3
+
+
+SOURCES = ("maths", "code", "none")
+
+
+def _reduce_by_source():
+    with entered("PP2-DP2") as place:
+        entries = global_batch(place.data_size)[place.data_rank]
+        sums = []
+        for batch, stats, old in entries if place.is_last_stage else []:
+            chosen = stats.map(lambda values, mask=batch.label_mask: values[mask])
+            given = LabelInputs(old_log_probs=old[batch.label_mask])
+            sources = LabelSources(_source_ids(len(given.old_log_probs)), SOURCES)
+            sums.append(batch_sums(torch.tensor(1.0), chosen, given, PSFT, labelled_records=1, sources=sources))
+        batches = [batch for batch, _, _ in entries]
+        return reduce_metrics(sums, batches, place, 1, needs=PSFT.needs, sources=SOURCES)
+
+
+def _source_ids(num_labels: int) -> torch.Tensor:
+    return torch.arange(num_labels) % 3 // 2
+
+
+def test_each_source_has_its_means_and_one_without_label_tokens_none(pool):
+    (batches,) = global_batch(1)
+    mask = torch.cat([batch.label_mask for batch, _, _ in batches])
+    log_probs = torch.cat([stats.log_probs for _, stats, _ in batches])[mask].double()
+    old_log_probs = torch.cat([old for _, _, old in batches])[mask].double()
+    entropy = torch.cat([stats.entropy for _, stats, _ in batches])[mask].double()
+    clipped = ((log_probs - old_log_probs).exp() > 1 + CLIP).double()
+    ids = torch.cat([_source_ids(count) for count in LABELS])
+    expected = {
+        f"{name}/{source}": values[ids == number].mean().item()
+        for name, values in (("nll", -log_probs), ("entropy", entropy), ("clip_fraction", clipped))
+        for number, source in enumerate(SOURCES[:2])
+    }
+    assert 0 < expected["clip_fraction/code"] != expected["clip_fraction/maths"]
+    first, *others = pool.run(_reduce_by_source, 4)
+    assert {name: value for name, value in first.items() if "/" in name} == pytest.approx(expected, rel=1e-5)
+    assert first["nll"] == pytest.approx(-log_probs.mean().item(), rel=1e-5)
+    assert others == [first] * 3
 
 
 def _reduce_big_numbers():

@@ -47,6 +47,19 @@ def test_each_step_is_one_line_that_is_there_at_once(tmp_path):
         assert lines(tmp_path) == [{"step": 1, **values(1)}, {"step": 2, **values(2), "valid_nll": 0.5}]
 
 
+def test_what_was_evaluated_before_the_first_step_is_a_line_that_only_a_new_run_replaces(tmp_path, capsys):
+    for value in (3.0, 2.0):  # the first of the two was killed before it had a checkpoint
+        with report(tmp_path, log_interval=1) as target:
+            target.record(0, {"valid_nll/general": value, "valid_nll/target": 1.0, "valid_entropy/target": 0.5})
+            target.record(1, values(1))
+    with report(tmp_path, first_step=2) as target:
+        target.record(2, values(2))
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+    assert lines(tmp_path)[0]["valid_nll/general"] == 2.0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 0")]
+    assert printed[1] == "step 0 of 9: valid_nll/general 2, valid_nll/target 1"
+
+
 @pytest.mark.parametrize("cut", [0, 1, 5, 40])
 def test_a_resumed_run_repeats_no_step_and_leaves_none_out(tmp_path, cut):
     write_steps(tmp_path, 1, 6)

@@ -181,7 +181,7 @@ def test_evaluation_is_of_cross_entropy(bridge_run, inputs, expected, tmp_path):
     (inputs / "valid.jsonl").write_text("".join(records))
     overrides = [f"dataset.dataset_root={data}", "dataset.do_validation=true", "validation.eval_interval=6"]
     found = bridge_run("qwen2", *overrides, "validation.eval_iters=1")
-    wanted = expected("qwen2", *flags)
+    wanted = expected("qwen2", *flags)[1:]  # Bridge's loop evaluates nothing before the first step
     evaluations = [line for line in found if "valid" in line]
     assert_same_run([line for line in found if "valid" not in line], wanted)
     for line, wanted_line in zip(evaluations[:2], (wanted[5], wanted[11]), strict=True):

@@ -10,8 +10,10 @@ from megatron_psft.errors import UserError
 from megatron_psft.metrics import clipped_tokens, run_log
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.report import runs as report_runs
+from megatron_psft.report.charts import SECTIONS, charts_of
+from megatron_psft.report.drawing import curves_of
 from megatron_psft.report.runs import read_runs
-from megatron_psft.report.tables import config_table
+from megatron_psft.report.tables import ABSENT, config_table, summary_table
 
 
 def write(folder, text: str):
@@ -192,3 +194,21 @@ def test_syncs_are_where_the_run_says(tmp_path, places, syncs, interval):
 def test_a_run_without_ratios_has_no_old_policy(tmp_path):
     (run,) = read_runs([write(tmp_path, lines({"step": 1}, {"step": 2}))])
     assert (run.syncs, run.interval, run.has_old_policy) == ([], 1, False)
+
+
+def test_a_named_set_has_its_chart_and_its_row(tmp_path):
+    rows = [{"step": 0, "valid_nll/b.2": 3.0}, {"step": 1, "nll": 2.0}, {"step": 2, "nll": 1.0, "valid_nll/b.2": 2.5}]
+    runs = read_runs([write(tmp_path / "x", lines(*rows)), write(tmp_path / "y", lines({"step": 1, "valid_nll": 1.0}))])
+    assert [(run.num_steps, run.sets_of("valid_nll"), run.sets_of("nll")) for run in runs] == [
+        (2, ["b.2"], []),
+        (1, [], []),
+    ]
+    (learned,) = [section for section in SECTIONS if section.title == "What is learned"]
+    charts = {chart.name: chart for chart in charts_of(learned, runs)}
+    assert charts["valid_nll-b.2"].title == "Validation: negative log-likelihood, b.2"
+    (curve,) = curves_of(charts["valid_nll-b.2"], runs, 9)
+    assert (curve.run, curve.steps.tolist(), curve.values.tolist()) == (0, [0, 2], [3.0, 2.5])
+    assert [curve.run for curve in curves_of(charts["valid_nll"], runs, 9)] == [1]
+    table = {row.name: row.cells for row in summary_table(runs)}
+    title = "validation NLL, nats: lowest, last"
+    assert (table[title], table[f"b.2: {title}"]) == ([ABSENT, "1 (step 1), 1"], ["2.5 (step 2), 2.5", ABSENT])

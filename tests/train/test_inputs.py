@@ -101,7 +101,7 @@ def test_an_export_into_a_folder_of_the_run_is_refused(pool, inputs, tmp_path, f
     argv = [*command_line(inputs, tmp_path / "run", data), "--export-hf", str(project)]
     if field == "valid_data":
         valid = tiny.write_records(project / "valid.jsonl", 4)
-        argv += ["--valid-data", f"{valid}=0.5", "--eval-interval", "1"]
+        argv += ["--valid-data", str(data), f"held-out={valid}=0.5", "--eval-interval", "1"]
     if field == "config":
         (project / "run.yaml").write_text("seed: 3")
         argv += ["--config", str(project / "run.yaml")]
