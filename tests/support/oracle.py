@@ -65,8 +65,11 @@ def train(
 
 
 def load_model(hf_dir: Path) -> torch.nn.Module:
-    """The checkpoint in fp32 with the attention that is written out in Python."""
-    return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager")
+    """The checkpoint in fp32 with the attention that is written out in Python, and all of the gradient: transformers
+    leaves out what the embedding of `pad_token_id` gets as an input, also where that token ends a turn."""
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager")
+    model.get_input_embeddings().padding_idx = None
+    return model
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
