@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_psft.cli.exit_code import leave, left_behind
 from megatron_psft.config.flags import run_command
+from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.errors import UserError
 
 if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once
@@ -48,6 +49,7 @@ class FinetuneConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Trains on this rank and returns the exit code, as `psft train` has it."""
+    prepare_environment()  # before torch is imported
     with left_behind():
         code = run_command(FinetuneConfig, train, argv, epilog=EXAMPLES)
         leave(code)

@@ -14,6 +14,7 @@ from megatron_psft.config.flags import run_command
 from megatron_psft.config.paths import PathText
 from megatron_psft.diagnostics import doctor
 from megatron_psft.diagnostics.doctor import Finding
+from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.errors import UserError
 from megatron_psft.hf import hub
 from megatron_psft.metrics.provenance import installed_version, versions
@@ -67,8 +68,11 @@ def main(argv: Sequence[str]) -> int:
 
 def examine(config: DoctorConfig) -> int:
     """Prints the report and returns the exit code. Raises UserError for a model that is not there."""
-    environment = dict(os.environ)  # before `detect` sets what it needs
+    environment = dict(os.environ)  # before anything is set
+    settings = prepare_environment()  # before torch is imported
     print_table("versions", {name: found or "not installed" for name, found in versions().items()})
+    if settings:
+        print_table("environment of a run", {setting.name: doctor.describe_setting(setting) for setting in settings})
     findings = doctor.check_versions()
     if None in map(installed_version, ("torch", "megatron-core")):
         return report(findings)  # nothing further could be imported
@@ -85,9 +89,11 @@ def examine_machine(environment: Mapping[str, str]) -> list[Finding]:
     from megatron_psft.distributed.device import detect
 
     findings = doctor.check_device(environment)
-    platform = detect(0)
+    try:
+        platform = detect(0)
+    except UserError as error:  # a broken Transformer Engine ends a run at its start
+        return [*findings, Finding(level="problem", text=str(error))]
     print_table("machine", doctor.describe_machine(platform))
-    findings += doctor.check_imports(platform)
     findings += doctor.check_apex() + doctor.check_environment(platform.is_gpu, environment)
     bf16 = doctor.check_bf16(platform.is_gpu)
     findings += bf16 + doctor.check_shared_memory()

@@ -48,8 +48,8 @@ class ClusterConfig:
 
     gpus: int
     """GPUs of the run, over all nodes."""
-    gpu_memory_gib: float = 80.0
-    """Memory of each, in GiB."""
+    gpu_memory_gib: float = 79.6
+    """Memory of each, in GiB; an H100 of 80 GB has 79.6."""
     reserve_gib: float = 6.0
     """Part of it, in GiB, that is kept free for what is not counted: CUDA's context, NCCL's buffers, workspaces of
     libraries, and memory that the allocator holds in pieces too small to use."""

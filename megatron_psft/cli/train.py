@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,15 +21,19 @@ from megatron_psft.config.paths import expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.config.yaml_files import read_settings
-from megatron_psft.distributed.orphans import end_with_launcher
-from megatron_psft.errors import ExplainedError, RankError, UserError
+from megatron_psft.distributed.environment import place_flight_recorder, prepare_environment
+from megatron_psft.distributed.orphans import end_at_once, end_with_launcher
+from megatron_psft.errors import ExplainedError, InfrastructureError, RankError, UserError, first_line
 from megatron_psft.hf.folder import check_apart
 from megatron_psft.lock import lock_beside, lock_within, sole_writer
 
 if TYPE_CHECKING:
     from megatron_psft.distributed.device import Platform
     from megatron_psft.distributed.device_choice import Survey
+    from megatron_psft.distributed.failure import FailureWatch
     from megatron_psft.distributed.rendezvous import Meeting
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """examples:
   eight GPUs; the model is exported at the end:
@@ -74,83 +79,107 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(config: Config, rank: int, world_size: int, local_rank: int, started_at: float) -> int:
+    environment = [] if config.precision.device == "cpu" else prepare_environment()
     # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
     from megatron_psft.distributed.device_choice import has_hidden_gpu, survey
+    from megatron_psft.distributed.failure import FailureWatch
 
     minutes = config.parallel.distributed_timeout_minutes
-    settled = _settle(survey(config.precision.device, rank, local_rank), rank, world_size, minutes)
+    settled = _settle(survey(config.precision.device, rank, local_rank), rank, world_size, local_rank, minutes)
     if isinstance(settled, int):
         return settled
-    meeting, device = settled
-    if config.precision.device == "auto" and device == "cpu" and has_hidden_gpu(os.environ):
-        logging.getLogger(__name__).warning("CUDA_VISIBLE_DEVICES hides the GPUs of this machine: they are not used")
-
-    # After the device is known: for the CPU, no library is to look for a GPU.
-    from megatron_psft.distributed.device import prepare
+    meeting, platform = settled
+    if platform.is_gpu:
+        log.info("environment: %s", ", ".join(map(str, environment)))
+    elif config.precision.device == "auto" and has_hidden_gpu(os.environ):
+        log.warning("CUDA_VISIBLE_DEVICES hides the GPUs of this machine: they are not used")
     from megatron_psft.distributed.grid import process_group
 
-    platform = prepare(device, local_rank)
-    try:
-        with process_group(platform, world_size, minutes, meeting=meeting), left_behind(), ExitStack() as locks:
-            return _run(config, platform, locks, rank, local_rank, started_at)
-    except RankError as error:
-        return _leave_alone(error, rank)
+    with FailureWatch(meeting, partial(_end_after, rank)) as watch:
+        try:
+            with process_group(platform, world_size, minutes, meeting=meeting), left_behind(), ExitStack() as locks:
+                return _run(config, platform, locks, rank, local_rank, started_at)
+        except BaseException as error:  # whatever it is, the others may not know of it
+            text = _describe(error, config, platform, rank, world_size)
+            return _leave_alone(error, rank, world_size, text, watch)
 
 
 def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, local_rank: int, started_at: float) -> int:
-    """Within the process group, so that all ranks can leave together."""
-    from megatron_psft.distributed.collective import on_rank_zero
+    """Within the process group, so that all ranks can leave together; raises what only this one may know of."""
+    from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
     from megatron_psft.train.run import run
 
     try:
-        on_rank_zero(lambda: _lock(config.weights, locks))
-        signum = run(config, platform, rank, local_rank, started_at)
-    except (RankError, OSError) as error:
-        return _leave_alone(error, rank)
+        with naming_lost_peers("training"):
+            on_rank_zero(lambda: _lock(config.weights, locks))
+            if platform.is_gpu:
+                place_flight_recorder(Path(config.weights.save) / "flight_recorder")
+            signum = run(config, platform, rank, local_rank, started_at)
+    except RankError:
+        raise
     except ExplainedError as error:
         import torch.distributed as dist
 
         code = _explain(error, rank)
         dist.barrier()
         return code
-    except KeyboardInterrupt:
-        signum = signal.SIGINT
     if not signum:
         return 0
     leave(EXIT_SIGNALLED + signum)
     if rank == 0:
-        name = signal.Signals(signum).name
-        print(f"ended by {name}: the same command resumes from the newest checkpoint", file=sys.stderr)
+        print(_interrupted(signum), file=sys.stderr)
     return EXIT_SIGNALLED + signum
+
+
+def _interrupted(signum: int) -> str:
+    return f"ended by {signal.Signals(signum).name}: the same command resumes from the newest checkpoint"
 
 
 def refuse(mistake: UserError) -> int:
     """Ends all ranks with the mistake of one, which rank 0 prints, and returns the exit code."""
-    rank, world_size, _ = _ranks()
+    rank, world_size, local_rank = _ranks()
     if world_size == 1:  # at once: to meet others takes torch
         return _explain(mistake, rank)
-    settled = _settle(mistake, rank, world_size)
+    settled = _settle(mistake, rank, world_size, local_rank)
     assert isinstance(settled, int), "a mistake settles no device"
     return settled
 
 
 def _settle(
-    own: "Survey | UserError", rank: int, world_size: int, timeout_minutes: float = 30.0
-) -> "tuple[Meeting, Literal['cuda', 'cpu']] | int":
-    """Meets the other ranks before any collective. Returns the meeting and the device that all compute on, or the exit
-    code where they cannot, for what this rank or another has to say."""
+    own: "Survey | UserError", rank: int, world_size: int, local_rank: int, timeout_minutes: float = 30.0
+) -> "tuple[Meeting, Platform] | int":
+    """Meets the other ranks before any collective. Returns the meeting and what this rank computes on, as all have
+    decided, or the exit code where they cannot, for what this rank or another has to say."""
     from megatron_psft.distributed.device_choice import agree
     from megatron_psft.distributed.rendezvous import meet
 
     try:
         meeting = meet(rank, world_size, timeout_minutes)
-        return meeting, agree(meeting, own)
+        return meeting, _prepare(meeting, agree(meeting, own), local_rank)
     except RankError as error:
-        return _leave_alone(error, rank)
+        leave(error.exit_code)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     except ExplainedError as error:  # on all ranks alike
         code = _explain(error, rank)
         meeting.leave()
         return code
+
+
+def _prepare(meeting: "Meeting", device: 'Literal["cuda", "cpu"]', local_rank: int) -> "Platform":
+    """Raises UserError on all ranks for what is broken on the host of any."""
+    # After the device is known: for the CPU, no library is to look for a GPU.
+    from megatron_psft.distributed.device import prepare
+
+    platform, mistake = None, ""
+    try:
+        platform = prepare(device, local_rank)
+    except UserError as error:
+        mistake = str(error)
+    first = meeting.agree(mistake, lambda said: next(filter(None, said), ""))
+    if platform is None or first:
+        raise UserError(first)
+    return platform
 
 
 def _explain(error: ExplainedError, rank: int) -> int:
@@ -162,17 +191,53 @@ def _explain(error: ExplainedError, rank: int) -> int:
     return error.exit_code
 
 
-def _leave_alone(error: RankError | OSError, rank: int) -> int:
-    """Prints what only this rank may know of and returns the exit code; raises an `OSError` that is no lost storage."""
+def _leave_alone(error: BaseException, rank: int, world_size: int, text: str | None, watch: "FailureWatch") -> int:
+    """Says what only this rank may know of. Returns the exit code where it has no peers; else ends the process at once,
+    as what Python does at its end, and NCCL, may wait for them."""
     code = exit_code_of(error)
-    if code == EXIT_BUG:
-        raise error
     leave(code)
-    if isinstance(error, OSError):
-        traceback.print_exception(error)  # the text alone may not name the file
-        error = RankError(f"rank {rank}: {error}; what it has saved is intact; start again when the storage is well")
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    if world_size == 1 and text is None:
+        raise error
+    if code == EXIT_BUG or isinstance(error, OSError):
+        traceback.print_exception(error)
+    first = watch.announce()
+    line = text or f"rank {rank}: {type(error).__name__}: {first_line(error)}"
+    if first != rank:
+        line += f"; rank {first} has failed first"
+    elif not isinstance(error, KeyboardInterrupt):
+        line = f"error: {line}"
+    print(line, file=sys.stderr, flush=True)
+    if world_size > 1:
+        _end(code)
     return code
+
+
+def _describe(error: BaseException, config: Config, platform: "Platform", rank: int, world_size: int) -> str | None:
+    """What an error means, in one line; None for a bug, of which Python says more."""
+    from megatron_psft.diagnostics.out_of_memory import explain
+    from megatron_psft.distributed.collective import is_out_of_memory
+
+    if isinstance(error, ExplainedError):
+        return str(error)
+    if is_out_of_memory(error):
+        return explain(error, config, platform, rank, world_size)
+    if isinstance(error, OSError) and exit_code_of(error) != EXIT_BUG:
+        return f"rank {rank}: {error}; what it has saved is intact; start again when the storage is well"
+    if isinstance(error, KeyboardInterrupt):
+        return _interrupted(signal.SIGINT)
+    return None
+
+
+def _end_after(rank: int, first: int) -> None:
+    """Ends this process, which waits for a rank that has failed."""
+    leave(InfrastructureError.exit_code)
+    print(f"rank {rank}: ended, as rank {first} has failed", file=sys.stderr, flush=True)
+    _end(InfrastructureError.exit_code)
+
+
+def _end(code: int) -> None:
+    sys.stdout.flush()
+    end_at_once(code)
 
 
 def _lock(weights: WeightsConfig, locks: ExitStack) -> None:

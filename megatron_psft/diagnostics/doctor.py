@@ -20,6 +20,7 @@ from megatron_psft.metrics.provenance import installed_version
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
     from megatron_psft.distributed.device import Platform
+    from megatron_psft.distributed.environment import Setting
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -185,13 +186,13 @@ def attempt(what: str, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
         return None, [Finding(level="problem", text=text)]
 
 
-def check_imports(platform: "Platform") -> list[Finding]:
-    """Whether what a run will import can be imported: a binary for another torch is installed, but fails here."""
-    if not platform.has_transformer_engine:
-        return []
-    return attempt("import transformer_engine.pytorch", lambda: importlib.import_module("transformer_engine.pytorch"))[
-        1
-    ]
+def describe_setting(setting: "Setting") -> str:
+    """Who has set a variable to what, and why."""
+    if setting.is_given:
+        return f"{setting.value} (given; {setting.reason})"
+    return (
+        f"{setting.value} (a run sets it, {'unset' if setting.found is None else setting.found} here; {setting.reason})"
+    )
 
 
 def describe_machine(platform: "Platform") -> dict[str, str]:
@@ -206,8 +207,8 @@ def describe_machine(platform: "Platform") -> dict[str, str]:
     if platform.is_gpu:
         for index in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(index)
-            size = found.total_memory / 2**30
-            lines[f"GPU {index}"] = f"{found.name}, {size:.0f} GiB, compute capability {found.major}.{found.minor}"
+            size = f"{found.total_memory / 2**30:.1f} GiB, of which CUDA and NCCL take 2 to 4"
+            lines[f"GPU {index}"] = f"{found.name}, {size}, compute capability {found.major}.{found.minor}"
         lines["CUDA"] = str(torch.version.cuda)
     has_nccl = platform.is_gpu and dist.is_nccl_available()
     lines["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "not usable without a GPU"

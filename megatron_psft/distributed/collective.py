@@ -92,18 +92,35 @@ def sum_over_context(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
 
 @contextmanager
 def naming_lost_peers(doing: str) -> Iterator[None]:
-    """Raises `RankError` where a collective fails, since a peer hangs or is gone: says which one, while doing what."""
+    """Raises `RankError` where a collective fails, since a peer hangs or is gone: says which one, while doing what.
+    A rank that is out of memory has lost nobody, also where a collective asked for it."""
     try:
         yield
     except RuntimeError as error:
         collective = _collective_in(error.__traceback__)
-        if collective is None:
+        if collective is None or is_out_of_memory(error):
             raise
         reason = first_line(error)
         raise RankError(
             f"rank {_own_rank()}: {doing}: {collective} failed, as another rank hangs or is gone; see its output; "
             f"distributed_timeout_minutes says how long to wait: {reason}"
         ) from error
+
+
+_OUT_OF_MEMORY = (
+    "CUDA error: out of memory",  # the first allocation of all, or a library's
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",  # NCCL's, for the buffers of a communicator
+    "DefaultCPUAllocator: can't allocate memory",
+)
+"""The words of errors that have no type of their own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, has less memory than was asked for."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _own_rank() -> str:

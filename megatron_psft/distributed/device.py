@@ -1,5 +1,6 @@
 """What this process computes on."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ import torch
 from packaging.version import Version
 
 from megatron_psft.distributed.cpu_shims import adapt_to_cpu
-from megatron_psft.distributed.device_choice import set_hardware_queues
 from megatron_psft.distributed.megatron_lines import do_without_engine
+from megatron_psft.errors import UserError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,22 @@ def _engine_version() -> tuple[int, int] | None:
     return version.major, version.minor
 
 
+def _has_engine() -> bool:
+    """Whether Transformer Engine can be imported. Raises UserError where it is installed and cannot: Megatron-Core
+    would go on without it while its layers are asked for."""
+    if not _is_importable("transformer_engine"):
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a library that is missing, of another version, or that finds no symbol
+        raise UserError(
+            f"transformer_engine is installed and cannot be imported ({type(error).__name__}: {first_line(error)}); "
+            f"install a build for torch {torch.__version__}, or uninstall it: pip uninstall transformer-engine "
+            "transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13"
+        ) from error
+    return True
+
+
 def detect(local_rank: int) -> Platform:
     """Takes a GPU where torch sees one, else the CPU, and prepares it; `local_rank` is the process's index on its node.
     For a process by itself: the ranks of a run decide together (device_choice.py)."""
@@ -67,11 +84,11 @@ def detect(local_rank: int) -> Platform:
 
 
 def prepare(device: Literal["cuda", "cpu"], local_rank: int) -> Platform:
-    """Makes this process compute on the device, which is there; for the CPU no GPU is seen from then on."""
+    """Makes this process compute on the device, which is there; for the CPU no GPU is seen from then on. What torch
+    reads before it is imported is set by environment.py. Raises UserError for a Transformer Engine that is broken."""
     if device == "cuda":
-        set_hardware_queues()
         torch.cuda.set_device(local_rank)
-        has_engine = _is_importable("transformer_engine")
+        has_engine = _has_engine()
         if not has_engine:
             do_without_engine()
         return Platform(

@@ -5,20 +5,16 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
+from megatron_psft.distributed.environment import are_hidden, gpu_signs
 from megatron_psft.distributed.rendezvous import Meeting
 from megatron_psft.errors import InfrastructureError, UserError, first_line
 
 Device = Literal["auto", "cuda", "cpu"]
 
-_GPU_SIGNS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
-"""What the driver makes. The second one is there, too, in a container that was started without GPUs."""
-_NO_DEVICES = ("", "NoDevFiles", "none", "void")
-"""Values of CUDA_VISIBLE_DEVICES that name no GPU; Slurm and container runtimes have words for it."""
 _SHOWN_HOSTS = 8
 
 
@@ -61,19 +57,12 @@ def survey(wanted: Device, rank: int, local_rank: int) -> Survey:
 
 def _try_gpu(index: int) -> tuple[str | None, str | None]:
     """The GPU's identity, if torch tells it; and what it answers to a first operation, if it fails."""
-    set_hardware_queues()
     try:
         torch.ones(1, device=f"cuda:{index}").add_(1).item()
     except RuntimeError as error:
         return None, f"cuda:{index} does not work: {first_line(error)}"
     identity = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     return (None if identity is None else str(identity)), None
-
-
-def set_hardware_queues() -> None:
-    """Before CUDA is used: Megatron-Core's sequence parallelism relies on one hardware queue to order communication
-    before computation."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def agree(meeting: Meeting, own: Survey | UserError) -> Literal["cuda", "cpu"]:
@@ -174,7 +163,7 @@ def unusable_gpu(environment: Mapping[str, str]) -> str | None:
     has_allotment = allotted.isdigit() and int(allotted) > 0
     if are_hidden(environment) and not has_allotment:
         return None
-    signs = [f"{path} exists" for path in _GPU_SIGNS if path.exists()]
+    signs = [f"{path} exists" for path in gpu_signs()]
     if has_allotment:
         signs.append(f"SLURM_GPUS_ON_NODE is {allotted}")
     if "CUDA_VISIBLE_DEVICES" in environment and not are_hidden(environment):
@@ -182,15 +171,9 @@ def unusable_gpu(environment: Mapping[str, str]) -> str | None:
     return f"{', '.join(signs)}, but {_reason(environment)}" if signs else None
 
 
-def are_hidden(environment: Mapping[str, str]) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES hides all GPUs."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return visible is not None and (visible.strip() in _NO_DEVICES or visible.strip().startswith("-"))
-
-
 def has_hidden_gpu(environment: Mapping[str, str]) -> bool:
     """Whether there is a sign of a GPU, which CUDA_VISIBLE_DEVICES hides."""
-    return are_hidden(environment) and any(path.exists() for path in _GPU_SIGNS)
+    return are_hidden(environment) and bool(gpu_signs())
 
 
 def _reason(environment: Mapping[str, str]) -> str:

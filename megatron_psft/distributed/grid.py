@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.rendezvous import Meeting, meet
-from megatron_psft.errors import RankError, first_line
+from megatron_psft.errors import ExplainedError, RankError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,8 @@ def process_group(
 ) -> Iterator[None]:
     """The processes that torchrun started, joined for the length of a run; a lone process is a world of one.
 
-    A collective that some rank has not joined after `timeout_minutes` fails on the others.
+    A collective that some rank has not joined after `timeout_minutes` fails on the others. After an error that only
+    this rank may know of, the groups are left as they are: NCCL would wait for the others, which wait for this rank.
 
     Args:
         platform: what the process computes on.
@@ -149,6 +150,13 @@ def process_group(
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    except BaseException as error:
+        if world_size == 1 or (isinstance(error, ExplainedError) and not isinstance(error, RankError)):
+            _take_down()
+        raise
+    _take_down()
+
+
+def _take_down() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -11,6 +11,7 @@ from megatron.bridge.training.state import GlobalState
 
 from megatron_psft.checkpoint.unpickle import DataReader
 from megatron_psft.distributed.collective import naming_lost_peers
+from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.distributed.megatron_lines import read_with
 from megatron_psft.distributed.orphans import end_with_launcher
 from megatron_psft.errors import DivergenceError
@@ -37,6 +38,7 @@ def finetune(
         SystemExit: as Bridge's loop ends early; 128 plus the signal's number where a signal was the cause, for which
             Bridge has 0.
     """
+    prepare_environment()  # for a script that has not, still before CUDA is used
     if bridge_step is None:
         bridge_step = (vlm_step if hasattr(config.model, "vision_config") else gpt_step).forward_step
     forward_step = PsftForwardStep(config.psft, bridge_step)

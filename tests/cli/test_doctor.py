@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from megatron_psft.cli.doctor import main
+from megatron_psft.errors import UserError
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit, call_main
 
@@ -40,6 +41,25 @@ def test_what_would_break_a_run_ends_in_code_1(pool, tmp_path):
     exit = run_doctor(pool, "--model", model)
     assert exit.code == 1, exit.out + exit.err
     assert exit.out.splitlines()[-1] == f"  problem:  {model} has no tokenizer.json, and so no fast tokenizer"
+
+
+def _with_a_broken_engine() -> Exit:
+    from megatron_psft.distributed import device
+
+    def detect(local_rank: int) -> None:
+        raise UserError("transformer_engine is installed and cannot be imported (why)")
+
+    original, device.detect = device.detect, detect
+    try:
+        return call_main(main, [])
+    finally:
+        device.detect = original
+
+
+def test_a_broken_transformer_engine_is_a_problem(pool):
+    (exit,) = pool.run(_with_a_broken_engine, 1)
+    assert exit.code == 1, exit.out + exit.err
+    assert exit.out.splitlines()[-1] == "  problem:  transformer_engine is installed and cannot be imported (why)"
 
 
 def test_mistakes_are_one_line_and_code_2(pool):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from megatron_psft.diagnostics import doctor
 from megatron_psft.diagnostics.doctor import Finding
 from megatron_psft.distributed import device_choice
+from megatron_psft.distributed.environment import Setting
 from megatron_psft.errors import UserError
 from megatron_psft.metrics import provenance
 from tests.support import tiny
@@ -49,7 +51,7 @@ def test_without_the_package_installed_no_version_is_checked(monkeypatch):
 
 
 def test_a_gpu_that_torch_cannot_use_is_a_problem(monkeypatch, tmp_path):
-    monkeypatch.setattr(device_choice, "_GPU_SIGNS", (tmp_path / "nvidiactl",))
+    monkeypatch.setattr("megatron_psft.distributed.environment._GPU_SIGNS", (tmp_path / "nvidiactl",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor.check_device({}) == []
     (tmp_path / "nvidiactl").touch()
@@ -167,11 +169,8 @@ def test_what_a_library_raises_is_the_finding():
     )
 
 
-def test_an_installed_engine_that_cannot_be_imported_is_a_problem(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "transformer_engine").mkdir()
-    (tmp_path / "transformer_engine" / "__init__.py").write_text('raise OSError("libcudart.so.11.0 is missing")\n')
-    assert doctor.check_imports(SimpleNamespace(has_transformer_engine=False)) == []
-    (finding,) = doctor.check_imports(SimpleNamespace(has_transformer_engine=True))
-    assert finding.level == "problem"
-    assert "OSError: libcudart.so.11.0 is missing" in finding.text
+def test_who_sets_a_variable_is_told():
+    setting = Setting(name="N", value="1", found="1", reason="why")
+    assert doctor.describe_setting(setting) == "1 (given; why)"
+    assert doctor.describe_setting(replace(setting, found=None)) == "1 (a run sets it, unset here; why)"
+    assert doctor.describe_setting(replace(setting, found="8")) == "1 (a run sets it, 8 here; why)"

@@ -2,8 +2,9 @@
 
 import importlib.metadata
 import importlib.util
-import os
+import sys
 from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import megatron.core.optimizer  # by itself it adds names to `torch`, when it is first imported
 import megatron.core.utils
@@ -13,6 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from megatron_psft.distributed import cpu_shims
 from megatron_psft.distributed.device import Platform, detect
+from megatron_psft.errors import UserError
 
 
 def _detect_twice():
@@ -174,13 +176,14 @@ def pretended_gpu(monkeypatch) -> list[int]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Model T on {device}")
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     return chosen
 
 
 @pytest.mark.parametrize("engine", [None, ModuleSpec("transformer_engine", None)])
 def test_a_gpu_is_chosen_and_nothing_is_patched(pretended_gpu, monkeypatch, engine):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: engine)
+    if engine is not None:
+        monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", ModuleType("transformer_engine.pytorch"))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: {"transformer_engine": "2.8.0+abc"}[name])
     names_before = {module: dict(vars(module)) for module in (torch, torch.cuda, torch.cuda.random, torch.Tensor)}
     modes_before = _get_current_function_mode_stack()
@@ -246,9 +249,27 @@ def test_whose_adam_it_is_is_said(monkeypatch, module, source):
     assert f"; {source} Adam; " in here.describe()
 
 
-def test_the_number_of_hardware_queues_is_one_unless_the_user_has_set_it(pretended_gpu, monkeypatch):
-    detect(0)
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    detect(0)
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+BROKEN_ENGINES = {
+    "a library is missing": ("raise OSError('libcudart.so.11.0 is gone')", "", "OSError: libcudart.so.11.0 is gone"),
+    "for another torch": ("", "raise ImportError('undefined symbol: _ZN3c1')", "ImportError: undefined symbol: _ZN3c1"),
+    "half of it is there": ("", "import transformer_engine_torch_of_nobody", "ModuleNotFoundError: No module named"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_ENGINES)
+def test_a_broken_transformer_engine_is_a_mistake_and_not_guessed_around(pretended_gpu, monkeypatch, tmp_path, kind):
+    core, pytorch, reason = BROKEN_ENGINES[kind]
+    for folder, text in (
+        (tmp_path / "transformer_engine", core),
+        (tmp_path / "transformer_engine" / "pytorch", pytorch),
+    ):
+        folder.mkdir()
+        (folder / "__init__.py").write_text(f"{text}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with pytest.raises(UserError, match="transformer_engine is installed and cannot be imported") as caught:
+            detect(0)
+    finally:
+        sys.modules.pop("transformer_engine", None)
+    assert reason in str(caught.value)
+    assert "pip uninstall transformer-engine" in str(caught.value)

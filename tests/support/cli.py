@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,23 @@ class Exit:
 
 
 def run_cli(argv: Sequence[str]) -> Exit:
-    """What `psft train ARGV` does on this rank; for `pool.run`."""
-    from megatron_psft.cli.train import main
+    """What `psft train ARGV` does on this rank; for `pool.run`, whose workers outlive a rank that fails alone."""
+    from megatron_psft.cli import train
 
-    return call_main(main, argv)
+    original, train.end_at_once = train.end_at_once, _end_the_call
+    try:
+        return call_main(train.main, argv)
+    finally:
+        train.end_at_once = original
+
+
+def _end_the_call(code: int) -> None:
+    """As the end of the process would, closes the sockets that its peers wait at."""
+    import torch.distributed as dist
+
+    if threading.current_thread() is threading.main_thread() and dist.is_initialized():
+        dist.destroy_process_group()
+    raise SystemExit(code)
 
 
 def call_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> Exit:
