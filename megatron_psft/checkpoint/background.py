@@ -43,7 +43,7 @@ class BackgroundCalls(AsyncCallsQueue):
         self._staging = Staging(device) if device.type == "cuda" else None
         # What takes seconds to import is imported once, while training begins.
         multiprocessing.set_forkserver_preload([f"megatron_psft.checkpoint.{name}" for name in ("server", "saver")])
-        with _ignored_warnings():
+        with _environment_of_server():
             forkserver.ensure_running()
 
     def wait_for_copy(self) -> None:
@@ -98,19 +98,27 @@ class SharedMemory:
         self._file, self._map = _owned(file.detach()), None
 
 
+_ENVIRONMENT = {
+    # Megatron-Core's import gives some, which the trainer has filtered.
+    "PYTHONWARNINGS": "ignore",
+    # Nor does an import, as Transformer Engine's, open a context on the first GPU, where rank 0 needs the memory.
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
 @contextmanager
-def _ignored_warnings() -> Iterator[None]:
-    """Processes that are started in this context print no warnings, nor do those that they start: Megatron-Core's
-    import gives some, which the trainer has filtered."""
-    previous = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = "ignore"
+def _environment_of_server() -> Iterator[None]:
+    """Processes that are started in this context, and those that they start, print no warnings and see no GPU."""
+    previous = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
     try:
         yield
     finally:
-        if previous is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = previous
+        for name, value in previous.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _owned(descriptor: int) -> BinaryIO:

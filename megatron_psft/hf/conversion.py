@@ -39,7 +39,7 @@ from megatron_psft.checkpoint.state import sharded_weights
 from megatron_psft.checkpoint.unpickle import DataReader
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
 from megatron_psft.config.schema import Config
-from megatron_psft.distributed.device import detect
+from megatron_psft.distributed.device import prepare
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError
 from megatron_psft.hf.mapping import Piece, hf_tensors, pieces, scatter
@@ -157,8 +157,9 @@ def _check_model(folder: Path, field: str, identity: Identity, shape: ModelShape
 
 
 def outline_of(shape: ModelShape) -> Outline:
-    """Builds the model in a world of one process, for as long as that takes."""
-    platform = detect(0)
+    """Builds the model in a world of one process, for as long as that takes; the process sees no GPU from then on."""
+    # On a GPU, Megatron-Core's and Transformer Engine's layers name their device, which the meta device gives way to.
+    platform = prepare("cpu", 0)
     unused = str(Path())  # on these parts of a run's configuration no parameter depends
     config = Config(weights=WeightsConfig(load_hf=unused, save=unused), data=DataConfig(data=(unused,)))
     with process_group(platform, 1):

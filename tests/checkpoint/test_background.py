@@ -1,13 +1,16 @@
 """Memory that a checkpoint's writer shares with the trainer."""
 
 import multiprocessing
+import os
 from multiprocessing.connection import Connection
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_psft.checkpoint.background import SharedMemory, SharedTensor
+from megatron_psft.checkpoint.background import BackgroundCalls, SharedMemory, SharedTensor
+from tests.support.pool import Pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 tensors = st.lists(
@@ -57,3 +60,32 @@ def test_another_process_reads_what_was_copied_before_it_was_started():
     assert ours.recv() == [original.tolist() for original in originals]
     process.join()
     assert process.exitcode == 0
+
+
+def _visible_gpus(answer: Connection) -> None:
+    answer.send(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _start_from_the_server(visible: str | None) -> tuple[str | None, str | None, str | None]:
+    """What a writer's process sees, and what this one does before and after."""
+    if visible is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    BackgroundCalls()
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("forkserver").Process(target=_visible_gpus, args=(theirs,))
+    process.start()
+    found = ours.recv()
+    process.join()
+    return found, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("PYTHONWARNINGS")
+
+
+@pytest.mark.parametrize("visible", ["0,1", None])
+def test_writers_see_no_gpu_and_the_trainer_still_does(visible):
+    # In a pool of its own: a process has one server, which here no earlier test has started.
+    pool = Pool()
+    try:
+        assert pool.run(_start_from_the_server, 1, visible) == [("", visible, os.environ.get("PYTHONWARNINGS"))]
+    finally:
+        pool.close()

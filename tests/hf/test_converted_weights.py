@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_psft.checkpoint.folders import step_folder
+from megatron_psft.hf.conversion import outline_of
+from megatron_psft.model.shape import read_shape
 from tests.support import tiny
 from tests.support.cli import run_cli
 from tests.support.converting import (
@@ -21,6 +24,7 @@ from tests.support.converting import (
     train,
 )
 from tests.support.marks import slow
+from tests.support.pool import Pool
 from tests.support.runs import metrics_of
 
 __all__ = ["convert", "converted", "inputs"]  # the fixtures
@@ -181,6 +185,40 @@ def test_the_format_is_that_of_training_checkpoints(pool, converted, tmp_path, i
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the elements of tensors that are made with memory."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type != "meta":
+            self.numbers += result.numel()
+        return result
+
+
+def _outline_on_a_machine_with_a_gpu(folder: Path) -> tuple[int, int, set[str]]:
+    """Parameters of the outline, elements that were given memory meanwhile, and the devices of the former."""
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    torch.cuda.set_device = lambda device: pytest.fail("the GPU was taken")
+    with _Allocations() as allocated:
+        outline = outline_of(read_shape(folder))
+    parameters = [entry.data for entry in outline.values()]
+    return sum(p.numel() for p in parameters), allocated.numbers, {p.device.type for p in parameters}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_what_a_checkpoint_holds_is_found_without_memory_and_without_the_gpu(tmp_path, family):
+    folder = tiny.build_model(tmp_path / "model", family)
+    pool = Pool()  # of its own, as its workers are told lies
+    try:
+        ((numbers, allocated, devices),) = pool.run(_outline_on_a_machine_with_a_gpu, 1, folder)
+    finally:
+        pool.close()
+    assert devices == {"meta"}
+    assert allocated < numbers / 20
 
 
 def test_a_run_that_has_lost_its_model_needs_one_named(pool, convert, converted, tmp_path, inputs):
