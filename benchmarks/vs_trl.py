@@ -63,7 +63,7 @@ def _argv(spec: dict[str, Any]) -> list[Any]:
     argv = ["--load-hf", folder / "model", "--tokenizer", folder / "tokenizer", "--data", folder / "problems.jsonl"]
     argv += ["--save", folder / "run", "--objective", "sft", "--no-shuffle", "--lr", LR, "--lr-decay-style", "constant"]
     argv += ["--seq-length", spec["seq_length"]]
-    return [*argv, "--train-iters", spec["steps"] + 1, *(["--bf16"] if spec["bf16"] else [])]
+    return [*argv, "--train-iters", spec["steps"] + 1, "--bf16", str(spec["bf16"]).lower()]
 
 
 def train_ours(spec: dict[str, Any]) -> dict[str, Any]:

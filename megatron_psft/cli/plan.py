@@ -90,6 +90,7 @@ def plan(config: PlanConfig) -> int:
     from megatron_psft.model.shape import read_shape
 
     cluster = config.cluster
+    config = config.with_bf16(config.precision.bf16 is not False)  # as on the GPUs that it is planned for
     shape = read_shape(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))
     platform = Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=cluster.transformer_engine)
     planned = Plan(config=config, shape=shape, world_size=cluster.gpus, platform=platform)

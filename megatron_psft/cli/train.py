@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 EXAMPLES = """examples:
   eight GPUs; the model is exported at the end:
     torchrun --nproc-per-node 8 -m megatron_psft --load-hf Qwen/Qwen2.5-7B-Instruct --data train.jsonl \\
-        --tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer --bf16 \\
+        --tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer \\
         --global-batch-size 64 --epochs 3 --save runs/first --export-hf runs/first/hf
   one process, with a GPU or without:
     psft train --load-hf Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --train-iters 100 --save runs/small

@@ -51,6 +51,16 @@ def validate_advantages(config: Config, *, has_advantages: bool) -> None:
         _refuse_if_set(objective, "where no record of data has an advantage", "clip_ratio_low")
 
 
+def validate_precision(config: Config) -> None:
+    """Raises UserError for a setting that needs bf16 without it. Where `bf16` is unset the device decides, after which
+    the caller asks again."""
+    precision, has_bf16 = config.precision, config.precision.bf16 is not False
+    if precision.fp8_format is not None and not has_bf16:
+        raise UserError(f"fp8_format ({precision.fp8_format}) needs bf16; set it, or remove fp8_format")
+    if config.optimizer.optimizer_cpu_offload and not (has_bf16 and config.parallel.use_distributed_optimizer):
+        raise UserError("optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or remove it")
+
+
 def validate_train_iters(config: Config, train_iters: int) -> None:
     """Raises UserError where a phase of the run does not fit into its steps.
 
@@ -155,20 +165,11 @@ def _validate_needs(config: Config) -> None:
             f"lr_warmup_fraction ({optimizer.lr_warmup_fraction}) and lr_warmup_iters ({optimizer.lr_warmup_iters}) "
             "are both set; remove one"
         )
-    _validate_precision(config)
+    validate_precision(config)
     if recompute.recompute_granularity == "full":
         for name in ("recompute_method", "recompute_num_layers"):
             if getattr(recompute, name) is None:
                 raise UserError(f"recompute_granularity (full) needs {name}; set it or choose selective")
-
-
-def _validate_precision(config: Config) -> None:
-    """Refuses what bf16 is lacking for."""
-    precision = config.precision
-    if precision.fp8_format is not None and not precision.bf16:
-        raise UserError(f"fp8_format ({precision.fp8_format}) needs bf16; set it, or leave fp8_format away")
-    if config.optimizer.optimizer_cpu_offload and not (precision.bf16 and config.parallel.use_distributed_optimizer):
-        raise UserError("optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or remove it")
 
 
 def _validate_intervals(config: Config) -> None:

@@ -5,8 +5,8 @@ documentation here and its `--help` text. Nothing is rewritten after parsing; de
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Literal, Self
 
 from megatron_psft.config.flags import as_given, parse_flags, require_at_least, require_positive, require_range
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
@@ -240,8 +240,9 @@ class PrecisionConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Compute on a GPU for each rank (cuda) or on the CPU (cpu). auto takes GPUs where all ranks have one, and the CPU
     where there is no sign of a GPU; it refuses a rank whose GPU does not work, or that torch cannot use."""
-    bf16: bool = False
-    """Compute in bfloat16 with fp32 master weights; otherwise everything is fp32."""
+    bf16: bool | None = None
+    """Compute in bfloat16 with fp32 master weights; if false, everything is fp32. If unset: as before where a run goes
+    on, else true on GPUs and false on the CPU."""
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """Multiply weights in fp8, by Transformer Engine on a GPU that can: e4m3 throughout, or e5m2 for gradients; the
     output layer and all log-probabilities keep their precision. Needs `bf16`; nothing is fp8 if unset."""
@@ -330,6 +331,10 @@ class Config:
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    def with_bf16(self, bf16: bool) -> Self:
+        """The same with `bf16` set, for a device that is known."""
+        return replace(self, precision=replace(self.precision, bf16=bf16))
 
 
 def parse_config(argv: Sequence[str]) -> Config:

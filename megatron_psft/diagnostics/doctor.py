@@ -106,15 +106,17 @@ def check_environment(is_gpu: bool, environment: Mapping[str, str]) -> list[Find
 
 
 def check_bf16(is_gpu: bool) -> list[Finding]:
-    """Whether `--bf16` is worth its name here."""
+    """Whether bf16 has instructions of its own here."""
     import torch
 
     if is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return [Finding(level="warning", text="this GPU has no bf16 arithmetic: --bf16 is emulated, and slow")]
+        text = "this GPU has no bf16 arithmetic: it is emulated, and slow; --bf16 false computes in fp32"
+        return [Finding(level="warning", text=text)]
     if not is_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         text = "this CPU has no bf16 instructions: --bf16 is hundreds of times as slow as fp32, which is the default"
         return [Finding(level="warning", text=text)]
-    return [Finding(level="ok", text="bf16 has instructions of its own: --bf16 is worth a try")]
+    use = "it is the default" if is_gpu else "--bf16 is worth a try, and fp32 the default"
+    return [Finding(level="ok", text=f"bf16 has instructions of its own: {use}")]
 
 
 def check_apex() -> list[Finding]:

@@ -12,6 +12,7 @@ from megatron_psft.model.fp8 import check_machine
 from megatron_psft.train.assemble import Run, build_run, export_model
 from megatron_psft.train.inputs import describe, read_in_turn
 from megatron_psft.train.loop import train
+from megatron_psft.train.precision import settle_precision
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int, started_
         UserError, DivergenceError, InfrastructureError: on every rank alike.
         RankError: on this rank, whatever the others do.
     """
+    config = settle_precision(config, platform)
     on_every_rank(lambda: check_machine(config.precision, platform))
     inputs = read_in_turn(config, rank, local_rank)
     log.info("%s", platform.describe())

@@ -25,7 +25,7 @@ def show(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
 
     def run(*flags: str) -> Exit:
-        always = ["--load-hf", str(tmp_path), "--bf16", "--epochs", "1", "--gpus", "8", "--seq-length", "32768"]
+        always = ["--load-hf", str(tmp_path), "--epochs", "1", "--gpus", "8", "--seq-length", "32768"]
         code = main([*always, "--global-batch-size", "8", *flags])
         return Exit(code, *capsys.readouterr())
 
@@ -50,6 +50,11 @@ def test_a_layout_that_fits(show):
     assert rows["gradients, fp32"] == pytest.approx(2 * rows["weights (1.9e9)"], abs=0.02)
     assert "PSFT over SFT: 1.292 times the operations at most" in exit.out
     assert "smallest layout that fits: TP 4 x PP 1 x CP 1 x DP 2," in exit.out
+
+
+def test_bf16_is_planned_for_unless_it_is_false(show):
+    weights = [table(show(*SPLIT, *flags).out)["weights (1.9e9)"] for flags in ((), ("--bf16",), ("--bf16", "false"))]
+    assert weights[0] == weights[1] == pytest.approx(weights[2] / 2, abs=0.01)
 
 
 def test_a_layout_that_does_not_fit_ends_with_1_and_a_better_one(show):

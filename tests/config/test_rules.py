@@ -157,7 +157,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
         ("--profile --profile-rank 1", "profile_rank (1) must be below the number of ranks (1)"),
         ("--lr-warmup-iters 10", "lr_warmup_iters (10) must be below the number of training steps (10)"),
         ("--sft-warmup-iters 10", "sft_warmup_iters (10) must be below the number of training steps (10)"),
-        ("--fp8-format hybrid", "fp8_format (hybrid) needs bf16; set it, or leave fp8_format away"),
+        ("--no-bf16 --fp8-format hybrid", "fp8_format (hybrid) needs bf16; set it, or remove fp8_format"),
         ("--bf16 --fp8-recipe mxfp8", "fp8_recipe (mxfp8) has no effect without fp8_format"),
         ("--sequence-parallel", "sequence_parallel (True) has no effect with tensor_model_parallel_size 1"),
         (

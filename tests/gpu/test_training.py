@@ -68,13 +68,13 @@ def assert_passes_agree(lines, precision: str) -> None:
 
 @pytest.mark.parametrize("head", ["--fused-head", "--no-fused-head"])
 def test_fp32_follows_the_cpu(inputs, on_cpu, head):
-    lines = train(inputs, f"fp32{head}", head)
+    lines = train(inputs, f"fp32{head}", head, "--bf16", "false")
     assert_near(lines, on_cpu, 1e-3)
     assert_passes_agree(lines, "fp32")
 
 
 def test_bf16_stays_near_fp32(inputs, on_cpu):
-    lines = train(inputs, "bf16", "--bf16")
+    lines = train(inputs, "bf16")  # the default
     assert_near(lines, on_cpu, 0.03)
     assert_passes_agree(lines, "bf16")
     for line in lines:
