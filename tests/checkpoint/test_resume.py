@@ -152,6 +152,7 @@ def _run_out_of_time(argv: list[str], rank: str, step: int) -> Exit:
         return run_cli(argv)
 
 
+@pytest.mark.slow
 def test_a_run_whose_time_is_up_ends_well_and_goes_on_bit_for_bit(pool, tmp_path, inputs):
     """In the middle of a window, by the clock of one rank; what is asked for at the end waits for the end."""
     train(pool, 2, inputs.argv(tmp_path / "whole", *DIST_OPT))
@@ -241,6 +242,7 @@ def _run_with_small_files(argv: list[str]) -> Exit:
 
 
 @pytest.mark.parametrize("background", [pytest.param((), id="waiting"), slow(("--async-save",), id="background")])
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_costs_no_other(pool, tmp_path, inputs, background):
     whole, run = tmp_path / "whole", tmp_path / "run"
     flags = (*DIST_OPT, "--save-interval", "2", "--keep-last", "1")

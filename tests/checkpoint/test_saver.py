@@ -46,7 +46,7 @@ PACKING = ("--packing",)
         (2, VPP),
         (2, (*BF16, *OVERLAP)),
         slow(2, (*CP2, *PACKING)),
-        (2, OFFLOAD),
+        slow(2, OFFLOAD),
     ],
     ids=["one", "TP2-SP", "DP2-distopt", "PP2-VPP", "DP2-distopt-overlap-bf16", "CP2-packing", "DP2-offload"],
 )
@@ -178,6 +178,7 @@ def test_experts_move_between_layouts(pool, tmp_path, inputs):
         torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_experts_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, inputs):
     model = tiny.build_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=2)
     flags = ("--load-hf", str(model), "--expert-model-parallel-size", "2", *OVERLAP, "--save-interval", "3")

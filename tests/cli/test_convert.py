@@ -271,6 +271,7 @@ HF_WRITER = ("megatron_psft.hf.export", "_ShardWriter", "add")
 @pytest.mark.parametrize(
     ("target", "writer"), [("--to-megatron", MEGATRON_WRITER), slow("--to-hf", HF_WRITER)], ids=["megatron", "hf"]
 )
+@pytest.mark.slow
 def test_what_is_killed_has_no_name_and_is_not_taken_for_whole(
     pool, convert, converted, tmp_path, inputs, target, writer, signum
 ):
@@ -340,6 +341,7 @@ def convert_and_measure(warm_up: list[str], argv: list[str]) -> int:
     return 1024 * (kilobytes("VmHWM") - before)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_file_and_a_tensor(pool, tmp_path):
     """And is not that of the model, either way and in a check."""
     shape = {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 8000, "num_hidden_layers": 8}

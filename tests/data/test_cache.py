@@ -187,6 +187,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(pool, data):
     assert leaving not in folders(data)
 
 
+@pytest.mark.slow
 def test_runs_at_once_tokenize_once_and_agree(pool, tmp_path):
     data = write_data(tmp_path / "a.jsonl", 600)
     found = pool.run(_build, 3, data)
@@ -258,6 +259,7 @@ def _die(_: object) -> None:
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "_CHUNKS_BEFORE_PROCESSES", 1)
     monkeypatch.setattr(tokenizing, "_tokenize_in_worker", _die)

@@ -287,6 +287,7 @@ ANSWER = "Ça fait 48/2 = 24 \u20ac \U0001f469\u200d\U0001f469\u200d\U0001f467 \
         ("llama3", conversation("Hi?", ANSWER, system="Be brief."), [ANSWER.strip() + "<|eot_id|>"]),
     ],
 )
+@pytest.mark.slow
 def test_real_tokenizers(real_tokenizer, name, record, expected):
     assert label_texts(record, real_tokenizer(name)) == expected
 
@@ -305,10 +306,12 @@ def test_real_tokenizers(real_tokenizer, name, record, expected):
         ("llama3", ['{"name": "add", "parameters": {"x": 1}}<|eot_id|>', "So 2.<|eot_id|>"]),
     ],
 )
+@pytest.mark.slow
 def test_real_tokenizers_label_calls(real_tokenizer, name, expected):
     assert label_texts(calling(), real_tokenizer(name)) == expected
 
 
+@pytest.mark.slow
 def test_qwen3_has_the_reasoning_of_the_last_turns_only(real_tokenizer):
     record = calling(reasoning_content="Hm.")
     assert label_texts(record, real_tokenizer("qwen3"))[1] == "<think>\nHm.\n</think>\n\nSo 2.<|im_end|>"
@@ -323,6 +326,7 @@ def test_qwen3_has_the_reasoning_of_the_last_turns_only(real_tokenizer):
         label_texts(record, real_tokenizer("qwen2.5"))
 
 
+@pytest.mark.slow
 def test_llama3_text_has_one_start_token_and_a_fixed_date(real_tokenizer):
     tokenizer = real_tokenizer("llama3")
     tokens = render_record(TWO_TURNS, tokenizer, "assistant").tokens.tolist()

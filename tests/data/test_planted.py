@@ -100,6 +100,7 @@ READ = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.
 IGNORED = ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "extra.npy")
 
 
+@pytest.mark.slow
 def test_no_file_of_a_model_folder_is_run(pool, tmp_path):
     marker = tmp_path / "marker"
     source = tiny.build_model(tmp_path / "source", "qwen3")

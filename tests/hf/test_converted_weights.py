@@ -40,7 +40,7 @@ BF16 = ("--bf16",)
     ("family", "tied", "world_size", "layout"),
     [
         ("qwen3", True, 1, ()),
-        ("qwen2", False, 2, TP2),
+        slow("qwen2", False, 2, TP2),
         slow("llama", False, 2, PP2),
         slow("qwen3", True, 2, DIST_OPT),
         slow("qwen2", False, 2, VPP),
@@ -103,6 +103,7 @@ def test_a_vocabulary_that_is_padded_otherwise_loads_too(pool, converted, tmp_pa
     assert tensors_of(back)["lm_head.weight"].shape == (tiny.VOCAB_SIZE, 96)
 
 
+@pytest.mark.slow
 def test_the_run_that_starts_from_it_resumes_as_itself(pool, converted, tmp_path, inputs):
     source = tiny.build_model(tmp_path / "source", "llama")
     checkpoint = converted("--from-hf", source, "--to-megatron", tmp_path / "ckpt")

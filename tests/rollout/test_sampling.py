@@ -66,6 +66,7 @@ def test_a_cold_sample_is_the_greedy_one_whatever_shares_its_batch(inputs):
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.6)])
+@pytest.mark.slow
 def test_tokens_are_as_frequent_as_the_model_says(inputs, temperature, top_p):
     """4,000 first tokens; the generation config's top-k of 1 would give one token only."""
     prompt = render(inputs, PROMPTS[0])

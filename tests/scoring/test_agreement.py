@@ -132,8 +132,9 @@ def _run_with(fault: str, size: float, argv: list[str]) -> Exit:
         return run_cli(argv)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", ["one", "TP2"])
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("one", "fp32"), slow("one", "bf16"), slow("TP2", "fp32"), ("TP2", "bf16")]
+)
 def test_another_attention_scale_in_the_pass_is_warned_of(pool, inputs, tmp_path, precision, layout):
     world_size, flags = LAYOUTS[layout].world_size, LAYOUTS[layout].flags
     flags = [*flags, *(["--bf16"] if precision == "bf16" else [])]
@@ -145,6 +146,7 @@ def test_another_attention_scale_in_the_pass_is_warned_of(pool, inputs, tmp_path
     assert [gap is None for gap in gaps_of(tmp_path)] == [True, False, True], "once, after the warm-up"
 
 
+@pytest.mark.slow
 def test_rounding_of_another_kernel_is_within_what_bf16_allows(pool, inputs, tmp_path):
     argv = command_line(inputs, tmp_path, "--bf16", "--train-iters", "2")
     (exit,) = pool.run(_run_with, 1, "rounding", 0.0, argv)
@@ -158,7 +160,7 @@ def test_rounding_of_another_kernel_is_within_what_bf16_allows(pool, inputs, tmp
     [
         ("attention scale", 0.5, "TP2", ["--bf16"]),
         ("positions", 0.0, "one", []),
-        ("noise", 0.3, "one", []),
+        slow("noise", 0.3, "one", []),
         slow("noise", 0.3, "PP2-VPP1", []),
         slow("attention scale", 1.5, "one", []),
     ],
@@ -172,6 +174,7 @@ def test_a_difference_beyond_the_clip_ends_the_run(pool, inputs, tmp_path, fault
     assert len(lines_of(tmp_path)) == 1, "the step was not made"
 
 
+@pytest.mark.slow
 def test_the_clip_of_the_run_is_the_measure(pool, inputs, tmp_path):
     """0.3 nats are beyond a clip of 0.28, and within one of 0.4."""
     argv = command_line(inputs, tmp_path, "--clip-ratio-high", "0.4", "--train-iters", "2")
@@ -180,7 +183,7 @@ def test_the_clip_of_the_run_is_the_measure(pool, inputs, tmp_path):
     assert DIFFER in exit.err
 
 
-@pytest.mark.parametrize("layout", ["one", "PP2-VPP1", slow("DP2"), slow("TP2"), slow("CP2")])
+@pytest.mark.parametrize("layout", [slow("one"), "PP2-VPP1", slow("DP2"), slow("TP2"), slow("CP2")])
 def test_the_gap_is_what_it_is_in_any_layout(pool, inputs, tmp_path, layout):
     world_size = LAYOUTS[layout].world_size
     argv = command_line(inputs, tmp_path, *LAYOUTS[layout].flags, "--check-scoring", "--train-iters", "5")

@@ -149,7 +149,7 @@ def forget_steps(save: Path) -> None:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("layout", ["one", slow("TP2-SP"), "PP2", slow("CP2"), slow("DP2-overlap")])
+@pytest.mark.parametrize("layout", [slow("one"), slow("TP2-SP"), "PP2", slow("CP2"), slow("DP2-overlap")])
 def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tmp_path, inputs, layout):
     """In the file in the order of the records; in a shuffled training batch of the layout at each label."""
     world_size, flags = LAYOUTS[layout].world_size, (*LAYOUTS[layout].flags, *PACKING[layout])
@@ -198,6 +198,7 @@ def test_what_one_layout_wrote_another_reads(pool, tmp_path, inputs):
 
 
 @pytest.mark.parametrize(("per_mark", "left"), [(2, 1), slow(1, 1), slow(3, 3)])
+@pytest.mark.slow
 def test_a_pass_that_is_killed_goes_on_to_the_same_bits(pool, tmp_path, inputs, per_mark, left):
     """Killed in the third of three batches: what was marked counts."""
     flags = (*DIST_OPT, *SEPARATE)
@@ -221,6 +222,7 @@ def test_a_pass_that_is_killed_goes_on_to_the_same_bits(pool, tmp_path, inputs, 
         assert values_of(tmp_path / "run") == values_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_pass_in_good_order(pool, tmp_path, inputs):
     argv = inputs.argv(tmp_path / "run", *DIST_OPT, *SEPARATE)
     observed = pool.run(_signalled, 2, argv, signal.SIGTERM)
@@ -252,6 +254,7 @@ def _run_with_a_full_disk(argv: list[str]) -> Observed:
         ReferencePass._write = write
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_one_rank_ends_the_run_on_all(pool, tmp_path, inputs):
     argv = inputs.argv(tmp_path / "run", *DIST_OPT, *SEPARATE)
     observed = pool.run(_run_with_a_full_disk, 2, argv)
@@ -283,7 +286,7 @@ def test_a_resumed_run_reads_what_the_weights_at_its_start_have_said(pool, tmp_p
     assert found.difference > 1e-3, "the weights of step 1 are not those of the start"
 
 
-@pytest.mark.parametrize("harm", [slow("truncated"), "flipped", slow("gone"), "no folder", "of other data"])
+@pytest.mark.parametrize("harm", [slow("truncated"), "flipped", slow("gone"), slow("no folder"), "of other data"])
 def test_a_damaged_file_is_an_error_that_names_it(pool, tmp_path, inputs, finished, harm):
     run = resumable(finished, tmp_path / "run")
     folder = run / "ref_log_probs"
@@ -324,6 +327,7 @@ def test_weights_that_give_no_numbers_are_refused(pool, tmp_path, inputs):
     assert "load_hf: the model at the start gives log-probabilities that are no numbers, for batch 0" in line
 
 
+@pytest.mark.slow
 def test_other_weights_at_the_start_are_another_reference(pool, tmp_path, inputs):
     run = tmp_path / "run"
     train(pool, 1, inputs.argv(run, *SEPARATE))
@@ -335,6 +339,7 @@ def test_other_weights_at_the_start_are_another_reference(pool, tmp_path, inputs
     assert values_of(run) != before
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_run_that_starts_from_a_checkpoint_is_its_model(pool, tmp_path, inputs, finished):
     source = resumable(finished, tmp_path / "source")
     argv = inputs.argv(tmp_path / "run", *SEPARATE, "--load", str(source))

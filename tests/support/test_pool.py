@@ -81,6 +81,7 @@ def _hang_on_rank_one():
         time.sleep(1000)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_shown_where_it_stands_and_the_pool_recovers(pool):
     with pytest.raises(WorkerError) as caught:
         pool.run(_hang_on_rank_one, 2, timeout=5)
@@ -133,6 +134,7 @@ def test_a_command_that_raises_shows_its_output_too(pool):
         pool.run(call_main, 1, _main, ["raise"])
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_script_on_all_ranks(tmp_path):
     script = tmp_path / "script.py"
     # One write each: the parts of a `print` may come between those of another rank.
@@ -146,6 +148,7 @@ def test_torchrun_starts_a_script_on_all_ranks(tmp_path):
     assert run_torchrun([script, "fail"], 2).returncode == 1
 
 
+@pytest.mark.slow
 def test_torchrun_is_ended_after_its_time(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import time; time.sleep(1000)")
@@ -244,6 +247,7 @@ def test_a_window_of_one_step_has_the_gradient_of_sft(tmp_path, batches):
     assert [metrics["loss"] for metrics in runs[0]] == [-1.0] * 3
 
 
+@pytest.mark.slow
 def test_windows_start_after_warm_up_and_a_fixed_one_never_ends(tmp_path, batches):
     hf_dir = tiny.build_model(tmp_path, "qwen2", num_hidden_layers=1)
 
@@ -256,6 +260,7 @@ def test_windows_start_after_warm_up_and_a_fixed_one_never_ends(tmp_path, batche
 
 
 @pytest.mark.parametrize(("family", "tied"), [slow("qwen2", True), slow("llama", False), ("qwen3", True)])
+@pytest.mark.slow
 def test_parity_over_twelve_steps_means_something(tmp_path, batches, monkeypatch, family, tied):
     """Much is clipped, nothing is near uniform, and a rounding error in the weights stays one in the metrics."""
     hf_dir = tiny.build_model(tmp_path, family, tied=tied)

@@ -150,7 +150,7 @@ ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
         ("one", UNPACKED),
         slow("one", (*UNPACKED, "--no-fused-head")),
         slow("one", ONE_PACK),
-        ("DP2-overlap", UNPACKED),
+        slow("DP2-overlap", UNPACKED),
         slow("TP2-PP2", UNPACKED),
         ("TP2-SP-CP2", ONE_PACK),
     ],
