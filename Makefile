@@ -16,7 +16,7 @@ AT_A_TIME = -n $(WORKERS) --dist worksteal $(DURATIONS)
 ONCE = benchmarks cli docker docs examples report
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-py312 demo miniature test test-slow test-py312 test-nemo test-gpu lint format docs bench bench-gpu clean
+.PHONY: help install install-py312 demo miniature test test-slow test-py312 test-nemo test-gpu lint format docs bench bench-store bench-gpu clean
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1: /p' Makefile
@@ -81,13 +81,18 @@ docs: $(VENV)/.installed-docs ## Build the documentation into build/site, warnin
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 BENCHMARKS = head psft_overhead scaling vs_trl plan
+CPU_BENCHMARKS = $(BENCHMARKS) checkpoint convert
 
 $(VENV)/.installed-bench: $(STAMP)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[bench]'
 	touch $@
 
 bench: $(VENV)/.installed-bench ## Measure on this machine's CPU, one JSON line per figure, against the peers that run there
-	@for name in $(BENCHMARKS); do $(BIN)/python -W ignore benchmarks/$$name.py --size cpu || exit 1; done
+	@for name in $(CPU_BENCHMARKS); do $(BIN)/python -W ignore benchmarks/$$name.py --size cpu || exit 1; done
+
+bench-store: $(VENV)/.installed-bench ## Measure on this machine's CPU, keep the figures and write the tables of docs/performance.md
+	$(BIN)/python benchmarks/store.py
+	$(BIN)/python -m docs.generate
 
 bench-gpu: $(VENV)/.installed-bench ## The same in sizes for a GPU
 	@for name in $(BENCHMARKS) throughput; do $(BIN)/python -W ignore benchmarks/$$name.py --size gpu || exit 1; done

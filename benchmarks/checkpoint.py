@@ -1,13 +1,9 @@
 """What a checkpoint costs a run: waiting for it, writing it in the background, checking and loading it.
 
-Trains a small model on records of random letters and prints one JSON line per figure, in some twenty minutes. One
-thread trains, so that on two cores the background writer has one for itself, and the allocator keeps what is freed,
-both as on a machine with GPUs.
-
-    python benchmarks/checkpoint.py [--hidden-size 512] [--steps 4]
+Trains a small model on records of random letters and prints one JSON line per figure. One thread trains, so that on two
+cores the background writer has one for itself, and the allocator keeps what is freed, both as on a machine with GPUs.
 """
 
-import argparse
 import ctypes
 import json
 import logging
@@ -22,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import emit
+from common import emit, emit_machine, parse_size
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -40,29 +36,33 @@ from megatron_psft.train.inputs import read_inputs
 from megatron_psft.train.loop import train_step
 
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-_TRIALS = 60  # of which medians are taken, as the time of a step varies by more than a save costs
+SIZES = {
+    # Medians are taken of the trials, as the time of a step varies by more than a save costs; `long` takes 20 minutes.
+    "cpu": {"hidden_size": 256, "steps": 4, "trials": 10},
+    "long": {"hidden_size": 512, "steps": 4, "trials": 60},
+    "tiny": {"hidden_size": 64, "steps": 1, "trials": 2},
+}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=512, help="width of the model (512: 67 million parameters)")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per figure (4)")
-    options = parser.parse_args()
+    size = SIZES[parse_size(__doc__, tuple(SIZES))]
     torch.set_num_threads(1)
+    emit_machine()
     keep_freed_memory()
     logging.disable()
     here = detect(0)
     with tempfile.TemporaryDirectory() as name, process_group(here, 1):
         folder = Path(name)
-        write_inputs(folder, options.hidden_size)
-        window = 1 + 3 * options.steps  # one per trial, after one that warms up
+        write_inputs(folder, size["hidden_size"])
+        window = 1 + 3 * size["steps"]  # one per trial, after one that warms up
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
-            --train-iters {window * (1 + _TRIALS)} --global-batch-size 1 --no-packing --old-policy-interval {window}"""
+            --train-iters {window * (1 + size["trials"])} --global-batch-size 1 --no-packing
+            --old-policy-interval {window}"""
         config = parse_config(flags.split())
         run = build_run(config, read_inputs(config, is_main=False), here)
-        measure(run, options.steps)
+        measure(run, size["steps"], size["trials"])
 
 
 def keep_freed_memory() -> None:
@@ -95,7 +95,7 @@ def write_inputs(folder: Path, hidden_size: int) -> None:
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
 
 
-def measure(run: Run, steps: int) -> None:
+def measure(run: Run, steps: int, count: int) -> None:
     """Prints all figures."""
     started = time.perf_counter()
     train_step(run, 0)
@@ -104,7 +104,7 @@ def measure(run: Run, steps: int) -> None:
     window = run.config.objective.old_policy_interval
     for step in range(1, window):
         train_step(run, step)
-    trials = _trials(run, window, steps)
+    trials = _trials(run, window, steps, count)
     emit_median("step_seconds", [trial.plain / steps for trial in trials], "s")
     emit_median("save_stall_seconds", [trial.waiting for trial in trials], "s")
     emit_median("async_save_stall_seconds", [trial.stalled for trial in trials], "s")
@@ -112,6 +112,7 @@ def measure(run: Run, steps: int) -> None:
     emit_median("async_save_extra_seconds", [trial.extra for trial in trials], "s", steps=steps)
     emit_median("async_save_extra_ratio", [trial.extra / trial.waiting for trial in trials], "ratio", steps=steps)
     newest = step_folders(Path(run.config.weights.save))[-1]
+    emit("parameters", sum(p.numel() for chunk in run.state.chunks for p in chunk.parameters()), "parameters")
     emit("checkpoint_bytes", sum(path.stat().st_size for path in newest.iterdir()), "bytes")
     emit("old_log_probs_bytes", stored_bytes, "bytes")
     emit("old_policy_pass_seconds", pass_seconds, "s")
@@ -123,9 +124,9 @@ def emit_median(name: str, values: Sequence[float], unit: str, **details: int) -
     """Prints a median, and where it lies with 95 % confidence: between two of the values, whatever they are
     distributed like (Conover, Practical Nonparametric Statistics, 3rd ed., 3.2)."""
     ordered, count = sorted(values), len(values)
-    outside = math.floor(count / 2 - 1.96 * math.sqrt(count) / 2)  # how many lie below a median is binomial
+    outside = max(0, math.floor(count / 2 - 1.96 * math.sqrt(count) / 2))  # how many lie below a median is binomial
     interval = [round(ordered[outside], 4), round(ordered[-1 - outside], 4)]
-    emit(name, statistics.median(ordered), unit, interval=interval, **details)
+    emit(name, statistics.median(ordered), unit, interval=interval, trials=count, **details)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +143,12 @@ class Trial:
     """What of it training waited for."""
 
 
-def _trials(run: Run, window: int, steps: int) -> list[Trial]:
+def _trials(run: Run, window: int, steps: int, count: int) -> list[Trial]:
     """One per window after the first."""
     waited, background = (_saver(run, in_background=in_background) for in_background in (False, True))
     waited.save(0)  # starts the helper process that all saves share
     trials = []
-    for trial in tqdm(range(_TRIALS), unit="trial"):
+    for trial in tqdm(range(count), unit="trial", disable=None):
         first = window * (1 + trial)
         started = time.perf_counter()
         waited.save(3 * trial + 1)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ def emit_machine() -> None:
         emit("machine", threads, "threads", device=platform.processor() or platform.machine(), torch=torch.__version__)
 
 
-def parse_size(description: str | None) -> str:
-    """The one flag of every benchmark: `cpu` sizes take minutes on two cores, `gpu` sizes need a GPU."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--size", choices=("cpu", "gpu"), default="cpu")
+def parse_size(description: str | None, sizes: Sequence[str] = ("cpu", "gpu", "tiny")) -> str:
+    """The one flag of a benchmark: `cpu` sizes take a minute or some on two cores, `gpu` sizes need a GPU, and `tiny`
+    ones only show that the benchmark runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sizes, default="cpu")
     return parser.parse_args().size
 
 
@@ -70,7 +71,7 @@ def in_fresh_process(function: Callable[[dict[str, Any]], Any], spec: dict[str, 
     outputs = [process.communicate() for process in processes]
     for process, (_, error) in zip(processes, outputs, strict=True):
         if process.returncode:
-            raise FailedError((error.strip().splitlines() or ["killed"])[-1][:300])
+            raise FailedError((error.strip().splitlines() or ["killed"])[-1].removeprefix("[rank0]: ")[:300])
     return json.loads(outputs[0][0].splitlines()[-1])
 
 

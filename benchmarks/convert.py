@@ -1,14 +1,11 @@
-"""Converting a random model of 1.5 billion parameters to Megatron-Core and back: time, and by how much memory grows.
+"""Converting a random model to Megatron-Core and back: time, and by how much memory grows.
 
-    python benchmarks/convert.py [--layers 28] [--bridge]
-
-Prints one JSON object per figure. The model has the shape of Qwen2.5-1.5B, in bf16 and files of at most 1 GB; it is in
-the page cache, as it was written just before. Memory is the growth of the peak resident set, mapped files included, and
-imports count neither in time nor in memory. --bridge adds Megatron-Bridge's way to Megatron-Core, with the weights-only
-checkpoint and the low-memory save of its `AutoBridge.import_ckpt`, where it is installed.
+The model has the shape of Qwen2.5-1.5B but for its number of layers, in bf16; it is in the page cache, as it was
+written just before. Memory is the growth of the peak resident set, mapped files included, and imports count neither in
+time nor in memory. Where Megatron-Bridge is installed (Python 3.12), its way to Megatron-Core is measured as well, with
+the weights-only checkpoint and the low-memory save of its `AutoBridge.import_ckpt`.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import GIB, FailedError, emit, in_fresh_process
+from common import GIB, FailedError, emit, emit_machine, in_fresh_process, parse_size
 
 CONFIG = {
     "model_type": "qwen2",
@@ -34,28 +31,35 @@ CONFIG = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
-MAX_SHARD_BYTES = 10**9
+SIZES = {
+    "cpu": {"num_hidden_layers": 8, "max_shard_gb": 0.3},
+    "long": {"num_hidden_layers": 28, "max_shard_gb": 1.0},
+    "tiny": {
+        "num_hidden_layers": 1,
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+        "max_shard_gb": 0.0002,
+    },
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28, help="of the model (28)")
-    parser.add_argument("--bridge", action="store_true", help="also measure Megatron-Bridge")
-    options = parser.parse_args()
+    size = SIZES[parse_size(__doc__, tuple(SIZES))]
+    emit_machine()
     with tempfile.TemporaryDirectory() as name:
         source, checkpoint, target = (str(Path(name) / part) for part in ("source", "checkpoint", "target"))
-        in_fresh_process(write_model, {"folder": source, "num_hidden_layers": options.layers})
+        in_fresh_process(write_model, {"folder": source, **size})
         files = [path.stat().st_size for path in Path(source).glob("*.safetensors")]
         emit("model", sum(files) / GIB, "GiB", files=len(files), largest_file_gib=round(max(files) / GIB, 3))
         there = ["--from-hf", source, "--to-megatron", checkpoint]
-        back = ["--from-megatron", checkpoint, "--to-hf", target, "--max-shard-gb", str(MAX_SHARD_BYTES / 1e9)]
+        back = ["--from-megatron", checkpoint, "--to-hf", target, "--max-shard-gb", str(size["max_shard_gb"])]
         for figure, argv in (("to_megatron", there), ("to_hf", back), ("check", [*there, "--check"])):
             emit_cost(figure, in_fresh_process(convert, {"argv": argv}))
-        if options.bridge:
-            try:
-                emit_cost("bridge_to_megatron", in_fresh_process(convert_by_bridge, {"source": source, "folder": name}))
-            except FailedError as error:
-                emit("bridge_to_megatron", None, "s", reason=str(error))
+        try:
+            emit_cost("bridge_to_megatron", in_fresh_process(convert_by_bridge, {"source": source, "folder": name}))
+        except FailedError as error:
+            emit("bridge_to_megatron", None, "s", does_not_run=str(error))
 
 
 def emit_cost(figure: str, cost: dict[str, float]) -> None:
@@ -72,7 +76,7 @@ def write_model(spec: dict[str, Any]) -> None:
     from megatron_psft.hf.weights import RandomWeights
     from megatron_psft.model.shape import shape_from_config
 
-    config = {**CONFIG, "num_hidden_layers": spec["num_hidden_layers"]}
+    config = {**CONFIG, **{name: value for name, value in spec.items() if name not in ("folder", "max_shard_gb")}}
     shape = shape_from_config(config, "config")
     weights = RandomWeights(shape, seed=0)
     folder = Path(spec["folder"])
@@ -84,7 +88,7 @@ def write_model(spec: dict[str, Any]) -> None:
             shape=shape,
             dtype=torch.bfloat16,
             side_files=SideFiles(model_folder=Path(beside), tokenizer_folder=Path(beside)),
-            max_shard_bytes=MAX_SHARD_BYTES,
+            max_shard_bytes=int(spec["max_shard_gb"] * 1e9),
         )
 
 

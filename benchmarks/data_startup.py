@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
+from common import emit
 
 VOCABULARY = """
 add all answer apple because both box check count divide each eleven equals every find first five four from gives half
@@ -110,11 +111,11 @@ def measure(data: Path, cache: Path, args: argparse.Namespace) -> None:
     ranks = in_processes(args.ranks, data, args.tokenizer, cache, args.workers)
     shape = {"records": int(first["records"]), "tokens": int(first["tokens"]), "data_mib": mib(data)}
     workers = args.workers or os.cpu_count()
-    show("first_start_seconds", first["open_seconds"], "s", workers=workers, **shape)
-    show("tokenizing_rate", first["records"] / first["open_seconds"], "records/s", workers=workers)
-    show("tokenizing_peak_pss_all_processes", peaks["sum"], "MiB", workers=workers)
-    show("tokenizing_peak_pss_one_process", peaks["single"], "MiB", workers=workers)
-    show("cache_size", sum(mib(file) for file in cache.rglob("*.bin")), "MiB")
+    emit("first_start_seconds", first["open_seconds"], "s", workers=workers, **shape)
+    emit("tokenizing_rate", first["records"] / first["open_seconds"], "records/s", workers=workers)
+    emit("tokenizing_peak_pss_all_processes", peaks["sum"], "MiB", workers=workers)
+    emit("tokenizing_peak_pss_one_process", peaks["single"], "MiB", workers=workers)
+    emit("cache_size", sum(mib(file) for file in cache.rglob("*.bin")), "MiB")
     for name, unit in (
         ("open_seconds", "s"),
         ("statistics_seconds", "s"),
@@ -124,9 +125,9 @@ def measure(data: Path, cache: Path, args: argparse.Namespace) -> None:
         ("pss_anon_mib", "MiB"),
     ):
         worst = (min if unit == "records/s" else max)(rank[name] for rank in ranks)
-        show(f"cached_start_{name}", worst, unit, ranks=args.ranks)
+        emit(f"cached_start_{name}", worst, unit, ranks=args.ranks)
     grown = max(rank["pss_anon_mib"] - rank["pss_anon_before_mib"] for rank in ranks)
-    show(
+    emit(
         "cached_start_memory_of_the_data",
         grown,
         "MiB",
@@ -137,10 +138,6 @@ def measure(data: Path, cache: Path, args: argparse.Namespace) -> None:
 
 def mib(path: Path) -> float:
     return path.stat().st_size / 2**20
-
-
-def show(name: str, value: float, unit: str, **more: float) -> None:
-    print(json.dumps({"name": name, "value": round(value, 3), "unit": unit, **more}), flush=True)
 
 
 def main() -> None:

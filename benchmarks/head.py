@@ -14,7 +14,9 @@ import torch
 from common import GIB, FailedError, Meter, emit, emit_machine, in_fresh_process, parse_size
 from torch import Tensor
 
-VOCAB_SIZE = 152_064
+VOCAB_SIZE, TINY_VOCAB_SIZE = 152_064, 512
+RATIO_SHAPES = {"cpu": (8192, 896), "gpu": (8192, 896), "tiny": (64, 32)}
+"""Tokens and hidden size for which ours is divided by Megatron-Core's."""
 OURS, UNFUSED, NATIVE, LIGER, CCE = "ours", "megatron_unfused", "megatron_native_fused", "liger", "apple_cce"
 PEERS_OF_ONE_RANK = (LIGER, CCE)
 
@@ -166,7 +168,7 @@ def _run(path: Path, weight: Any, spec: dict[str, Any], tokens: int) -> Meter:
 
 
 def specs_of(size: str) -> list[dict[str, Any]]:
-    """Shapes, the one of the ratios last; every path sees each of them."""
+    """Shapes, of which every path sees each; no peer runs without a GPU, so that the first one says so for all."""
     base = {"vocab_size": VOCAB_SIZE, "dtype": "bfloat16" if size == "gpu" else "float32"}
     if size == "gpu":
         return [
@@ -177,6 +179,9 @@ def specs_of(size: str) -> list[dict[str, Any]]:
             for tokens in (1024, 8192, 32768)
             for labels in (100, 30)
         ]
+    if size == "tiny":
+        spec = {**base, "vocab_size": TINY_VOCAB_SIZE, "tokens": 64, "hidden": 32, "labels_percent": 100, "ranks": 1}
+        return [spec, {**spec, "labels_percent": 30}]
     small = {**base, "tokens": 1024, "hidden": 896, "labels_percent": 100, "ranks": 1}
     return [
         small,
@@ -190,30 +195,32 @@ def specs_of(size: str) -> list[dict[str, Any]]:
 
 
 def run_all(size: str) -> None:
+    specs = specs_of(size)
     found: dict[tuple[str, int], dict[str, float]] = {}
-    for spec in specs_of(size):
-        is_long = size == "cpu" and spec["tokens"] > 1024
+    for spec in specs:
+        is_long = size == "cpu" and (spec["tokens"] > 1024 or spec["hidden"] > 896)
         for name in PATHS:
-            if spec["ranks"] > 1 and name in PEERS_OF_ONE_RANK:
+            if name in PEERS_OF_ONE_RANK and (spec["ranks"] > 1 or (size != "gpu" and spec is not specs[0])):
                 continue
-            if is_long and name == NATIVE and spec["labels_percent"] < 100:
-                continue  # as long and as large as with all labels
-            # A long run of a CPU takes a minute, beside which its noise is small.
+            if size == "cpu" and name == NATIVE and spec["tokens"] > 1024:
+                continue  # the slowest, and seen beside the others on fewer tokens
+            # A long run of a CPU takes half a minute, beside which its noise is small.
             full = {**spec, "path": name, "repeats": 10 if size == "gpu" else 1 if is_long else 2}
             try:
                 result = in_fresh_process(measure, full, ranks=spec["ranks"])
             except FailedError as error:
                 emit(f"head_seconds_{name}", None, "s", does_not_run=str(error), **spec)
                 continue
-            emit(f"head_seconds_{name}", result["seconds"], "s", median=result["median_seconds"], **spec)
+            emit(f"head_seconds_{name}", result["seconds"], "s", median=round(result["median_seconds"], 5), **spec)
             emit(f"head_peak_{name}", result["peak_bytes"] / GIB, "GiB", **spec)
-            if spec["tokens"] == 8192 and spec["hidden"] == 896 and spec["ranks"] == 1:
+            if (spec["tokens"], spec["hidden"], spec["ranks"]) == (*RATIO_SHAPES[size], 1):
                 found[name, spec["labels_percent"]] = result
-    _emit_ratios(found)
+    _emit_ratios(found, size)
 
 
-def _emit_ratios(found: dict[tuple[str, int], dict[str, float]]) -> None:
-    shape = {"tokens": 8192, "vocab_size": VOCAB_SIZE, "hidden": 896}
+def _emit_ratios(found: dict[tuple[str, int], dict[str, float]], size: str) -> None:
+    tokens, hidden = RATIO_SHAPES[size]
+    shape = {"tokens": tokens, "vocab_size": TINY_VOCAB_SIZE if size == "tiny" else VOCAB_SIZE, "hidden": hidden}
     for name, labels, key in (
         ("head_peak_ratio", 100, "peak_bytes"),
         ("head_time_ratio_all_labels", 100, "seconds"),

@@ -10,7 +10,6 @@ the packs, which the trainer here does batch by batch while it trains. Needs TRL
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
+from common import emit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -165,10 +165,6 @@ def timed(action: Callable[[], Result]) -> tuple[float, Result]:
         elapsed = time.perf_counter() - started
         if elapsed > MIN_SECONDS:
             return elapsed / runs, result
-
-
-def emit(name: str, value: float, unit: str, **details: int) -> None:
-    print(json.dumps({"name": name, "value": value, "unit": unit, **details}), flush=True)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ SPECS: dict[str, list[dict[str, Any]]] = {
         {"name": "one_rank", "family": "qwen2", "ranks": 1, "seq_length": 8192, "flags": ["--bf16"]},
         {"name": "recomputed", "family": "qwen2", "ranks": 1, "seq_length": 16_384, "flags": ["--bf16", *FULL]},
     ],
+    "tiny": [{"name": "one_rank", "family": "qwen2", "ranks": 1, "seq_length": 256, "flags": []}],
 }
 
 
@@ -137,4 +138,6 @@ if __name__ == "__main__":
             planned_gib=round(found["planned"] / GIB, 3),
             measured_gib=round(found["measured"] / GIB, 3),
             moment=found["moment"],
+            **{name: spec[name] for name in ("family", "ranks", "seq_length")},
+            flags=" ".join(map(str, spec["flags"])),
         )

@@ -48,6 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"shapes": ["cpu"], "seq_length": 512, "rows": 2, "flags": []},
+    "tiny": {"shapes": ["cpu"], "seq_length": 64, "rows": 2, "flags": []},
     "gpu": {"shapes": ["0.5B", "7B, 8 of 28 layers"], "seq_length": 4096, "rows": 16, "flags": ["--bf16"]},
 }
 
@@ -63,13 +64,13 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
         lines = [train_step(run, step) for step in range(WINDOW, 2 * WINDOW)]
         seconds = time.perf_counter() - started
         lengths = [run.loader.lengths(step).tolist() for step in range(WINDOW, 2 * WINDOW)]
-        flops = 3 * sum(flops.forward_flops(run.shape, own) for own in lengths) / seconds
+        rate = 3 * sum(flops.forward_flops(run.shape, own) for own in lengths) / seconds
         device = run.parallel.device
         peak = flops.peak_flops(device) if device.type == "cuda" else None
-    result = {"tokens_per_second": sum(line["tokens"] for line in lines) / seconds, "training_tflops": flops / 1e12}
+    result = {"tokens_per_second": sum(line["tokens"] for line in lines) / seconds, "training_tflops": rate / 1e12}
     if device.type == "cuda":
         result["max_memory_gib"] = lines[-1]["max_memory_gib"]
-    return result if peak is None else result | {"mfu": flops / peak}
+    return result if peak is None else result | {"mfu": rate / peak}
 
 
 def _argv(spec: dict[str, Any], folder: Path) -> list[Any]:

@@ -33,8 +33,17 @@ SIZES: dict[str, dict[str, Any]] = {
         "steps": 20,
         "bf16": True,
     },
+    "tiny": {
+        "hidden_size": 64,
+        "num_layers": 1,
+        "vocab_size": 512,
+        "records": 4,
+        "seq_length": 512,
+        "steps": 1,
+        "bf16": False,
+    },
 }
-LR = 1e-4
+LR, WEIGHT_DECAY, ADAM_BETA2 = 1e-4, 0.1, 0.999
 
 
 def prepare(spec: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +71,7 @@ def _argv(spec: dict[str, Any]) -> list[Any]:
     folder = Path(spec["folder"])
     argv = ["--load-hf", folder / "model", "--tokenizer", folder / "tokenizer", "--data", folder / "problems.jsonl"]
     argv += ["--save", folder / "run", "--objective", "sft", "--no-shuffle", "--lr", LR, "--lr-decay-style", "constant"]
-    argv += ["--seq-length", spec["seq_length"]]
+    argv += ["--seq-length", spec["seq_length"], "--weight-decay", WEIGHT_DECAY, "--adam-beta2", ADAM_BETA2]
     return [*argv, "--train-iters", spec["steps"] + 1, "--bf16", str(spec["bf16"]).lower()]
 
 
@@ -127,7 +136,8 @@ def _trl_trainer(spec: dict[str, Any], *, gradient_accumulation_steps: int) -> A
         max_steps=spec["steps"] + 1,
         learning_rate=LR,
         lr_scheduler_type="constant",
-        weight_decay=0.1,
+        weight_decay=WEIGHT_DECAY,
+        adam_beta2=ADAM_BETA2,
         max_grad_norm=1.0,
         max_length=spec["seq_length"],
         packing=True,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from docs.draw_rooms import draw
+from docs.figures import TABLES, figures_of
 from megatron_psft.config.foreign_names import TRAINERS, table_of
 from megatron_psft.config.resume import FREE, SAME, TOLD
 from megatron_psft.config.rules import OLD_POLICY_FIELDS
@@ -30,6 +31,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "resume": lambda: resume_table(),
     "files": lambda: file_tables(),
     "objectives": lambda: objective_table(),
+    **{f"figures of {name}": (lambda name=name: figures_of(name)) for name in TABLES},
     **{f"names of {trainer}": (lambda trainer=trainer: table_of(trainer)) for trainer in TRAINERS},
 }
 _PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "--nproc-per-node": "torchrun",
     "--nnodes": "torchrun",
     "--shutdown-timeout": "torchrun",
+    "--prefix": "torchfrtrace",
     "--sft": "Megatron-LM",
     "--no-deps": "pip",
 }

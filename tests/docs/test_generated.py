@@ -9,6 +9,8 @@ from megatron_psft.data.files import Row
 from megatron_psft.data.formats import PAIR_FORMATS, RECORD_FORMATS, RecordKeys
 from megatron_psft.data.pairs import Pair, parse_pair
 from megatron_psft.data.records import Record, parse_row
+from megatron_psft.model.families import FAMILIES
+from tests.support.cli import REPOSITORY
 
 
 @pytest.mark.parametrize("path", generate.generated(), ids=lambda path: path.name)
@@ -33,3 +35,17 @@ def test_the_example_of_a_pair_format_is_a_pair_in_it(format):
     row = json.loads(format.example)
     assert isinstance(parse_pair(Row(source="a:1", value=row), RecordKeys(are_pairs=True)), Pair)
     assert set(row) <= set(format.all_keys)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_a_page_names_all_model_families(page):
+    names = {
+        "llama": "Llama 3.x",
+        "qwen2": "Qwen2/2.5",
+        "qwen3": "Qwen3",
+        "qwen3_moe": "Qwen3 and its mixtures of experts",
+        "mixtral": "Mixtral",
+    }
+    assert names.keys() == FAMILIES.keys()
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert [name for name in names.values() if name not in text] == []

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from megatron_psft.data.packing import best_fit
 from tests.support import oracle, tiny
-from tests.support.cli import run_cli
+from tests.support.cli import REPOSITORY, run_cli
 from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
 from tests.support.parity import assert_same_logits
@@ -40,7 +40,9 @@ PACKED_LAYOUTS = (
     *("one", "TP2", "TP2-SP", "PP2", "DP2-distopt", "DP2-overlap", "CP2"),
     *("CP4", "TP2-SP-CP2", "PP2-CP2-DP2-distopt"),
 )
+QUICK_EXPERT_LAYOUT = "DP2-EP2"
 SLOW_EXPERT_LAYOUTS = (
+    "one",
     "TP2-SP-DP2-EP2",
     "DP2-EP2-overlap",
     "TP2-SP-EP2-ETP1",
@@ -48,6 +50,7 @@ SLOW_EXPERT_LAYOUTS = (
     "PP2-DP2-EP2-VPP1",
     "TP2-SP-PP2-DP2-EP2-overlap",
 )
+COUNTS = {8: "eight", 10: "ten", 12: "twelve"}
 PACK_LENGTH = 256
 PSFT = {"old_policy_interval": 4}
 
@@ -148,8 +151,7 @@ def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        slow("qwen3_moe", "one"),
-        ("qwen3_moe", "DP2-EP2"),
+        ("qwen3_moe", QUICK_EXPERT_LAYOUT),
         *(slow("qwen3_moe", layout) for layout in SLOW_EXPERT_LAYOUTS),
         slow("mixtral", "one"),
         slow("mixtral", "TP2-SP-DP2-EP2"),
@@ -328,3 +330,11 @@ def test_passes_in_other_micro_batches_agree_up_to_rounding(pool, inputs, tmp_pa
     flags = ["--old-policy-interval", "4", "--check-scoring", "--old-policy-micro-batch-size", "4"]
     found = train(pool, inputs, "qwen2", tmp_path, *flags)
     assert max(line["scoring_gap_max"] for line in found[::4]) < 1e-5
+
+
+@pytest.mark.parametrize("page", ["docs/index.md", "docs/limits.md", "docs/parallelism.md"])
+def test_a_page_counts_these_layouts(page):
+    groups = {"dense": PARITY_LAYOUTS, "packed": PACKED_LAYOUTS, "expert": (QUICK_EXPERT_LAYOUT, *SLOW_EXPERT_LAYOUTS)}
+    dense, packed, expert = (f"{COUNTS[len(layouts)]} {name}" for name, layouts in groups.items())
+    text = " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
+    assert f"{dense}, {packed} and {expert} layouts" in text
