@@ -4,7 +4,9 @@ Under gloo its end fails their collectives. Under NCCL they go on waiting, in C+
 is run: until the watchdog's timeout, or until torchrun kills them.
 """
 
+import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -17,6 +19,8 @@ _KEY = "failed"
 _INTERVAL_SECONDS = 1.0
 _GRACE_SECONDS = 4.0
 """How long a rank may take to find out by itself: then it says in which step, and in which collective."""
+_LINGER_SECONDS = 3.0
+"""How long the rank that holds the store lets the others read what it says there."""
 _PATIENCE_SECONDS = 3.0
 """How long the rank that holds the store, which may be gone, is waited for."""
 
@@ -34,6 +38,10 @@ class FailureWatch:
         self._rank, self._store = meeting.rank, meeting.store
         self._end = end
         self._is_over = threading.Event()
+        self._seen: int | None = None
+        """The rank that has failed, once the thread knows."""
+        # Without torchrun, whose store outlives its ranks.
+        self._holds_store = meeting.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._has_peers = meeting.world_size > 1
 
     def announce(self) -> int:
@@ -49,7 +57,11 @@ class FailureWatch:
         thread = threading.Thread(target=tell, daemon=True, name="announce")
         thread.start()
         thread.join(_PATIENCE_SECONDS)
-        return int(first[0]) if first else self._rank
+        if self._has_peers and self._holds_store:
+            time.sleep(_LINGER_SECONDS)
+        if first:
+            return int(first[0])
+        return self._rank if self._seen is None else self._seen
 
     def __enter__(self) -> "FailureWatch":
         if self._has_peers:
@@ -66,8 +78,9 @@ class FailureWatch:
             store = _another_client(self._store)
             while not self._is_over.wait(_INTERVAL_SECONDS):
                 if store.check([_KEY]):
+                    self._seen = int(store.get(_KEY))
                     if not self._is_over.wait(_GRACE_SECONDS):
-                        self._end(int(store.get(_KEY)))
+                        self._end(self._seen)
                     return
 
 

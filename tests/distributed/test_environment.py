@@ -167,6 +167,8 @@ def test_every_entry_sets_it_before_torch_is_imported(tmp_path: Path, entry: str
     command = [sys.executable, "-c", code, str(tmp_path / "nvidiactl"), "psft", *flags]
     done = subprocess.run(command, cwd=REPOSITORY, env=clean, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (7, ["1 expandable_segments:True"]), done.stderr
+    if entry == "psft doctor":
+        assert "environment of a run\n  CUDA_DEVICE_MAX_CONNECTIONS  1 (a run sets it, unset here; " in done.stdout
 
 
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_changes_nothing(tmp_path):
