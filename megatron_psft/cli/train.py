@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megatron_psft.cli.exit_code import EXIT_BUG, EXIT_SIGNALLED, check_file, exit_code_of, leave, left_behind
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import parse_flags
-from megatron_psft.config.inputs import WeightsConfig
 from megatron_psft.config.paths import expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
@@ -25,7 +24,6 @@ from megatron_psft.distributed.environment import place_flight_recorder, prepare
 from megatron_psft.distributed.orphans import end_at_once, end_with_launcher
 from megatron_psft.errors import ExplainedError, InfrastructureError, RankError, UserError, first_line
 from megatron_psft.hf.folder import check_apart
-from megatron_psft.lock import lock_beside, lock_within, sole_writer
 
 if TYPE_CHECKING:
     from megatron_psft.distributed.device import Platform
@@ -107,14 +105,14 @@ def _train(config: Config, rank: int, world_size: int, local_rank: int, started_
 def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, local_rank: int, started_at: float) -> int:
     """Within the process group, so that all ranks can leave together; raises what only this one may know of."""
     from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
-    from megatron_psft.train.run import run
+    from megatron_psft.train.run import hold_folders, run
 
     try:
         with naming_lost_peers("training"):
-            on_rank_zero(lambda: _lock(config.weights, locks))
+            on_rank_zero(lambda: hold_folders(config.weights, locks))
             if platform.is_gpu:
                 place_flight_recorder(Path(config.weights.save) / "flight_recorder")
-            signum = run(config, platform, rank, local_rank, started_at)
+            ended_early = run(config, platform, rank, local_rank, started_at)
     except RankError:
         raise
     except ExplainedError as error:
@@ -123,8 +121,9 @@ def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, loca
         code = _explain(error, rank)
         dist.barrier()
         return code
-    if not signum:
+    if ended_early is None or ended_early.signum is None:
         return 0
+    signum = ended_early.signum
     leave(EXIT_SIGNALLED + signum)
     if rank == 0:
         print(_interrupted(signum), file=sys.stderr)
@@ -155,7 +154,11 @@ def _settle(
 
     try:
         meeting = meet(rank, world_size, timeout_minutes)
-        return meeting, _prepare(meeting, agree(meeting, own), local_rank)
+        device = agree(meeting, own)
+        # After the device is known: for the CPU, no library is to look for a GPU.
+        from megatron_psft.distributed.device import prepare_all
+
+        return meeting, prepare_all(meeting, device, local_rank)
     except RankError as error:
         leave(error.exit_code)
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -164,22 +167,6 @@ def _settle(
         code = _explain(error, rank)
         meeting.leave()
         return code
-
-
-def _prepare(meeting: "Meeting", device: 'Literal["cuda", "cpu"]', local_rank: int) -> "Platform":
-    """Raises UserError on all ranks for what is broken on the host of any."""
-    # After the device is known: for the CPU, no library is to look for a GPU.
-    from megatron_psft.distributed.device import prepare
-
-    platform, mistake = None, ""
-    try:
-        platform = prepare(device, local_rank)
-    except UserError as error:
-        mistake = str(error)
-    first = meeting.agree(mistake, lambda said: next(filter(None, said), ""))
-    if platform is None or first:
-        raise UserError(first)
-    return platform
 
 
 def _explain(error: ExplainedError, rank: int) -> int:
@@ -238,15 +225,6 @@ def _end_after(rank: int, first: int) -> None:
 def _end(code: int) -> None:
     sys.stdout.flush()
     end_at_once(code)
-
-
-def _lock(weights: WeightsConfig, locks: ExitStack) -> None:
-    """Makes this run the one that writes, before it has read or written anything."""
-    save = Path(weights.save)
-    locks.enter_context(sole_writer("save", save, lock_within(save), steal=weights.steal_lock))
-    if weights.export_hf is not None:
-        target = Path(weights.export_hf)
-        locks.enter_context(sole_writer("export_hf", target, lock_beside(target), steal=weights.steal_lock))
 
 
 def _config_file(argv: Sequence[str]) -> list[tuple[str, Path]]:

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
@@ -114,12 +114,44 @@ def parse_flags(root: type[_Root], argv: Sequence[str], *, prog: str | None = No
     stated = {} if path is None else _read_yaml(Path(expand_path("config", path)), known)
     for name, text in given.items():
         stated[name] = _convert(known[name], _read_number(known[name], (int, float), text))
+    missing = [_flag(name) for name in _missing(known, stated)]
+    if missing:
+        raise UserError(f"missing {', '.join(missing)}; give them as flags or in the --config file")
+    return _build(root, known, stated)
+
+
+def from_values(root: type[_Root], given: Mapping[str, Any]) -> _Root:
+    """Builds `root` from Python values by field name; paths may be `os.PathLike`, and tuples stand for lists.
+
+    Raises UserError as `parse_flags` does.
+    """
+    known, stated = _flag_fields(root), {}
+    for name, value in given.items():
+        if name not in known:
+            hint = foreign_name_hint(name, known, as_flags=False) or nearest_name_hint(name, known)
+            raise UserError(f"unknown setting {name}{hint}")
+        stated[name] = _convert(known[name], _plain(value))
+    missing = _missing(known, stated)
+    if missing:
+        raise UserError(f"missing {', '.join(missing)}; give them as arguments")
+    return _build(root, known, stated)
+
+
+def _plain(value: object) -> object:
+    """As YAML has it."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _missing(known: dict[str, Field[Any]], stated: dict[str, Any]) -> list[str]:
+    return [name for name, field in known.items() if field.default is MISSING and name not in stated]
+
+
+def _build(root: type[_Root], known: dict[str, Field[Any]], stated: dict[str, Any]) -> _Root:
     values = {name: field.default for name, field in known.items() if field.default not in (MISSING, None)}
     values |= _preset_values(known, stated) | stated
     values = {name: _expand(known[name], value) for name, value in values.items()}
-    missing = [_flag(name) for name, field in known.items() if field.default is MISSING and name not in values]
-    if missing:
-        raise UserError(f"missing {', '.join(missing)}; give them as flags or in the --config file")
     sections = {
         name: section(**{field.name: values[field.name] for field in fields(section) if field.name in values})
         for name, section in get_type_hints(root).items()

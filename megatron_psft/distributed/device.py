@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from megatron_psft.distributed.cpu_shims import adapt_to_cpu
 from megatron_psft.distributed.megatron_lines import do_without_engine
+from megatron_psft.distributed.rendezvous import Meeting
 from megatron_psft.errors import UserError, first_line
 
 
@@ -101,3 +102,16 @@ def prepare(device: Literal["cuda", "cpu"], local_rank: int) -> Platform:
         )
     adapt_to_cpu()
     return Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
+
+
+def prepare_all(meeting: Meeting, device: Literal["cuda", "cpu"], local_rank: int) -> Platform:
+    """`prepare` on every rank. Raises UserError on all of them for what is broken on the host of any."""
+    platform, mistake = None, ""
+    try:
+        platform = prepare(device, local_rank)
+    except UserError as error:
+        mistake = str(error)
+    first = meeting.agree(mistake, lambda said: next(filter(None, said), ""))
+    if platform is None or first:
+        raise UserError(first)
+    return platform

@@ -1,12 +1,16 @@
 """A training run from its configuration: read, build, train, export."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
+from megatron_psft.config.inputs import WeightsConfig
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, config_to_yaml
 from megatron_psft.distributed.collective import on_every_rank, on_rank_zero
 from megatron_psft.distributed.device import Platform
+from megatron_psft.distributed.signals import StopRequested
+from megatron_psft.lock import lock_beside, lock_within, sole_writer
 from megatron_psft.metrics.provenance import record_start, versions
 from megatron_psft.model.fp8 import check_machine
 from megatron_psft.train.assemble import Run, build_run, export_model
@@ -17,7 +21,7 @@ from megatron_psft.train.precision import settle_precision
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, platform: Platform, rank: int, local_rank: int, started_at: float) -> int:
+def run(config: Config, platform: Platform, rank: int, local_rank: int, started_at: float) -> StopRequested | None:
     """Trains as `config` says, on all ranks of the default process group.
 
     Args:
@@ -28,8 +32,7 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int, started_
         started_at: when the process began, by `time.monotonic()`, in seconds.
 
     Returns:
-        0, also where the run ended early as its time was up, or the number of the signal that ended it early; then the
-        same command goes on from there.
+        None, or what ended the run early; then the same command goes on from there.
 
     Raises:
         UserError, DivergenceError, InfrastructureError: on every rank alike.
@@ -48,10 +51,19 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int, started_
         on_rank_zero(lambda: _record(ready))
         ended_early = train(ready, started_at)
         if ended_early is not None:
-            return ended_early.signum or 0
+            return ended_early
     if config.weights.export_hf is not None:
         export_model(ready, Path(config.weights.export_hf))
-    return 0
+    return None
+
+
+def hold_folders(weights: WeightsConfig, locks: ExitStack) -> None:
+    """Makes this run the one that writes, before it has read or written anything."""
+    save = Path(weights.save)
+    locks.enter_context(sole_writer("save", save, lock_within(save), steal=weights.steal_lock))
+    if weights.export_hf is not None:
+        target = Path(weights.export_hf)
+        locks.enter_context(sole_writer("export_hf", target, lock_beside(target), steal=weights.steal_lock))
 
 
 def _record(run: Run) -> None:

@@ -1,0 +1,128 @@
+"""`megatron_psft.finetune`: training from Python, on records that the caller holds."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import megatron_psft as psft
+from tests.support import tiny
+from tests.support.cli import REPOSITORY
+from tests.support.marks import slow
+
+RECORDS = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(1, n + 1)))} for n in range(2, 10)]
+SMALL = {"train_iters": 2, "global_batch_size": 4, "seq_length": 128, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.build_model(folder, "qwen2")
+    return tiny.build_tokenizer(folder)
+
+
+def test_the_package_imports_no_torch_before_a_call():
+    script = "import sys, megatron_psft as p; p.finetune, p.UserError; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).split() == ["False"]
+
+
+@pytest.mark.parametrize(
+    ("records", "settings", "text"),
+    [
+        (RECORDS, {"learning_rate": 1e-5, "epochs": 1}, "unknown setting learning_rate; "),
+        (RECORDS, {}, "exactly one of train_iters and epochs must be set"),
+        (RECORDS, {"epochs": "3"}, "epochs ('3') must be an integer"),
+        (RECORDS, {"epochs": 1, "data": "a.jsonl"}, "data (a.jsonl) and records are both given; remove one"),
+        (None, {"epochs": 1}, "missing records; give a list of dicts, or name files by data"),
+        ([], {"epochs": 1}, "records ([]) must hold at least one record"),
+        (["text"], {"epochs": 1}, "records[0] (str) must be a dict"),
+        ([*RECORDS[:2], {"prompt": {1}}], {"epochs": 1}, "records[2] must hold values that JSON has: "),
+        ([{"prompt": float("nan")}], {"epochs": 1}, "records[0] must hold values that JSON has: "),
+    ],
+)
+def test_a_mistake_is_an_exception_and_writes_nothing(tmp_path, records, settings, text):
+    with pytest.raises(psft.UserError) as caught:
+        psft.finetune(records, load_hf="hf", save=tmp_path / "run", **settings)
+    assert str(caught.value).startswith(text)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_thread_is_refused(tmp_path):
+    found = []
+
+    def call():
+        with pytest.raises(psft.UserError, match="only the main thread"):
+            psft.finetune(RECORDS, load_hf="hf", save=tmp_path / "run", epochs=1)
+        found.append(True)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def _calls(model: Path, folder: Path) -> None:
+    """Several in this process, a refused one and an interrupted one among them."""
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+
+    from megatron_psft.metrics.run_log import RunLog
+
+    first = psft.finetune(RECORDS, load_hf=model, save=folder / "first", **SMALL)
+    assert [line["step"] for line in first.metrics] == [1, 2]
+    assert first.export == folder / "first" / "hf"
+    assert not dist.is_initialized()
+    with pytest.raises(psft.UserError, match="training data"):
+        psft.finetune(RECORDS[1:], load_hf=model, save=folder / "first", **SMALL)
+    again = psft.finetune(iter(RECORDS), load_hf=model, save=folder / "first", **SMALL)  # as every step is done
+    assert again == first
+    # Another run of the same: nothing of the first one is left in the process.
+    settings = {**SMALL, "export_hf": None, "save_interval": 1}
+    if "RANK" not in os.environ or os.environ["RANK"] == "0":
+        record = RunLog.record
+
+        def interrupted(self, step, values):
+            record(self, step, values)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        RunLog.record = interrupted
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        psft.finetune(RECORDS, load_hf=model, save=folder / "second", **settings)
+    assert not dist.is_initialized()
+    if "RANK" not in os.environ or os.environ["RANK"] == "0":
+        RunLog.record = record
+    second = psft.finetune(RECORDS, load_hf=model, save=folder / "second", **settings)
+    assert second.export is None
+    assert [line["nll"] for line in second.metrics] == [line["nll"] for line in first.metrics]
+    AutoModelForCausalLM.from_pretrained(first.export)
+
+
+@pytest.mark.parametrize("world_size", [1, slow(2)])
+def test_calls_in_one_process_follow_each_other(pool, model, tmp_path, world_size):
+    pool.run(_calls, world_size, model, tmp_path)
+    (file,) = (tmp_path / "second").glob("records-*.jsonl")
+    assert [json.loads(line) for line in file.read_text().splitlines()] == RECORDS
+
+
+def _run_snippet(text: str, folder: Path) -> dict:
+    os.chdir(folder)
+    names: dict = {}
+    exec(text, names)
+    return {"metrics": names["run"].metrics, "export": names["run"].export}
+
+
+def test_the_readme_snippet_runs(pool, model, tmp_path):
+    (text,) = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    name = "Qwen/Qwen2.5-0.5B-Instruct"
+    assert text.count(name) == 1
+    (found,) = pool.run(_run_snippet, 1, text.replace(name, str(model)), tmp_path)
+    assert (tmp_path / found["export"] / "config.json").is_file()
+    nlls = [line["nll"] for line in found["metrics"]]
+    assert nlls[-1] < nlls[0]
