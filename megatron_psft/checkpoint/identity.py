@@ -47,6 +47,8 @@ def run_identity(
     }
     if config.data.packing:
         identity["seq_length"] = config.data.seq_length
+    if config.packs_each_step:  # what earlier releases wrote has no such field
+        identity["global_batch_unit"] = config.batch.global_batch_unit
     if config.objective.old_policy_interval == "fixed":
         # Its log-probabilities were computed for these steps, by weights that are gone.
         identity["train_iters"] = train_iters

@@ -68,7 +68,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
         state.clipped_tokens.load_state(common["clipped_tokens"])
     packs = loaded["old_log_probs"] if parallel.is_last_stage else None
     # A checkpoint of release 0.2 or earlier does not say where the window began.
-    state.window.load_state(window_state(steps, packs, loader), start=common.get("window_start"))
+    state.window.load_state(window_state(steps, packs, loader, parallel), start=common.get("window_start"))
     if is_same_layout:  # the generators of other ranks would mean nothing; nothing that trains draws from them today
         _set_rng(loaded["rng"], parallel.device)
     return planned_lr

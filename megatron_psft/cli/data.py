@@ -15,6 +15,7 @@ from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, run_command
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
 from megatron_psft.config.paths import PathText
+from megatron_psft.config.rules import validate_records
 from megatron_psft.config.schema import Config
 from megatron_psft.errors import UserError
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     from megatron_psft.data.cache_folders import CacheFolder
     from megatron_psft.data.dataset import TokenizedDataset
     from megatron_psft.data.example import Example
-    from megatron_psft.data.loader import BatchLoader, MicroBatch
+    from megatron_psft.data.loader import BatchLoader
+    from megatron_psft.data.micro_batch import MicroBatch
     from megatron_psft.data.packing import PackPlan
 
 EXAMPLES = """examples:
@@ -168,6 +170,7 @@ def show_data(config: ShowDataConfig) -> None:
     """Prints statistics and rows. Raises UserError for data or a tokenizer that training would refuse."""
     from megatron_psft.data.dataset import build_dataset
     from megatron_psft.data.packing import plan_of
+    from megatron_psft.data.statistics import describe_packing
     from megatron_psft.hf import hub
 
     if config.data.data == ShownData().data:
@@ -184,14 +187,19 @@ def show_data(config: ShowDataConfig) -> None:
         are_pairs=config.objective.needs_pairs,
     )
     print(dataset.statistics())
-    plan = plan_of(dataset.sequence_lengths, config.data)
+    validate_records(config, len(dataset))
+    plan = plan_of(dataset.sequence_lengths, config.data, packs_each_step=config.packs_each_step)
+    if config.packs_each_step:
+        print(describe_packing(plan, config))
     if passes := passes_of(config, len(plan)):
         print(passes)
     loader = build_loader(config, dataset, plan, tokenizer)
     in_color = config.show.color == "always" or (config.show.color == "auto" and sys.stdout.isatty())
-    lengths = iter(loader.lengths(config.show.step - 1).tolist())
-    for number, row in enumerate(loader.micro_batches(config.show.step - 1)[: config.show.rows], 1):
-        examples = list(records_of(row, list(islice(lengths, row.num_records))))
+    rows = zip(
+        loader.micro_batches(config.show.step - 1), loader.micro_batch_lengths(config.show.step - 1), strict=True
+    )
+    for number, (row, lengths) in enumerate(islice(rows, config.show.rows), 1):
+        examples = list(records_of(row, lengths.tolist()))
         print(f"\n── step {config.show.step}, row {number}: {len(examples)} records, {row.num_tokens} tokens")
         names = ("chosen", "rejected") if config.objective.needs_pairs else ("record",)
         for name, example in zip(cycle(names), examples, strict=False):
@@ -203,7 +211,9 @@ def show_data(config: ShowDataConfig) -> None:
 def build_loader(
     config: ShowDataConfig, dataset: "TokenizedDataset", plan: "PackPlan", tokenizer: "PreTrainedTokenizerBase"
 ) -> "BatchLoader":
-    """The run's own loader on one rank, a row at a time (a pair's two): its rows do not depend on the layout."""
+    """The run's own loader on one rank, a row at a time (a pair's two). Its rows do not depend on the layout, but for
+    those of records that are packed step by step."""
+    from megatron_psft.data.dealing import ByTokens
     from megatron_psft.data.loader import BatchLoader, Shard
 
     return BatchLoader(
@@ -211,7 +221,7 @@ def build_loader(
         plan,
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=1,
-        shard=Shard(),
+        shard=Shard(by_tokens=ByTokens() if config.packs_each_step else None),
         shuffle_seed=config.batch.seed if config.data.shuffle else None,
         one_row=config.data.packing,
         pad_to_multiple_of=1,
@@ -226,7 +236,7 @@ def passes_of(config: ShowDataConfig, packs: int) -> str:
     batch = config.batch
     return describe_passes(
         packs,
-        "pack" if config.data.packing else "record",
+        config.batch_unit,
         global_batch_size=batch.global_batch_size,
         train_iters=batch.steps(packs),
         epochs=batch.epochs,

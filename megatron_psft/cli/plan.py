@@ -108,6 +108,13 @@ def _layout_lines(plan: "Plan") -> Iterator[str]:
     yield f"{plan.shape.model_type}, {_layout(plan)} on {plan.world_size} GPUs"
     batch = plan.config.batch
     cut = f"{plan.data_size} replicas x {plan.num_microbatches} micro-batches x {batch.micro_batch_size}"
+    if plan.config.packs_each_step:
+        row = batch.micro_batch_size * plan.tokens_per_sequence
+        yield (
+            f"a step: {batch.global_batch_size} records of at most {plan.tokens_per_sequence:,} tokens, evened out "
+            f"over {plan.data_size} replicas, in at most {plan.num_microbatches} rows of {row:,} each"
+        )
+        return
     yield f"a step: {batch.global_batch_size} sequences of {plan.tokens_per_sequence:,} tokens = {cut}"
 
 

@@ -39,7 +39,7 @@ SAME: Mapping[str, tuple[str, ...]] = {
         "split_special_tokens",
         "skip_bad_records",
     ),
-    "the batches and their order": ("global_batch_size", "seed", "shuffle"),
+    "the batches and their order": ("global_batch_size", "global_batch_unit", "seed", "shuffle"),
     "the form of the optimizer's state": ("bf16", "use_distributed_optimizer"),
 }
 """Settings that must be the same, else the run is refused; by what they decide."""

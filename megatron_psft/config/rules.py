@@ -61,6 +61,16 @@ def validate_precision(config: Config) -> None:
         raise UserError("optimizer_cpu_offload (True) needs bf16 and use_distributed_optimizer; set both, or remove it")
 
 
+def validate_records(config: Config, records: int) -> None:
+    """Raises UserError where the training set has fewer records than a step takes."""
+    size = config.batch.global_batch_size
+    if config.packs_each_step and records < size:
+        raise UserError(
+            f"global_batch_size ({size}) must be at most the {records} records of data with global_batch_unit records; "
+            "lower it"
+        )
+
+
 def validate_train_iters(config: Config, train_iters: int) -> None:
     """Raises UserError where a phase of the run does not fit into its steps.
 
@@ -129,6 +139,8 @@ def _validate_batch(config: Config, world_size: int) -> None:
 
 def _validate_micro_batches(config: Config, world_size: int, name: str, micro_batch_size: int) -> None:
     """Whether a global batch can be cut into passes of `micro_batch_size`, which is field `name`."""
+    if config.packs_each_step:
+        return  # into as many as its records take, and empty ones
     parallel, global_batch_size = config.parallel, config.batch.global_batch_size
     sequences_per_pass = micro_batch_size * parallel.data_parallel_size(world_size)
     if global_batch_size % sequences_per_pass:

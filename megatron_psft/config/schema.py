@@ -30,10 +30,16 @@ class BatchConfig:
     exit code 0; the same command goes on from there. No limit if unset."""
     global_batch_size: int = 64
     """Sequences per optimizer step, over all ranks; a multiple of `micro_batch_size` times the data-parallel size. With
-    packing a sequence is a pack of records. Both sequences of a preference pair count as one."""
+    packing a sequence is a pack of records, or with `global_batch_unit` records any number of records. Both sequences
+    of a preference pair count as one."""
+    global_batch_unit: Literal["packs", "records"] = "packs"
+    """What `global_batch_size` counts with packing. packs: rows of `seq_length` tokens, whose records depend on lengths
+    alone. records: those that a step has without packing, in the same order; they are packed among themselves, their
+    tokens evened out over data-parallel replicas, in as many rows as it takes."""
     micro_batch_size: int = 1
-    """Sequences per forward pass of one model replica. With packing they are one after the other in a row. Both
-    sequences of a preference pair count as one."""
+    """Sequences per forward pass of one model replica. With packing they are one after the other in a row, which with
+    `global_batch_unit` records has room for `micro_batch_size` times `seq_length` tokens. Both sequences of a
+    preference pair count as one."""
     seed: int = 1234
     """Seed of the order of records and of randomly drawn weights."""
 
@@ -335,6 +341,16 @@ class Config:
     def with_bf16(self, bf16: bool) -> Self:
         """The same with `bf16` set, for a device that is known."""
         return replace(self, precision=replace(self.precision, bf16=bf16))
+
+    @property
+    def batch_unit(self) -> Literal["pack", "record"]:
+        """What a global batch is counted in."""
+        return "pack" if self.data.packing and self.batch.global_batch_unit == "packs" else "record"
+
+    @property
+    def packs_each_step(self) -> bool:
+        """Whether the records of a step are packed among themselves, and not those of an epoch."""
+        return self.data.packing and self.batch_unit == "record"
 
 
 def parse_config(argv: Sequence[str]) -> Config:

@@ -93,13 +93,14 @@ class PackPlan:
         )
 
 
-def plan_of(sequence_lengths: NDArray[np.int64], config: DataConfig) -> PackPlan:
+def plan_of(sequence_lengths: NDArray[np.int64], config: DataConfig, *, packs_each_step: bool = False) -> PackPlan:
     """Which records share a row of a run; `sequence_lengths` counts all tokens, int64 [records, sequences of each].
 
     A pack has room for `seq_length` tokens, and where records are pairs for both sequences of the longest one.
+    `packs_each_step`: the records of a step are packed when it comes (`dealing`), and are alone in the plan.
     """
     inputs = sequence_lengths - 1  # a sequence's last token is a label only
-    make_plan = best_fit if config.packing else one_per_pack
+    make_plan = best_fit if config.packing and not packs_each_step else one_per_pack
     plan = make_plan(inputs.sum(axis=1), config.seq_length * inputs.shape[1])
     return plan if inputs.shape[1] == 1 else replace(plan, first_lengths=inputs[:, 0])
 

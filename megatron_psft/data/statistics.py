@@ -4,11 +4,14 @@ import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_psft.config.schema import Config
 from megatron_psft.data.example import NO_NOTES, Notes
+from megatron_psft.data.packing import PackPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +53,25 @@ class DatasetStatistics:
         return "\n".join(lines)
 
 
+def describe_packing(plan: PackPlan, config: Config) -> str:
+    """How records share rows: a line to log."""
+    if not config.packs_each_step:
+        return f"packing: {plan}"
+    size, room = config.batch.global_batch_size, config.batch.micro_batch_size * plan.capacity
+    return (
+        f"packing: the {_count(size, 'record')} of a step among themselves, {size * plan.lengths.mean():,.0f} tokens "
+        f"on average, into rows of at most {room:,}"
+    )
+
+
 def describe_passes(
-    packs: int, unit: str, *, global_batch_size: int, train_iters: int | None, epochs: int | None
+    packs: int, unit: Literal["pack", "record"], *, global_batch_size: int, train_iters: int | None, epochs: int | None
 ) -> str:
     """How often a run takes each record: lines to log.
 
     Args:
         packs: of an epoch.
-        unit: what one is called: pack, or record where each is alone.
+        unit: what one is called.
         global_batch_size: packs of a step.
         train_iters: steps of the run; None where it is not known.
         epochs: passes that were asked for; None where steps were.

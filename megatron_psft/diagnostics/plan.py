@@ -12,7 +12,7 @@ ranks; S of them in the parts that sequence parallelism also splits.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import ceil, prod
 
 from megatron_psft.checkpoint.host_memory import saved_bytes
 from megatron_psft.config.rules import validate
@@ -84,8 +84,13 @@ class Plan:
 
     @property
     def num_microbatches(self) -> int:
-        """Of a data-parallel rank, per step."""
-        return self.config.batch.global_batch_size // (self.config.batch.micro_batch_size * self.data_size)
+        """Of a data-parallel rank, per step; with records that are packed step by step, of the longest ones."""
+        batch = self.config.batch
+        if not self.config.packs_each_step:
+            return batch.global_batch_size // (batch.micro_batch_size * self.data_size)
+        needed = -(-batch.global_batch_size // self.data_size) / batch.micro_batch_size
+        multiple = self.stages if virtual_size(self.shape, self.config) else 1
+        return ceil(needed / multiple) * multiple
 
     @property
     def tokens_per_sequence(self) -> int:

@@ -9,7 +9,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
 from megatron_psft.config.schema import Config, PrecisionConfig
 from megatron_psft.data.example import Example
-from megatron_psft.data.loader import MicroBatch, fill_rows
+from megatron_psft.data.micro_batch import MicroBatch, fill_rows
 from megatron_psft.data.rows import packed_row
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import initialize_parallel, process_group

@@ -83,10 +83,19 @@ def patient_group() -> Iterator[dist.ProcessGroup]:
 def sum_over_context(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
     """Adds up what each context-parallel rank has, on the rank's device and in the place of `values` where they are
     there; collective over these ranks."""
-    if parallel.context_size == 1:
+    return _sum(values, parallel, parallel.context_size, parallel.context_group)
+
+
+def sum_over_data(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """As `sum_over_context`, over data-parallel ranks."""
+    return _sum(values, parallel, parallel.data_size, parallel.data_group)
+
+
+def _sum(values: torch.Tensor, parallel: Parallel, size: int, group: dist.ProcessGroup) -> torch.Tensor:
+    if size == 1:
         return values
     values = values.to(parallel.device)
-    dist.all_reduce(values, group=parallel.context_group)
+    dist.all_reduce(values, group=group)
     return values
 
 

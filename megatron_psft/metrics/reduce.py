@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_psft.data.loader import MicroBatch
+from megatron_psft.data.micro_batch import MicroBatch
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import DivergenceError
 from megatron_psft.metrics.histogram import count_bins, percentiles

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from megatron_psft import sealed
 from megatron_psft.atomic import replace_file
-from megatron_psft.data.loader import BatchLoader, MicroBatch
+from megatron_psft.data.loader import BatchLoader
+from megatron_psft.data.micro_batch import MicroBatch
 from megatron_psft.distributed.collective import (
     Result,
     damage_on_any_rank,

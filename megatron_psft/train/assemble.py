@@ -21,6 +21,7 @@ from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_wei
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, ObjectiveConfig
 from megatron_psft.data.dataset import TokenizedDataset, parse_weighted_path
+from megatron_psft.data.dealing import ByTokens
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.data.source_names import source_names
@@ -267,12 +268,11 @@ def _describe_resumption(start: StartPoint, train_iters: int, planned_lr: float,
 
 
 def _valid_loaders(config: Config, inputs: Inputs, parallel: Parallel) -> dict[str, BatchLoader]:
-    return {
-        name: _loader(
-            config, inputs, dataset, plan_of(dataset.sequence_lengths, config.data), parallel, is_training=False
-        )
-        for name, dataset in inputs.valid_sets.items()
-    }
+    loaders = {}
+    for name, dataset in inputs.valid_sets.items():
+        plan = plan_of(dataset.sequence_lengths, config.data, packs_each_step=config.packs_each_step)
+        loaders[name] = _loader(config, inputs, dataset, plan, parallel, is_training=False)
+    return loaders
 
 
 def _loader(
@@ -294,6 +294,7 @@ def _loader(
             data_size=parallel.data_size,
             context_rank=parallel.context_rank,
             context_size=parallel.context_size,
+            by_tokens=ByTokens.of(parallel) if config.packs_each_step else None,
         ),
         shuffle_seed=config.batch.seed if config.data.shuffle and is_training else None,
         one_row=config.data.packing or parallel.context_size > 1,

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_psft.config.rules import validate_advantages, validate_train_iters
+from megatron_psft.config.rules import validate_advantages, validate_records, validate_train_iters
 from megatron_psft.config.schema import Config
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset, parse_weighted_path
 from megatron_psft.data.example import Example, label_runs
 from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.data.sources import place_of
 from megatron_psft.data.splits import SplitUse
-from megatron_psft.data.statistics import describe_passes
+from megatron_psft.data.statistics import describe_packing, describe_passes
 from megatron_psft.distributed.collective import on_every_rank, patient_group
 from megatron_psft.errors import InfrastructureError, UserError, storage_error
 from megatron_psft.hf import folder, hub
@@ -119,7 +119,8 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
         for name, paths in config.data.valid_sets.items()
     }
     validate_advantages(config, has_advantages=dataset.has_advantages)
-    plan = plan_of(dataset.sequence_lengths, config.data)
+    validate_records(config, len(dataset))
+    plan = plan_of(dataset.sequence_lengths, config.data, packs_each_step=config.packs_each_step)
     train_iters = config.batch.steps(len(plan))
     assert train_iters is not None
     validate_train_iters(config, train_iters)
@@ -146,10 +147,10 @@ def describe(inputs: Inputs, config: Config) -> None:
     """Says what the run trains on, with one record as the model gets it."""
     log.info("training data, one epoch, in tokens:\n%s", inputs.dataset.statistics())
     if config.data.packing:
-        log.info("packing: %s", inputs.plan)
+        log.info("%s", describe_packing(inputs.plan, config))
     passes = describe_passes(
         len(inputs.plan),
-        "pack" if config.data.packing else "record",
+        config.batch_unit,
         global_batch_size=config.batch.global_batch_size,
         train_iters=inputs.train_iters,
         epochs=config.batch.epochs,

@@ -12,7 +12,7 @@ import torch
 
 from megatron_psft.cli.data import main, records_of
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.data.loader import MicroBatch
+from megatron_psft.data.micro_batch import MicroBatch
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
 

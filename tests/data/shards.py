@@ -4,7 +4,8 @@ import torch
 from hypothesis import strategies as st
 
 from megatron_psft.data.dataset import TokenizedDataset
-from megatron_psft.data.loader import MicroBatch, Shard
+from megatron_psft.data.loader import Shard
+from megatron_psft.data.micro_batch import MicroBatch
 
 PAD = 0
 

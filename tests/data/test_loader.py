@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.example import Example
-from megatron_psft.data.loader import BatchLoader, MicroBatch, Shard, collate
+from megatron_psft.data.loader import BatchLoader, Shard
+from megatron_psft.data.micro_batch import MicroBatch, collate
 from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
 from megatron_psft.errors import UserError
 from tests.data.shards import PAD, assert_right_where_real, layouts, shards
@@ -112,7 +113,7 @@ def test_a_rank_has_consecutive_rows_of_the_global_batch():
             shuffle_seed=None,
         )
         assert [record_ids(batch) for batch in loader.micro_batches(0)] == expected
-        assert (loader.packs_per_rank, loader.micro_batch_size) == (4, 2)
+        assert (len(loader.own_numbers(0)), loader.micro_batch_size) == (4, 2)
 
 
 @given(dataset=datasets, batch_size=st.integers(1, 12), shuffle=st.booleans(), seed=st.integers(0, 99))
@@ -197,8 +198,8 @@ def test_the_sequence_length_is_the_longest_row_rounded_up(dataset, multiple, st
     inputs = [len(dataset[index].tokens) - 1 for index in ids_of_steps(loader, range(step, step + 1))]
     assert loader.lengths(step).tolist() == inputs
     assert loader.unpadded_length(step) == max(inputs)
-    assert loader.seq_length(step) == min(n for n in range(100) if n >= max(inputs) and n % multiple == 0)
-    assert {batch.tokens.shape for batch in loader.micro_batches(step)} == {(1, loader.seq_length(step))}
+    assert max(loader.row_lengths(step)) == min(n for n in range(100) if n >= max(inputs) and n % multiple == 0)
+    assert {batch.tokens.shape for batch in loader.micro_batches(step)} == {(1, max(loader.row_lengths(step)))}
 
 
 def test_batch_sizes_that_do_not_divide_are_a_user_error():
@@ -240,9 +241,9 @@ def test_every_token_comes_once_per_epoch_over_all_ranks(
         assert len(batches) == len(loaders) * count
         for batch in batches:
             seen += assert_right_where_real(batch, dataset)
-            assert batch.tokens.shape == (1, loaders[0].seq_length(step) // context_size)
+            assert batch.tokens.shape == (1, max(loaders[0].row_lengths(step)) // context_size)
             assert batch.tokens.shape[1] % multiple == 0
-            assert batch.seq_length == sum(batch.segments) == loaders[0].seq_length(step)
+            assert batch.seq_length == sum(batch.segments) == max(loaders[0].row_lengths(step))
         firsts = [batch for loader in loaders[::context_size] for batch in loader.micro_batches(step)]
         assert sum(batch.num_tokens for batch in firsts) == loaders[0].lengths(step).sum()
         assert sum(batch.num_records for batch in firsts) == len(loaders[0].lengths(step))
@@ -265,7 +266,7 @@ def test_the_records_of_a_packed_step_do_not_depend_on_the_layout(dataset, layou
         loader = make_loader(dataset, plan, micro_batch_size=micro_batch_size, shard=shard, **settings)
         tokens = [batch.tokens for batch in loader.micro_batches(step)]
         parts.append(loader.to_packs(step, tokens))
-        own = expected[shard.data_rank * loader.packs_per_rank :][: loader.packs_per_rank]
+        own = expected[loader.own_numbers(step)]
         assert all(map(torch.equal, loader.from_packs(step, own), tokens))
         assert loader.lengths(step).tolist() == whole.lengths(step).tolist()
     packs = torch.stack(parts).view(data_size, context_size, -1, expected.shape[1]).sum(dim=1)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_psft.data.chat import render_record
 from megatron_psft.data.example import Example
-from megatron_psft.data.loader import collate
+from megatron_psft.data.micro_batch import collate
 from megatron_psft.data.records import Record
 from tests.support import oracle
 from tests.support.cli import REPOSITORY, run_cli

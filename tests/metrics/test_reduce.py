@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.data.loader import MicroBatch
+from megatron_psft.data.micro_batch import MicroBatch
 from megatron_psft.errors import DivergenceError
 from megatron_psft.metrics.histogram import count_bins, percentiles
 from megatron_psft.metrics.reduce import EvalSums, reduce_metrics

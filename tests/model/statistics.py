@@ -31,7 +31,7 @@ def make_records() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def make_batches(padding_seed: int, data_rank: int, data_size: int) -> list:
     """The records of a data-parallel rank as micro-batches of two rows."""
-    from megatron_psft.data.loader import MicroBatch
+    from megatron_psft.data.micro_batch import MicroBatch
 
     generator = torch.Generator().manual_seed(padding_seed)
     tokens, labels = torch.randint(0, VOCAB_SIZE, (2, len(LENGTHS), SEQ_LENGTH), generator=generator)

@@ -1,12 +1,18 @@
 """Records in packed rows, and the layouts in which they are compared."""
 
+from dataclasses import dataclass
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan
+from tests.support import oracle, tiny
 from tests.support.datasets import dataset_of
+from tests.support.gradients import by_autograd
 
 CAPACITY = 64
 PACKED_LAYOUTS = (
@@ -75,3 +81,43 @@ def make_loader(
         pad_to_multiple_of=place.tensor_size if config.sequence_parallel else 1,
         pad_token_id=7,
     )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Records, and what is due for a global batch of all of them."""
+
+    dataset: TokenizedDataset
+    old_log_probs: list[Tensor]
+    """Of each record, for each of its tokens but the first; NaN where there is no label."""
+    gradients: dict[str, Tensor]
+    sums: dict[str, float]
+
+
+def make_data(model: torch.nn.Module, records: tuple[tuple[int, int], ...], seed: int) -> Data:
+    generator = torch.Generator().manual_seed(seed)
+    tokens, label_masks, old_log_probs, wanted = [], [], [], []
+    for length, num_labels in records:
+        # Without the padding token, for which transformers' embedding has no gradient wherever it stands.
+        tokens.append(torch.randint(1, tiny.VOCAB_SIZE, (length,), generator=generator).numpy())
+        label_masks.append(np.zeros(length, dtype=bool))
+        label_masks[-1][1 + torch.randperm(length - 1, generator=generator)[:num_labels].numpy()] = True
+        ids, label_mask = tokens[-1].tolist(), label_masks[-1].tolist()
+        with torch.no_grad():
+            now, _ = oracle.label_statistics(model, ids, label_mask)
+        before = now + 0.4 * torch.randn(now.shape, generator=generator)
+        old_log_probs.append(torch.full((length - 1,), torch.nan))
+        old_log_probs[-1][torch.tensor(label_mask[1:])] = before
+        wanted.append((ids, label_mask, before))
+    gradients, sums = by_autograd(model, wanted, "psft")
+    return Data(make_dataset(tokens, label_masks), old_log_probs, gradients, sums)
+
+
+def old_of(data: Data, loader: BatchLoader, plan: PackPlan, place) -> list[Tensor]:
+    """The old log-probabilities of this rank's positions, from those of the records."""
+    order = plan.shuffled(3, 0)
+    rows = torch.full((len(plan), loader.unpadded_length(0)), torch.nan)
+    for row in range(len(plan)):
+        values = torch.cat([data.old_log_probs[record] for record in order[row]])
+        rows[row, : len(values)] = values
+    return loader.from_packs(0, rows[loader.own_numbers(0)])

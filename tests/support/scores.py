@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_psft.data.loader import MicroBatch
+from megatron_psft.data.micro_batch import MicroBatch
 from megatron_psft.head.layer import label_positions, select_labels
 from megatron_psft.scoring.old_policy import Scores
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig, ParallelConfig
 from megatron_psft.data.dataset import TokenizedDataset
-from megatron_psft.data.loader import BatchLoader, MicroBatch
+from megatron_psft.data.loader import BatchLoader
+from megatron_psft.data.micro_batch import MicroBatch
 from megatron_psft.data.packing import PackPlan, best_fit
 from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.registry import OBJECTIVES
@@ -133,10 +134,10 @@ def _inputs_of(
 ) -> tuple[list[MicroBatch], list[Tensor]]:
     """This rank's micro-batches with advantages and reference log-probabilities, and the old ones beside them."""
     order = plan.shuffled(3, 0)
-    packs = range(place.data_rank * loader.packs_per_rank, (place.data_rank + 1) * loader.packs_per_rank)
+    packs = loader.own_numbers(0)
 
     def in_rows(of_records: list[Tensor]) -> list[Tensor]:
-        rows = torch.full((loader.packs_per_rank, loader.unpadded_length(0)), torch.nan)
+        rows = torch.full((len(packs), loader.unpadded_length(0)), torch.nan)
         for row, pack in enumerate(packs):
             values = torch.cat([of_records[record] for record in order[pack]])
             rows[row, : len(values)] = values

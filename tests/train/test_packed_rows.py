@@ -3,7 +3,6 @@
 What is due comes from transformers and autograd, a record per forward pass: no rows, padding, packs or shards.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,44 +12,22 @@ from torch import Tensor
 
 from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.data.dataset import TokenizedDataset
-from megatron_psft.data.loader import BatchLoader
-from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
+from megatron_psft.data.packing import best_fit, one_per_pack
 from tests.support import oracle, tiny
-from tests.support.gradients import GradientSource, by_autograd, gradients_of, objective_of, ready, totals
+from tests.support.gradients import GradientSource, gradients_of, objective_of, ready, totals
 from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
-from tests.support.packed_rows import CAPACITY, PACKED_LAYOUTS, RECORDS, make_dataset, make_loader
+from tests.support.packed_rows import (
+    CAPACITY,
+    PACKED_LAYOUTS,
+    RECORDS,
+    Data,
+    make_data,
+    make_dataset,
+    make_loader,
+    old_of,
+)
 from tests.support.scores import scores_of
-
-
-@dataclass(frozen=True)
-class Data:
-    """Records, and what is due for a global batch of all of them."""
-
-    dataset: TokenizedDataset
-    old_log_probs: list[Tensor]
-    """Of each record, for each of its tokens but the first; NaN where there is no label."""
-    gradients: dict[str, Tensor]
-    sums: dict[str, float]
-
-
-def make_data(model: torch.nn.Module, records: tuple[tuple[int, int], ...], seed: int) -> Data:
-    generator = torch.Generator().manual_seed(seed)
-    tokens, label_masks, old_log_probs, wanted = [], [], [], []
-    for length, num_labels in records:
-        # Without the padding token, for which transformers' embedding has no gradient wherever it stands.
-        tokens.append(torch.randint(1, tiny.VOCAB_SIZE, (length,), generator=generator).numpy())
-        label_masks.append(np.zeros(length, dtype=bool))
-        label_masks[-1][1 + torch.randperm(length - 1, generator=generator)[:num_labels].numpy()] = True
-        ids, label_mask = tokens[-1].tolist(), label_masks[-1].tolist()
-        with torch.no_grad():
-            now, _ = oracle.label_statistics(model, ids, label_mask)
-        before = now + 0.4 * torch.randn(now.shape, generator=generator)
-        old_log_probs.append(torch.full((length - 1,), torch.nan))
-        old_log_probs[-1][torch.tensor(label_mask[1:])] = before
-        wanted.append((ids, label_mask, before))
-    gradients, sums = by_autograd(model, wanted, "psft")
-    return Data(make_dataset(tokens, label_masks), old_log_probs, gradients, sums)
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +39,6 @@ def folder(tmp_path_factory) -> Path:
 def every_data(folder) -> dict[str, Data]:
     model = oracle.load_model(folder)
     return {name: make_data(model, records, seed) for seed, (name, records) in enumerate(RECORDS.items())}
-
-
-def old_of(data: Data, loader: BatchLoader, plan: PackPlan, place) -> list[Tensor]:
-    """The old log-probabilities of this rank's positions, from those of the records."""
-    order = plan.shuffled(3, 0)
-    rows = torch.full((len(plan), loader.unpadded_length(0)), torch.nan)
-    for row in range(len(plan)):
-        values = torch.cat([data.old_log_probs[record] for record in order[row]])
-        rows[row, : len(values)] = values
-    return loader.from_packs(0, rows[place.data_rank * loader.packs_per_rank :][: loader.packs_per_rank])
 
 
 def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str, Data], micro_batch_size: int):

@@ -13,7 +13,7 @@ from megatron_psft.config.schema import (
     ParallelConfig,
 )
 from megatron_psft.data.example import Example
-from megatron_psft.data.loader import MicroBatch, collate
+from megatron_psft.data.micro_batch import MicroBatch, collate
 from megatron_psft.scoring.old_policy import CurrentPolicy, Scores
 from tests.support import oracle, tiny
 from tests.support.gradients import (
