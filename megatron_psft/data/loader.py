@@ -221,11 +221,11 @@ class BatchLoader:
             `[packs, unpadded_length(step)]`, the tokens of each of `own_packs` without padding. Zero stands for what
             other context-parallel ranks have, so that their sum is complete.
         """
-        count = len(self.own_numbers(step))
-        flat = torch.zeros(count * self.unpadded_length(step), dtype=values[0].dtype)
+        packs = torch.zeros(len(self.own_numbers(step)), self.unpadded_length(step), dtype=values[0].dtype)
+        flat = packs.view(-1)
         for places, part in zip(self._places(step, micro_batch_size), values, strict=True):
             flat[places[places >= 0]] = part.cpu()[places >= 0]
-        return flat.view(count, -1)
+        return packs
 
     def from_packs(self, step: int, rows: torch.Tensor) -> list[torch.Tensor]:
         """The reverse of `to_packs`, on any rank of any layout: this rank's part, zero where there is padding."""

@@ -222,7 +222,7 @@ def test_config_to_yaml_keeps_several_files(tmp_path: Path) -> None:
         (["--confg=a.yaml"], "unknown argument --confg; did you mean --config?"),
         (["--no-lr"], "unknown argument --no-lr"),
         (["--seed", "1", "stray"], "unknown argument stray"),
-        (["--global-batch", "8"], "unknown argument --global-batch; did you mean --global-batch-size?"),
+        (["--global-batch-siz", "8"], "unknown argument --global-batch-siz; did you mean --global-batch-size?"),
         (["--global-batch-size", "eight"], "global_batch_size ('eight') must be an integer"),
         (["--global-batch-size", "8.5"], "global_batch_size ('8.5') must be an integer"),
         (["--lr", "fast"], "lr ('fast') must be a finite number"),

@@ -8,40 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.example import Example
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.micro_batch import MicroBatch, collate
-from megatron_psft.data.packing import PackPlan, best_fit, one_per_pack
+from megatron_psft.data.packing import best_fit, one_per_pack
 from megatron_psft.errors import UserError
-from tests.data.shards import PAD, assert_right_where_real, layouts, shards
-from tests.support.datasets import dataset_of
-
-
-def make_dataset(lengths: list[int], *, has_advantages: bool = False) -> TokenizedDataset:
-    """Record i has the tokens 1000 * (i + 1), 1000 * (i + 1) + 1, ...; about the second half of them are labels. Its
-    advantage is i / 2, or 1."""
-    masks = [[position >= min(length // 2 + 1, length - 1) for position in range(length)] for length in lengths]
-    advantages = np.arange(len(lengths), dtype=np.float32) / 2 if has_advantages else None
-    return dataset_of(
-        tokens=np.concatenate([1000 * (i + 1) + np.arange(n, dtype=np.int32) for i, n in enumerate(lengths)]),
-        label_mask=np.concatenate([np.array(mask) for mask in masks]),
-        offsets=np.cumsum([0, *lengths]),
-        advantages=advantages,
-    )
-
-
-def make_loader(dataset: TokenizedDataset, plan: PackPlan | None = None, **changes: object) -> BatchLoader:
-    settings = {
-        "global_batch_size": 4,
-        "micro_batch_size": 1,
-        "shard": Shard(),
-        "shuffle_seed": 7,
-        "one_row": False,
-        "pad_to_multiple_of": 1,
-        "pad_token_id": PAD,
-    }
-    return BatchLoader(dataset, plan or one_per_pack(dataset.lengths - 1, 100), **(settings | changes))
+from tests.data.shards import (
+    CAPACITY,
+    PAD,
+    assert_right_where_real,
+    context_sizes,
+    datasets,
+    layouts,
+    make_dataset,
+    make_loader,
+    shards,
+)
 
 
 def record_ids(batch: MicroBatch) -> list[int]:
@@ -57,13 +39,6 @@ def rows(batches: list[MicroBatch]) -> torch.Tensor:
     """Everything in the rows of one or more micro-batches, [rows, 4, seq]."""
     parts = [torch.stack([b.tokens, b.labels, b.label_mask, b.position_ids], dim=1) for b in batches]
     return torch.cat(parts)
-
-
-CAPACITY = 16
-
-
-datasets = st.lists(st.integers(2, 12), min_size=1, max_size=30).map(make_dataset)
-context_sizes = st.sampled_from([1, 2, 3, 4])
 
 
 def test_labels_are_the_tokens_shifted_by_one_and_the_mask_is_theirs():
