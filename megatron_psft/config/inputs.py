@@ -149,7 +149,8 @@ class DataConfig(TemplateConfig):
     """System message of all records, instead of their own; each record's if unset."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     """Tokens that count as labels: those of all assistant turns, of the last assistant turn, or of the whole text (not
-    of preference pairs, of which only what differs is labels)."""
+    of preference pairs, of which only what differs is labels). With all, rows of plain text, `{"text": ...}`, are
+    records, too; they need no chat template."""
     keep_reasoning: bool = False
     """Where the chat template drops the reasoning of a turn, render the turn as the last of its own conversation: a
     sequence of its own for each such turn. Otherwise earlier turns that lose their reasoning are no labels, and a

@@ -11,6 +11,7 @@ writes it. What a template drops even there, as DeepSeek-R1's does, is written a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from megatron_psft.data.plain_text import PlainText, unmark
 from megatron_psft.data.records import Record
 from megatron_psft.data.spans import Conversation, Span, TurnFinder
 from megatron_psft.data.template import REASONING_KEYS, SENTINEL, ChatTemplates, read_template
+from megatron_psft.data.text_ends import TextEnds
 from megatron_psft.data.turns import continue_prompt, has_reasoning, missing_part, skip_empty_block
 from megatron_psft.data.word_cache import Encoded, WordCache
 from megatron_psft.errors import UserError
@@ -73,11 +75,15 @@ class Rendering:
     label_spans: tuple[Span, ...]
     plain: tuple[int, ...] = ()
     """Where special tokens start that are plain text."""
+    is_conversation: bool = True
+    """False for a plain text, around which the tokenizer's own tokens come."""
     notes: Notes = NO_NOTES
 
 
 class ChatRenderer:
-    """Renders and tokenizes records with one tokenizer. Raises UserError for a tokenizer that cannot do it."""
+    """Renders and tokenizes records with one tokenizer. Raises UserError for a tokenizer that cannot do it; with
+    `loss_on` all, where records may be plain texts, one without a chat template is refused by the first conversation.
+    """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", loss_on: LossOn, settings: RenderSettings | None = None
@@ -87,17 +93,26 @@ class ChatRenderer:
                 f"tokenizer ({tokenizer.name_or_path}) must be a fast one, which knows the text span of each token; "
                 "give --tokenizer a folder with a tokenizer.json"
             )
-        self._settings = settings = settings or RenderSettings()
-        self._templates = ChatTemplates(tokenizer, settings.chat_template, settings.template_kwargs)
+        self._tokenizer = tokenizer
+        self._settings = settings or RenderSettings()
         self._words = WordCache(tokenizer)
         self._loss_on = loss_on
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._finder = TurnFinder(special, tokenizer.eos_token or "")
         self._plain_text = PlainText(tokenizer, self._finder.special_token)
+        self._text_ends = TextEnds(tokenizer)
+        if loss_on != "all":
+            _ = self._templates  # raises where there is none
+
+    @cached_property
+    def _templates(self) -> ChatTemplates:
+        return ChatTemplates(self._tokenizer, self._settings.chat_template, self._settings.template_kwargs)
 
     def render(self, record: Record) -> tuple[Rendering, ...]:
         """The conversation as text with its label spans: one sequence, but for `keep_reasoning`, which may need one for
         each turn. Raises RecordError where labels cannot be found, or are not what the record says."""
+        if record.text is not None:
+            return (self._render_text(record.text),)
         template = self._templates.of(record.template_kwargs, has_tools=bool(record.tools))
         messages = template.prepare(record, can_inline_reasoning=self._settings.keep_reasoning)
         tools = record.tools
@@ -131,6 +146,9 @@ class ChatRenderer:
         notes = rendering.notes
         if rendering.plain:
             encoded = self._plain_text.encode(rendering.text, rendering.plain)
+        if not rendering.is_conversation:
+            tokens = self._text_ends.around(encoded.tokens)
+            return Example(tokens=tokens, label_mask=np.arange(len(tokens)) > 0, notes=notes)
         if joined := _joined_starts(encoded.offsets, rendering):
             if self._words.can_cut and not rendering.plain:
                 encoded = self._words.encode_cut(rendering.text, joined)
@@ -138,6 +156,14 @@ class ChatRenderer:
             else:
                 notes = notes._replace(joined_blanks=len(joined))
         return Example(tokens=encoded.tokens, label_mask=_label_mask(encoded.offsets, rendering), notes=notes)
+
+    def _render_text(self, text: str) -> Rendering:
+        has_special_tokens = self._finder.special_token.search(text) is not None
+        if has_special_tokens and self._settings.split_special_tokens:
+            marked = self._plain_text.mark_text(text)
+            return self._unmarked(Rendering(text=marked, label_spans=((0, len(marked)),), is_conversation=False))
+        notes = Notes(special_tokens=int(has_special_tokens))
+        return Rendering(text=text, label_spans=((0, len(text)),), is_conversation=False, notes=notes)
 
     def _unmarked(self, rendering: Rendering) -> Rendering:
         text, spans, plain = unmark(rendering.text, rendering.label_spans)

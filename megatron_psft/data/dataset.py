@@ -20,7 +20,7 @@ from megatron_psft.data.cache import DataCache, TokenizedSource
 from megatron_psft.data.chat import RenderSettings
 from megatron_psft.data.example import Example, Notes
 from megatron_psft.data.formats import DEFAULT_COMPLETION_KEY, RecordKeys
-from megatron_psft.data.records import raise_or_report
+from megatron_psft.data.records import TEXT_REFUSED, raise_or_report
 from megatron_psft.data.sources import open_source
 from megatron_psft.data.splits import SplitUse
 from megatron_psft.data.statistics import DatasetStatistics, add_up, count_records
@@ -167,6 +167,7 @@ def build_dataset(
         completion=config.completion_key,
         system_prompt=config.system_prompt,
         are_pairs=are_pairs,
+        takes_text=config.loss_on == "all",
         ignored=config.ignore_keys,
     )
     cache = DataCache(
@@ -213,6 +214,12 @@ def _check_bad_records(sources: Sequence[TokenizedSource], paths: Sequence[str],
     if not total:
         raise UserError(f"data ({', '.join(paths)}) holds no record; name files that hold at least one")
     bad = list(islice((record for source in sources for record in source.bad_records()), _LISTED_BAD_RECORDS))
+    if (texts := counts[TEXT_REFUSED]) and not skip_bad_records:
+        first = next(record for source in sources for record in source.bad_records() if record.reason == TEXT_REFUSED)
+        raise UserError(
+            f"data must hold conversations only with loss_on assistant or last, found {texts} plain texts in {total} "
+            f"records, the first is {first.source}; train on every token of both with --loss-on all, or remove them"
+        )
     lists = [f"{source.folder}/bad.jsonl" for source in sources if source.bad_counts]
     if report := raise_or_report(bad, counts, total, skip_bad_records, lists):
         logger.warning(report)

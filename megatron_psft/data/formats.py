@@ -1,4 +1,4 @@
-"""How a row may spell a conversation: the formats that are accepted, in the order in which they are tried.
+"""How a row may spell a record: the formats that are accepted, in the order in which they are tried.
 
 To add one, write its `Format` into `RECORD_FORMATS` or `PAIR_FORMATS`: error texts and the tables in docs/data.md are
 made from these lists. Docs: docs/extending.md, "A record format".
@@ -7,17 +7,42 @@ made from these lists. Docs: docs/extending.md, "A record format".
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Generic, TypeVar
 
-from megatron_psft.data.keys import is_empty, refused_beside, row_key_problem
-from megatron_psft.data.messages import Field, RecordError, Turn, parse_message, parse_messages, refuse_keys, wrong_type
+from megatron_psft.data.keys import (
+    KWARGS_KEY,
+    SYSTEM_KEYS,
+    THINKING_KEY,
+    is_empty,
+    is_one_of,
+    refused_beside,
+    row_key_problem,
+)
+from megatron_psft.data.messages import (
+    Field,
+    RecordError,
+    Turn,
+    check_text,
+    parse_message,
+    parse_messages,
+    refuse_keys,
+    wrong_type,
+)
 from megatron_psft.errors import nearest_name_hint
 
 DEFAULT_PROMPT_KEY = "prompt"
 DEFAULT_COMPLETION_KEY = "completion"
 _UNREAD_TEXTS = ("context", "passage", "document")
 """Columns of which a question may be about; a format without a place for them would drop them."""
+_BESIDE_PROMPT = ("instruction", "input", *_UNREAD_TEXTS)
 _PAPER_COMPLETION_KEYS = ("demonstration", "demostration")
 """Columns of the paper's Parquet files; its script writes the first spelling and its trainer reads the second."""
+
+_BESIDE_TEXT = (
+    *("prompt", "completion", *_PAPER_COMPLETION_KEYS, "instruction", "input", "output", "chosen", "rejected"),
+    *(*SYSTEM_KEYS, "tools", KWARGS_KEY, THINKING_KEY, *_UNREAD_TEXTS),
+)
+"""What other formats read, and a plain text has no place for."""
 
 _SHOWN_KEYS = 10
 _SHOWN_CHARACTERS = 40
@@ -26,12 +51,15 @@ _SHOWN_CHARACTERS = 40
 @dataclass(frozen=True, kw_only=True)
 class RecordKeys:
     """How rows are read. `system_prompt` replaces every record's own system message. `are_pairs`: rows are preference
-    pairs (see `pairs.py`). Keys of rows and of messages that are `ignored` are read as if they were not there."""
+    pairs (see `pairs.py`). `are_prompts`: nothing of a row is learned. `takes_text`: plain texts are records, too. Keys
+    of rows and of messages that are `ignored` are read as if they were not there."""
 
     prompt: str = DEFAULT_PROMPT_KEY
     completion: str = DEFAULT_COMPLETION_KEY
     system_prompt: str | None = None
     are_pairs: bool = False
+    are_prompts: bool = False
+    takes_text: bool = False
     ignored: tuple[str, ...] = ()
 
     @cached_property
@@ -50,10 +78,11 @@ class RecordKeys:
 
 
 Fields = Mapping[str, Field]
+Content = TypeVar("Content", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format:
+class Format(Generic[Content]):
     """One way to spell a record or the prompt of a preference pair."""
 
     name: str
@@ -61,9 +90,10 @@ class Format:
     """A row that has all of them has this format."""
     optional: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
-    """Keys whose text belongs to the prompt, and would be dropped: a row that has text under one is refused."""
-    parse: Callable[[Fields], tuple[Turn, ...]]
-    """The turns of the keys that the row has. Raises RecordError."""
+    """Keys whose text belongs to the prompt, and would be dropped: a row with anything but a number under one is
+    refused."""
+    parse: Callable[[Fields], Content]
+    """What the keys that the row has say: turns, or a plain text. Raises RecordError."""
     example: str
     """A row, as a line of a JSON Lines file; docs/data.md shows it."""
 
@@ -80,10 +110,10 @@ class Format:
         return (*self.keys, *self.optional)
 
 
-def turns_of(
-    row: Mapping[str, object], formats: Sequence[Format], keys: RecordKeys, *, reason: str
-) -> tuple[Turn, ...]:
-    """The turns of `row` in the first format that it has; where the user has named keys, only formats with these count.
+def content_of(
+    row: Mapping[str, object], formats: Sequence[Format[Content]], keys: RecordKeys, *, reason: str
+) -> Content:
+    """What `row` says in the first format that it has; where the user has named keys, only formats with these count.
 
     Raises RecordError, with `reason` if the row has none of the formats, also for keys that are refused (`keys.py`).
     """
@@ -95,25 +125,27 @@ def turns_of(
         formats = candidates or formats
     for format in formats:
         if (fields := format.fields(row, keys)) is not None:
-            _refuse_keys(row, format, {field.name for field in fields.values()})
+            _refuse_keys(row, format, {field.name for field in fields.values()}, keys)
             return format.parse(fields)
     raise RecordError(reason, _describe_keys(row, formats, keys))
 
 
-def _refuse_keys(row: Mapping[str, object], format: Format, used: set[str]) -> None:
+def _refuse_keys(row: Mapping[str, object], format: Format[Any], used: set[str], keys: RecordKeys) -> None:
     """Raises RecordError for a key of the row that would change what is learned, and that nobody reads."""
     problems: dict[str, str] = {}
     for key, value in row.items():
         if key in used or is_empty(value):
             continue
-        if key.lower() in format.refused and isinstance(value, str):
-            problems[key] = refused_beside(key, format.name)
-        elif key not in _FORMAT_KEYS and (problem := row_key_problem(key, value, format.optional)) is not None:
+        is_known = key in _FORMAT_KEYS
+        problem = None if is_known else row_key_problem(key, value, format.optional, is_prompt=keys.are_prompts)
+        if problem is None and isinstance(value, str | bool | list | dict) and is_one_of(key, format.refused):
+            problem = refused_beside(key, format.name, format.keys[0])
+        if problem is not None:
             problems[key] = problem
     refuse_keys(problems)
 
 
-def _describe_keys(row: Mapping[str, object], formats: Sequence[Format], keys: RecordKeys) -> str:
+def _describe_keys(row: Mapping[str, object], formats: Sequence[Format[Any]], keys: RecordKeys) -> str:
     names = [str(key)[:_SHOWN_CHARACTERS] for key in row]
     found = ", ".join(names[:_SHOWN_KEYS]) + (", ..." if len(names) > _SHOWN_KEYS else "") if names else "none"
     accepted = [[keys.names_of(key)[0] for key in format.keys] for format in formats]
@@ -128,7 +160,7 @@ def _join(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def format_table(formats: Sequence[Format]) -> str:
+def format_table(formats: Sequence[Format[Any]]) -> str:
     """The Markdown table of docs/data.md."""
     rows = [("format", "keys", "example")]
     rows += [("---", "---", "---")]
@@ -178,13 +210,21 @@ def _parse_alpaca(fields: Fields) -> tuple[Turn, ...]:
     return (*prompt, parse_message({"role": "assistant", "content": _text(fields["output"])}, "output"))
 
 
+def _parse_text(fields: Fields) -> str:
+    text = _text(fields["text"])
+    if not text.strip():
+        raise RecordError("empty content", "text")
+    check_text(text, "text")
+    return text
+
+
 def _text(field: Field) -> str:
     if not isinstance(field.value, str):
         raise wrong_type(field.name, field.value)
     return field.value
 
 
-RECORD_FORMATS = (
+CONVERSATION_FORMATS: tuple[Format[tuple[Turn, ...]], ...] = (
     Format(
         name="messages",
         keys=("messages",),
@@ -197,10 +237,20 @@ RECORD_FORMATS = (
         parse=_parse_conversations,
         example='{"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}',
     ),
+)
+"""Of turns that say themselves whose they are."""
+
+PROMPT_FORMAT = Format(
+    name="prompt", keys=("prompt",), refused=_BESIDE_PROMPT, parse=_parse_prompt, example='{"prompt": "2+2?"}'
+)
+"""Of what is asked only, with no answer that is learned."""
+
+RECORD_FORMATS: tuple[Format[tuple[Turn, ...] | str], ...] = (
+    *CONVERSATION_FORMATS,
     Format(
         name="prompt and completion",
         keys=("prompt", "completion"),
-        refused=("input", *_UNREAD_TEXTS),
+        refused=_BESIDE_PROMPT,
         parse=_parse_prompt_and_completion,
         example='{"prompt": "2+2?", "completion": "4"}',
     ),
@@ -212,14 +262,15 @@ RECORD_FORMATS = (
         parse=_parse_alpaca,
         example='{"instruction": "Add", "input": "2 and 2", "output": "4"}',
     ),
+    Format(name="text", keys=("text",), refused=_BESIDE_TEXT, parse=_parse_text, example='{"text": "2+2 is 4."}'),
 )
 """Of demonstrations. Where a row has several, the first of this list counts."""
 
-PAIR_FORMATS = (
+PAIR_FORMATS: tuple[Format[tuple[Turn, ...]], ...] = (
     Format(
         name="prompt",
         keys=("prompt", "chosen", "rejected"),
-        refused=("input", *_UNREAD_TEXTS),
+        refused=_BESIDE_PROMPT,
         parse=_parse_prompt,
         example='{"prompt": "2+2?", "chosen": "4", "rejected": "5"}',
     ),
@@ -246,6 +297,7 @@ PAIR_FORMATS = (
     Format(
         name="whole conversations",
         keys=("chosen", "rejected"),
+        refused=_BESIDE_PROMPT,
         parse=lambda fields: (),
         example='{"chosen": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], '
         '"rejected": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}]}',

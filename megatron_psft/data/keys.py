@@ -16,10 +16,12 @@ from megatron_psft.errors import nearest_name_hint
 
 
 class KeyGroup(NamedTuple):
-    """Keys with one meaning. `text` is what heeded ones do, or what to do in place of refused ones."""
+    """Keys with one meaning. `text` is what heeded ones do, or what to do in place of refused ones. `of_answer`: they
+    are about what is learned, which a prompt says nothing of."""
 
     names: tuple[str, ...]
     text: str
+    of_answer: bool = False
 
 
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
@@ -49,13 +51,17 @@ ROW_REFUSED = (
     KeyGroup(
         (*REASONING_KEYS, "thoughts", "think", "cot", "chain_of_thought", "rationale"),
         "give reasoning as reasoning_content of the assistant's message, a switch as enable_thinking",
+        of_answer=True,
     ),
     KeyGroup(
         ("loss_mask", "label_mask", "completion_mask", "assistant_masks", "mask", "input_ids", "attention_mask"),
         "give weight 0 to messages that are not to be learned",
+        of_answer=True,
     ),
-    KeyGroup(LEARN_KEYS[1:], "give them to messages, or leave the row out"),
-    KeyGroup(("weight", "weights", "sample_weight", "loss_weight", "loss_scale"), "advantage weighs a record"),
+    KeyGroup(LEARN_KEYS[1:], "give them to messages, or leave the row out", of_answer=True),
+    KeyGroup(
+        ("weight", "weights", "sample_weight", "loss_weight", "loss_scale"), "advantage weighs a record", of_answer=True
+    ),
     KeyGroup(("chat_template",), "a run has one template"),
 )
 
@@ -144,22 +150,22 @@ def _message_name_problem(key: str) -> str | None:
     return _refusal("message", key, f"is not known{_hint(key, _MESSAGE_HEEDED)}")
 
 
-def row_key_problem(key: str, value: object, optional: tuple[str, ...]) -> str | None:
+def row_key_problem(key: str, value: object, optional: tuple[str, ...], *, is_prompt: bool) -> str | None:
     """Why a row's key outside of its format is refused, given its value, which is not empty; None for a harmless one.
-    `optional` are keys of the format that the row might have had."""
+    `optional` are keys of the format that the row might have had. `is_prompt`: nothing of the row is learned."""
     if key in _ROW_HEEDED:
         return None
     key = key[: _LONGEST_KEY + 1]
-    problem = _row_name_problem(key, optional)
-    if problem is None and isinstance(value, bool | list | dict) and _is_suspect(key, value):
+    problem = _row_name_problem(key, optional, is_prompt)
+    if problem is None and isinstance(value, bool | list | dict) and _is_suspect(key, value, is_prompt):
         problem = _refusal("row", key, f"is not known{_hint(key, {*_ROW_HEEDED, *optional})}")
     return problem
 
 
 @lru_cache(maxsize=4096)
-def _row_name_problem(key: str, optional: tuple[str, ...]) -> str | None:
+def _row_name_problem(key: str, optional: tuple[str, ...], is_prompt: bool) -> str | None:
     """Why it is refused whatever its value."""
-    if (text := _find(key, ROW_REFUSED)) is not None:
+    if (text := _find(key, (group for group in ROW_REFUSED if not (is_prompt and group.of_answer)))) is not None:
         return _refusal("row", key, f"is not supported: {text}")
     known = [name for name in (*sorted(_ROW_HEEDED), *optional) if _is_near(key, name)]
     if key.lower().startswith("system") and not _is_harmless(key):
@@ -169,28 +175,34 @@ def _row_name_problem(key: str, optional: tuple[str, ...]) -> str | None:
     return None
 
 
-def _is_suspect(key: str, value: bool | list[object] | dict[object, object]) -> bool:
-    """True for a value that may be a switch, a mask, or messages."""
+def _is_suspect(key: str, value: bool | list[object] | dict[object, object], is_prompt: bool) -> bool:
+    """True for a value that may be a switch, a mask of what is learned, or messages."""
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, dict):
         return ("role" in first and "content" in first) or ("from" in first and "value" in first)
-    is_mask = isinstance(first, int | float) and not _LEARN_WORDS.isdisjoint(_words(key))
+    is_mask = not is_prompt and isinstance(first, int | float) and not _LEARN_WORDS.isdisjoint(_words(key))
     return (isinstance(value, bool) or is_mask) and not _is_harmless(key)
 
 
-def refused_beside(key: str, format_name: str) -> str:
-    """The reason for a key with a text that a format without a place for it would drop."""
-    return _refusal("row", key, f"is not read in the format {format_name!r}: write it into the prompt")
+def refused_beside(key: str, format_name: str, place: str) -> str:
+    """The reason for a key with a text that a format without a place for it would drop; `place` has one."""
+    return _refusal("row", key, f"is not read in the format {format_name!r}: write it into {place}")
 
 
 def _find(key: str, groups: Iterable[KeyGroup]) -> str | None:
-    """The text of the group that `key` is in, be it in capitals, camelCase, or the plural of a name."""
-    name = "_".join(_words(key))
-    return next((group.text for group in groups if {name, name.removesuffix("s")} & {*group.names}), None)
+    """The text of the group that `key` is in."""
+    return next((group.text for group in groups if is_one_of(key, group.names)), None)
+
+
+@lru_cache(maxsize=4096)
+def is_one_of(key: str, names: tuple[str, ...]) -> bool:
+    """True where `key` is one of the names, be it in capitals, camelCase, in the plural or with a number."""
+    name = "_".join(_words(key)).rstrip("0123456789").rstrip("_")
+    return name in names or name.removesuffix("s") in names
 
 
 def _refusal(where: str, key: str, why: str) -> str:
-    way = f"--ignore-keys {shown_key(key)} trains without it"
+    way = f"--ignore-keys {shown_key(key)} leaves it out"
     return f"{where} key {shown_key(key)} {why}{' ' if why.endswith('?') else '; '}{way}"
 
 

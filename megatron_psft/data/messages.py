@@ -15,6 +15,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 _ROLES: tuple[str, ...] = get_args(Role)
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 _KEYS_OF_BOTH = frozenset({"tool_calls", "tool_call_id", *REASONING_KEYS, *LEARN_KEYS})
+_CALL_KEYS = frozenset({"function", "name", "arguments", "parsed_arguments", "id"})
 _KEYS, _SHAREGPT_KEYS = _KEYS_OF_BOTH | {"role", "content"}, _KEYS_OF_BOTH | {"from", "value"}
 
 
@@ -191,7 +192,7 @@ def _parse_content(content: object, key: str, where: str) -> str:
         content = "".join(_parse_part(part, f"{where}.{key}[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):
         raise RecordError("wrong type", f"{where} has {key} of type {type(content).__name__}, not a string")
-    _check_text(content, where)
+    check_text(content, where)
     return content
 
 
@@ -216,7 +217,7 @@ def _add_names(message: Message, value: Mapping[str, object], where: str) -> Non
             continue
         if not isinstance(given, str):
             raise RecordError("wrong type", f"{where} has {key} of type {type(given).__name__}, not a string")
-        _check_text(given, f"{where}, {key}")
+        check_text(given, f"{where}, {key}")
         message[key] = given  # type: ignore[literal-required]
 
 
@@ -250,7 +251,7 @@ def _parse_reasoning(value: Mapping[str, object], role: str, where: str) -> str:
             raise RecordError("wrong type", f"{where} has {key} of type {type(text).__name__}, not a string")
         if role != "assistant":
             raise RecordError(f"{key} outside an assistant turn", f"{where}, {role}")
-        _check_text(text, f"{where}, {key}")
+        check_text(text, f"{where}, {key}")
     if len({*given.values()}) > 1:
         raise RecordError("two texts of reasoning", f"{where} has {' and '.join(given)}")
     return cast(str, next(iter(given.values()), ""))
@@ -270,6 +271,11 @@ def _parse_call(value: object, where: str) -> ToolCall:
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError("wrong type", f"{where} is not an object with the name and the arguments of a function")
+    for key, item in (*value.items(), *function.items()):  # such as parameters, or the result
+        if key not in _CALL_KEYS and not is_empty(item) and message_key_problem(key) is not None:
+            raise RecordError(
+                f"call with the key {shown_key(key)}: only a function's name and arguments are read", where
+            )
     # Templates write arguments as JSON, and would write the text of an object as a string within it.
     arguments = _parse_json_text(function.get("arguments"), f"{where}, arguments")
     arguments = {} if arguments in (None, "") else arguments
@@ -277,8 +283,10 @@ def _parse_call(value: object, where: str) -> ToolCall:
         raise RecordError("wrong type", f"{where} has arguments of type {type(arguments).__name__}, not an object")
     _check_unicode(_to_json([function["name"], arguments], where), where)
     call: ToolCall = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if isinstance(value.get("id"), str):
-        call["id"] = value["id"]
+    if (identity := value.get("id")) is not None:
+        if not isinstance(identity, str):
+            raise wrong_type(f"{where}.id", identity)
+        call["id"] = identity
     return call
 
 
@@ -323,7 +331,8 @@ def _to_json(value: object, where: str) -> str:
         raise RecordError("not JSON", f"{where}: {error}") from error
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raises RecordError for characters that no text should have."""
     if "\0" in text:
         raise RecordError("NUL character", where)
     _check_unicode(text, where)

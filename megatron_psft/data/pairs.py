@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_psft.data.files import BadRecord, Row
-from megatron_psft.data.formats import PAIR_FORMATS, RecordKeys, join_turns, turns_of
+from megatron_psft.data.formats import PAIR_FORMATS, RecordKeys, content_of, join_turns
 from megatron_psft.data.messages import Field, Message, RecordError, Turn, parse_messages
 from megatron_psft.data.records import Record, make_record, parse_with, read_object, with_system_prompt
 
@@ -36,7 +36,7 @@ def parse_pair(row: Row | BadRecord, keys: RecordKeys) -> Pair | BadRecord:
 
 def _parse_value(value: object, source: str, keys: RecordKeys) -> Pair:
     row = read_object(value, keys)
-    prompt = turns_of(row, PAIR_FORMATS, keys, reason="no preference pair")
+    prompt = content_of(row, PAIR_FORMATS, keys, reason="no preference pair")
     if "advantage" in row:
         raise RecordError("advantage is not supported in a preference pair")
     sides = [with_system_prompt(row, _parse_side(row, key, prompt, keys), keys) for key in ("chosen", "rejected")]
@@ -76,4 +76,6 @@ def _shared_length(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -
         if side[shared]["role"] != "assistant":
             detail = f"they differ first at a {side[shared]['role']} turn, messages[{shared}] of {name}"
             raise RecordError("chosen and rejected do not share a prompt", detail)
+    if not shared:
+        raise RecordError("no prompt", "chosen and rejected begin with the answer")
     return shared

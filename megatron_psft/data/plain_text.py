@@ -46,6 +46,10 @@ class PlainText:
         """Messages and tools with a mark in each special token. Raises RecordError where marks are text already."""
         return cast("list[Message]", self._mark(list(messages))), cast("list[Any]", self._mark(list(tools)))
 
+    def mark_text(self, text: str) -> str:
+        """One text with a mark in each special token. Raises RecordError as `mark` does."""
+        return cast(str, self._mark(text))
+
     def _mark(self, value: object) -> object:
         if isinstance(value, str):
             if _MARK in value:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron_psft.data.files import BadRecord, Row
-from megatron_psft.data.formats import RECORD_FORMATS, RecordKeys, turns_of
+from megatron_psft.data.formats import RECORD_FORMATS, RecordKeys, content_of
 from megatron_psft.data.keys import KWARGS_KEY, SYSTEM_KEYS, THINKING_KEY
 from megatron_psft.data.messages import (
     Message,
@@ -25,6 +25,9 @@ from megatron_psft.errors import UserError
 
 Parsed = TypeVar("Parsed")
 
+TEXT_REFUSED = "plain text is trained on with --loss-on all only"
+"""The reason of a plain text where only conversations are read."""
+
 _LARGEST_ADVANTAGE = 3.4028234663852886e38  # of fp32, in which it is kept
 
 _REPORTED_RECORDS = 20
@@ -32,10 +35,13 @@ _REPORTED_RECORDS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A conversation with at least one assistant turn. `source` is `path:N`, lines or rows counted from 1."""
+    """A conversation with at least one assistant turn, or a plain text, which has no messages. `source` is `path:N`,
+    lines or rows counted from 1."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
     source: str
+    text: str | None = None
+    """Of a plain text, whose every token is a label: all that it says."""
     tools: tuple[dict[str, Any], ...] = ()
     """Schemas of the functions that the assistant may call."""
     advantage: float = 1.0
@@ -131,8 +137,28 @@ def _look_up(row: Mapping[str, object], path: str) -> object:
 
 def _parse_value(value: object, source: str, keys: RecordKeys) -> Record:
     row = read_object(value, keys)
-    turns = with_system_prompt(row, turns_of(row, RECORD_FORMATS, keys, reason="no known keys"), keys)
-    return make_record(row, turns, source, advantage=_parse_advantage(row.get("advantage", 1.0)))
+    content = content_of(row, RECORD_FORMATS, keys, reason="no known keys")
+    advantage = _parse_advantage(row.get("advantage", 1.0))
+    if isinstance(content, str):
+        if not keys.takes_text:
+            raise RecordError(TEXT_REFUSED)
+        if keys.system_prompt is not None:
+            raise RecordError("plain text has no place for the message of --system-prompt")
+        return Record(text=content, source=source, advantage=advantage)
+    _refuse_unread_answer(row, content)
+    return make_record(row, with_system_prompt(row, content, keys), source, advantage=advantage)
+
+
+def _refuse_unread_answer(row: Mapping[str, object], turns: Sequence[Turn]) -> None:
+    """Raises RecordError for an answer beside a conversation that ends without one."""
+    if not turns or turns[-1].message["role"] == "assistant":
+        return
+    for key in ("completion", "output", "response", "answer"):
+        if isinstance(text := row.get(key), str) and all(text not in turn.message["content"] for turn in turns):
+            raise RecordError(
+                f"row key {key} is not read beside a conversation that ends without an answer: write it as the last "
+                f"message; --ignore-keys {key} leaves it out"
+            )
 
 
 def make_record(
@@ -161,7 +187,7 @@ def make_record(
         advantage=advantage,
         prompt_length=prompt_length,
         unlearned=frozenset(index for index, turn in enumerate(turns) if not turn.is_learned),
-        template_kwargs=_parse_kwargs(row),
+        template_kwargs=parse_kwargs(row),
     )
 
 
@@ -196,7 +222,8 @@ def _has_system(row: Mapping[str, object], turns: Sequence[Turn], text: str) -> 
     return bool(own)
 
 
-def _parse_kwargs(row: Mapping[str, object]) -> dict[str, Any]:
+def parse_kwargs(row: Mapping[str, object]) -> dict[str, Any]:
+    """A row's own variables for the chat template. Raises RecordError."""
     if KWARGS_KEY not in row and THINKING_KEY not in row:
         return {}
     kwargs = parse_template_kwargs(row.get(KWARGS_KEY), KWARGS_KEY)

@@ -21,7 +21,7 @@ from tests.data.toys import byte_tokenizer
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
-        ("weightt", 0, "is not known; did you mean weight? --ignore-keys weightt trains without it"),
+        ("weightt", 0, "is not known; did you mean weight? --ignore-keys weightt leaves it out"),
         ("thoughts", "Hm.", "did you mean thought?"),
         ("is_trained", False, "is not known"),
         ("learn", False, "is not known"),
@@ -81,7 +81,7 @@ def test_a_tool_s_turn_keeps_its_name_and_the_call_it_answers():
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
-        ("images", ["a.png"], "is not supported: only text is trained on; --ignore-keys images trains without it"),
+        ("images", ["a.png"], "is not supported: only text is trained on; --ignore-keys images leaves it out"),
         ("image", "a.png", "is not supported: only text"),
         ("Image", {"path": "a.png"}, "is not supported: only text"),
         ("functions", [{"name": "f"}], "is not supported: give schemas of functions under tools"),
@@ -324,8 +324,8 @@ def test_the_report_counts_records_once_per_key_and_the_flag_is_the_way_on(tmp_p
 
     with pytest.raises(UserError, match="no usable record") as error:
         build()
-    assert "  2 x message key zzz is not known; --ignore-keys zzz trains without it\n" in str(error.value)
-    assert str(error.value).endswith("  1 x message key yyy is not known; --ignore-keys yyy trains without it")
+    assert "  2 x message key zzz is not known; --ignore-keys zzz leaves it out\n" in str(error.value)
+    assert str(error.value).endswith("  1 x message key yyy is not known; --ignore-keys yyy leaves it out")
     assert len(build(ignore_keys=("zzz",), skip_bad_records=True)) == 2
     assert build(ignore_keys=("zzz",), skip_bad_records=True).statistics().dropped == {
         "bad: message key yyy is not known": 1

@@ -132,7 +132,7 @@ BAD = [
     ),
     (
         {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "images": ["a.png"]},
-        "row key images is not supported: only text is trained on; --ignore-keys images trains without it",
+        "row key images is not supported: only text is trained on; --ignore-keys images leaves it out",
         "",
     ),
     ({"conversations": [{"from": "robot", "value": "Hi?"}], "chosen": YES, "rejected": NO}, "unknown role", "robot"),

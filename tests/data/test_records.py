@@ -18,7 +18,7 @@ CHAT = (USER, ASSISTANT)
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 CALLING = ({"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"})
-ACCEPTED = "messages; conversations; prompt and completion; instruction and output"
+ACCEPTED = "messages; conversations; prompt and completion; instruction and output; text"
 SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 

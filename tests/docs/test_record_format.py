@@ -19,4 +19,4 @@ def test_a_record_format_is_added_in_one_place(tmp_path):
     records, bad = run([sys.executable, "-c", code], checkout).splitlines()
     assert "{'role': 'assistant', 'content': 'Yes.'}" in records
     assert "dialog[1] has content of type int" in bad
-    assert "instruction and output; dialog; did you mean dialog?" in bad
+    assert "instruction and output; dialog; text; did you mean dialog?" in bad

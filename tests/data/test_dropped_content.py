@@ -1,0 +1,75 @@
+"""What a row says is trained on or refused by name: places where it was left out before."""
+
+import pytest
+
+from megatron_psft.data.files import BadRecord, Row
+from megatron_psft.data.formats import RecordKeys
+from megatron_psft.data.pairs import parse_pair
+from tests.data.spelled import AGAIN, CHAT, RIGHT, USER, WRONG, both_forms, good, reason
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"context": ["x is 2.", "y is 2."]}, "context"),
+        ({"Contexts": {"title": ["Numbers"], "sentences": [["x is 2."]]}}, "Contexts"),
+        ({"instruction": "Add."}, "instruction"),
+        ({"input": [USER]}, "input"),
+        ({"image_1": {"bytes": "x"}}, "image_1"),
+        ({"image2": "a.png"}, "image2"),
+    ],
+)
+def test_what_stands_beside_a_prompt_is_refused(more, key):
+    row = {"prompt": "2+2?", "completion": "4", **more}
+    assert reason(row).startswith(f"row key {key} is not ")
+    assert good(row, ignored=(key,)).messages == (USER, RIGHT)
+    pair = {"prompt": "2+2?", "chosen": "4", "rejected": "5", **more}
+    bad = parse_pair(Row(source="a:1", value=pair), RecordKeys(are_pairs=True))
+    assert isinstance(bad, BadRecord)
+    assert bad.reason.startswith(f"row key {key} is not ")
+
+
+def test_a_number_beside_a_prompt_is_no_content():
+    assert good({"prompt": "2+2?", "completion": "4", "document": 17}).messages == (USER, RIGHT)
+
+
+@pytest.mark.parametrize("key", ["completion", "output", "response", "answer"])
+def test_an_answer_beside_a_conversation_that_ends_without_one_is_refused(key):
+    for row in both_forms([*CHAT, AGAIN]):
+        assert reason({**row, key: "Yes."}).startswith(f"row key {key} is not read beside a conversation that ends")
+        assert len(good({**row, key: "Yes."}, ignored=(key,)).messages) == 5
+        assert len(good({**row, key: AGAIN["content"]}).messages) == 5  # it is there
+    for row in both_forms(CHAT):
+        assert len(good({**row, key: "Yes."}).messages) == 4
+
+
+@pytest.mark.parametrize("form", ["OpenAI", "bare"])
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ({"parameters": {"x": 1}}, "call with the key parameters"),
+        ({"args": {"x": 1}}, "call with the key args"),
+        ({"arguments": {"x": 1}, "result": "2"}, "call with the key result"),
+    ],
+)
+def test_a_call_whose_arguments_stand_under_another_key_is_refused(form, more, part):
+    call = {"name": "add", **more}
+    calls = [call if form == "bare" else {"type": "function", "function": call}]
+    row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": calls}]}
+    assert reason(row).startswith(part)
+
+
+def test_a_call_has_its_id_or_is_refused():
+    call = {"type": "function", "index": 0, "function": {"name": "add", "arguments": {"x": 1}, "parameters": {}}}
+    row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{**call, "id": "a"}]}]}
+    assert good(row).messages[1]["tool_calls"][0]["id"] == "a"
+    row["messages"][1]["tool_calls"][0]["id"] = 7
+    assert reason(row) == "wrong type"
+
+
+@pytest.mark.parametrize(("key", "why"), [("question", "no prompt"), ("input", "row key input is not read")])
+def test_a_pair_without_a_prompt_is_refused(key, why):
+    row = {"chosen": [RIGHT], "rejected": [WRONG], key: "2+2?"}
+    bad = parse_pair(Row(source="a:1", value=row), RecordKeys(are_pairs=True))
+    assert isinstance(bad, BadRecord)
+    assert bad.reason.startswith(why)
