@@ -16,6 +16,7 @@ from megatron_psft.config.inputs import TemplateConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer, RenderSettings
 from megatron_psft.data.files import BadRecord, Row
+from megatron_psft.data.keys import KWARGS_KEY, SYSTEM_KEYS, THINKING_KEY
 from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.evaluation.lm_eval import Harness
@@ -271,7 +272,9 @@ def _identity(row: Row | BadRecord, keys: tuple[str, str]) -> str:
     if not isinstance(row, Row) or not isinstance(row.value, dict):
         return row.source
     question = row.value.get(keys[0], row.value.get("messages"))
-    return json.dumps([question, find_answer(row.value, keys[1])], default=str)  # Parquet has types that JSON has not
+    others = [row.value.get(key) for key in (*SYSTEM_KEYS, KWARGS_KEY, THINKING_KEY)]
+    parts = [question, *others, find_answer(row.value, keys[1])]
+    return json.dumps(parts, default=str)  # Parquet has types that JSON has not
 
 
 def _answer_sets(

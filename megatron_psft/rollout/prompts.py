@@ -1,16 +1,21 @@
 """Rows -> prompts with known answers, for rollouts and reinforcement learning."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer
 from megatron_psft.data.files import BadRecord, Row
-from megatron_psft.data.formats import RecordKeys
-from megatron_psft.data.keys import KWARGS_KEY, SYSTEM_KEYS, THINKING_KEY
-from megatron_psft.data.messages import Message, RecordError
-from megatron_psft.data.records import parse_row, parse_with
+from megatron_psft.data.formats import (
+    CONVERSATION_FORMATS,
+    DEFAULT_PROMPT_KEY,
+    PROMPT_FORMAT,
+    RecordKeys,
+    content_of,
+)
+from megatron_psft.data.messages import Message, RecordError, Turn, parse_tools
+from megatron_psft.data.records import parse_kwargs, parse_with, read_object, with_system_prompt
 from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError
 from megatron_psft.rollout.rewards import Verifier
@@ -22,7 +27,7 @@ class PromptConfig:
 
     prompts: tuple[PathText, ...]
     """JSON Lines, JSON or Parquet files, folders of them, or hub IDs. A row has `answer_key`, and `prompt_key` or else
-    messages."""
+    messages (or ShareGPT's conversations)."""
     prompt_key: str = "prompt"
     """Name of the prompt in a row: a text, or a list of messages whose last, if it is an assistant's, is left out."""
     answer_key: str = "answer"
@@ -30,8 +35,8 @@ class PromptConfig:
     system_prompt: str | None = None
     """System message of all prompts, instead of their own; each prompt's if unset."""
     ignore_keys: tuple[str, ...] = ()
-    """Keys of rows and messages to read as if they were not there. A key of a message that is not supported is refused
-    otherwise."""
+    """Keys of rows and messages to read as if they were not there. A key that may change what is asked, and that is
+    not supported, is refused otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,42 +71,42 @@ def read_prompts(config: PromptConfig, verifier: Verifier) -> list[Prompt]:
 
 def parse_prompt(row: Row | BadRecord, config: PromptConfig, verifier: Verifier) -> Prompt | BadRecord:
     """The prompt that a row is, or why it is none."""
-    found = parse_with(lambda value, _: parse_value(value, config, verifier), row)
-    if isinstance(found, BadRecord):
-        return found
-    asked, answer = found
-    # With an answer in place it is a record, and is checked as such.
-    whole = {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": "?"}]}
-    keys = RecordKeys(system_prompt=config.system_prompt, ignored=config.ignore_keys)
-    record = parse_row(Row(source=row.source, value=whole), keys)
-    if isinstance(record, BadRecord):
-        return record
-    return Prompt(
-        messages=record.messages[:-1], answer=answer, source=row.source, template_kwargs=record.template_kwargs
+    return parse_with(lambda value, source: _parse_value(value, source, config, verifier), row)
+
+
+def _parse_value(value: object, source: str, config: PromptConfig, verifier: Verifier) -> Prompt:
+    keys = RecordKeys(
+        prompt=config.prompt_key, system_prompt=config.system_prompt, are_prompts=True, ignored=config.ignore_keys
     )
-
-
-def parse_value(row: object, config: PromptConfig, verifier: Verifier) -> tuple[dict[str, Any], str]:
-    """Conversation and known answer of a row; the conversation's messages are not checked. Raises RecordError."""
-    if not isinstance(row, dict):
-        raise RecordError("not an object", f"found {type(row).__name__}")
-    if row.get("tools") and "tools" not in config.ignore_keys:
-        raise RecordError("tools are not supported in prompts")
-    asked = row.get(config.prompt_key, row.get("messages"))
-    asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    if not isinstance(asked, list):
-        raise RecordError("no prompt", f"wanted: a text or a list under {config.prompt_key}, or messages")
-    if asked and isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
-        asked = asked[:-1]
+    row = read_object(value, keys)
     answer = find_answer(row, config.answer_key)
+    turns = _asked_turns({key: item for key, item in row.items() if key != config.answer_key}, keys)
+    if parse_tools(row.get("tools")):
+        raise RecordError("tools are not supported in prompts")
     if answer is None:
         raise RecordError("no answer", f"wanted: a text or a number under {config.answer_key}")
     try:
         verifier.check(answer)
     except ValueError as error:
         raise RecordError("answer that the verifier cannot use", f"{answer!r:.60} {error}") from None
-    kept = {key: row.get(key) for key in (*SYSTEM_KEYS, KWARGS_KEY, THINKING_KEY)}
-    return {"messages": asked, **kept}, answer
+    messages = tuple(turn.message for turn in with_system_prompt(row, turns, keys))
+    return Prompt(messages=messages, answer=answer, source=source, template_kwargs=parse_kwargs(row))
+
+
+def _asked_turns(row: Mapping[str, object], keys: RecordKeys) -> tuple[Turn, ...]:
+    """What stands under the prompt's key, or else the conversation, without an answer at its end. Raises RecordError,
+    also for keys that are refused (`data/keys.py`)."""
+    if keys.prompt in row:
+        turns = content_of(row, [PROMPT_FORMAT], keys, reason="no prompt")
+    elif any(format.keys[0] in row for format in CONVERSATION_FORMATS):
+        turns = content_of(row, CONVERSATION_FORMATS, replace(keys, prompt=DEFAULT_PROMPT_KEY), reason="no prompt")
+    else:
+        hint = "; --prompt-key text asks a plain text" if "text" in row else ""
+        raise RecordError("no prompt", f"wanted: a text or a list under {keys.prompt}, or messages{hint}")
+    turns = turns[:-1] if turns and turns[-1].message["role"] == "assistant" else turns
+    if not turns:
+        raise RecordError("no prompt", "nothing comes before the answer")
+    return turns
 
 
 def render_prompt(field: str, prompt: Prompt, renderer: ChatRenderer) -> str:
@@ -113,7 +118,7 @@ def render_prompt(field: str, prompt: Prompt, renderer: ChatRenderer) -> str:
         raise UserError(f"{field} must be what the chat template can write: {prompt.source}: {error}") from None
 
 
-def find_answer(row: dict[str, Any], key: str) -> str | None:
+def find_answer(row: Mapping[str, Any], key: str) -> str | None:
     """The known answer as text, where there is one under `key`, whose dots go into objects."""
     value: object = row
     for name in key.split("."):

@@ -1,0 +1,16 @@
+"""Which questions a file asks."""
+
+import json
+
+from megatron_psft.evaluation.tasks import TaskConfig, read_questions
+from megatron_psft.rollout.rewards import ExactVerifier
+
+
+def test_questions_that_differ_in_what_is_asked_with_them_are_not_one(tmp_path):
+    row = {"prompt": "2+2?", "answer": "4"}
+    rows = [row, {**row, "system": "Be brief."}, {**row, "enable_thinking": False}, row, {**row, "id": 7}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    found = read_questions(str(path), TaskConfig(tasks=(str(path),)), 1, ExactVerifier())
+    assert [len(question.messages) for question in found.questions] == [1, 2, 1]
+    assert [dict(question.template_kwargs) for question in found.questions] == [{}, {}, {"enable_thinking": False}]
