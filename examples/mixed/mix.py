@@ -103,8 +103,12 @@ def read_groups(paths: Sequence[str]) -> dict[str, list[RolloutRow]]:
     """Rollouts by prompt, with their source noted. Raises UserError for rows that `psft rollout` has not written."""
     groups: dict[str, list[RolloutRow]] = defaultdict(list)
     for row in (row for path in paths for row in open_rows(path)):
-        if not isinstance(row, Row) or not isinstance(row.value, dict) or "reward" not in row.value:
-            raise UserError(f"rollouts must be written by `psft rollout`; {row.source} has no reward")
+        if (
+            not isinstance(row, Row)
+            or not isinstance(row.value, dict)
+            or not {"messages", "reward"} <= row.value.keys()
+        ):
+            raise UserError(f"rollouts must be written by `psft rollout`; {row.source} has no reward or no messages")
         groups[key_of(row.value["messages"])].append({**row.value, "source": "rollout"})
     return groups
 
@@ -114,11 +118,13 @@ def key_of(messages: Sequence[Any]) -> str:
     return json.dumps(list(messages[:-1]), sort_keys=True)
 
 
-def as_demonstration(record: Record, advantage: float = 1.0) -> dict[str, Any]:
+def as_demonstration(record: Record, advantage: float | None = None) -> dict[str, Any]:
+    """The row of a demonstration, with its own advantage or another one."""
     in_prompt = {i for i in range(record.prompt_length) if record.messages[i]["role"] == "assistant"}
     unlearned = in_prompt | record.unlearned
     messages = [{**turn, "weight": 0} if i in unlearned else turn for i, turn in enumerate(record.messages)]
-    row: dict[str, Any] = {"messages": messages, "advantage": advantage, "source": "demonstration"}
+    own = record.advantage if advantage is None else advantage
+    row: dict[str, Any] = {"messages": messages, "advantage": own, "source": "demonstration"}
     row |= {"tools": list(record.tools)} if record.tools else {}
     return row | ({"chat_template_kwargs": dict(record.template_kwargs)} if record.template_kwargs else {})
 

@@ -206,15 +206,25 @@ def _take_chunk(lines: Iterator[tuple[bytes | None, int]]) -> list[tuple[bytes |
 
 def _parse_line(line: bytes, source: str, encoding: str) -> Row | BadRecord:
     try:
-        return Row(source=source, value=json.loads(line.decode(encoding).rstrip("\r\n")))
+        text = line.decode(encoding).rstrip("\r\n")
+        return Row(source=source, value=json.loads(text, object_pairs_hook=_object_of))
     except UnicodeDecodeError as error:
         return BadRecord(source=source, reason="not UTF-8", detail=f"byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
         return BadRecord(source=source, reason="not JSON", detail=f"{error.msg} at column {error.colno}")
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # an integer of thousands of digits, or a key that comes twice
         return BadRecord(source=source, reason="not JSON", detail=first_line(error))
     except RecursionError:
         return BadRecord(source=source, reason="nested too deeply")
+
+
+def _object_of(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Raises ValueError for a key that comes twice, of which JSON's own reader takes the last in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.40} comes twice in an object")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +243,7 @@ class _Values:
 def _read_json_array(path: Path) -> Iterator[Chunk]:
     try:
         with _opened(path) as (file, _):
-            rows = json.loads(file.read().decode("utf-8-sig"))
+            rows = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=_object_of)
     except UnicodeDecodeError as error:
         raise UserError(f"data ({path}) must be UTF-8, byte {error.start + 1} is not; re-encode the file") from error
     except json.JSONDecodeError as error:

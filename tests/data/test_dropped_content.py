@@ -5,6 +5,8 @@ import pytest
 from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.pairs import parse_pair
+from megatron_psft.data.records import read_records
+from megatron_psft.errors import UserError
 from tests.data.spelled import AGAIN, CHAT, RIGHT, USER, WRONG, both_forms, good, reason
 
 
@@ -73,3 +75,19 @@ def test_a_pair_without_a_prompt_is_refused(key, why):
     bad = parse_pair(Row(source="a:1", value=row), RecordKeys(are_pairs=True))
     assert isinstance(bad, BadRecord)
     assert bad.reason.startswith(why)
+
+
+def test_a_key_that_comes_twice_in_an_object_is_an_error(tmp_path):
+    lines = [
+        '{"prompt": "a", "prompt": "b", "completion": "c"}',
+        '{"messages": [{"role": "user", "role": "assistant"}]}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    records, bad = read_records([str(path)])
+    assert records == []
+    wanted = "not JSON (key {!r} comes twice in an object)"
+    assert [str(one) for one in bad] == [f"{path}:{n}: {wanted.format(k)}" for n, k in ((1, "prompt"), (2, "role"))]
+    path.with_suffix(".json").write_text(f"[{lines[0]}]", encoding="utf-8")
+    with pytest.raises(UserError, match="key 'prompt' comes twice"):
+        read_records([str(path.with_suffix(".json"))])

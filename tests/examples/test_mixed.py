@@ -76,6 +76,7 @@ def test_a_demonstration_that_is_written_again_is_the_same_record(tmp_path):
     turns = [*chat("a", "b"), {**chat("a", "c")[1], "weight": 0}, *chat("d", "e")]
     tools = [{"type": "function", "function": {"name": "f"}}]
     row = {"prompt": turns[:4], "completion": "e", "tools": tools, "enable_thinking": False, "system": "Be brief."}
+    row["advantage"] = 0.5
     (record,), _ = read_records([str(write_lines(tmp_path / "a.jsonl", [row]))])
     (again,), _ = read_records([str(write_lines(tmp_path / "a.jsonl", [mix.as_demonstration(record)]))])
     assert again == replace(record, prompt_length=0, unlearned={2, 3})
