@@ -38,7 +38,7 @@ from megatron_psft.train.loop import train_step
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 SIZES = {
     # Medians are taken of the trials, as the time of a step varies by more than a save costs; `long` takes 20 minutes.
-    "cpu": {"hidden_size": 256, "steps": 4, "trials": 10},
+    "cpu": {"hidden_size": 256, "steps": 4, "trials": 8},
     "long": {"hidden_size": 512, "steps": 4, "trials": 60},
     "tiny": {"hidden_size": 64, "steps": 1, "trials": 2},
 }

@@ -32,7 +32,7 @@ CONFIG = {
     "torch_dtype": "bfloat16",
 }
 SIZES = {
-    "cpu": {"num_hidden_layers": 8, "max_shard_gb": 0.3},
+    "cpu": {"num_hidden_layers": 4, "max_shard_gb": 0.5},
     "long": {"num_hidden_layers": 28, "max_shard_gb": 1.0},
     "tiny": {
         "num_hidden_layers": 1,

@@ -202,8 +202,8 @@ def run_all(size: str) -> None:
         for name in PATHS:
             if name in PEERS_OF_ONE_RANK and (spec["ranks"] > 1 or (size != "gpu" and spec is not specs[0])):
                 continue
-            if size == "cpu" and name == NATIVE and spec["tokens"] > 1024:
-                continue  # the slowest, and seen beside the others on fewer tokens
+            if is_long and name == NATIVE:
+                continue  # the slowest, and seen beside the others where all are quick
             # A long run of a CPU takes half a minute, beside which its noise is small.
             full = {**spec, "path": name, "repeats": 10 if size == "gpu" else 1 if is_long else 2}
             try:

@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "hidden_size": 256,
         "num_layers": 8,
         "vocab_size": 4096,
-        "rows": 2,
+        "rows": 1,
         "rounds": 3,
         "intervals": (4, 8, 16),
         "flags": ["--seq-length", 1024],
@@ -74,7 +74,7 @@ def _argv(spec: dict[str, Any], folder: Path) -> list[Any]:
         vocab_size=spec["vocab_size"],
     )
     argv = ["--load-hf", model, "--tokenizer", write_tokenizer(folder / "tokenizer"), "--save", folder / "run"]
-    argv += ["--data", write_problems(folder / "problems.jsonl", 16 * spec["rows"]), "--no-shuffle", "--lr", 1e-4]
+    argv += ["--data", write_problems(folder / "problems.jsonl", 32 * spec["rows"]), "--no-shuffle", "--lr", 1e-4]
     return [
         *argv,
         "--train-iters",

@@ -19,6 +19,7 @@ from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.registry import OBJECTIVES
 from megatron_psft.scoring.old_policy import NoOldPolicy
 from tests.support import oracle, tiny
+from tests.support.cli import REPOSITORY
 from tests.support.gradients import GradientSource, gradients_of, ready
 from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
@@ -215,3 +216,9 @@ def test_the_cases_are_all_objectives_and_differ(data):
     for index, one in enumerate(directions):
         for other in directions[:index]:
             assert float((one - other).norm() / one.norm()) > 0.01
+
+
+def test_the_page_counts_these_settings():
+    page = (REPOSITORY / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert len(SETUPS) == 9
+    assert "for every objective in nine settings" in page

@@ -14,6 +14,7 @@ from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.packing import best_fit, one_per_pack
 from tests.support import oracle, tiny
+from tests.support.cli import REPOSITORY
 from tests.support.gradients import GradientSource, gradients_of, objective_of, ready, totals
 from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
@@ -159,3 +160,9 @@ def test_a_planted_leak_is_seen(pool, folder, copies, layout, leak):
     world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     clean, leaking = (pool.run(_score_copies, world_size, folder, config, copies, plant)[0] for plant in (None, leak))
     assert (clean - leaking)[len(clean) // 2 :].abs().max() > 1e-3
+
+
+def test_the_readme_counts_these_layouts():
+    assert len(PACKED_LAYOUTS) == 11
+    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "for packs in eleven layouts up to CP2 x TP2 and CP4" in page

@@ -338,3 +338,9 @@ def test_a_page_counts_these_layouts(page):
     dense, packed, expert = (f"{COUNTS[len(layouts)]} {name}" for name, layouts in groups.items())
     text = " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
     assert f"{dense}, {packed} and {expert} layouts" in text
+
+
+def test_the_readme_says_what_is_compared():
+    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    assert f"clip fraction of {STEPS} steps agree within 1e-4 relative" in text
+    assert f"in {COUNTS[len(PARITY_LAYOUTS)]} layouts up to TP2 x PP2 x DP2" in text
