@@ -66,7 +66,7 @@ lint: install ## Check format, style, types, spelling and file sizes
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/hadolint docker/Dockerfile
-	$(BIN)/shellcheck examples/slurm/psft.sbatch
+	$(BIN)/shellcheck examples/slurm/psft.sbatch examples/kubernetes/node.sh
 	git ls-files -z | xargs -0 -r $(BIN)/check-added-large-files --enforce-all --maxkb=500
 
 format: install ## Format the code and fix what can be fixed
