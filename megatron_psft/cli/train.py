@@ -28,7 +28,6 @@ from megatron_psft.hf.folder import check_apart
 if TYPE_CHECKING:
     from megatron_psft.distributed.device import Platform
     from megatron_psft.distributed.device_choice import Survey
-    from megatron_psft.distributed.failure import FailureWatch
     from megatron_psft.distributed.rendezvous import Meeting
 
 log = logging.getLogger(__name__)
@@ -98,8 +97,9 @@ def _train(config: Config, rank: int, world_size: int, local_rank: int, started_
             with process_group(platform, world_size, minutes, meeting=meeting), left_behind(), ExitStack() as locks:
                 return _run(config, platform, locks, rank, local_rank, started_at)
         except BaseException as error:  # whatever it is, the others may not know of it
-            text = _describe(error, config, platform, rank, world_size)
-            return _leave_alone(error, rank, world_size, text, watch)
+            leave(exit_code_of(error))
+            first = watch.announce()  # before anything that takes time
+            return _leave_alone(error, rank, world_size, first, _describe(error, config, platform, rank, world_size))
 
 
 def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, local_rank: int, started_at: float) -> int:
@@ -178,22 +178,19 @@ def _explain(error: ExplainedError, rank: int) -> int:
     return error.exit_code
 
 
-def _leave_alone(error: BaseException, rank: int, world_size: int, text: str | None, watch: "FailureWatch") -> int:
-    """Says what only this rank may know of. Returns the exit code where it has no peers; else ends the process at once,
-    as what Python does at its end, and NCCL, may wait for them."""
-    code = exit_code_of(error)
-    leave(code)
+def _leave_alone(error: BaseException, rank: int, world_size: int, first: int, text: str | None) -> int:
+    """Says what only this rank may know of, where rank `first` has not failed before. Returns the exit code where it
+    has no peers; else ends the process at once, as what Python does at its end, and NCCL, may wait for them."""
+    code, is_interrupted = exit_code_of(error), isinstance(error, KeyboardInterrupt)
     if world_size == 1 and text is None:
         raise error
     if code == EXIT_BUG or isinstance(error, OSError):
         traceback.print_exception(error)
-    first = watch.announce()
     line = text or f"rank {rank}: {type(error).__name__}: {first_line(error)}"
-    if first != rank:
-        line += f"; rank {first} has failed first"
-    elif not isinstance(error, KeyboardInterrupt):
-        line = f"error: {line}"
-    print(line, file=sys.stderr, flush=True)
+    if first == rank:
+        print(line if is_interrupted else f"error: {line}", file=sys.stderr, flush=True)
+    elif not is_interrupted:
+        print(f"{line}; rank {first} has failed first", file=sys.stderr, flush=True)
     if world_size > 1:
         _end(code)
     return code
