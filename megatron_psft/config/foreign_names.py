@@ -92,6 +92,11 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
             here="always; `--loss-on all` for the whole text",
             names={"assistant_only_loss": "loss_on", "completion_only_loss": "loss_on"},
         ),
+        Counterpart(
+            there="`dataset_text_field`",
+            here="plain texts have the key `text`, and `--loss-on all`",
+            names={"dataset_text_field": "plain texts have the key text, and loss_on all"},
+        ),
         _same({"num_train_epochs": "epochs", "max_steps": "train_iters"}),
         _same(
             {
