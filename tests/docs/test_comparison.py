@@ -17,11 +17,11 @@ def test_each_cell_has_its_source():
     cells, sources = map(rows_of, re.split(r"^## Sources$", page, flags=re.MULTILINE))
     assert len(cells) > 10
     assert list(cells) == list(sources)
-    (projects, (_, *others)) = sources.pop(""), cells.pop("")
-    assert projects == others
+    projects = cells.pop("")
+    assert projects == sources.pop("")
     unknown = [
         (feature, project)
-        for feature, (_, *row) in cells.items()
+        for feature, row in cells.items()
         for project, cell, source in zip(projects, row, sources[feature], strict=True)
         if (cell == "?") == bool(SOURCE.search(source)) or cell not in {"y", "n", "~", "?", "DFT"}
     ]
