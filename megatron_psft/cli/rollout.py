@@ -8,6 +8,9 @@ tokens than were sampled, since the text has another tokenization or the templat
 ones; their number is printed. An answer that was cut at the longest length has no end, but its record would get one: it
 counts in its group's mean and is left out, unless --keep-unfinished. So is a group whose rewards are all equal, where
 every advantage is 0, unless --keep-flat-groups, which is what mixing with demonstrations needs.
+
+--drift-set writes something else: the answers that the initial model of a run gives to general prompts, with the
+log-probability of each of their tokens. Training with --drift-data measures on them how far it goes from that model.
 """
 
 import json
@@ -23,8 +26,10 @@ from megatron_psft.config.inputs import TemplateConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer, RenderSettings
 from megatron_psft.errors import UserError
+from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rollout.groups import GroupRecords
+from megatron_psft.rollout.own_answers import OwnAnswers
 from megatron_psft.rollout.prompts import PromptConfig, read_prompts, render_prompt
 from megatron_psft.rollout.rewards import AdvantageName, VerifierName, build_verifier
 from megatron_psft.rollout.sampling import Sampler, SamplingConfig
@@ -37,8 +42,12 @@ EXAMPLES = """examples:
     psft rollout --model Qwen/Qwen2.5-7B-Instruct --prompts aime.parquet \\
         --answer-key reward_model.ground_truth --num-samples 16 --max-new-tokens 4096 \\
         --vllm-tensor-parallel-size 2 --out rollouts.jsonl
+  two answers of the initial model to each general prompt, for the forgetting meter of training:
+    psft rollout --model Qwen/Qwen2.5-7B --prompts general.jsonl --drift-set --num-samples 2 \\
+        --out own_answers.jsonl
 
-A record of --out: messages, advantage, reward (0 to 1), answer (the known one), group (row of the prompt, from 0)."""
+A record of --out: messages, advantage, reward (0 to 1), answer (the known one), group (row of the prompt, from 0).
+A row of a drift set: messages, prompt_tokens, tokens, log_probs (nats, of each token), sampled_from, group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,10 @@ class OutputConfig:
     """Also write answers that were cut at max_new_tokens; training teaches the model to end where they were cut."""
     keep_reasoning: bool = False
     """Training will have this flag, too: also write answers whose reasoning the chat template drops without it."""
+    drift_set: bool = False
+    """Write a drift set, for --drift-data of training: every answer as tokens, with their log-probabilities, and
+    nothing is scored, so that no known answer is needed. Needs temperature 1 and top_p 1. The model must be the one
+    that the run starts from."""
 
     def __post_init__(self) -> None:
         require_absent(self, "out")
@@ -79,6 +92,26 @@ class RolloutConfig:
     score: ScoreConfig
     output: OutputConfig
 
+    def __post_init__(self) -> None:
+        if self.output.drift_set:
+            self._check_drift_set()
+
+    def _check_drift_set(self) -> None:
+        """Raises UserError for settings that would make another distribution, or have no effect."""
+        for section, names in (
+            (self.score, ("verifier", "advantage")),
+            (self.prompts, ("answer_key",)),
+            (self.output, ("keep_flat_groups", "keep_unfinished", "keep_reasoning")),
+        ):
+            for name in names:
+                value = getattr(section, name)
+                if value != getattr(type(section), name):
+                    raise UserError(f"{name} ({value}) has no effect with drift_set; remove one of them")
+        for name in ("temperature", "top_p"):
+            value = getattr(self.sampling, name)
+            if value != 1:
+                raise UserError(f"{name} ({value}) must be 1 with drift_set, to draw from the model as it is; unset it")
+
 
 def main(argv: Sequence[str]) -> int:
     """Writes the records and returns the exit code: 0, or 2 after a user's mistake."""
@@ -89,20 +122,26 @@ def main(argv: Sequence[str]) -> int:
 def rollout(config: RolloutConfig) -> None:
     """Samples, scores, writes and reports. Raises UserError for inputs that cannot be used, and if nothing is left that
     could be trained on."""
+    is_drift_set = config.output.drift_set
     verifier = build_verifier(config.score.verifier)
-    prompts = read_prompts(config.prompts, verifier)
+    prompts = read_prompts(config.prompts, None if is_drift_set else verifier)
     model_folder = config.model.folder()
     tokenizer = config.model.load_tokenizer()
     settings = RenderSettings.of_template(config.template, keep_reasoning=config.output.keep_reasoning)
     renderer = ChatRenderer(tokenizer, "last", settings)
-    records = GroupRecords(
-        verifier=verifier,
-        renderer=renderer,
-        advantage=config.score.advantage,
-        keep_flat_groups=config.output.keep_flat_groups,
-        keep_unfinished=config.output.keep_unfinished,
-    )
-    sampler = Sampler(model_folder, tokenizer, renderer, config.sampling)
+    rows: OwnAnswers | GroupRecords
+    if is_drift_set:
+        model, vocabulary = weights_fingerprint(model_folder, "model"), vocabulary_fingerprint(tokenizer)
+        rows = OwnAnswers(sampled_from={"model": model, "tokenizer": vocabulary})
+    else:
+        rows = GroupRecords(
+            verifier=verifier,
+            renderer=renderer,
+            advantage=config.score.advantage,
+            keep_flat_groups=config.output.keep_flat_groups,
+            keep_unfinished=config.output.keep_unfinished,
+        )
+    sampler = Sampler(model_folder, tokenizer, renderer, config.sampling, with_log_probs=is_drift_set)
     rendered = [render_prompt("prompts", prompt, renderer) for prompt in prompts]
     partial = unfinished(Path(config.output.out))
     try:  # a folder that cannot be written to costs no sampling
@@ -112,14 +151,14 @@ def rollout(config: RolloutConfig) -> None:
         raise UserError(f"out ({config.output.out}) must be a file that can be written: {error.strerror}") from None
     with file, sampler:
         for number, (prompt, answers) in enumerate(zip(prompts, sampler.sample(rendered), strict=True)):
-            for record in records.of(prompt, answers):
-                file.write(json.dumps({**record, "group": number}, ensure_ascii=False) + "\n")
-    print(records.tally)
-    if not records.tally.written:
+            for row in rows.of(prompt, answers):
+                file.write(json.dumps({**row, "group": number}, ensure_ascii=False) + "\n")
+    print(rows.tally)
+    if not rows.tally.written:
         partial.unlink()
         raise UserError(
             "no answer is left to train on; use more num_samples, a higher temperature, other prompts, or "
             "--keep-flat-groups or --keep-unfinished"
         )
     os.replace(partial, config.output.out)
-    print(f"{records.tally.written} records in {config.output.out}")
+    print(f"{rows.tally.written} records in {config.output.out}")

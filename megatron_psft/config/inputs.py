@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_psft.config.flags import require_at_least
+from megatron_psft.config.flags import require_at_least, require_positive
 from megatron_psft.config.named_paths import sets_by_name
 from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
@@ -121,9 +121,18 @@ class DataConfig(TemplateConfig):
     """Validation records, as for `data`; of several splits one must be named. `NAME=PATH` is a set of its own, with
     metrics `valid_nll/NAME` and `valid_entropy/NAME`; paths without a name are one set. Needs `eval_interval`."""
     eval_interval: int | None = None
-    """Steps between evaluations; there is one before the first step, too. Needs `valid_data`."""
+    """Steps between evaluations; there is one before the first step, too. Needs `valid_data` or
+    `drift_data`."""
     eval_iters: int | None = None
     """Global batches of each set of `valid_data` per evaluation; all of it if unset. Needs `valid_data`."""
+    drift_data: tuple[PathText, ...] = ()
+    """The initial model's own answers to general prompts, as `psft rollout --drift-set` writes them: how much likelier
+    they were to it than to the model in training estimates the divergence from it, metrics `drift` and `drift_stderr`.
+    `NAME=PATH` is a set of its own, with metrics `drift/NAME` and `drift_stderr/NAME`; paths without a name are one
+    set. Evaluated whole, with `valid_data`. Needs `eval_interval`."""
+    stop_at_drift: float | None = None
+    """End the run with a checkpoint after an evaluation in which a `drift` is at least this, in nats per token. It goes
+    on with a higher value, or without. Needs `drift_data`."""
     seq_length: int = 4096
     """Length of the longest record that is trained on whole, in tokens; `overlong` says what happens to longer ones.
     With packing also the room of a pack. Of a preference pair the longer sequence counts, and a pack has room for twice
@@ -176,9 +185,16 @@ class DataConfig(TemplateConfig):
             raise UserError(f"{name} needs loss_on assistant or last, and loss_on is all; change one of them")
         if not self.data:
             raise UserError("data () must name at least one file or folder")
-        _ = self.valid_sets  # raises for a name that is empty, unfit or given twice
+        _ = self.valid_sets, self.drift_sets  # raise for a name that is empty, unfit or given twice
+        if self.stop_at_drift is not None:
+            require_positive(self, "stop_at_drift")
 
     @property
     def valid_sets(self) -> dict[str, tuple[str, ...]]:
         """The paths of each set of `valid_data` by its name, which is empty for those without."""
         return sets_by_name("valid_data", self.valid_data)
+
+    @property
+    def drift_sets(self) -> dict[str, tuple[str, ...]]:
+        """The same of `drift_data`."""
+        return sets_by_name("drift_data", self.drift_data)

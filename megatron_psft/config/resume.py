@@ -77,6 +77,7 @@ TOLD: Mapping[str, tuple[str, ...]] = {
         "optimizer_offload_fraction",
     ),
     "valid_nll is of other batches from here on": ("valid_data", "eval_iters"),
+    "drift is of other answers from here on": ("drift_data",),
     "the training tokens are the same": ("data", "tokenizer", "chat_template", "ignore_keys"),
     "no effect: the weights are those of the checkpoint": ("load_hf", "random_init", "init_from"),
 }
@@ -94,6 +95,7 @@ FREE: tuple[str, ...] = (
     "steal_lock",
     "exit_duration_in_mins",
     "eval_interval",
+    "stop_at_drift",
     "data_cache_dir",
     "data_workers",
     "overlap_grad_reduce",

@@ -159,13 +159,7 @@ def _validate_micro_batches(config: Config, world_size: int, name: str, micro_ba
 def _validate_needs(config: Config) -> None:
     """Refuses fields that lack another one, or contradict it."""
     data, optimizer, recompute = config.data, config.optimizer, config.recompute
-    if data.valid_data and data.eval_interval is None:
-        raise UserError(f"valid_data ({' '.join(data.valid_data)}) needs eval_interval; set both or neither")
-    if data.valid_data and config.objective.needs_pairs:
-        raise UserError(
-            f"valid_data ({' '.join(data.valid_data)}) cannot be evaluated with objective "
-            f"{config.objective.objective}, as its likelihood would count rejected sequences as good; remove it"
-        )
+    _validate_evaluation(config)
     if data.prompt_key == data.completion_key:
         raise UserError(f"prompt_key ({data.prompt_key}) must differ from completion_key; change one of them")
     if optimizer.min_lr > optimizer.lr:
@@ -184,9 +178,26 @@ def _validate_needs(config: Config) -> None:
                 raise UserError(f"recompute_granularity (full) needs {name}; set it or choose selective")
 
 
+def _validate_evaluation(config: Config) -> None:
+    data = config.data
+    for name in ("valid_data", "drift_data"):
+        paths = getattr(data, name)
+        if paths and data.eval_interval is None:
+            raise UserError(f"{name} ({' '.join(paths)}) needs eval_interval; set both or neither")
+    if data.valid_data and config.objective.needs_pairs:
+        raise UserError(
+            f"valid_data ({' '.join(data.valid_data)}) cannot be evaluated with objective "
+            f"{config.objective.objective}, as its likelihood would count rejected sequences as good; remove it"
+        )
+
+
 def _validate_intervals(config: Config) -> None:
     if not config.data.valid_data:
-        _refuse_if_set(config.data, "without valid_data", "eval_interval", "eval_iters")
+        _refuse_if_set(config.data, "without valid_data", "eval_iters")
+    if not config.data.drift_data:
+        _refuse_if_set(config.data, "without drift_data", "stop_at_drift")
+    if not (config.data.valid_data or config.data.drift_data):
+        _refuse_if_set(config.data, "without valid_data or drift_data", "eval_interval")
     if config.weights.save_interval is None:
         _refuse_if_set(config.weights, "without save_interval", "export_interval")
 

@@ -8,7 +8,7 @@ from megatron_psft.objectives.declare import Requirement
 Over = Literal["label_tokens", "denominator", "pairs"]
 """What a mean is over, by the name of its sum: label tokens, what the loss aggregation divides by, preference pairs."""
 
-ChartSection = Literal["learning", "old policy", "pairs", "optimizer", "speed"]
+ChartSection = Literal["learning", "forgetting", "old policy", "pairs", "optimizer", "speed"]
 """Part of the report that a chart stands in."""
 
 

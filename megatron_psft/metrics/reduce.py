@@ -11,9 +11,10 @@ from megatron_psft.data.micro_batch import MicroBatch
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import DivergenceError
 from megatron_psft.metrics.histogram import count_bins, percentiles
+from megatron_psft.metrics.lines import in_order
 from megatron_psft.metrics.set_names import split_name
 from megatron_psft.metrics.sums import BatchSums
-from megatron_psft.metrics.table import METRICS, in_order, means
+from megatron_psft.metrics.table import METRICS, means
 from megatron_psft.objectives.declare import Requirement
 from megatron_psft.objectives.labels import LabelStats
 

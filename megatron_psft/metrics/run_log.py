@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from megatron_psft.atomic import replace_file
 from megatron_psft.metrics.clip_watch import ClipWatch
+from megatron_psft.metrics.lines import in_order, with_former_names
 from megatron_psft.metrics.set_names import split_name
-from megatron_psft.metrics.table import METRICS, in_order, with_former_names
+from megatron_psft.metrics.table import METRICS
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.progress import is_on_terminal
 
 METRICS_FILE = "metrics.jsonl"
 ON_BAR = [metric.name for metric in METRICS.values() if metric.is_on_bar]
-_OF_EVALUATION = "valid_"
+_OF_EVALUATION = ("valid_", "drift")
 
 
 class RunLog:
@@ -66,7 +67,7 @@ class RunLog:
             self._bar.update()
             self._first_recorded = self._first_recorded or time.monotonic()
         if self._is_printed(step, values):
-            printed = in_order(name for name in values if METRICS[split_name(name)[0]].is_printed)
+            printed = in_order(filter(_has_place_in_line, values))
             shown = [f"{name} {values[name]:.4g}" for name in printed]
             self.say(f"step {step} of {self._train_iters}: " + ", ".join([*shown, *self._remaining(step)]))
         if self._clip_watch is not None and "clip_fraction" in values:
@@ -105,6 +106,20 @@ class RunLog:
         self._file.close()
         self._bar.close()
         self._trackers.close(has_failed=error is not None)
+
+
+def _has_place_in_line(name: str) -> bool:
+    """Whether the printed line has a value; those of training's sources would make it too long to read."""
+    metric, of_set = split_name(name)
+    return METRICS[metric].is_printed and not (of_set and METRICS[metric].is_by_source)
+
+
+def line_of_step(folder: Path, step: int) -> dict[str, float]:
+    """The line of a step (from 1) in a run's metrics.jsonl; empty where it has none."""
+    path = folder / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    found = (json.loads(line) for line in lines if line.endswith("\n"))
+    return next((line for line in found if line["step"] == step), {})
 
 
 def _drop_from(path: Path, first_step: int) -> None:

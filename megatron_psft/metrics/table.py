@@ -4,10 +4,10 @@ A metric that is a mean over label tokens has an entry here and a line in `sums.
 metrics.jsonl, the progress bar, Megatron-Bridge's log, charts and docs/metrics.md follow from the entry.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from megatron_psft.metrics.metric import ChartSpec, Metric
-from megatron_psft.metrics.set_names import metric_of_set, split_name
+from megatron_psft.metrics.set_names import metric_of_set
 from megatron_psft.objectives.declare import Requirement
 
 _TABLE = (
@@ -40,6 +40,25 @@ _TABLE = (
             note="Rising while the one of training falls: the demonstrations are being memorized.",
             over_steps="none",
         ),
+    ),
+    Metric(
+        name="drift",
+        unit="nats per token",
+        help="On `--drift-data`, the initial model's own answers: how much higher their negative "
+        "log-likelihood is than before the first step, an estimate of KL(initial, current), the divergence whose "
+        "draws are the initial model's. `drift/NAME` of a set with a name.",
+        is_printed=True,
+        chart=ChartSpec(
+            section="forgetting",
+            title="Drift from the initial model",
+            note="KL(initial || current) on the initial model's own answers, which goes with how much is forgotten.",
+            over_steps="none",
+        ),
+    ),
+    Metric(
+        name="drift_stderr",
+        unit="nats per token",
+        help="Its standard error, over the answers of the set.",
     ),
     Metric(
         name="loss",
@@ -351,8 +370,6 @@ _TABLE = (
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
 """All metrics by name."""
 
-_PRESENT_NAMES = {metric.former_name: metric.name for metric in _TABLE if metric.former_name is not None}
-
 
 def metrics_for(needs: Collection[Requirement]) -> dict[str, Metric]:
     """The metrics that runs of an objective with these needs may have, by name."""
@@ -369,26 +386,3 @@ def means(needs: Collection[Requirement], sources: Sequence[str] = ()) -> dict[s
             named = sources if metric.is_by_source else ()
             over |= {metric_of_set(name, source): metric_of_set(metric.over, source) for source in named}
     return over
-
-
-def with_former_names(values: Mapping[str, float]) -> dict[str, float]:
-    """The values by name, each that was renamed under its former name too; one of a named set has none. Raises
-    KeyError for one without an entry."""
-    line = {}
-    for name, value in values.items():
-        line[name] = value
-        former_name = METRICS[split_name(name)[0]].former_name
-        if former_name is not None:
-            line[former_name] = value
-    return line
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """The names in the table's order, those of one metric as they come. Raises KeyError for one without an entry."""
-    places = {name: place for place, name in enumerate(METRICS)}
-    return sorted(names, key=lambda name: places[split_name(name)[0]])
-
-
-def with_present_names(line: Mapping[str, float]) -> dict[str, float]:
-    """A line of metrics.jsonl, of whatever release, with each value under its present name alone."""
-    return {_PRESENT_NAMES.get(name, name): value for name, value in line.items()}

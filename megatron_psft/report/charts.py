@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_psft.metrics.metric import ChartSection, ChartSpec, Metric
-from megatron_psft.metrics.set_names import metric_of_set
+from megatron_psft.metrics.set_names import metric_of_set, split_name
 from megatron_psft.metrics.table import METRICS
 from megatron_psft.report.runs import Run
 
@@ -17,6 +17,8 @@ class Chart(ChartSpec):
     name: str
     unit: str
     metric: str
+    against: str | None = None
+    """Metric of the horizontal axis, where that is not the optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class Section:
     charts: tuple[Chart, ...]
     of_old_policy: bool = False
     """Whether it is left out where no run has one; its syncs are marked."""
+    has_frontiers: bool = False
+    """Whether each drift is also drawn against what is learned."""
 
 
 def _charts(section: ChartSection) -> tuple[Chart, ...]:
@@ -45,11 +49,20 @@ def _chart(metric: Metric, chart: ChartSpec) -> Chart:
     return Chart(**{**own, **fields})
 
 
+_TARGET = metric_of_set("valid_nll", "target")
+"""What a frontier is drawn with, if there is one of this name."""
+
 SECTIONS = (
     Section(
         title="What is learned",
         note="Nats per label token, on the batches of training and on held-out records.",
         charts=_charts("learning"),
+    ),
+    Section(
+        title="What is forgotten",
+        note="How far the model has gone from the initial one, on answers that this one has drawn.",
+        charts=_charts("forgetting"),
+        has_frontiers=True,
     ),
     Section(
         title="The old policy and its clip",
@@ -70,3 +83,32 @@ def charts_of(section: Section, runs: Sequence[Run]) -> Iterator[Chart]:
         for name in dict.fromkeys(name for run in runs for name in run.sets_of(chart.metric)):
             metric = metric_of_set(chart.metric, name)
             yield replace(chart, name=f"{chart.name}-{name}", title=f"{chart.title}, {name}", metric=metric)
+    if section.has_frontiers:
+        yield from _frontiers(runs)
+
+
+def _frontiers(runs: Sequence[Run]) -> Iterator[Chart]:
+    """Of each drift set: its drift across, and how well the target is learned upwards."""
+    targets = _measured(runs, "valid_nll")
+    if not targets:
+        return
+    target = _TARGET if _TARGET in targets else targets[0]
+    for drift in _measured(runs, "drift"):
+        of_set = split_name(drift)[1]
+        yield Chart(
+            section="forgetting",
+            name=f"frontier-{of_set}".removesuffix("-"),
+            title=f"Learned against forgotten, {of_set}".removesuffix(", "),
+            note="A path from the initial model at drift 0, with a mark for each evaluation. Where one lies below "
+            "another, as much is learned with less drift.",
+            unit=f"{target}, nats per label token",
+            metric=target,
+            against=drift,
+            over_steps="none",
+        )
+
+
+def _measured(runs: Sequence[Run], metric: str) -> list[str]:
+    """What runs have of a metric: of records without a name first, then of each named set."""
+    bare = [metric] if any(metric in run.metrics for run in runs) else []
+    return bare + list(dict.fromkeys(metric_of_set(metric, name) for run in runs for name in run.sets_of(metric)))

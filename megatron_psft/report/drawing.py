@@ -69,6 +69,12 @@ class Curve:
     raw_steps: NDArray[np.int64]
     raw: NDArray[np.float64]
     """Each step's own; empty where a line of them would say less than that of `values`."""
+    against: NDArray[np.float64] | None = None
+    """Where each of `values` lies on the horizontal axis; at its step if None."""
+
+    @property
+    def across(self) -> NDArray[Any]:
+        return self.steps if self.against is None else self.against
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +99,28 @@ def curves_of(chart: Chart, runs: Sequence[Run], window: int) -> list[Curve]:
     return [
         curve
         for place, run in enumerate(runs)
-        if chart.metric in run.metrics and len((curve := _curve(chart, run, place, window)).steps)
+        if {chart.metric, chart.against or chart.metric} <= run.metrics.keys()
+        and len((curve := _curve(chart, run, place, window)).steps)
     ]
 
 
 def _curve(chart: Chart, run: Run, place: int, window: int) -> Curve:
     values = chart.factor * run.metrics[chart.metric]
     weights = run.metrics[chart.per] if chart.per else np.ones_like(values)
+    against = None if chart.against is None else run.metrics[chart.against]
     shown = np.isfinite(values) & np.isfinite(weights)
+    shown &= True if against is None else np.isfinite(against)
     steps, values, weights = run.steps[shown], values[shown], weights[shown]
     window = min(window, len(steps)) if chart.over_steps != "none" else 1
     if window <= 1:
-        return Curve(run=place, steps=steps, values=values / weights, raw_steps=steps[:0], raw=values[:0])
+        return Curve(
+            run=place,
+            steps=steps,
+            values=values / weights,
+            raw_steps=steps[:0],
+            raw=values[:0],
+            against=None if against is None else against[shown],
+        )
     around = sliding_window_view(values, window)
     means = around.sum(axis=1) / sliding_window_view(weights, window).sum(axis=1)
     has_raw = chart.over_steps == "mean" and chart.per is None
@@ -134,10 +150,11 @@ def draw(chart: Chart, runs: Sequence[Run], curves: Sequence[Curve], syncs: Sequ
         axes = figure.add_subplot()
         for step in syncs:
             axes.axvline(step, color="#D8D8D8", linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)
-        first, last = min(run.steps[0] for run in runs), max(run.steps[-1] for run in runs)
+        first, last = _ends(chart, runs, curves)
         styles = styles_of(runs)
         lines = [_plot(axes, curve, last - first, styles[curve.run]) for curve in curves]
-        axes.set_xlim(first - 0.02 * (last - first) - 0.1, last + 0.02 * (last - first) + 0.1)
+        margin = 0.02 * (last - first) + (0.1 if chart.against is None else 1e-9)
+        axes.set_xlim(first - margin, last + margin)
         _scale(axes, chart, curves)
         svg = StringIO()
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -159,13 +176,21 @@ def draw(chart: Chart, runs: Sequence[Run], curves: Sequence[Curve], syncs: Sequ
     return drawing
 
 
-def _plot(axes: Axes, curve: Curve, span: int, style: Mapping[str, str]) -> Line2D:
+def _ends(chart: Chart, runs: Sequence[Run], curves: Sequence[Curve]) -> tuple[float, float]:
+    """Of the horizontal axis: all steps of the runs, or all that the chart is drawn against, and 0."""
+    if chart.against is None:
+        return float(min(run.steps[0] for run in runs)), float(max(run.steps[-1] for run in runs))
+    places = np.concatenate([curve.across for curve in curves])
+    return min(0.0, float(places.min())), float(places.max())
+
+
+def _plot(axes: Axes, curve: Curve, span: float, style: Mapping[str, str]) -> Line2D:
     some = thinned(curve.raw)
     axes.plot(curve.raw_steps[some], curve.raw[some], color=style["color"], linewidth=0.6, alpha=0.35, zorder=1.5)
     some = thinned(curve.values)
-    is_sparse = curve.steps[-1] - curve.steps[0] >= (len(some) - 1) * span / MAX_MARKERS
+    is_sparse = curve.against is not None or curve.steps[-1] - curve.steps[0] >= (len(some) - 1) * span / MAX_MARKERS
     (line,) = axes.plot(
-        curve.steps[some],
+        curve.across[some],
         curve.values[some],
         color=style["color"],
         linestyle=style["linestyle"],
@@ -197,9 +222,9 @@ def _scale(axes: Axes, chart: Chart, curves: Sequence[Curve]) -> None:
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(_Plain())
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=chart.against is None))
     axes.xaxis.set_major_formatter(_Plain())
-    axes.set_xlabel("optimizer step")
+    axes.set_xlabel("optimizer step" if chart.against is None else f"{chart.against}, nats per token")
     axes.set_title(chart.unit, loc="left", fontsize=9.5, color="#444444")
 
 

@@ -17,6 +17,14 @@ function nearest(steps, step) {
   return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
 }
 
+function closest(places, place) {
+  let index = 0;
+  for (let i = 1; i < places.length; i++) {
+    if (Math.abs(places[i] - place) < Math.abs(places[index] - place)) index = i;
+  }
+  return index;
+}
+
 function add(parent, tag, className, text = "") {
   const element = parent.appendChild(document.createElement(tag));
   element.className = className;
@@ -29,22 +37,24 @@ function show(picture, { box, x, y, log, curves }, fraction) {
   const [left, top, right, bottom] = box;
   const step = x[0] + ((fraction - left) / (right - left)) * (x[1] - x[0]);
   const points = curves
-    .filter(({ steps }) => step >= steps[0] - 1 && step <= steps[steps.length - 1] + 1)
-    .map(({ run, steps, values }) => {
-      const index = nearest(steps, step);
-      return { run: runs[run], step: steps[index], value: values[index] };
+    .filter(({ steps, against }) => against || (step >= steps[0] - 1 && step <= steps[steps.length - 1] + 1))
+    .map(({ run, steps, values, against }) => {
+      const index = against ? closest(against, step) : nearest(steps, step);
+      const where = against ? against[index] : steps[index];
+      return { run: runs[run], step: steps[index], value: values[index], where, isAgainst: Boolean(against) };
     });
   if (!points.length) return;
   const across = (value) => `${100 * (left + place(value, x, false) * (right - left))}%`;
   const hair = add(overlay, "div", "hair");
-  Object.assign(hair.style, { left: across(points[0].step), top: `${100 * top}%`, height: `${100 * (bottom - top)}%` });
+  Object.assign(hair.style, { left: across(points[0].where), top: `${100 * top}%`, height: `${100 * (bottom - top)}%` });
   const tip = add(overlay, "div", "tip");
   for (const point of points) {
     const dot = add(overlay, "div", "dot");
     const height = bottom - place(point.value, y, log) * (bottom - top);
-    Object.assign(dot.style, { left: across(point.step), top: `${100 * height}%`, background: point.run.color });
+    Object.assign(dot.style, { left: across(point.where), top: `${100 * height}%`, background: point.run.color });
     const name = runs.length > 1 ? `${point.run.label}: ` : "";
-    const line = add(tip, "p", "", `${name}${Number(point.value.toPrecision(4))} at step ${point.step}`);
+    const at = point.isAgainst ? `${Number(point.where.toPrecision(4))}, step ${point.step}` : `step ${point.step}`;
+    const line = add(tip, "p", "", `${name}${Number(point.value.toPrecision(4))} at ${at}`);
     line.style.borderColor = point.run.color;
   }
 }

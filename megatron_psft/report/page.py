@@ -91,7 +91,7 @@ def _chart(
         "title": chart.title,
         "note": " ".join([chart.note, *left_out]),
         "svg": Markup(drawing.svg),
-        "text": f"{chart.title}, {chart.unit}, over optimizer steps. {'; '.join(courses)}.",
+        "text": f"{chart.title}, {chart.unit}, over {chart.against or 'optimizer steps'}. {'; '.join(courses)}.",
         "hover": {**drawing.axes, "curves": [_points(curve) for curve in curves]},
     }
 
@@ -104,4 +104,7 @@ def _course(curve: Curve) -> str:
 def _points(curve: Curve) -> dict[str, Any]:
     some = thinned(curve.values)
     values = [float(f"{value:.5g}") for value in curve.values[some]]
-    return {"run": curve.run, "steps": curve.steps[some].tolist(), "values": values}
+    points = {"run": curve.run, "steps": curve.steps[some].tolist(), "values": values}
+    if curve.against is not None:
+        points["against"] = [float(f"{place:.5g}") for place in curve.against[some]]
+    return points

@@ -16,9 +16,9 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_psft.errors import UserError
+from megatron_psft.metrics.lines import with_present_names
 from megatron_psft.metrics.provenance import STARTS_FILE
 from megatron_psft.metrics.set_names import split_name
-from megatron_psft.metrics.table import with_present_names
 
 # The trainer's modules that write these files load torch, which takes seconds.
 METRICS_FILE, CONFIG_FILE, CLIPPED_TOKENS_FILE = "metrics.jsonl", "config.yaml", "clipped_tokens.json"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_psft.metrics.set_names import metric_of_set
+from megatron_psft.metrics.set_names import metric_of_set, split_name
 from megatron_psft.report.runs import Run
 
 ABSENT = "—"
@@ -141,6 +141,17 @@ def _lowest_and_last(name: str) -> Callable[[Run], str]:
     return cell
 
 
+def _last_drift(name: str) -> Callable[[Run], str]:
+    """The last value, with its standard error."""
+
+    def cell(run: Run) -> str:
+        values = _finite(run, name)
+        errors = _finite(run, metric_of_set("drift_stderr", split_name(name)[1]))
+        return f"{number(values[-1])} ± {number(errors[-1])}" if len(values) and len(errors) else ABSENT
+
+    return cell
+
+
 def _mean_clipped(run: Run) -> str:
     values = _finite(run, "clip_fraction")
     return f"{100 * values.mean():.1f}" if len(values) else ABSENT
@@ -165,6 +176,7 @@ _SUMMARY: Mapping[str, Callable[[Run], str]] = {
     "validation NLL, nats: lowest, last": _lowest_and_last("valid_nll"),
     "entropy, nats": _course("entropy"),
     "validation entropy, nats": _course("valid_entropy"),
+    "drift from the initial model, nats per token": _last_drift("drift"),
     "clip fraction, mean, %": _mean_clipped,
     "scoring check, nats: largest difference": _largest_gap,
     "pairs with a margin above 0, %": _course("accuracy", 100),
@@ -177,6 +189,7 @@ _SUMMARY: Mapping[str, Callable[[Run], str]] = {
 _OF_SETS: Mapping[str, tuple[str, Callable[[str], Callable[[Run], str]]]] = {
     "validation NLL, nats: lowest, last": ("valid_nll", _lowest_and_last),
     "validation entropy, nats": ("valid_entropy", _course),
+    "drift from the initial model, nats per token": ("drift", _last_drift),
 }
 """Rows of the summary of which each named set has one, too: the metric and its cell."""
 

@@ -41,7 +41,8 @@ class PromptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A conversation that the model is to go on with, and the answer that is right. `source` is `path:N`."""
+    """A conversation that the model is to go on with, and the answer that is right, if one is known. `source` is
+    `path:N`."""
 
     messages: tuple[Message, ...]
     answer: str
@@ -50,8 +51,9 @@ class Prompt:
     """The row's own variables for the chat template."""
 
 
-def read_prompts(config: PromptConfig, verifier: Verifier) -> list[Prompt]:
-    """All prompts in file order. Raises UserError that names the first row that is none."""
+def read_prompts(config: PromptConfig, verifier: Verifier | None) -> list[Prompt]:
+    """All prompts in file order; without a verifier no answer need be known. Raises UserError that names the first row
+    that is none."""
     prompts: list[Prompt] = []
     bad: list[BadRecord] = []
     for path in config.prompts:
@@ -69,28 +71,33 @@ def read_prompts(config: PromptConfig, verifier: Verifier) -> list[Prompt]:
     return prompts
 
 
-def parse_prompt(row: Row | BadRecord, config: PromptConfig, verifier: Verifier) -> Prompt | BadRecord:
+def parse_prompt(row: Row | BadRecord, config: PromptConfig, verifier: Verifier | None) -> Prompt | BadRecord:
     """The prompt that a row is, or why it is none."""
     return parse_with(lambda value, source: _parse_value(value, source, config, verifier), row)
 
 
-def _parse_value(value: object, source: str, config: PromptConfig, verifier: Verifier) -> Prompt:
+def _parse_value(value: object, source: str, config: PromptConfig, verifier: Verifier | None) -> Prompt:
     keys = RecordKeys(
         prompt=config.prompt_key, system_prompt=config.system_prompt, are_prompts=True, ignored=config.ignore_keys
     )
     row = read_object(value, keys)
-    answer = find_answer(row, config.answer_key)
+    answer = "" if verifier is None else _known_answer(row, config.answer_key, verifier)
     turns = _asked_turns({key: item for key, item in row.items() if key != config.answer_key}, keys)
     if parse_tools(row.get("tools")):
         raise RecordError("tools are not supported in prompts")
+    messages = tuple(turn.message for turn in with_system_prompt(row, turns, keys))
+    return Prompt(messages=messages, answer=answer, source=source, template_kwargs=parse_kwargs(row))
+
+
+def _known_answer(row: Mapping[str, Any], key: str, verifier: Verifier) -> str:
+    answer = find_answer(row, key)
     if answer is None:
-        raise RecordError("no answer", f"wanted: a text or a number under {config.answer_key}")
+        raise RecordError("no answer", f"wanted: a text or a number under {key}")
     try:
         verifier.check(answer)
     except ValueError as error:
         raise RecordError("answer that the verifier cannot use", f"{answer!r:.60} {error}") from None
-    messages = tuple(turn.message for turn in with_system_prompt(row, turns, keys))
-    return Prompt(messages=messages, answer=answer, source=source, template_kwargs=parse_kwargs(row))
+    return answer
 
 
 def _asked_turns(row: Mapping[str, object], keys: RecordKeys) -> tuple[Turn, ...]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from megatron_psft.config.flags import require_at_least, require_positive
 from megatron_psft.data.chat import ChatRenderer
@@ -20,9 +20,17 @@ from megatron_psft.errors import UserError, first_line
 from megatron_psft.progress import Progress, is_on_terminal
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 _TokenIds = list[int]
+
+
+class _Sampled(NamedTuple):
+    """The tokens of one answer, which may go on after its end, and the log-probability of each if asked for."""
+
+    tokens: _TokenIds
+    log_probs: list[float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +82,8 @@ class Answer:
     """As sampled, up to the end token and with it."""
     is_finished: bool
     """Whether the model has ended it; otherwise it was cut at the longest length."""
+    log_probs: tuple[float, ...] | None = None
+    """Of each token, in nats, under the distribution it was drawn from; None where the sampler was not asked."""
 
 
 class Sampler:
@@ -81,9 +91,15 @@ class Sampler:
     `close`, or the end of a `with` block, lets go of it."""
 
     def __init__(
-        self, model_folder: Path, tokenizer: "PreTrainedTokenizerBase", renderer: ChatRenderer, config: SamplingConfig
+        self,
+        model_folder: Path,
+        tokenizer: "PreTrainedTokenizerBase",
+        renderer: ChatRenderer,
+        config: SamplingConfig,
+        *,
+        with_log_probs: bool = False,
     ) -> None:
-        self._model_folder = model_folder
+        self._model_folder, self._with_log_probs = model_folder, with_log_probs
         self._tokenizer = tokenizer
         self._config = config
         self._end_tokens = _end_tokens(model_folder, tokenizer, renderer)
@@ -106,7 +122,7 @@ class Sampler:
         engine = self._loaded(longest_prompt + self._config.max_new_tokens)
         groups = engine.sample(prompt_tokens, self._config.num_samples if num_samples is None else num_samples)
         return [
-            [self._answer(tuple(prompt), tokens) for tokens in group]
+            [self._answer(tuple(prompt), *sampled) for sampled in group]
             for prompt, group in zip(prompt_tokens, groups, strict=True)
         ]
 
@@ -127,19 +143,21 @@ class Sampler:
             self.close()
         if self._engine is None:
             make = _VllmEngine if self._config.uses_vllm else _TransformersEngine
-            self._engine = make(self._model_folder, self._end_tokens, self._config, length)
+            self._engine = make(self._model_folder, self._end_tokens, self._config, length, self._with_log_probs)
         return self._engine
 
-    def _answer(self, prompt_tokens: tuple[int, ...], sampled: _TokenIds) -> Answer:
+    def _answer(self, prompt_tokens: tuple[int, ...], sampled: _TokenIds, log_probs: list[float] | None) -> Answer:
         end = next((place for place, token in enumerate(sampled) if token in self._end_tokens), None)
         content = sampled if end is None else sampled[:end]
+        length = len(sampled) if end is None else end + 1
         # The clean-up would write "a ." as "a.", which was not sampled.
         text = self._tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Answer(
             text=cast(str, text),
             prompt_tokens=prompt_tokens,
-            tokens=tuple(sampled if end is None else sampled[: end + 1]),
+            tokens=tuple(sampled[:length]),
             is_finished=end is not None,
+            log_probs=None if log_probs is None else tuple(log_probs[:length]),
         )
 
     def _check_length(self, longest_prompt: int) -> None:
@@ -152,10 +170,12 @@ class Sampler:
 
 
 class _VllmEngine:
-    def __init__(self, model_folder: Path, end_tokens: list[int], config: SamplingConfig, max_length: int) -> None:
+    def __init__(
+        self, model_folder: Path, end_tokens: list[int], config: SamplingConfig, max_length: int, with_log_probs: bool
+    ) -> None:
         from vllm import LLM
 
-        self.max_length = max_length
+        self.max_length, self._with_log_probs = max_length, with_log_probs
         self._config, self._end_tokens = config, end_tokens
         self._engine = LLM(
             model=str(model_folder),
@@ -165,8 +185,8 @@ class _VllmEngine:
             seed=config.seed,
         )
 
-    def sample(self, prompts: list[_TokenIds], num_samples: int) -> list[list[_TokenIds]]:
-        """The sampled tokens of each prompt's answers."""
+    def sample(self, prompts: list[_TokenIds], num_samples: int) -> list[list[_Sampled]]:
+        """Each prompt's answers."""
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -176,16 +196,26 @@ class _VllmEngine:
             max_tokens=self._config.max_new_tokens,
             stop_token_ids=self._end_tokens,
             detokenize=False,
+            **({"logprobs": 0} if self._with_log_probs else {}),  # of the sampled tokens, and of no others
         )
         asked = [{"prompt_token_ids": tokens} for tokens in prompts]
         outputs = self._engine.generate(asked, params, use_tqdm=is_on_terminal())
-        return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
+        return [[self._sampled(answer) for answer in output.outputs] for output in outputs]
+
+    def _sampled(self, answer: Any) -> _Sampled:
+        tokens = list(answer.token_ids)
+        if not self._with_log_probs:
+            return _Sampled(tokens)
+        each = zip(tokens, answer.logprobs, strict=True)
+        return _Sampled(tokens, [float(step[token].logprob) for token, step in each])
 
 
 class _TransformersEngine:
     max_length = math.inf
 
-    def __init__(self, model_folder: Path, end_tokens: list[int], config: SamplingConfig, _: int) -> None:
+    def __init__(
+        self, model_folder: Path, end_tokens: list[int], config: SamplingConfig, _: int, with_log_probs: bool
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -197,7 +227,7 @@ class _TransformersEngine:
             reason = first_line(error)
             raise UserError(f"model ({model_folder}) must be a folder with a Hugging Face model: {reason}") from None
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._config = config
+        self._config, self._with_log_probs = config, with_log_probs
         # Put in its place, as generate() fills what is unset from the model's own.
         self._model.generation_config = GenerationConfig(
             do_sample=True,
@@ -209,7 +239,7 @@ class _TransformersEngine:
             pad_token_id=end_tokens[0],  # masked before the prompt, and cut off after the end
         )
 
-    def sample(self, prompts: list[_TokenIds], num_samples: int) -> list[list[_TokenIds]]:
+    def sample(self, prompts: list[_TokenIds], num_samples: int) -> list[list[_Sampled]]:
         """As `_VllmEngine.sample`; the tokens may go on after an end token."""
         import torch
 
@@ -217,18 +247,18 @@ class _TransformersEngine:
         # Longest first: whatever does not fit into memory fails at once, and a batch's prompts are of about one length.
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         queue = [place for place in order for _ in range(num_samples)]
-        groups: list[list[_TokenIds]] = [[] for _ in prompts]
+        groups: list[list[_Sampled]] = [[] for _ in prompts]
         with Progress("sample", total=len(queue), unit="answer") as shown:
             for start in range(0, len(queue), self._config.batch_size):
                 batch = queue[start : start + self._config.batch_size]
-                answers = _generate(self._model, [prompts[place] for place in batch])
-                for place, tokens in zip(batch, answers, strict=True):
-                    groups[place].append(tokens)
+                answers = _generate(self._model, [prompts[place] for place in batch], self._with_log_probs)
+                for place, sampled in zip(batch, answers, strict=True):
+                    groups[place].append(sampled)
                 shown.update(len(batch))
         return groups
 
 
-def _generate(model: Any, prompts: list[_TokenIds]) -> list[_TokenIds]:
+def _generate(model: Any, prompts: list[_TokenIds], with_log_probs: bool) -> list[_Sampled]:
     """One answer per prompt, with padding after its end."""
     import torch
 
@@ -237,11 +267,44 @@ def _generate(model: Any, prompts: list[_TokenIds]) -> list[_TokenIds]:
     pad_token = model.generation_config.pad_token_id
     rows = [[pad_token] * count + tokens for count, tokens in zip(padding, prompts, strict=True)]
     mask = [[0] * count + [1] * (width - count) for count in padding]
+    hooks, found = _log_prob_hooks() if with_log_probs else ({}, [])
     with torch.inference_mode():
         output = model.generate(
-            input_ids=torch.tensor(rows, device=model.device), attention_mask=torch.tensor(mask, device=model.device)
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            **hooks,
         )
-    return output[:, width:].tolist()
+    tokens = output[:, width:].tolist()
+    if not with_log_probs:
+        return [_Sampled(row) for row in tokens]
+    return [_Sampled(*pair) for pair in zip(tokens, torch.cat(found, dim=1).tolist(), strict=True)]
+
+
+def _log_prob_hooks() -> tuple[dict[str, Any], list["Tensor"]]:
+    """What `generate` is given so that each step adds the log-probabilities `[rows, 1]` of what it has sampled to the
+    list. It would keep the whole vocabulary of every step itself."""
+    from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+    drawn_from: list[Tensor] = []
+    found: list[Tensor] = []
+
+    class Keep(LogitsProcessor):
+        def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":
+            drawn_from[:] = [scores]
+            return scores
+
+    class Record(StoppingCriteria):
+        """Is asked right after each draw; never stops."""
+
+        def __call__(self, input_ids: "Tensor", scores: Any, **_: Any) -> "Tensor":
+            found.append(drawn_from.pop().float().log_softmax(dim=-1).gather(1, input_ids[:, -1:]))
+            return input_ids.new_zeros(len(input_ids)).bool()
+
+    hooks = {
+        "logits_processor": LogitsProcessorList([Keep()]),
+        "stopping_criteria": StoppingCriteriaList([Record()]),
+    }
+    return hooks, found
 
 
 def _end_tokens(model_folder: Path, tokenizer: "PreTrainedTokenizerBase", renderer: ChatRenderer) -> list[int]:

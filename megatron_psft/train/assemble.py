@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from megatron_psft.scoring.old_policy import OldPolicyWindow
 from megatron_psft.scoring.packs import from_packs, to_packs
 from megatron_psft.scoring.reference import FOLDER, START, ReferencePass
 from megatron_psft.scoring.values import VALUES, RecordValues
+from megatron_psft.train.evaluate import Evaluation
 from megatron_psft.train.inputs import Inputs
 from megatron_psft.train.optimizer import build_optimizer, build_scheduler
 from megatron_psft.train.pipeline import LabelledBatch, Observer, Pipeline
@@ -64,8 +65,7 @@ class Run:
     agreement: ScoringAgreement | None
     """Of the old policy's pass and training; None where every ratio is 1."""
     loader: BatchLoader
-    valid_loaders: Mapping[str, BatchLoader]
-    """Of each validation set by name, which is empty for records without one."""
+    evaluation: Evaluation
     reference: ReferencePass | None
     """What the training loader's `ref_log_probs` come from, where the objective needs them."""
     identity: Identity
@@ -129,7 +129,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         agreement=agreement,
         loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
         reference=reference,
-        valid_loaders=_valid_loaders(config, inputs, parallel),
+        evaluation=_evaluation(config, inputs, pipeline, parallel),
         identity=identity,
         decode=lambda token_id: str(inputs.tokenizer.decode([token_id])),
         start=start,
@@ -267,12 +267,19 @@ def _describe_resumption(start: StartPoint, train_iters: int, planned_lr: float,
         log.info("learning rate of step %d: %.4g, and %.4g by the earlier schedule", start.step + 1, lr, planned_lr)
 
 
-def _valid_loaders(config: Config, inputs: Inputs, parallel: Parallel) -> dict[str, BatchLoader]:
-    loaders = {}
-    for name, dataset in inputs.valid_sets.items():
+def _evaluation(config: Config, inputs: Inputs, pipeline: Pipeline, parallel: Parallel) -> Evaluation:
+    def loader(dataset: TokenizedDataset) -> BatchLoader:
         plan = plan_of(dataset.sequence_lengths, config.data, packs_each_step=config.packs_each_step)
-        loaders[name] = _loader(config, inputs, dataset, plan, parallel, is_training=False)
-    return loaders
+        return _loader(config, inputs, dataset, plan, parallel, is_training=False)
+
+    return Evaluation(
+        valid={name: loader(dataset) for name, dataset in inputs.valid_sets.items()},
+        drift={name: (answers, loader(answers.dataset)) for name, answers in inputs.drift_sets.items()},
+        eval_iters=config.data.eval_iters,
+        pipeline=pipeline,
+        parallel=parallel,
+        folder=Path(config.weights.save),
+    )
 
 
 def _loader(

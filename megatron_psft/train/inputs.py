@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_psft.config.rules import validate_advantages, validate_records, validate_train_iters
 from megatron_psft.config.schema import Config
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset, parse_weighted_path
+from megatron_psft.data.drift_sets import DriftSet, read_drift_set
 from megatron_psft.data.example import Example, label_runs
 from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.data.sources import place_of
@@ -20,6 +21,7 @@ from megatron_psft.data.statistics import describe_packing, describe_passes
 from megatron_psft.distributed.collective import on_every_rank, patient_group
 from megatron_psft.errors import InfrastructureError, UserError, storage_error
 from megatron_psft.hf import folder, hub
+from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, WeightSource, WithMeanRows
 from megatron_psft.model.gpt import check_layout
@@ -42,6 +44,8 @@ class Inputs:
     plan: PackPlan
     valid_sets: Mapping[str, TokenizedDataset]
     """By name, which is empty for records without one."""
+    drift_sets: Mapping[str, DriftSet]
+    """As `valid_sets`."""
     tokenizer: PreTrainedTokenizerBase
     train_iters: int
     side_files: SideFiles | None
@@ -113,6 +117,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     weights: WeightSource = RandomWeights(shape, config.batch.seed)
     if files is not None:
         weights = files if shape == own_shape else WithMeanRows(files, own_shape)
+    drift_sets = _read_drift_sets(config, model_folder, tokenizer, own_shape)
     dataset = _read_dataset(config, config.data.data, "training", tokenizer, is_main)
     valid_sets = {
         name: _read_dataset(config, paths, "other", tokenizer, is_main)
@@ -137,6 +142,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
         dataset=dataset,
         plan=plan,
         valid_sets=valid_sets,
+        drift_sets=drift_sets,
         tokenizer=tokenizer,
         train_iters=train_iters,
         side_files=side_files,
@@ -156,6 +162,8 @@ def describe(inputs: Inputs, config: Config) -> None:
         epochs=config.batch.epochs,
     )
     log.info("%s", passes)
+    for name, answers in inputs.drift_sets.items():
+        log.info("drift data%s:\n%s", f" {name}" if name else "", answers.dataset.statistics())
     for name, valid in inputs.valid_sets.items():
         log.info("validation data%s:\n%s", f" {name}" if name else "", valid.statistics())
     for sequence in inputs.dataset[0].sequences:
@@ -188,10 +196,27 @@ def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> It
         if path is not None:
             yield name, Path(path)
     yield "data_cache_dir", Path(data.data_cache_dir)
-    valid = tuple(path for paths in data.valid_sets.values() for path in paths)
-    for name, paths in (("data", data.data), ("valid_data", valid)):
+    valid, drift = ([path for paths in sets.values() for path in paths] for sets in (data.valid_sets, data.drift_sets))
+    for name, paths in (("data", data.data), ("valid_data", valid), ("drift_data", drift)):
         for path in paths:
             yield name, place_of(parse_weighted_path(path).path)
+
+
+def _read_drift_sets(
+    config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase, shape: ModelShape
+) -> dict[str, DriftSet]:
+    sets = config.data.drift_sets
+    if not sets:
+        return {}
+    sampled_from = {"tokenizer": vocabulary_fingerprint(tokenizer)}
+    if config.weights.reads_hf_weights and config.weights.load is None:  # else the run starts from other weights
+        sampled_from["model"] = weights_fingerprint(model_folder, "load_hf")
+    return {
+        name: read_drift_set(
+            name, paths, sampled_from=sampled_from, vocab_size=shape.vocab_size, seq_length=config.data.seq_length
+        )
+        for name, paths in sets.items()
+    }
 
 
 def _read_dataset(

@@ -13,18 +13,17 @@ import torch
 from megatron_psft.checkpoint.folders import export_folder
 from megatron_psft.checkpoint.saver import Saver
 from megatron_psft.config.resume import settings_of
-from megatron_psft.distributed.collective import naming_lost_peers
+from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
 from megatron_psft.distributed.signals import StopRequested, StopSignals
 from megatron_psft.metrics import flops
 from megatron_psft.metrics.clip_watch import ClipWatch
 from megatron_psft.metrics.provenance import versions
-from megatron_psft.metrics.reduce import EvalSums, reduce_metrics
-from megatron_psft.metrics.run_log import RunLog
-from megatron_psft.metrics.set_names import metric_of_set
+from megatron_psft.metrics.reduce import reduce_metrics
+from megatron_psft.metrics.run_log import RunLog, line_of_step
 from megatron_psft.metrics.trackers import Trackers
-from megatron_psft.progress import progress
 from megatron_psft.scoring.old_policy import objective_at
 from megatron_psft.train.assemble import Run, export_model
+from megatron_psft.train.evaluate import drift_reached
 from megatron_psft.train.optimizer import update
 from megatron_psft.train.profile import StepProfiler
 
@@ -51,8 +50,8 @@ def train(run: Run, started_at: float) -> StopRequested | None:
     ):
         try:
             if not steps.all_completed:
-                _begin(run, stop, run_log)
-            while not steps.all_completed:
+                steps.drift_reached = _begin(run, stop, run_log)
+            while not steps.are_over:
                 stop.check()
                 step = steps.completed
                 with naming_lost_peers(f"step {step + 1}"):
@@ -60,36 +59,54 @@ def train(run: Run, started_at: float) -> StopRequested | None:
                         values = train_step(run, step, between_batches=stop.check, before_update=saver.wait_for_copy)
                     steps.completed += 1
                     if steps.are_due(run.config.data.eval_interval):
-                        values |= evaluate(run)
+                        values |= run.evaluation()
+                        steps.drift_reached = drift_reached(values, run.config.data.stop_at_drift)
                 if run_log:
                     run_log.record(steps.completed, values)
                 saver.poll()
-                if steps.are_due(run.config.weights.save_interval) or steps.all_completed:
+                if steps.are_due(run.config.weights.save_interval) or steps.are_over:
                     save(run, saver, run_log, steps.completed)
                     steps.saved = steps.completed
                 if steps.are_due(run.config.weights.export_steps):
                     export_model(run, export_folder(Path(run.config.weights.save), steps.completed))
+                steps.say_end_by_drift()
             stop.check()
         except StopRequested as request:
             if steps.saved < steps.completed:
                 save(run, saver, run_log, steps.completed)
             if request.signum is not None:
                 return request
-            return None if steps.all_completed else _time_is_up(run, steps, request)
+            return None if steps.are_over else _time_is_up(run, steps, request)
     return None
 
 
-def _begin(run: Run, stop: StopSignals, run_log: RunLog | None) -> None:
-    """What comes before the first step of this start: the reference's pass, and of a run that is new an evaluation."""
+def _begin(run: Run, stop: StopSignals, run_log: RunLog | None) -> str | None:
+    """What comes before the first step of this start: the reference's pass, and of a run that is new an evaluation.
+
+    Returns the drift that has ended the run in an earlier start, if any.
+    """
     if run.reference is not None:
         with naming_lost_peers("the reference's pass"):
             run.reference.complete(between_batches=stop.check)
-    if run.first_step == 0 and run.valid_loaders:
+    if run.first_step == 0 and run.evaluation:
         stop.check()
         with naming_lost_peers("the evaluation before the first step"):
-            values = evaluate(run)
+            values = run.evaluation.before_training()
         if run_log:
             run_log.record(0, values)
+    return _drift_before(run)
+
+
+def _drift_before(run: Run) -> str | None:
+    """The drift that has ended the run at the step that it goes on from, which is said. Collective."""
+    if run.first_step == 0 or not run.evaluation.drift:
+        return None
+    line = on_rank_zero(lambda: line_of_step(Path(run.config.weights.save), run.first_step))
+    reached = drift_reached(line, run.config.data.stop_at_drift)
+    if reached is not None:
+        done = (run.first_step, run.train_iters)
+        log.warning("WARNING: nothing to do: %s at step %d of %d; raise or remove it to go on", reached, *done)
+    return reached
 
 
 def _time_is_up(run: Run, steps: "_Steps", request: StopRequested) -> StopRequested:
@@ -114,10 +131,23 @@ class _Steps:
     completed: int
     saved: int
     """Completed steps that are in a checkpoint."""
+    drift_reached: str | None = None
+    """What says that the model is as far from the initial one as `stop_at_drift`, if it is."""
 
     @property
     def all_completed(self) -> bool:
         return self.completed >= self.total
+
+    @property
+    def are_over(self) -> bool:
+        """Whether no step is to come."""
+        return self.all_completed or self.drift_reached is not None
+
+    def say_end_by_drift(self) -> None:
+        """Says that steps are left out, where the drift ends the run."""
+        if self.drift_reached is not None and not self.all_completed:
+            done = (self.completed, self.total)
+            log.info("ended after step %d of %d: %s; raise or remove it to go on", *done, self.drift_reached)
 
     def are_due(self, interval: int | None) -> bool:
         """Whether what comes every `interval` steps, if ever, comes after those that are completed."""
@@ -167,21 +197,6 @@ def train_step(
         "tokens_per_second": metrics["tokens"] / total.seconds,
         **_gpu_values(run, step, total.seconds - scoring.seconds),
     }
-
-
-def evaluate(run: Run) -> dict[str, float]:
-    """Negative log-likelihood and entropy over each validation set; collective, training is not affected."""
-    run.pipeline.gather_parameters()
-    values: dict[str, float] = {}
-    for name, loader in run.valid_loaders.items():
-        sums = EvalSums(run.parallel)
-        batches = range(min(run.config.data.eval_iters or loader.num_batches, loader.num_batches))
-        title = f"evaluate {name}".rstrip()
-        for index in progress(batches, title, unit="batch", is_shown=run.parallel.is_main):
-            micro_batches = loader.micro_batches(index)
-            sums.add(run.pipeline.score(micro_batches), micro_batches)
-        values |= {metric_of_set(metric, name): value for metric, value in sums.means().items()}
-    return values
 
 
 def save(run: Run, saver: Saver, run_log: RunLog | None, completed_steps: int) -> None:

@@ -263,7 +263,8 @@ def test_values_are_shown_under_the_pointer(page, runs):
         line = next(line for line in shown if line.startswith(name))
         step = int(line.split()[-1])
         rows = [json.loads(row) for row in (runs / name / "metrics.jsonl").read_text().splitlines()]
-        assert float(value) == pytest.approx(rows[step - 1]["lr"], rel=1e-3)
+        (row,) = [row for row in rows if row["step"] == step]
+        assert float(value) == pytest.approx(row["lr"], rel=1e-3)
     assert values
 
 

@@ -207,3 +207,20 @@ def test_help_has_an_example_and_needs_no_torch():
     assert "    psft rollout --model runs/first/hf --prompts gsm8k/train.jsonl" in done.stdout
     assert "Longest answer, in tokens" in done.stdout
     assert " torch\n" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "0.7"], "temperature (0.7) must be 1 with drift_set"),
+        (["--top-p", "0.9"], "top_p (0.9) must be 1 with drift_set"),
+        (["--verifier", "exact"], "verifier (exact) has no effect with drift_set"),
+        (["--keep-unfinished"], "keep_unfinished (True) has no effect with drift_set"),
+        (["--answer-key", "a"], "answer_key (a) has no effect with drift_set"),
+    ],
+)
+def test_a_drift_set_is_of_the_model_as_it_is(sample, flags, message):
+    exit, records = sample("--drift-set", *flags)
+    assert (exit.code, records) == (2, [])
+    (line,) = exit.err.splitlines()
+    assert line.startswith(f"error: {message}")

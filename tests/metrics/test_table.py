@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from docs.generate import metric_table
-from megatron_psft.metrics.table import METRICS, means, with_former_names
+from megatron_psft.metrics.lines import with_former_names
+from megatron_psft.metrics.table import METRICS, means
 
 
 def test_each_metric_has_one_row_with_unit_and_text():

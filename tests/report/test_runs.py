@@ -11,7 +11,7 @@ from megatron_psft.metrics import clipped_tokens, run_log
 from megatron_psft.metrics.trackers import Trackers
 from megatron_psft.report import runs as report_runs
 from megatron_psft.report.charts import SECTIONS, charts_of
-from megatron_psft.report.drawing import curves_of
+from megatron_psft.report.drawing import curves_of, draw
 from megatron_psft.report.runs import read_runs
 from megatron_psft.report.tables import ABSENT, config_table, summary_table
 
@@ -212,3 +212,28 @@ def test_a_named_set_has_its_chart_and_its_row(tmp_path):
     table = {row.name: row.cells for row in summary_table(runs)}
     title = "validation NLL, nats: lowest, last"
     assert (table[title], table[f"b.2: {title}"]) == ([ABSENT, "1 (step 1), 1"], ["2.5 (step 2), 2.5", ABSENT])
+
+
+def test_the_frontier_has_a_mark_for_each_evaluation_at_its_drift(tmp_path):
+    def evaluated(step: int, drift: float, nll: float) -> dict:
+        return {"step": step, "drift/chat": drift, "drift_stderr/chat": 0.01, "valid_nll": 9.0, "valid_nll/target": nll}
+
+    rows = [evaluated(0, 0.0, 3.0), {"step": 1, "nll": 1.0}, evaluated(2, 0.2, 2.0), evaluated(3, 0.15, 1.5)]
+    runs = read_runs([write(tmp_path / "x", lines(*rows)), write(tmp_path / "y", lines({"step": 1, "valid_nll": 1.0}))])
+    (forgotten,) = [section for section in SECTIONS if section.has_frontiers]
+    charts = {chart.name: chart for chart in charts_of(forgotten, runs)}
+    assert list(charts) == ["drift", "drift-chat", "frontier-chat"]
+    chart = charts["frontier-chat"]
+    assert (chart.metric, chart.against) == ("valid_nll/target", "drift/chat")
+    (curve,) = curves_of(chart, runs, 9)
+    assert (curve.steps.tolist(), curve.across.tolist(), curve.values.tolist()) == (
+        [0, 2, 3],
+        [0.0, 0.2, 0.15],
+        [3.0, 2.0, 1.5],
+    )
+    drawing = draw(chart, runs, [curve], [], tmp_path / "frontier.png")
+    low, high = drawing.axes["x"]
+    assert low <= 0 < 0.2 <= high < 0.3
+    assert "drift/chat, nats per token" in drawing.svg
+    cells = {row.name: row.cells for row in summary_table(runs)}
+    assert cells["chat: drift from the initial model, nats per token"] == ["0.15 ± 0.01", ABSENT]

@@ -196,6 +196,24 @@ def test_vllm_gets_the_same_prompts_and_ends(inputs, vllm):
     assert groups[0][0].text == tokenizer.decode([30, 31])
 
 
+def test_vllm_is_asked_for_the_log_probabilities_of_what_it_has_sampled(inputs, vllm):
+    """Of nothing more, and those after the end are cut off with their tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
+
+    def generate(self, prompts, sampling_params, *, use_tqdm):
+        vllm.calls.append(sampling_params)
+        ids = (30, END, 31)
+        steps = [{token: SimpleNamespace(logprob=-token / 8), 5: SimpleNamespace(logprob=-9.0)} for token in ids]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, logprobs=steps)]) for _ in prompts]
+
+    vllm.LLM.generate = generate
+    config, renderer = SamplingConfig(num_samples=1, max_new_tokens=3), ChatRenderer(tokenizer, "last")
+    sampler = Sampler(inputs / "model", tokenizer, renderer, config, with_log_probs=True)
+    ((answer,),) = sampler.sample([render(inputs, PROMPTS[0])])
+    assert vllm.calls[-1]["logprobs"] == 0
+    assert (answer.tokens, answer.log_probs) == ((30, END), (-30 / 8, -END / 8))
+
+
 def test_vllm_is_started_again_only_for_longer_prompts(inputs, vllm):
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
     sampler = Sampler(inputs / "model", tokenizer, ChatRenderer(tokenizer, "last"), SamplingConfig(max_new_tokens=3))
