@@ -55,7 +55,7 @@ _OVER: dict[Over | None, str] = {
     None: "",
 }
 
-_RUNS: dict[Requirement | None, str] = {"old": "with an old policy: `psft`", "pairs": "`dpo`", None: "all"}
+_RUNS: dict[Requirement | None, str] = {"old": "with an old policy: `psft`, `dppo-tv`", "pairs": "`dpo`", None: "all"}
 
 
 def metric_table() -> str:
@@ -95,6 +95,8 @@ def objective_table() -> str:
 def _settings_of(objective: str) -> str:
     """The flags that have an effect with it, each with its choices or its default."""
     names = OLD_POLICY_FIELDS if ObjectiveConfig(objective=objective).needs_old_policy else ()
+    if OBJECTIVES[objective].is_clipped is not None:
+        names = tuple(name for name in names if not name.startswith("clip_ratio"))
     values = {name: getattr(ObjectiveConfig, name) for name in names}
     values |= {one.name: " or ".join(one.choices) or one.default for one in OBJECTIVES[objective].settings}
     return ", ".join(

@@ -243,7 +243,10 @@ def _validate_objective(objective: ObjectiveConfig) -> None:
     reason = f"with objective {objective.objective}"
     if not objective.needs_old_policy:
         _refuse_if_set(objective, reason, *OLD_POLICY_FIELDS)
-    own = find_objective(objective.objective).settings
+    declaration = find_objective(objective.objective)
+    if declaration.is_clipped is not None:
+        _refuse_if_set(objective, f"{reason}, which has another trust region", "clip_ratio_high", "clip_ratio_low")
+    own = declaration.settings
     _refuse_if_set(objective, reason, *(name for name, setting in SETTINGS.items() if setting not in own))
     if objective.old_policy_interval == 1:
         _refuse_if_set(objective, "with old_policy_interval 1", "old_policy_micro_batch_size")

@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.metrics.set_names import metric_of_set
 from megatron_psft.objectives.builtin.dpo import pair_metrics
-from megatron_psft.objectives.builtin.psft import is_clipped
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.ratio import MAX_LOG_RATIO, policy_ratio
 
 
@@ -65,7 +65,7 @@ def batch_sums(
     old_log_probs = log_probs if given.old_log_probs is None else given.old_log_probs
     ratio = policy_ratio(log_probs, old_log_probs)
     label_tokens = log_probs.new_full((), len(log_probs))
-    clipped = is_clipped(ratio, given.advantages, config).to(log_probs.dtype)
+    clipped = Objective(config=config).is_clipped(log_probs, given).to(log_probs.dtype)
     totals = {
         "loss": loss,
         "nll": -log_probs.sum(),

@@ -29,6 +29,10 @@ fields that declarations add."""
 TokenLoss: TypeAlias = "Callable[[LabelStats, LabelInputs, Settings], Tensor]"
 """Losses of label tokens, before aggregation, in the shape of the log-probabilities."""
 
+Clipped: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None, Settings], Tensor]"
+"""From log-probabilities, the old ones, advantages (None where all are 1) and settings: which label tokens a trust
+region leaves without a gradient, bool."""
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -62,6 +66,8 @@ class Declaration:
     settings: tuple[Setting, ...]
     takes_advantages: bool
     """Whether records may have an advantage, which the loss then takes account of."""
+    is_clipped: Clipped | None
+    """Its trust region; None for PPO's clip of the ratio, by `clip_ratio_high` and `clip_ratio_low`."""
 
     def needs(self, config: Settings) -> frozenset[Requirement]:
         """What it needs under the run's settings; pairs are made of whole records."""
@@ -77,6 +83,7 @@ def objective(
     needs: AbstractSet[Requirement] | Callable[[Settings], AbstractSet[Requirement]] = frozenset(),
     settings: tuple[Setting, ...] = (),
     takes_advantages: bool = False,
+    is_clipped: Clipped | None = None,
 ) -> Callable[[_Function], _Function]:
     """Declares the function below it, of type `TokenLoss`, as an objective.
 
@@ -89,6 +96,8 @@ def objective(
         settings: what it reads of the run's settings. Of an objective outside of this package they must be settings
             of built-in ones, imported from their files: flags are known before any other module is imported.
         takes_advantages: whether it reads `advantages`. Otherwise, records that have one are refused.
+        is_clipped: of one that needs `"old"`: which tokens its trust region leaves without a gradient, for
+            `clip_fraction`. `clip_ratio_high` and `clip_ratio_low` are refused then. The bounds of these if None.
     """
 
     def declare(function: _Function) -> _Function:
@@ -100,6 +109,7 @@ def objective(
             requirements=needs,
             settings=settings,
             takes_advantages=takes_advantages,
+            is_clipped=is_clipped,
         )
         return function
 

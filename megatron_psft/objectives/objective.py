@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_psft.errors import UserError
+from megatron_psft.objectives.builtin.psft import is_clipped
 from megatron_psft.objectives.declare import ExtraStat, Requirement, Settings
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
+from megatron_psft.objectives.ratio import policy_ratio
 from megatron_psft.objectives.registry import find_objective, needs_of
 
 
@@ -45,3 +47,11 @@ class Objective:
                 f"{list(stats.log_probs.shape)}, and returned {list(losses.shape)}; leave the mean to the trainer"
             )
         return losses if given.weights is None else losses * given.weights
+
+    def is_clipped(self, log_probs: Tensor, given: LabelInputs) -> Tensor:
+        """Which label tokens the trust region leaves without a gradient, `[n]` bool."""
+        old_log_probs = log_probs if given.old_log_probs is None else given.old_log_probs
+        own = find_objective(self.config.objective).is_clipped
+        if own is not None:
+            return own(log_probs, old_log_probs, given.advantages, self.config)
+        return is_clipped(policy_ratio(log_probs, old_log_probs), given.advantages, self.config)

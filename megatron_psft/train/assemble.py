@@ -37,8 +37,7 @@ from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model.fp8 import row_multiple
 from megatron_psft.model.gpt import build_model, virtual_size
 from megatron_psft.model.shape import ModelShape
-from megatron_psft.objectives.builtin.psft import is_clipped
-from megatron_psft.objectives.ratio import policy_ratio
+from megatron_psft.objectives.objective import Objective
 from megatron_psft.scoring.agreement import ScoringAgreement, precision_of
 from megatron_psft.scoring.host_memory import check_host_memory
 from megatron_psft.scoring.old_policy import OldPolicyWindow
@@ -184,12 +183,12 @@ def _observers(
 
 def _counting(clipped_tokens: ClippedTokens, config: ObjectiveConfig) -> Observer:
     """Counts the label tokens that have no gradient."""
+    objective = Objective(config=config)
 
     def count(batch: LabelledBatch, output: HeadOutput) -> None:
         given = batch.given
         if given.old_log_probs is not None:
-            ratio = policy_ratio(output.stats.log_probs, given.old_log_probs)
-            clipped_tokens.add(batch.label_ids, is_clipped(ratio, given.advantages, config))
+            clipped_tokens.add(batch.label_ids, objective.is_clipped(output.stats.log_probs, given))
 
     return count
 

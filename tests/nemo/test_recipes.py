@@ -99,7 +99,7 @@ OVERRIDDEN = {
     "dataset.hf_dataset": None,
 }
 MISTAKES = {
-    "psft.objective=dpo": "psft.objective (dpo) must be one of psft, sft, deft, dft, eaft, p-power, profit, trsft: any",
+    "psft.objective=dpo": "must be one of psft, sft, deft, dft, dppo-tv, eaft, p-power, profit, trsft: any",
     "psft.objective=sft-kl": "psft.objective (sft-kl) must be one of psft, sft, deft, dft",
     "psft.objective=pfst": "objective ('pfst') must be one of psft, sft, asft",
     "psft.objective=tests.objectives.own:iw_sft_again": "psft.objective (tests.objectives.own:iw_sft_again) must be",

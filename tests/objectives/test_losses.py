@@ -72,12 +72,32 @@ def test_clip_at_the_bound_has_a_gradient_and_above_it_none(log_ratio):
         assert is_clipped(ratio, None, ObjectiveConfig(clip_ratio_high=bound - 1)).item() == clipped
 
 
+@pytest.mark.parametrize("advantage", [None, 2.0, -0.5, 0.0])
+def test_a_trust_region_in_probabilities_says_itself_which_tokens_have_no_gradient(advantage):
+    """0.16 up and down from 0.5, and from 0.01, which is 17 times the probability; 0.14 both ways."""
+    old = torch.tensor([0.5, 0.5, 0.01, 0.5, 0.5])
+    log_probs = (old + torch.tensor([0.16, -0.16, 0.16, 0.14, -0.14])).log().requires_grad_()
+    advantages = None if advantage is None else torch.full((5,), advantage)
+    given = LabelInputs(old_log_probs=old.log(), advantages=advantages)
+    objective = Objective(config=ObjectiveConfig(objective="dppo-tv"))
+    losses = objective.token_loss(LabelStats(log_probs, torch.zeros(5)), given)
+    (gradient,) = torch.autograd.grad(losses.sum(), log_probs)
+    sign = 1 if advantage is None else advantage
+    clipped = {1: [True, False, True, False, False], -1: [False, True, False, False, False], 0: [False] * 5}
+    wanted = clipped[(sign > 0) - (sign < 0)]
+    assert objective.is_clipped(log_probs.detach(), given).tolist() == wanted
+    ratio = (log_probs.detach() - old.log()).exp()
+    torch.testing.assert_close(gradient, -sign * ratio.masked_fill(torch.tensor(wanted), 0.0))
+
+
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 40))
 def test_at_the_old_policy_psft_has_exactly_the_gradient_of_sft(seed, count):
     log_probs, _, _ = random_batch(seed, count)
     assert torch.equal(gradient_of("sft", log_probs, None), -torch.ones(count))
     assert torch.equal(gradient_of("psft", log_probs, None), -torch.ones(count))
     assert torch.equal(gradient_of("psft", log_probs, log_probs), -torch.ones(count))
+    assert torch.equal(gradient_of("dppo-tv", log_probs, None), -torch.ones(count))
+    assert torch.equal(gradient_of("dppo-tv", log_probs, log_probs), -torch.ones(count))
 
 
 @given(st.floats(-(2.0**100), 0, width=32))
@@ -126,6 +146,11 @@ BY_HAND = {
     "trsft outside": ({"trsft_alpha": 0.5}, 0.125, None, 0.25 * 3 * LOG2, -0.25),
     "profit kept": ({"profit_threshold": 0.25}, 0.25, None, 2 * LOG2, -1),
     "profit left out": ({"profit_threshold": 0.26}, 0.25, None, 0, 0),
+    "dppo-tv": ({}, 0.5, 0.4, 1.25 * LOG2, -1.25),  # f stands for the old policy's
+    "dppo-tv rare": ({}, 0.25, 0.125, 2 * 2 * LOG2, -2),  # beyond the ratio's clip
+    "dppo-tv frequent": ({}, 0.5, 0.25, 0, 0),
+    "dppo-tv falling": ({}, 0.25, 0.5, 0.5 * 2 * LOG2, -0.5),
+    "dppo-tv capped": ({"tv_ratio_cap": 1.5}, 0.25, 0.125, 1.5 * 2 * LOG2, -1.5),
     "deft": ({}, 0.0625, None, (1 - 0.25) / 0.5, -0.25),  # sum of squares 0.5
 }
 
@@ -151,7 +176,8 @@ def test_each_loss_and_gradient_is_that_of_arithmetic_by_hand(case):
     double = {"dtype": torch.float64}
     stats = LabelStats(torch.tensor([prob], **double).log(), *torch.tensor([[9.0], [1.5], [0.5]], **double))
     ref = None if ref_prob is None else torch.tensor([ref_prob], **double).log()
-    losses, gradient = evaluate(config, stats, LabelInputs(ref_log_probs=ref, records=one_record(1)))
+    given = LabelInputs(old_log_probs=ref, ref_log_probs=ref, records=one_record(1))
+    losses, gradient = evaluate(config, stats, given)
     assert losses.tolist() == pytest.approx([loss], rel=1e-12)
     assert gradient.tolist() == pytest.approx([derivative], rel=1e-12)
 

@@ -163,6 +163,8 @@ def token_losses(
     clip_ratio_high: float = 0.28,
     kl_coef: float = 0.5,
     p_power_q: float = 1.0,
+    tv_threshold: float = 0.15,
+    tv_ratio_cap: float = 20.0,
     **settings: object,
 ) -> Tensor:
     """The loss of each label token of one record, as papers have it, from [labels, vocabulary] log-probabilities."""
@@ -174,6 +176,11 @@ def token_losses(
         ratio = torch.exp(torch.clamp(log_probs - old_log_probs, -20, 20))
         bounded = torch.clamp(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high)
         return -torch.minimum(ratio * advantage, bounded * advantage)
+    if objective == "dppo-tv":
+        old_probs = old_log_probs.exp()
+        change = (probs - old_probs).detach() * (1 if advantage > 0 else -1)  # towards where the advantage pulls
+        capped = torch.minimum((probs / old_probs).detach(), torch.full_like(probs, tv_ratio_cap))
+        return torch.where(change <= tv_threshold, -advantage * capped * log_probs, 0.0 * log_probs)
     if objective in ("sft-kl", "asft"):
         plain = -log_probs if objective == "sft-kl" else -probs.detach() * log_probs
         reverse_ratio = ref_log_probs.exp() / probs

@@ -33,6 +33,8 @@ CASES: dict[str, dict] = {
     "psft": {"objective": "psft", "loss_aggregation": SEQ_MEAN},
     "psft with advantages": {"objective": "psft", "clip_ratio_low": 0.15},
     "psft with advantages, by sums": {"objective": "psft", "loss_aggregation": SEQ_SUM},
+    "dppo-tv": {"objective": "dppo-tv", "tv_threshold": 0.002, "tv_ratio_cap": 1.2, "loss_aggregation": SEQ_MEAN},
+    "dppo-tv with advantages": {"objective": "dppo-tv", "tv_threshold": 0.001},
     "sft-kl": {"objective": "sft-kl", "kl_coef": 0.3},
     "dft": {"objective": "dft", "loss_aggregation": SEQ_SUM},
     "iw-sft": {"objective": "iw-sft"},
@@ -170,13 +172,14 @@ def _check_gradients(
         loader = make_loader(data.dataset, run.place, config, plan, micro_batch_size)
         for case, settings in CASES.items():
             batches, old = _inputs_of(data, case, loader, plan, run.place)
-            old_policy = scores_of(batches, old) if settings["objective"] == "psft" else NoOldPolicy()
-            run.pipeline.zero_grad()
             objective = Objective(config=ObjectiveConfig(**settings))
+            has_old_policy = objective.config.needs_old_policy
+            old_policy = scores_of(batches, old) if has_old_policy else NoOldPolicy()
+            run.pipeline.zero_grad()
             sums = run.pipeline.train(batches, old_policy, objective=objective)
             found[case] = gradients_of(run)
             metrics = reduce_metrics(sums, batches, run.place, 1, needs=objective.config.needs)
-            assert ("ratio_max" in metrics) == (settings["objective"] == "psft")
+            assert ("ratio_max" in metrics) == has_old_policy
             losses[case] = metrics["loss"]
         for case, gradients in found.items():
             fill_parameters(run.chunks, GradientSource(data.gradients[case]), run.shape, run.place)
