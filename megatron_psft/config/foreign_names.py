@@ -36,7 +36,7 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
         ),
         Counterpart(
             there="`data.train_batch_size=256`, `actor.ppo_mini_batch_size=32`",
-            here="`--global-batch-size 32 --old-policy-interval 8`: k is the quotient",
+            here="`--global-batch-size 32 --global-batch-unit records --old-policy-interval 8`: k is the quotient",
             names={
                 "train_batch_size": "here global_batch_size and old_policy_interval: k is the quotient",
                 "ppo_mini_batch_size": "global_batch_size",

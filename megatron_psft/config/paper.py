@@ -17,6 +17,7 @@ ANSWER_TOKENS = 6144
 
 _SHARED: Values = {
     "loss_aggregation": "token-mean",
+    "global_batch_unit": "records",
     "seq_length": PROMPT_TOKENS + ANSWER_TOKENS,
     "epochs": 10,
     "lr_decay_style": "constant",
