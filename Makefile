@@ -26,9 +26,10 @@ install: $(STAMP) ## Create the virtual environment in VENV (.venv) and install 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): setup.py pyproject.toml constraints/py311.txt constraints/py312.txt | $(BIN)/python
+$(STAMP): setup.py pyproject.toml constraints/py311.txt constraints/py312.txt tests/model/engine/requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev,plot]'
+	$(BIN)/python -m pip install --upgrade --no-deps --target $(VENV)/engine -r tests/model/engine/requirements.txt
 	touch $@
 
 demo: install ## Train a small model with SFT and PSFT and compare them
@@ -44,7 +45,7 @@ test-slow: install ## Run the CPU tests that take minutes
 	$(BIN)/python -m pytest $(AT_A_TIME) -m "slow and not alone and not gpu"
 	$(BIN)/python -m pytest $(DURATIONS) -m "alone and not gpu"
 
-$(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt
+$(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt tests/model/engine/requirements.txt
 	$(PYTHON312) -m venv $(VENV)312
 	tests/nemo/install.sh $(VENV)312/bin/python
 	touch $@

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
@@ -89,11 +90,17 @@ def _check_stages(shape: ModelShape, config: Config) -> None:
 
 
 def mark_experts(model: torch.nn.Module) -> None:
-    """Has Megatron-Core keep the experts' gradients and optimizer apart in every layout.
+    """Has Megatron-Core keep the experts' gradients and optimizer apart in every layout, and count all of them in the
+    gradient norm.
 
-    It does so by itself only with expert parallelism. Here checkpoints move between layouts with and without it, and
-    without it experts may still be replicated over other ranks than the rest of the model.
+    It does the former by itself only with expert parallelism. Here checkpoints move between layouts with and without
+    it, and without it experts may still be replicated over other ranks than the rest of the model. For the latter
+    Transformer Engine's layer is to say what is cut, which that of release 2.20 leaves out: of tensor-parallel ranks
+    with experts of their own the first alone would count.
     """
     for name, parameter in model.named_parameters():
         if is_expert(name):
             setattr(parameter, "allreduce", False)  # noqa: B010 (no attribute of a Parameter)
+            if not hasattr(parameter, "tensor_model_parallel"):
+                dimension = int("linear_fc2" in name)
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dimension, stride=1)

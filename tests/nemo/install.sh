@@ -12,3 +12,6 @@ here=$(cd "$(dirname "$0")" && pwd)
 # cpu.py has stand-ins for them.
 "$python" -m pip install --no-deps megatron-core==0.19.2 megatron-bridge==0.6.2
 "$python" -m pip install --no-deps -e "$here/../.."
+# In a folder that only the tests of its layers have on their path.
+"$python" -m pip install --upgrade --no-deps --target "$("$python" -c 'import sys; print(sys.prefix)')/engine" \
+    -r "$here/../model/engine/requirements.txt"
