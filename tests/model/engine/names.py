@@ -1,5 +1,5 @@
-"""Builds models with Transformer Engine's layers and with portable ones, and prints as JSON what tells them apart: names
-of parameters and their marks, keys of checkpoints, and what is lost of a checkpoint that the other reads.
+"""Builds models with Transformer Engine's layers and with portable ones, and prints as JSON what tells them apart:
+names of parameters and their marks, keys of checkpoints, and what is lost of a checkpoint that the other reads.
 
     PYTHONPATH=FOLDER python -m tests.model.engine.names
 """
