@@ -2,22 +2,30 @@
 
 Trains a small model on records of random letters and prints one JSON line per figure. One thread trains, so that on two
 cores the background writer has one for itself, and the allocator keeps what is freed, both as on a machine with GPUs.
+Several ranks share the optimizer and a global batch of a record each.
+
+    python benchmarks/checkpoint.py [--size long]
+    torchrun --nproc-per-node 4 benchmarks/checkpoint.py
 """
 
 import ctypes
 import json
 import logging
 import math
+import os
 import random
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from common import emit, emit_machine, parse_size
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
@@ -29,6 +37,7 @@ from megatron_psft.checkpoint.saver import Saver
 from megatron_psft.checkpoint.state import load_checkpoint
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import parse_config
+from megatron_psft.distributed.collective import on_every_rank, on_rank_zero
 from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import process_group
 from megatron_psft.train.assemble import Run, build_run
@@ -48,21 +57,31 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def main() -> None:
     size = SIZES[parse_size(__doc__, tuple(SIZES))]
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     torch.set_num_threads(1)
     emit_machine()
     keep_freed_memory()
     logging.disable()
-    here = detect(0)
-    with tempfile.TemporaryDirectory() as name, process_group(here, 1):
-        folder = Path(name)
-        write_inputs(folder, size["hidden_size"])
+    here = detect(int(os.environ.get("LOCAL_RANK", "0")))
+    with process_group(here, ranks), shared_folder() as folder:
+        on_rank_zero(lambda: write_inputs(folder, size["hidden_size"]))
         window = 1 + 3 * size["steps"]  # one per trial, after one that warms up
         flags = f"""--load-hf {folder} --random-init --data {folder}/records.jsonl --save {folder}/run --lr 1e-4
-            --train-iters {window * (1 + size["trials"])} --global-batch-size 1 --no-packing
-            --old-policy-interval {window}"""
+            --train-iters {window * (1 + size["trials"])} --global-batch-size {ranks} --no-packing
+            --old-policy-interval {window} {"--use-distributed-optimizer" if ranks > 1 else ""}"""
         config = parse_config(flags.split())
-        run = build_run(config, read_inputs(config, is_main=False), here)
+        run = build_run(config, on_every_rank(lambda: read_inputs(config, is_main=False)), here)
         measure(run, size["steps"], size["trials"])
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A temporary folder of all ranks, which are on one machine."""
+    with ExitStack() as stack:
+        yield Path(on_rank_zero(lambda: stack.enter_context(tempfile.TemporaryDirectory())))
+        dist.barrier()  # rank 0 removes it
 
 
 def keep_freed_memory() -> None:
@@ -112,8 +131,11 @@ def measure(run: Run, steps: int, count: int) -> None:
     emit_median("async_save_extra_seconds", [trial.extra for trial in trials], "s", steps=steps)
     emit_median("async_save_extra_ratio", [trial.extra / trial.waiting for trial in trials], "ratio", steps=steps)
     newest = step_folders(Path(run.config.weights.save))[-1]
+    sizes = {path: path.stat().st_size for path in newest.iterdir()}
     emit("parameters", sum(p.numel() for chunk in run.state.chunks for p in chunk.parameters()), "parameters")
-    emit("checkpoint_bytes", sum(path.stat().st_size for path in newest.iterdir()), "bytes")
+    emit("checkpoint_bytes", sum(sizes.values()), "bytes")
+    own = f"__{run.parallel.rank}_"  # how Megatron-Core begins the names of a rank's files
+    emit_share("written", sum(size for path, size in sizes.items() if path.name.startswith(own)), run)
     emit("old_log_probs_bytes", stored_bytes, "bytes")
     emit("old_policy_pass_seconds", pass_seconds, "s")
     emit("old_weights_bytes", sum(p.numel() * 4 for chunk in run.state.chunks for p in chunk.parameters()), "bytes")
@@ -148,7 +170,7 @@ def _trials(run: Run, window: int, steps: int, count: int) -> list[Trial]:
     waited, background = (_saver(run, in_background=in_background) for in_background in (False, True))
     waited.save(0)  # starts the helper process that all saves share
     trials = []
-    for trial in tqdm(range(count), unit="trial", disable=None):
+    for trial in tqdm(range(count), unit="trial", disable=None if run.parallel.is_main else True):
         first = window * (1 + trial)
         started = time.perf_counter()
         waited.save(3 * trial + 1)
@@ -162,7 +184,18 @@ def _trials(run: Run, window: int, steps: int, count: int) -> list[Trial]:
         after, _ = _train(run, first + 1 + 2 * steps, steps, waited)
         plain = (before + after) / 2
         trials.append(Trial(waiting=waiting, plain=plain, extra=beside - plain, stalled=stalled))
+    emit_share("held", background._queue._tensors.nbytes, run)
     return trials
+
+
+def emit_share(name: str, own_bytes: int, run: Run) -> None:
+    """Prints what the rank with most of something has of it, and that over an even share."""
+    found = torch.tensor(own_bytes, dtype=torch.float64)
+    most, total = found.clone(), found.clone()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    dist.all_reduce(total)
+    even = float(total) / run.parallel.world_size
+    emit(f"{name}_bytes_per_rank", int(most), "bytes", over_even_share=round(float(most) / even, 3))
 
 
 def _train(run: Run, first: int, steps: int, saver: Saver, *, number: int | None = None) -> tuple[float, float]:

@@ -60,7 +60,7 @@ class SharedMemory:
     behind, however its processes end."""
 
     def __init__(self) -> None:
-        self._file, self._size = _owned(os.memfd_create("checkpoint")), 0
+        self._file, self.nbytes = _owned(os.memfd_create("checkpoint")), 0
         self._map: mmap.mmap | None = None
 
     def copies(self, tensors: Iterable[Tensor], staging: Staging | None = None) -> list["SharedTensor"]:
@@ -69,9 +69,9 @@ class SharedMemory:
         for tensor in tensors:
             shared.append(SharedTensor(offset=size, shape=tensor.shape, dtype=tensor.dtype))
             size += -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        if size > self._size:
+        if size > self.nbytes:
             self._file.truncate(size)
-            self._map, self._size = None, size
+            self._map, self.nbytes = None, size
         pairs = [(tensor, self.open(copy)) for copy, tensor in zip(shared, tensors, strict=True)]
         if staging is not None:
             staging.copy(pair for pair in pairs if pair[0].is_cuda)
@@ -86,15 +86,15 @@ class SharedMemory:
         if not shared.shape.numel():
             return torch.empty(shared.shape, dtype=shared.dtype, device="cpu")
         if self._map is None:
-            self._map = mmap.mmap(self._file.fileno(), self._size)
+            self._map = mmap.mmap(self._file.fileno(), self.nbytes)
         count = shared.shape.numel()
         return torch.frombuffer(self._map, dtype=shared.dtype, count=count, offset=shared.offset).view(shared.shape)
 
     def __getstate__(self) -> tuple[Any, int]:
-        return DupFd(self._file.fileno()), self._size
+        return DupFd(self._file.fileno()), self.nbytes
 
     def __setstate__(self, state: tuple[Any, int]) -> None:
-        file, self._size = state
+        file, self.nbytes = state
         self._file, self._map = _owned(file.detach()), None
 
 
