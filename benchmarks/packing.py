@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.dataset import TokenizedDataset, build_dataset
+from megatron_psft.data.dealing import by_tokens
 from megatron_psft.data.packing import PackPlan, best_fit
 
 Result = TypeVar("Result")
@@ -76,7 +77,23 @@ def own_figures(data: Sequence[str], many: Path, tokenizer: PreTrainedTokenizerB
     lengths = np.random.default_rng(0).choice(dataset.lengths - 1, 1_000_000)
     seconds, _ = timed(lambda: order_of(best_fit(lengths, seq_length)))
     emit("pack_a_million_lengths", seconds, "s")
+    records_figures(lengths[:9_600], seq_length)
     return rate
+
+
+def records_figures(lengths: np.ndarray, seq_length: int) -> None:
+    """Steps of 32 records on 8 replicas: what the slowest replica computes, over the mean of all or the longest
+    record, below which no deal of whole records comes; and the time to deal out a step."""
+    steps = lengths[: len(lengths) // 32 * 32].reshape(-1, 32)
+
+    def slowest(step: np.ndarray) -> int:
+        dealt = by_tokens(step, ranks=8, room=seq_length)
+        return max(sum(max(int(step[row].sum()), 1) for row in rows) for rows in dealt)
+
+    seconds, cost = timed(lambda: sum(map(slowest, steps)))
+    bound = sum(max(step.mean() * 4, step.max()) for step in steps)
+    emit("records_cost_over_bound", cost / bound, "ratio", records=steps.size)
+    emit("deal_out_a_step_of_records", seconds / len(steps), "s", records=32)
 
 
 def order_of(plan: PackPlan) -> object:

@@ -25,7 +25,9 @@ def test_without_trl_its_own_figures_and_an_error_that_names_the_extra(argv, mon
     assert packing.main(argv) == 2
     out, err = capsys.readouterr()
     figures = {figure["name"]: figure for figure in map(json.loads, out.splitlines())}
-    assert list(figures) == ["fill", "tokenize", "pack", "prepare", "pack_a_million_lengths"]
+    own = ["fill", "tokenize", "pack", "prepare", "pack_a_million_lengths"]
+    assert list(figures) == [*own, "records_cost_over_bound", "deal_out_a_step_of_records"]
+    assert 1 <= figures["records_cost_over_bound"]["value"] < 1.03
     assert 0.9 < figures["fill"]["value"] <= 1
     assert (figures["fill"]["records"], figures["tokenize"]["records"]) == (40, 80)
     assert figures["prepare"]["value"] < figures["tokenize"]["value"] < figures["pack"]["value"]

@@ -132,6 +132,14 @@ def test_a_pack_is_shown_record_by_record(show):
     assert exit.out.count(SHOWN) == 3
 
 
+def test_a_step_of_records_is_shown_as_it_is_packed(show):
+    exit = show("--global-batch-unit", "records", "--global-batch-size", "2", "--step", "2", "--epochs", "2")
+    assert "packing: the 2 records of a step among themselves, " in exit.out
+    assert "3 steps of 2 records make 2 passes over the 3 records of an epoch" in exit.out
+    assert "── step 2, row 1: 2 records, " in exit.out
+    assert exit.out.count(SHOWN) == 2
+
+
 def test_a_training_command_and_its_config_are_taken(show, tmp_path):
     (tmp_path / "config.yaml").write_text("lr: 1e-5\nsave: runs/first\nload_hf: model\nshuffle: false\n")
     exit = show("--config", str(tmp_path / "config.yaml"), "--bf16", "--step", "2")
@@ -156,6 +164,7 @@ def test_help_has_examples_and_needs_no_torch():
         (["--tokenizer", "./none"], "tokenizer (./none) must be an existing folder"),
         (["--data", "none.jsonl"], "data (none.jsonl) does not exist"),
         (["--seq-length", "3"], "data must hold no record of more than seq_length (3)"),
+        (["--global-batch-unit", "records"], "global_batch_size (64) must be at most the 3 records of data"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(show, flags, message):

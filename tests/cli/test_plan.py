@@ -52,6 +52,13 @@ def test_a_layout_that_fits(show):
     assert "smallest layout that fits: TP 4 x PP 1 x CP 1 x DP 2," in exit.out
 
 
+def test_a_step_of_records_takes_as_many_rows_as_its_longest_would(show):
+    exit = show(*SPLIT, "--global-batch-unit", "records", "--global-batch-size", "9", "--micro-batch-size", "2")
+    assert exit.code in (0, 1)
+    assert "9 records of at most 32,768 tokens, evened out over 2 replicas" in exit.out
+    assert "in at most 3 rows of 65,536 each" in exit.out
+
+
 def test_bf16_is_planned_for_unless_it_is_false(show):
     weights = [table(show(*SPLIT, *flags).out)["weights (1.9e9)"] for flags in ((), ("--bf16",), ("--bf16", "false"))]
     assert weights[0] == weights[1] == pytest.approx(weights[2] / 2, abs=0.01)

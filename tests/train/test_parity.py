@@ -184,6 +184,24 @@ def test_packs_follow_the_oracle_on_their_records(pool, inputs, tmp_path, family
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3", "DP2-overlap"),
+        *(slow("qwen3", layout) for layout in ("one", "TP2-SP", "PP2-DP2-VPP1-overlap", "CP2", "PP2-CP2-DP2-distopt")),
+        slow("qwen3_moe", "DP2-EP2-overlap"),
+    ],
+)
+def test_steps_of_records_follow_the_oracle(pool, inputs, tmp_path, family, layout):
+    """The very loop that those without packing follow."""
+    wanted, model = expected(inputs, family, **PSFT)
+    flags = ["--old-policy-interval", "4", "--packing", "--seq-length", str(PACK_LENGTH), "--micro-batch-size", "1"]
+    flags += ["--global-batch-unit", "records", "--old-policy-micro-batch-size", "2"]
+    found = train(pool, inputs, family, tmp_path, *flags, layout=layout)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+
+
 def test_evaluation_of_packs_is_that_of_their_records(pool, inputs, tmp_path):
     """Each counts once, with empty packs at the end of the last batch, and a step that changes nothing before it."""
     flags = [

@@ -142,6 +142,7 @@ def train(pool, folder: Path, save: Path, layout: str, *flags: str) -> list[dict
 
 UNPACKED = ("--no-packing", "--global-batch-size", str(PAIRS), "--micro-batch-size", "2")
 ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
+RECORDS = ("--global-batch-size", str(PAIRS), "--global-batch-unit", "records")
 
 
 @pytest.mark.parametrize(
@@ -153,8 +154,9 @@ ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
         slow("DP2-overlap", UNPACKED),
         slow("TP2-PP2", UNPACKED),
         ("TP2-SP-CP2", ONE_PACK),
+        ("DP2-overlap", RECORDS),
     ],
-    ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2"],
+    ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2", "records-dp2"],
 )
 def test_dpo_follows_the_oracle(pool, inputs, tmp_path, layout, flags):
     wanted, model = expected(inputs)
