@@ -9,12 +9,13 @@ from megatron_psft.cli.main import COMMANDS
 from megatron_psft.config.foreign_names import TRAINERS
 from tests.support.cli import REPOSITORY
 
+SCHEDULERS = ("kubernetes", "slurm")
+"""Examples whose pages name flags of their own commands."""
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted((REPOSITORY / "docs").glob("*.md")),
-    *(path for path in sorted((REPOSITORY / "examples").rglob("README.md")) if path.parent.name != "slurm"),
+    *(path for path in sorted((REPOSITORY / "examples").rglob("README.md")) if path.parent.name not in SCHEDULERS),
 ]
-"""Slurm's page names flags of sbatch."""
 SOURCES = [
     path for folder in ("megatron_psft", "benchmarks", "examples") for path in (REPOSITORY / folder).rglob("*.py")
 ]
