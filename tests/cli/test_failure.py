@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_psft.cli.exit_code import FILE_VARIABLE
+from megatron_psft.distributed import failure
 from megatron_psft.distributed.failure import FailureWatch
 from megatron_psft.distributed.rendezvous import Meeting
 from tests.support import tiny
@@ -120,7 +121,14 @@ def test_twenty_runs_end_in_seconds_whichever_rank_fails_wherever(pool, argv, tm
     print(taken)  # noqa: T201 (with -s)
 
 
-def test_a_rank_in_a_wait_that_does_not_fail_is_ended():
+@pytest.fixture
+def often(monkeypatch) -> None:
+    """Ranks look for a failure every 50 ms, and may take a second to find out by themselves."""
+    monkeypatch.setattr(failure, "_INTERVAL_SECONDS", 0.05)
+    monkeypatch.setattr(failure, "_GRACE_SECONDS", 1.0)
+
+
+def test_a_rank_in_a_wait_that_does_not_fail_is_ended(often):
     """As one that waits for NCCL."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ended = {rank: threading.Event() for rank in range(3)}
@@ -130,20 +138,21 @@ def test_a_rank_in_a_wait_that_does_not_fail_is_ended():
         meeting = Meeting(rank=rank, world_size=3, store=dist.PrefixStore("psft", server), timeout=timedelta(seconds=9))
         return FailureWatch(meeting, lambda first: (causes.append(first), ended[rank].set()))
 
-    with watch(0), watch(2) as failing, watch(1) as later:
+    with watch(0), watch(2) as failing:
         assert failing.announce() == 2
-        assert later.announce() == 2, "the first one is named"
+        with watch(1) as later:
+            assert later.announce() == 2, "the first one is named"
         assert ended[0].wait(LIMIT_SECONDS)
     assert causes == [2]
     assert not ended[1].is_set(), "a rank that has failed itself goes its own way"
 
 
-def test_a_rank_that_has_left_is_not_ended_by_what_comes_after():
+def test_a_rank_that_has_left_is_not_ended_by_what_comes_after(often):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store, ended = dist.PrefixStore("psft", server), []
     meetings = [Meeting(rank=rank, world_size=2, store=store, timeout=timedelta(seconds=9)) for rank in range(2)]
     with FailureWatch(meetings[0], ended.append):
         pass
     FailureWatch(meetings[1], ended.append).announce()
-    time.sleep(2.5)
+    time.sleep(1.5)
     assert ended == []
