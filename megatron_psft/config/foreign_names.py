@@ -150,7 +150,7 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
         Counterpart(
             there="`--train-iters`, `--global-batch-size`, `--micro-batch-size`, `--lr`, `--min-lr`, "
             "`--lr-decay-style`, `--weight-decay`, `--clip-grad`",
-            here="the same, but `--global-batch-size` counts packs",
+            here="the same, but `--global-batch-size` counts packs, or records with `--global-batch-unit records`",
         ),
         Counterpart(
             there="`--tensor-model-parallel-size`, `--pipeline-model-parallel-size`, `--context-parallel-size`, "
