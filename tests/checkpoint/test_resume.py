@@ -92,21 +92,21 @@ def test_random_generators_go_on_where_they_were(pool, tmp_path, inputs):
     assert len({number for drawn in whole for number in drawn}) >= 8
 
 
-MOMENTS = {"in training": "train", "in the old policy's pass": "score_labels", "in evaluation": "evaluate"}
+MOMENTS = {"in training": "train", "in the old policy's pass": "score_labels", "in evaluation": "__call__"}
 
 
 def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Exit:
     """The command line; `rank` gets the signal in the third training pass, the second scoring pass or the first
-    evaluation."""
-    from megatron_psft.train import loop
+    evaluation after a step."""
+    from megatron_psft.train.evaluate import Evaluation
     from megatron_psft.train.pipeline import Pipeline
 
-    owner = loop if moment == "evaluate" else Pipeline
+    owner = Evaluation if moment == "__call__" else Pipeline
     original, calls = getattr(owner, moment), []
 
     def signalled(*args, **kwargs):
         calls.append(moment)
-        if os.environ["RANK"] == rank and len(calls) == {"train": 3, "score_labels": 2, "evaluate": 1}[moment]:
+        if os.environ["RANK"] == rank and len(calls) == {"train": 3, "score_labels": 2, "__call__": 1}[moment]:
             os.kill(os.getpid(), signum)
         return original(*args, **kwargs)
 
