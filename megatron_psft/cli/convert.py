@@ -18,7 +18,7 @@ from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_absent, require_positive, run_command
 from megatron_psft.config.paths import PathText
 from megatron_psft.config.schema import Config, parse_config
-from megatron_psft.errors import UserError
+from megatron_psft.errors import InfrastructureError, UserError, storage_error
 from megatron_psft.lock import lock_beside, sole_writer
 from megatron_psft.sealed import read_content
 
@@ -51,7 +51,7 @@ EXAMPLES = """examples:
 There is no flag for a parallel layout, as a checkpoint has none: it keeps every tensor whole, and what is written here
 loads with any tensor, pipeline, context and data-parallel size.
 
-Exit code: 0; 1 where --check finds a difference; 2 after a mistake."""
+Exit code: 0; 1 where --check finds a difference; 2 after a mistake; 4 where a disk is full or fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,8 @@ class Folders:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Converts or compares, and returns the exit code: 0, 1 after a difference, or 2 after a user's mistake."""
+    """Converts or compares, and returns the exit code: 0, 1 after a difference, 2 after a user's mistake, or 4 where a
+    disk is full or fails."""
     configure_output()
     return run_command(ConvertConfig, convert, argv, prog="psft convert", epilog=EXAMPLES)
 
@@ -304,7 +305,8 @@ def write(
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the disk's own complaint
         if not isinstance(cause, OSError | SafetensorError):
             raise
-        raise UserError(f"{field} ({path}) could not be written: {cause}; fix it and start again") from None
+        text = f"{field} ({path}) could not be written: {cause}; fix it and start again"
+        raise (storage_error(cause, text) if isinstance(cause, OSError) else UserError(text)) from None
     print(f"{num_parameters} parameters as {str(dtype).removeprefix('torch.')} in {path}")
 
 
@@ -339,16 +341,19 @@ def side_files_of(folders: Folders, shape: "ModelShape") -> "SideFiles":
 
 
 def require_room(field: str, target: Path, needed_bytes: int) -> None:
-    """Makes the folder that `target` is to lie in. Raises UserError where that fails or has no room."""
+    """Makes the folder that `target` is to lie in. Raises UserError where that fails, and
+    InfrastructureError where the disk does, or has no room."""
     parent = target.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(parent).free
     except OSError as error:
-        raise UserError(f"{field} ({target}) must be a folder that can be written: {error.strerror}") from None
+        text = f"{field} ({target}) must be a folder that can be written: {error.strerror}"
+        raise storage_error(error, text) from None
     if free_bytes < needed_bytes:
         needed, free = (f"{size / 2**30:.2g} GiB" for size in (needed_bytes, free_bytes))
-        raise UserError(f"{field} ({target}) must have room for {needed}, and has {free}; make room and start again")
+        text = f"{field} ({target}) must have room for {needed}, and has {free}; make room and start again"
+        raise InfrastructureError(text)
 
 
 def compare(target: TargetConfig, weights: "Weights", outline: "Outline", dtype: "torch.dtype") -> int:

@@ -25,7 +25,7 @@ from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.config.inputs import TemplateConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer, RenderSettings
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, storage_error
 from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rollout.groups import GroupRecords
@@ -148,7 +148,8 @@ def rollout(config: RolloutConfig) -> None:
         partial.parent.mkdir(parents=True, exist_ok=True)
         file = partial.open("w", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"out ({config.output.out}) must be a file that can be written: {error.strerror}") from None
+        text = f"out ({config.output.out}) must be a file that can be written: {error.strerror}"
+        raise storage_error(error, text) from None
     with file, sampler:
         for number, (prompt, answers) in enumerate(zip(prompts, sampler.sample(rendered), strict=True)):
             for row in rows.of(prompt, answers):

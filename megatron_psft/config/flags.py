@@ -26,7 +26,7 @@ from argcomplete.completers import ChoicesCompleter
 from megatron_psft.config.foreign_names import foreign_name_hint
 from megatron_psft.config.paths import PathText, escape_path, expand_path
 from megatron_psft.config.yaml_files import read_settings
-from megatron_psft.errors import ExplainedError, UserError, nearest_name_hint
+from megatron_psft.errors import ExplainedError, UserError, nearest_name_hint, storage_error
 from megatron_psft.objectives.declare import Range
 
 _Root = TypeVar("_Root")
@@ -87,12 +87,16 @@ def run_command(
     epilog: str,
 ) -> int:
     """Runs `command` with what `parse_flags` builds; returns its exit code (0 where it has none), or that of an error
-    that is explained, as 2 after a user's mistake, which is printed as one `error:` line."""
+    that is explained, as 2 after a user's mistake, which is printed as one `error:` line. So is a disk that fails or is
+    full, with 4."""
     try:
         return command(parse_flags(root, argv, prog=prog, epilog=epilog)) or 0
-    except ExplainedError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
+    except (ExplainedError, OSError) as error:
+        explained = error if isinstance(error, ExplainedError) else storage_error(error, str(error))
+        if isinstance(error, OSError) and isinstance(explained, UserError):
+            raise  # nobody has said what the user's mistake is
+        print(f"error: {explained}", file=sys.stderr)  # noqa: T201
+        return explained.exit_code
 
 
 def parse_flags(root: type[_Root], argv: Sequence[str], *, prog: str | None = None, epilog: str | None = None) -> _Root:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_psft.atomic import replace_file
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, storage_error
 
 CORRECT = "correct"
 """The score that a verifier gives, 0 (wrong) to 1 (right)."""
@@ -174,7 +174,8 @@ class ResultsFolder:
                 _check_same(self.path, _read_object(self.path / _SETTINGS), settings)
             replace_file(self.path / _SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise UserError(f"out ({self.path}) must be a folder that can be written: {error.strerror}") from None
+            text = f"out ({self.path}) must be a folder that can be written: {error.strerror}"
+            raise storage_error(error, text) from None
 
     def settings(self) -> dict[str, Any]:
         """Raises UserError where there are none."""

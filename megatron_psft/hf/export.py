@@ -1,11 +1,14 @@
 """Writes the model as a Hugging Face folder, tensor by tensor."""
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,6 +52,7 @@ def export(
 
     Raises:
         UserError: on all ranks, where the folder cannot be written or holds what may not be replaced.
+        InfrastructureError: on all ranks, where the disk is full or fails.
     """
     tensors = _gathered_tensors(chunks, shape, parallel)
 
@@ -175,13 +179,24 @@ class _ShardWriter:
         file = self._file_of[name]
         if all(member in self._pending for member in self._plan[file]):
             shard = {member: self._pending.pop(member) for member in self._plan[file]}
-            save_file(shard, self._folder / file, metadata={"format": "pt"})
+            _save(shard, self._folder / file)
 
     def finish(self) -> None:
         assert not self._pending, f"tensors without a complete file: {list(self._pending)}"
         if len(self._plan) > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": self._file_of}
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises OSError where the disk fails: safetensors says only in words that it does."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        said = re.search(r"os error (\d+)", str(error))
+        if said is None:
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
 
 
 def _plan_shards(dims: dict[str, tuple[int, ...]], item_bytes: int, max_shard_bytes: int) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ Each goes on where an earlier process of the same run stopped; `<save>/trackers.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any, Protocol
 
 from megatron_psft.atomic import replace_file
 from megatron_psft.config.schema import LoggingConfig
-from megatron_psft.errors import RankError
+from megatron_psft.errors import RankError, UserError
 
 _IDS_FILE = "trackers.json"
+_REFUSED = re.compile(r"\b40[0134]\b|permission denied|not found|unauthori[sz]ed|forbidden", re.IGNORECASE)
+"""What W&B's server says where the same start would be refused again."""
+_LATER = (408, 409, 429, 499)
+"""HTTP's 4xx that are about the moment: timeouts, conflicts, too many requests."""
 _LONGEST_PARAMETER = 500  # characters; some MLflow servers refuse longer ones
 
 
@@ -45,7 +50,8 @@ class Trackers:
             description: settings and versions, kept with the run.
 
         Raises:
-            RankError: a tracker refuses. Its package is there: see config/rules.py.
+            UserError: a tracker refuses the login, the project or the run. Its package is there: see config/rules.py.
+            RankError: its server cannot be reached, or fails.
         """
         ids_path = folder / _IDS_FILE
         ids: dict[str, str] = json.loads(ids_path.read_text(encoding="utf-8")) if ids_path.is_file() else {}
@@ -102,8 +108,15 @@ class _Wandb:
                 # What a resumed run was started with may differ, as in its length.
                 allow_val_change=True,
             )
-        except wandb.Error as error:
-            raise RankError(f"wandb_project ({project}): {error}") from error
+        except (wandb.Error, ValueError) as error:
+            text = f"wandb_project ({project}): {error}"
+            # W&B knows its own checks by type, and the server's answer about a project or its owner in words alone.
+            is_mistake = isinstance(error, ValueError | wandb.errors.AuthenticationError | wandb.errors.UsageError)
+            if is_mistake or _REFUSED.search(str(error)):
+                raise UserError(
+                    f"{text}; see wandb login, WANDB_API_KEY, WANDB_ENTITY and the project's name"
+                ) from error
+            raise RankError(text) from error
         self.run_id: str | None = self._run.id
         # Its own counter only rises, and would drop steps that a resumed run trains again.
         self._run.define_metric("step", hidden=True)
@@ -129,7 +142,14 @@ class _Mlflow:
                 mlflow.log_params({name: str(value)[:_LONGEST_PARAMETER] for name, value in settings.items()})
             mlflow.log_dict(dict(settings), "config.json")
         except mlflow.MlflowException as error:
-            raise RankError(f"mlflow_experiment ({experiment}): {error}") from error
+            text = f"mlflow_experiment ({experiment}): {error}"
+            status = error.get_http_status_code()
+            if 400 <= status < 500 and status not in _LATER:
+                raise UserError(
+                    f"{text}; see MLFLOW_TRACKING_URI, its credentials and the experiment; {_IDS_FILE} in save names "
+                    "a run to go on with, if there is one, and may be removed"
+                ) from error
+            raise RankError(text) from error
         self.run_id: str | None = run.info.run_id
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -13,7 +13,7 @@ import torch
 from megatron_psft.checkpoint.folders import export_folder
 from megatron_psft.checkpoint.saver import Saver
 from megatron_psft.config.resume import settings_of
-from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
+from megatron_psft.distributed.collective import naming_lost_peers, on_every_rank, on_rank_zero
 from megatron_psft.distributed.signals import StopRequested, StopSignals
 from megatron_psft.metrics import flops
 from megatron_psft.metrics.clip_watch import ClipWatch
@@ -45,7 +45,7 @@ def train(run: Run, started_at: float) -> StopRequested | None:
     with (
         StopSignals(run.parallel.device, deadline=deadline) as stop,
         _saver(run) as saver,
-        _run_log(run) as run_log,
+        on_every_rank(lambda: _run_log(run)) as run_log,
         _profiler(run) as profiler,
     ):
         try:

@@ -316,7 +316,7 @@ def test_a_disk_that_fails_is_one_line_and_leaves_nothing(pool, tmp_path, target
     source = tiny.build_model(tmp_path / "source", "qwen2", num_hidden_layers=2)
     argv = ["--from-hf", str(source), target, str(tmp_path / "new")]
     (result,) = pool.run(convert_with_small_files, 1, argv)
-    assert_refused(result, f"({tmp_path / 'new'}) could not be written", "File too large")
+    assert_refused(result, f"({tmp_path / 'new'}) could not be written", "File too large", code=4)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from megatron_psft.cli.convert import require_room
 from megatron_psft.cli.exit_code import FILE_VARIABLE, exit_code_of, leave, left_behind
 from megatron_psft.config.flags import run_command
+from megatron_psft.config.schema import Config
 from megatron_psft.errors import (
     DivergenceError,
     InfrastructureError,
@@ -17,6 +20,7 @@ from megatron_psft.errors import (
     UserError,
     storage_error,
 )
+from megatron_psft.hf import export
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli, run_torchrun
 
@@ -176,6 +180,72 @@ def test_what_one_rank_meets_while_it_tokenizes_ends_all(pool, argv, tmp_path, n
     assert [exit.code for exit in exits] == [code, code]
     assert f"error: data_cache_dir ({tmp_path}/cache) cannot be written" in exits[0].err
     assert exits[1].err == ""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_command_that_meets_a_full_or_failing_disk_ends_with_4(capsys, number):
+    def command(_):
+        raise OSError(number, os.strerror(number), "/data/out.jsonl")
+
+    assert run_command(Config, command, ["--load-hf", "m", "--data", "d", "--save", "s"], epilog="") == 4
+    assert capsys.readouterr().err == f"error: [Errno {number}] {os.strerror(number)}: '/data/out.jsonl'\n"
+
+
+def test_a_command_that_raises_what_nobody_explains_keeps_its_traceback():
+    def command(_):
+        raise FileNotFoundError(errno.ENOENT, "No such file")
+
+    with pytest.raises(FileNotFoundError):
+        run_command(Config, command, ["--load-hf", "m", "--data", "d", "--save", "s"], epilog="")
+
+
+def test_a_conversion_without_room_ends_with_4(monkeypatch, tmp_path):
+    with pytest.raises(InfrastructureError, match="must have room for"):
+        require_room("to_hf", tmp_path / "out", 1 << 60)
+
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("shutil.disk_usage", fail)
+    with pytest.raises(InfrastructureError, match="Input/output error"):
+        require_room("to_hf", tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("Error while serializing: I/O error: Input/output error (os error 5)", errno.EIO),
+        ("Error while deserializing header: invalid JSON", None),
+    ],
+)
+def test_an_export_says_by_its_type_that_the_disk_failed(monkeypatch, tmp_path, text, number):
+    def fail(*_, **__):
+        raise SafetensorError(text)
+
+    monkeypatch.setattr(export, "save_file", fail)
+    with pytest.raises(SafetensorError if number is None else OSError) as caught:
+        export._save({}, tmp_path / "model.safetensors")
+    assert getattr(caught.value, "errno", None) == number
+
+
+def _refuse_tracker(argv: list[str]) -> Exit:
+    from megatron_psft.train import loop
+
+    def refuse(*_, **__):
+        raise UserError("wandb_project (psft): planted")
+
+    original, loop.Trackers = loop.Trackers, refuse
+    try:
+        return run_cli(argv)
+    finally:
+        loop.Trackers = original
+
+
+def test_a_login_that_only_rank_zero_lacks_ends_all_with_2(pool, argv, tmp_path):
+    exits = pool.run(_refuse_tracker, 2, [*argv, "--save", str(tmp_path / "run")])
+    assert [exit.code for exit in exits] == [2, 2]
+    assert "error: wandb_project (psft): planted" in exits[0].err
 
 
 ENDS = {

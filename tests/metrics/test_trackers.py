@@ -82,7 +82,7 @@ def test_mlflow_is_told_of_a_failure(mlflow, tmp_path):
 
 def test_a_run_that_mlflow_does_not_know_any_more_is_one_error(mlflow, tmp_path):
     (tmp_path / "trackers.json").write_text('{"mlflow": "0123456789abcdef0123456789abcdef"}')
-    with pytest.raises(RankError, match=r"mlflow_experiment \(psft\): .*0123456789abcdef"):
+    with pytest.raises(UserError, match=r"mlflow_experiment \(psft\): .*0123456789abcdef.*trackers.json in save"):
         Trackers(LoggingConfig(mlflow_experiment="psft"), tmp_path, first_step=1)
 
 
@@ -114,6 +114,51 @@ def test_wandb_resumes_the_run_it_began(tmp_path, monkeypatch):
         assert config == {"lr": 1e-3, "train_iters": last_step}
         assert {name: summary[name] for name in ("step", *NAMES)} == {"step": last_step, **values(last_step, run)}
     assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("CUSTOMER_UNAUTHORIZED", UserError),
+        ("PERMISSION_DENIED", UserError),
+        ("INVALID_PARAMETER_VALUE", UserError),
+        ("INTERNAL_ERROR", RankError),  # also where no server answers
+        ("REQUEST_LIMIT_EXCEEDED", RankError),
+        ("TEMPORARILY_UNAVAILABLE", RankError),
+    ],
+)
+def test_what_mlflow_refuses_is_a_mistake_and_a_lost_server_is_none(mlflow, tmp_path, monkeypatch, code, kind):
+    from mlflow.protos import databricks_pb2
+
+    def refuse(_):
+        raise mlflow.MlflowException("planted", error_code=getattr(databricks_pb2, code))
+
+    monkeypatch.setattr(mlflow, "set_experiment", refuse)
+    with pytest.raises(kind, match=r"^mlflow_experiment \(psft\): .*planted"):
+        Trackers(LoggingConfig(mlflow_experiment="psft"), tmp_path, first_step=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "kind"),
+    [
+        ("UsageError", "api_key not configured (no-tty). call wandb.login(key=[your_api_key])", UserError),
+        ("AuthenticationError", "The API key is invalid", UserError),
+        ("ValueError", "API key must have 40+ characters, has 7.", UserError),
+        ("CommError", "failed to upsert bucket: returned error 404: entity nobody not found", UserError),
+        ("CommError", "returned error 403: permission denied", UserError),
+        ("CommError", "Run initialization has timed out after 90.0 sec.", RankError),
+        ("CommError", "returned error 502: bad gateway", RankError),
+    ],
+)
+def test_what_wandb_refuses_is_a_mistake_and_a_lost_server_is_none(tmp_path, monkeypatch, error, text, kind):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise getattr(wandb.errors, error, ValueError)(text)
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(kind, match=r"^wandb_project \(psft\): "):
+        Trackers(LoggingConfig(wandb_project="psft"), tmp_path, first_step=1)
 
 
 @pytest.mark.parametrize("field", ["wandb_project", "mlflow_experiment"])

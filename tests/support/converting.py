@@ -85,7 +85,7 @@ def dtypes_of(folder: Path) -> set[torch.dtype]:
     return {tensor.dtype for tensor in tensors_of(folder).values()}
 
 
-def assert_refused(exit: Exit, *parts: str) -> None:
-    assert exit.code == 2, exit.out + exit.err
+def assert_refused(exit: Exit, *parts: str, code: int = 2) -> None:
+    assert exit.code == code, exit.out + exit.err
     (line,) = [line for line in exit.err.splitlines() if line.startswith("error: ")]
     assert all(part in line for part in parts), line
