@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_psft.config.flags import require_at_least, run_command
+from megatron_psft.config.paths import PathText, escape_path
 from megatron_psft.data.files import Row
 from megatron_psft.data.sources import open_rows
 from megatron_psft.errors import UserError
@@ -26,6 +27,7 @@ from megatron_psft.rollout.prompts import PromptConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+_RECIPES = escape_path(str(HERE))
 
 EXAMPLES = """example:
     python examples/mixed/grpo.py --model runs/first/hf --prompts gsm8k/train.jsonl --prompt-key question \\
@@ -40,15 +42,15 @@ class LoopConfig:
     """Rounds in all, those that --out already holds included."""
     prompts_per_round: int
     """Prompts that a round answers; each is asked once before any is asked again."""
-    rollout_config: str = str(HERE / "rollout.yaml")
+    rollout_config: PathText = f"{_RECIPES}/rollout.yaml"
     """YAML file of further flags of `psft rollout`."""
-    train_config: str = str(HERE / "train.yaml")
+    train_config: PathText = f"{_RECIPES}/train.yaml"
     """YAML file of further flags of `psft train`."""
     nproc_per_node: int = 1
     """Processes that train, on this machine."""
     seed: int = 1234
     """Seed of the order of prompts; round number N samples and trains with seed + N."""
-    out: str
+    out: PathText
     """Folder of the rounds."""
 
     def __post_init__(self) -> None:

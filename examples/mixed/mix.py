@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from megatron_psft.config.flags import require_absent, run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.data.files import Row
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.records import Record, raise_or_report, read_records
@@ -42,9 +43,9 @@ RolloutRow = dict[str, Any]
 class MixConfig:
     """What is mixed, and how."""
 
-    demonstrations: tuple[str, ...]
+    demonstrations: tuple[PathText, ...]
     """Records as `pretrain_psft.py --data` takes them."""
-    rollouts: tuple[str, ...]
+    rollouts: tuple[PathText, ...]
     """Files of `psft rollout`."""
     system_prompt: str | None = None
     """System message of the demonstrations, in place of their own; the one that the rollouts were sampled with."""
@@ -53,7 +54,7 @@ class MixConfig:
     right answers."""
     pass_rate: float = 0.0
     """hpt: mean reward up to which a prompt's demonstration is taken."""
-    out: str
+    out: PathText
     """JSON Lines file to write; it must not exist."""
 
     def __post_init__(self) -> None:

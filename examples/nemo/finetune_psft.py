@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_psft.cli.exit_code import leave, left_behind
 from megatron_psft.config.flags import run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.errors import UserError
 
@@ -29,12 +30,12 @@ class RecipeConfig:
 
     recipe: Literal["qwen25_7b", "llama31_8b", "qwen3_4b", "qwen25_vl_7b", "qwen3_30b_a3b"]
     """Recipe of megatron_psft.nemo.recipes, without `_psft_config`."""
-    pretrained_checkpoint: str
+    pretrained_checkpoint: PathText
     """Hugging Face folder, or Megatron-Core checkpoint, to start from."""
-    data: str | None = None
+    data: PathText | None = None
     """Folder with training.jsonl, and validation.jsonl where validation.eval_iters is not 0; the recipe's data set
     if unset. For text recipes."""
-    save: str | None = None
+    save: PathText | None = None
     """Folder for checkpoints. Where it holds one already, the run resumes from it. The recipe's if unset."""
     overrides: tuple[str, ...] = ()
     """Fields to set, as section.field=value."""

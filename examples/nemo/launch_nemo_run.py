@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_psft.config.flags import require_at_least, run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,9 +37,9 @@ class JobConfig:
     """Slurm partition. Needed by executor slurm."""
     time: str = "04:00:00"
     """Slurm time limit."""
-    container_image: str | None = None
+    container_image: PathText | None = None
     """Container that Slurm starts (Pyxis), e.g. NeMo's; none if unset."""
-    container_mounts: tuple[str, ...] = ()
+    container_mounts: tuple[PathText, ...] = ()
     """Mounts of the container, as host:container."""
     name: str = "psft"
     """Name of NeMo-Run's experiment."""

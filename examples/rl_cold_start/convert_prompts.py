@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_psft.config.flags import require_absent, run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
 from megatron_psft.rollout.prompts import Prompt, PromptConfig, read_prompts
 from megatron_psft.rollout.rewards import MathVerifier, bare_answer
@@ -28,7 +29,7 @@ class OutputConfig:
 
     framework: Literal["verl", "nemo-rl"]
     """verl: Parquet with data_source, prompt, reward_model; nemo-rl: JSON Lines with input (a user turn), output."""
-    out: str
+    out: PathText
     """File to write; it must not exist."""
 
     def __post_init__(self) -> None:

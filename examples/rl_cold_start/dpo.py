@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from trl_run import TrainConfig, train_and_save
 
 from megatron_psft.config.flags import require_at_least, require_positive, run_command
+from megatron_psft.config.paths import PathText
 from megatron_psft.data.files import BadRecord
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import Message
@@ -26,7 +27,7 @@ EXAMPLES = """example:
 class DpoConfig:
     """Direct preference optimization."""
 
-    pairs: tuple[str, ...]
+    pairs: tuple[PathText, ...]
     """JSON Lines, JSON or Parquet files, folders of them, or hub IDs, whose rows are preference pairs in any form that
     `psft train --objective dpo` reads; chosen and rejected differ in one assistant turn."""
     dpo_beta: float = 0.1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_psft.config.flags import require_absent, require_at_least
+from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
 
 
@@ -12,7 +13,7 @@ from megatron_psft.errors import UserError
 class TrainConfig:
     """How long to train, and on how much at a time."""
 
-    out: str
+    out: PathText
     """Folder of the trained model in Hugging Face format; it must not exist."""
     train_iters: int = 100
     """Optimizer steps."""
