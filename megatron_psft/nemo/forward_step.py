@@ -25,6 +25,7 @@ LOSS_KEY = "lm loss"
 """Bridge's name of the loss that is trained on, or of an evaluation."""
 
 BridgeStep = Callable[..., tuple[Any, Any]]
+Observe = Callable[[object, HeadOutput], None]
 Metrics = dict[str, Tensor]
 """Each `[2]`, a sum and its count, as Bridge adds them up over micro-batches and ranks before it divides."""
 
@@ -42,16 +43,20 @@ class PsftForwardStep:
         self._bridge_step = bridge_step
         self._objective = config.objective_at(0)
         self._scored: Iterator[ScoredLabels] | None = None
+        self._observe: Observe | None = None
 
-    def begin_step(self, objective: Objective, scored: Sequence[ScoredLabels] | None) -> None:
+    def begin_step(
+        self, objective: Objective, scored: Sequence[ScoredLabels] | None, observe: Observe | None = None
+    ) -> None:
         """Says what the coming optimizer step trains with.
 
         Args:
             objective: the token loss.
             scored: what the old policy says of each of this rank's micro-batches, in their order; None unless it is an
                 earlier policy. Any sequence will do on ranks without the output layer.
+            observe: gets what the head made of each micro-batch that is trained on, if wanted.
         """
-        self._objective = objective
+        self._objective, self._observe = objective, observe
         # Bridge may run the micro-batches of a step again, from the first one on.
         self._scored = None if scored is None else cycle(scored)
 
@@ -67,10 +72,11 @@ class PsftForwardStep:
             raise UserError("model.overlap_moe_expert_parallel_comm (True) must be False: PSFT has no schedule plan")
         question = MaskedQuestion(self._objective, self._scored) if model.training else MaskedQuestion()
         output = self._run(state, data_iterator, model, question)
-        checks = state.cfg.rerun_state_machine
+        checks, observe = state.cfg.rerun_state_machine, self._observe if model.training else None
         return output, partial(
             _loss_of,
             question=question,
+            observe=observe,
             needs=self._config.objective_config.needs,
             check_for_nan_in_loss=checks.check_for_nan_in_loss,
             check_for_spiky_loss=checks.check_for_spiky_loss,
@@ -106,6 +112,7 @@ def _loss_of(
     output: HeadOutput,
     *,
     question: MaskedQuestion,
+    observe: Observe | None,
     needs: Collection[Requirement],
     check_for_nan_in_loss: bool,
     check_for_spiky_loss: bool,
@@ -117,6 +124,8 @@ def _loss_of(
         nll, count = -stats.log_probs.sum(), stats.log_probs.new_full((), len(stats.log_probs))
         return nll, count.int(), _paired(count, {LOSS_KEY: nll, "entropy": stats.entropy.sum()})
     assert output.loss is not None
+    if observe is not None:
+        observe(None, output)
     # Bridge's checks of the loss, with what follows from them: a sum is a batch of one token.
     loss, _, _ = masked_next_token_loss(
         output.loss.new_ones(1), output.loss.view(1), check_for_nan_in_loss, check_for_spiky_loss

@@ -8,13 +8,13 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.config.schema import PrecisionConfig
-from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.head.layer import HeadOutput
 from megatron_psft.metrics.histogram import NUM_BINS, count_bins, percentiles
@@ -49,10 +49,20 @@ def precision_of(config: PrecisionConfig) -> str:
     return "bf16" if config.bf16 else "fp32"
 
 
+class Place(Protocol):
+    """Of this rank, as `Parallel` has it."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def reports_sums(self) -> bool: ...
+
+
 class ScoringAgreement:
     """How far training's log-probabilities of a global batch's labels are from those of a scoring pass before it."""
 
-    def __init__(self, *, precision: str, clip_ratio_high: float, parallel: Parallel, after_every_sync: bool) -> None:
+    def __init__(self, *, precision: str, clip_ratio_high: float, parallel: Place, after_every_sync: bool) -> None:
         """Nothing is measured yet.
 
         Args:
@@ -121,7 +131,8 @@ class ScoringAgreement:
             raise UserError(
                 f"step {step}: the old policy's pass and training disagree about the same weights: scoring_gap_p99 "
                 f"({p99:.3g} nats) must not exceed the width of the clip, log(1 + clip_ratio_high) = "
-                f"{self._clip_width:.3g}, and scoring_gap_max is {largest:.3g}; nothing was updated; {self._remedy}"
+                f"{self._clip_width:.3g}, and scoring_gap_max is {largest:.3g}; no checkpoint has this step; "
+                f"{self._remedy}"
             )
         if largest > bounds.largest or p99 > bounds.p99:
             log.warning(
@@ -141,6 +152,6 @@ class ScoringAgreement:
         if self._precision == "fp8":
             return "choose another fp8_recipe, or remove fp8_format (docs/metrics.md, The scoring check)"
         return (
-            "remove old_policy_micro_batch_size if it is set, and see if the difference stays with --no-fused-head, in "
-            "fp32, or on one GPU (docs/metrics.md, The scoring check)"
+            "remove old_policy_micro_batch_size if it is set, and see if the difference stays with fused_head false, "
+            "in fp32, or on one GPU (docs/metrics.md, The scoring check)"
         )

@@ -16,10 +16,18 @@ needs_bridge = pytest.mark.skipif(find_spec("megatron.bridge") is None, reason="
 
 
 def run_bridge(
-    pool: Pool, save: Path, *, model: Path, tokenizer: Path, data: Path, overrides: list[str], nproc: int = 1
+    pool: Pool,
+    save: Path,
+    *,
+    model: Path,
+    tokenizer: Path,
+    data: Path,
+    overrides: list[str],
+    nproc: int = 1,
+    **planted: Any,
 ) -> list[dict[str, Any]]:
     """Fine-tunes as run_bridge.py does and returns what the last rank's steps report, since the start of the run."""
-    job = {"model": str(model), "tokenizer": str(tokenizer), "data": str(data), "save": str(save)}
+    job = {"model": str(model), "tokenizer": str(tokenizer), "data": str(data), "save": str(save), **planted}
     save.mkdir(parents=True, exist_ok=True)
     path = save / "job.json"
     path.write_text(json.dumps({**job, "seq_length": SEQ_LENGTH, "overrides": overrides}))

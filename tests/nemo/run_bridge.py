@@ -88,7 +88,21 @@ def build_config(job: dict) -> PsftConfigContainer:
     return process_config_with_overrides(recipe, cli_overrides=job["overrides"])
 
 
+def _scale_attention(factor: float) -> None:
+    """Multiplies attention scores where no gradient is wanted, as a pass with another kernel would."""
+    from megatron_psft.model.layers import Attention
+
+    forward = Attention.forward
+
+    def scaled(self, query, *args, **kwargs):
+        return forward(self, query if torch.is_grad_enabled() else query * factor, *args, **kwargs)
+
+    Attention.forward = scaled
+
+
 def main(argv: list[str]) -> None:
     job = json.loads(Path(argv[0]).read_text())
+    if "attention" in job:
+        _scale_attention(job["attention"])
     recorder = Recorder(Path(job["save"]) / f"bridge_{os.environ['RANK']}.jsonl")
     finetune(build_config(job), callbacks=[recorder])

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_psft.scoring.agreement import BOUNDS
 from tests.nemo.bridge import SEQ_LENGTH, needs_bridge, run_bridge
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 from tests.support.layouts import LAYOUTS
+from tests.support.pool import WorkerError
 
 pytestmark = [needs_bridge, pytest.mark.slow]
 
@@ -90,12 +93,12 @@ def expected(pool, inputs, tmp_path_factory):
 def bridge_run(bridge_pool, inputs, tmp_path):
     """What Bridge says of each step, of a run that saves below `tmp_path`."""
 
-    def train(family: str, *overrides: str, layout: str = "one") -> list[dict[str, float]]:
+    def train(family: str, *overrides: str, layout: str = "one", **planted: float) -> list[dict[str, float]]:
         own = [f"train.train_iters={STEPS}", f"train.global_batch_size={GLOBAL_BATCH_SIZE}", "train.micro_batch_size=2"]
         own += ["psft.old_policy_interval=4", f"optimizer.lr={oracle.PARITY_LR}", "checkpoint.save=null"]
         paths = {"model": inputs / family, "tokenizer": inputs / "tokenizer", "data": inputs / "data"}
         nproc, overridden = LAYOUTS[layout].world_size, [*own, *overrides_of(layout), *overrides]
-        return run_bridge(bridge_pool, tmp_path, **paths, overrides=overridden, nproc=nproc)
+        return run_bridge(bridge_pool, tmp_path, **paths, overrides=overridden, nproc=nproc, **planted)
 
     return train
 
@@ -168,6 +171,26 @@ def test_run_resumes_within_a_window(bridge_run, expected, tmp_path, layout):
     first = bridge_run("qwen2", *overrides, "train.exit_interval=6", layout=layout)
     assert len(first) == 6
     assert_same_run(bridge_run("qwen2", *overrides, layout=layout), expected("qwen2"))
+
+
+@pytest.mark.parametrize("layout", ["one", "TP2", "PP2"])
+def test_the_scoring_check_is_made_once_and_its_metrics_are_logged(bridge_run, tmp_path, layout):
+    folder = tmp_path / "events"
+    bridge_run("qwen2", f"logger.tensorboard_dir={folder}", "train.train_iters=6", layout=layout)
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    (largest,), (p99,) = events.Scalars("scoring_gap_max"), events.Scalars("scoring_gap_p99")
+    assert (largest.step, p99.step) == (1, 1)
+    assert 0 <= p99.value <= largest.value <= BOUNDS["fp32"].largest
+    assert [(scalar.step, scalar.value) for scalar in events.Scalars("window_step")] == [
+        (step + 1, step % 4) for step in range(6)
+    ]
+
+
+def test_a_planted_disagreement_ends_the_run(bridge_run, tmp_path):
+    """Attention of the pass has another scale than that of training."""
+    with pytest.raises(WorkerError, match="step 1: the old policy's pass and training disagree about the same weights"):
+        bridge_run("qwen2", f"checkpoint.save={tmp_path}", "checkpoint.save_interval=1", attention=0.0)
+    assert not list(tmp_path.glob("iter_*"))
 
 
 def test_evaluation_is_of_cross_entropy(bridge_run, inputs, expected, tmp_path):
