@@ -56,7 +56,7 @@ test-py312: install-py312 ## Run the tests of `make test` on Python 3.12, withou
 	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m "not slow and not gpu" $(ONCE:%=--ignore=tests/%)
 
 test-nemo: install-py312 ## Run the tests of Megatron-Bridge, on Python 3.12
-	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m slow tests/nemo
+	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m slow tests/nemo tests/model/engine
 
 test-gpu: install ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

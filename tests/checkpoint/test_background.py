@@ -72,7 +72,7 @@ def _start_from_the_server(visible: str | None) -> tuple[str | None, str | None,
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    BackgroundCalls()
+    BackgroundCalls(torch.device("cpu"))
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("forkserver").Process(target=_visible_gpus, args=(theirs,))
     process.start()

@@ -16,6 +16,7 @@ __all__ = ["inputs"]  # the fixture
 RECORDS = ("--packing", "--global-batch-unit", "records", "--micro-batch-size", "1")
 
 
+@pytest.mark.slow
 def test_a_window_goes_on_in_another_layout(pool, tmp_path, inputs):
     """Three records on two replicas, and on one: other rows, other ranks, other shares of the checkpoint."""
     flags = [*RECORDS, *DIST_OPT, "--global-batch-size", "3", "--save-interval", "3", "--train-iters", "6"]

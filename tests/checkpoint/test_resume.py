@@ -119,6 +119,7 @@ def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Ex
 
 @pytest.mark.parametrize("moment", [slow("in training"), "in the old policy's pass", slow("in evaluation")])
 @pytest.mark.parametrize(("signum", "rank"), [(signal.SIGTERM, "1"), slow(signal.SIGINT, "0")])
+@pytest.mark.slow
 def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, signum, rank):
     flags = (*DIST_OPT, *evaluated(inputs))
     train(pool, 2, inputs.argv(tmp_path / "whole", *flags))
@@ -294,6 +295,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a disk; the test above covers what a quota does")
+@pytest.mark.slow
 def test_a_full_disk_is_noticed_before_anything_is_written(pool, tmp_path, inputs):
     train(pool, 1, inputs.argv(tmp_path / "whole"))
     with small_disk(tmp_path / "disk", "12m") as disk:

@@ -44,7 +44,7 @@ PACKING = ("--packing",)
         slow(2, TP2_SP),
         slow(2, DIST_OPT),
         (2, VPP),
-        (2, (*BF16, *OVERLAP)),
+        slow(2, (*BF16, *OVERLAP)),
         slow(2, (*CP2, *PACKING)),
         slow(2, OFFLOAD),
     ],

@@ -12,6 +12,7 @@ from megatron_psft.checkpoint import saver
 from megatron_psft.checkpoint.unpickle import DataReader
 from tests.support import tiny
 from tests.support.cli import run_cli
+from tests.support.marks import slow
 from tests.support.runs import DIST_OPT, ONE, forget_steps_from, inputs, metrics_of
 
 __all__ = ["inputs"]  # the fixture
@@ -22,7 +23,7 @@ TP2, EP2 = ("--tensor-model-parallel-size", "2"), ("--expert-model-parallel-size
 
 @pytest.mark.parametrize(
     ("family", "flags"),
-    [("qwen3", DIST_OPT), ("qwen3", ONE), ("qwen3", (*DIST_OPT, *TP2)), ("qwen3_moe", (*DIST_OPT, *EP2))],
+    [slow("qwen3", DIST_OPT), slow("qwen3", ONE), ("qwen3", (*DIST_OPT, *TP2)), slow("qwen3_moe", (*DIST_OPT, *EP2))],
     ids=["DP4", "DP4-undistributed", "TP2-DP2", "EP2-DP2"],
 )
 def test_a_rank_holds_writes_and_reads_its_own_share(pool, tmp_path, inputs, family, flags):

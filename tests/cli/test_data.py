@@ -38,6 +38,7 @@ def show(inputs, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_prints_statistics_and_marked_records(inputs):
     command = [sys.executable, "-m", "megatron_psft", "data", "--tokenizer", str(inputs / "tokenizer")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -178,6 +178,7 @@ def _build(data: Path) -> list[tuple[list[int], list[bool], str]]:
     return everything(build(data))
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_nothing_that_counts(pool, data):
     with pytest.raises(WorkerError, match="9"):
         pool.run(_build_and_die, 1, data)

@@ -90,6 +90,7 @@ def test_special_tokens_in_a_text_are_counted_or_stay_text():
 
 
 @pytest.mark.parametrize(("name", "begin"), [("llama3", LLAMA3_BEGIN), ("qwen2.5", ""), ("qwen3", "")])
+@pytest.mark.slow
 def test_real_tokenizers(real_data, name, begin):
     tokenizer = AutoTokenizer.from_pretrained(real_data / "tokenizers" / name)
     before = [tokenizer.convert_tokens_to_ids(begin)] if begin else []

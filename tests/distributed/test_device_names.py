@@ -12,7 +12,7 @@ ANSWERS = ("distributed/device.py", "distributed/device_choice.py", "distributed
 # Asked on a GPU only, of a device that is named; or no device but a key.
 JUSTIFIED = {
     "cli/plan.py": {'"cuda"'},
-    "cli/train.py": {"'cuda'"},
+    "checkpoint/staging.py": {"torch.cuda.Stream", "torch.cuda.current_stream", "torch.cuda.stream"},
     "checkpoint/state.py": {"torch.cuda.get_rng_state", "torch.cuda.set_rng_state"},
     "config/schema.py": {'"cuda"'},
     "diagnostics/doctor.py": {
@@ -20,6 +20,11 @@ JUSTIFIED = {
         "torch.cuda.device_count",
         "torch.cuda.get_device_properties",
         "torch.cuda.nccl.version",
+    },
+    "diagnostics/out_of_memory.py": {
+        "torch.cuda.get_device_properties",
+        "torch.cuda.max_memory_allocated",
+        "torch.cuda.max_memory_reserved",
     },
     "evaluation/lm_eval.py": {'"cuda"'},
     "head/chunked.py": {'"cuda"'},

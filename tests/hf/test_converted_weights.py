@@ -63,7 +63,7 @@ def test_a_checkpoint_that_is_converted_once_trains_in_any_layout(
     assert [line["step"] for line in metrics_of(tmp_path / "found")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", slow("mixtral")])
+@pytest.mark.parametrize("family", [slow("qwen3_moe"), slow("mixtral")])
 def test_experts_spread_over_ranks_and_come_back(pool, converted, tmp_path, inputs, family):
     source = tiny.build_model(tmp_path / "source", family)
     checkpoint = converted("--from-hf", source, "--to-megatron", tmp_path / "ckpt")
@@ -78,7 +78,7 @@ def test_experts_spread_over_ranks_and_come_back(pool, converted, tmp_path, inpu
 
 
 @pytest.mark.parametrize(
-    ("dtype", "flags"), [(torch.float32, BF16), slow(torch.bfloat16, ()), slow(torch.bfloat16, BF16)]
+    ("dtype", "flags"), [slow(torch.float32, BF16), slow(torch.bfloat16, ()), slow(torch.bfloat16, BF16)]
 )
 def test_a_run_may_compute_in_another_precision(pool, converted, tmp_path, inputs, dtype, flags):
     source = tiny.build_model(tmp_path / "source", "qwen2", dtype=dtype)
@@ -122,7 +122,7 @@ def test_the_run_that_starts_from_it_resumes_as_itself(pool, converted, tmp_path
     [
         (1, (), torch.float32, False),
         slow(1, (), torch.bfloat16, True),
-        (2, (*TP2, *DIST_OPT), torch.bfloat16, True),
+        slow(2, (*TP2, *DIST_OPT), torch.bfloat16, True),
         slow(2, (*PP2, *BF16), torch.float32, False),
         slow(4, (*TP2, *VPP, *DIST_OPT), torch.float32, True),
     ],

@@ -149,7 +149,7 @@ def test_an_own_objective_without_a_declaration_has_its_loss():
         slow("psft_again", "psft", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
         slow("psft_again", "psft", 2, "--pipeline-model-parallel-size 2"),
         slow("psft_again", "psft", 2, "--use-distributed-optimizer"),
-        ("iw_sft_again", "iw-sft", 2, "--context-parallel-size 2"),
+        slow("iw_sft_again", "iw-sft", 2, "--context-parallel-size 2"),
     ],
 )
 def test_an_own_objective_trains_as_the_built_in_one_it_equals(pool, tmp_path, own, name, world_size, layout):

@@ -184,6 +184,7 @@ def test_the_sequences_of_a_pair_have_the_log_probabilities_that_they_have_alone
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_one_layout_wrote_another_reads(pool, tmp_path, inputs):
     run = tmp_path / "run"
     train(pool, 1, inputs.argv(run, *PACKED))
@@ -286,7 +287,7 @@ def test_a_resumed_run_reads_what_the_weights_at_its_start_have_said(pool, tmp_p
     assert found.difference > 1e-3, "the weights of step 1 are not those of the start"
 
 
-@pytest.mark.parametrize("harm", [slow("truncated"), "flipped", slow("gone"), slow("no folder"), "of other data"])
+@pytest.mark.parametrize("harm", [slow("truncated"), "flipped", slow("gone"), slow("no folder"), slow("of other data")])
 def test_a_damaged_file_is_an_error_that_names_it(pool, tmp_path, inputs, finished, harm):
     run = resumable(finished, tmp_path / "run")
     folder = run / "ref_log_probs"

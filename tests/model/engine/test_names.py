@@ -17,7 +17,10 @@ MODELS = ("dense", "tied", "experts")
 _NORM = {"input_layernorm": "self_attention.linear_qkv", "pre_mlp_layernorm": "mlp.linear_fc1"}
 """Norms and the layers that Transformer Engine makes them a part of."""
 
-pytestmark = pytest.mark.skipif(not ENGINE.is_dir(), reason="make install puts Transformer Engine's Python there")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not ENGINE.is_dir(), reason="make install puts Transformer Engine's Python there"),
+]
 
 
 @pytest.fixture(scope="module")
