@@ -198,9 +198,9 @@ def _train_with_slow_copies(argv: list[str]):
 
     copies = SharedMemory.copies
 
-    def slow_copies(memory: SharedMemory, tensors):
+    def slow_copies(memory: SharedMemory, tensors, staging):
         time.sleep(0.5)  # longer than a step takes
-        return copies(memory, tensors)
+        return copies(memory, tensors, staging)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SharedMemory, "copies", slow_copies)

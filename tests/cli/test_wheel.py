@@ -55,7 +55,7 @@ def run(python, tmp_path):
     def run(program: str, *words: object) -> str:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = [python.parent / program, *map(str, words)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -117,8 +117,8 @@ def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, 
     return Observed(exit, len(calls), max(differences, default=None))
 
 
-def _killed(argv: list[str], per_mark: int, fail_at: int) -> None:
-    run_with_reference(argv, per_mark=per_mark, fail_at=fail_at)
+def _killed(argv: list[str], per_mark: int, fail_at: int) -> Exit:
+    return run_with_reference(argv, per_mark=per_mark, fail_at=fail_at).exit
 
 
 def _signalled(argv: list[str], signum: int) -> Observed:
@@ -207,8 +207,9 @@ def test_a_pass_that_is_killed_goes_on_to_the_same_bits(pool, tmp_path, inputs, 
         whole = train(pool, 2, inputs.argv(tmp_path / "whole", *flags))
         assert whole.scored == 3
     argv = inputs.argv(tmp_path / "run", *flags)
-    with pytest.raises(WorkerError, match="killed"):
-        pool.run(_killed, 2, argv, per_mark, 3)
+    exits = pool.run(_killed, 2, argv, per_mark, 3)
+    assert [exit.code for exit in exits] == [1, 1]
+    assert "RuntimeError: killed" in exits[0].err + exits[1].err
     partial = tmp_path / "run" / "ref_log_probs.partial"
     assert json.loads((partial / PROGRESS).read_text())["batches"] == 3 - left
     # What was written and not marked is nobody's, and may be anything.
