@@ -198,7 +198,7 @@ def _train_with_slow_copies(argv: list[str]):
 
     copies = SharedMemory.copies
 
-    def slow_copies(memory: SharedMemory, tensors, staging):
+    def slow_copies(memory: SharedMemory, tensors, staging=None):
         time.sleep(0.5)  # longer than a step takes
         return copies(memory, tensors, staging)
 

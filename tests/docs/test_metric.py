@@ -11,16 +11,15 @@ CODE = """
 import json, torch
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.objectives.labels import LabelInputs, LabelStats
-from megatron_psft.metrics import run_log
 from megatron_psft.metrics.sums import batch_sums
-from megatron_psft.metrics.table import means
+from megatron_psft.metrics.table import METRICS, means
 from megatron_psft.report.charts import SECTIONS
 stats = LabelStats(torch.tensor([0.5, 0.25]).log(), torch.zeros(2))
 sums = batch_sums(torch.tensor(0.0), stats, LabelInputs(), ObjectiveConfig(), labelled_records=1).totals
 print(json.dumps({
     "sum": sums["label_prob"].item(),
     "over": sums[means(())["label_prob"]].item(),
-    "printed": "label_prob" in run_log.PRINTED,
+    "printed": METRICS["label_prob"].is_printed,
     "charts": [chart.unit for section in SECTIONS for chart in section.charts if chart.metric == "label_prob"],
 }))
 """
