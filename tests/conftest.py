@@ -1,6 +1,7 @@
 """Settings of the whole suite, and the pool of ranks."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -33,3 +34,13 @@ def pool() -> Iterator[Pool]:
     workers = Pool()
     yield workers
     workers.close()
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_stay() -> Iterator[None]:
+    """A command that a test calls in this process sets them, and the next test's `caplog` would miss lines."""
+    loggers = (logging.getLogger(), logging.getLogger("megatron_psft"))
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
