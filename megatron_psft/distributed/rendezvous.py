@@ -66,14 +66,19 @@ class Meeting:
             self.store.wait(keys[:-1], _LEAVING)
 
     def _keys(self, what: str) -> list[str]:
-        """A key for each rank and one for all, that no other round has, in this meeting or an earlier one with the same
-        store: no rank begins a round before all have begun the one before it."""
-        number = (self.store.add(what, 1) - 1) // self.world_size
+        """A key for each rank and one for all, that no other round of this meeting has."""
+        number = _round(self.store, what, self.world_size)
         return [f"{what} {number} {rank}" for rank in (*range(self.world_size), "all")]
 
 
+def _round(store: dist.Store, what: str, world_size: int) -> int:
+    """How often all ranks have done this before: none begins a round before all have begun the one before it."""
+    return (store.add(what, 1) - 1) // world_size
+
+
 def meet(rank: int, world_size: int, timeout_minutes: float = 30.0) -> Meeting:
-    """Joins the other ranks of torchrun's environment; a lone process meets nobody.
+    """Joins the other ranks of torchrun's environment; a lone process meets nobody. A meeting's store has nothing of
+    earlier ones, which under torchrun have used the same one.
 
     Raises:
         RankError: rank 0 is not there in time, or other ranks are not.
@@ -83,8 +88,9 @@ def meet(rank: int, world_size: int, timeout_minutes: float = 30.0) -> Meeting:
         return Meeting(rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     try:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        number = _round(store, "psft meets", world_size)
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = first_line(error)
         raise RankError(f"rank {rank}: the ranks could not meet at {address}; see their output: {reason}") from error
-    return Meeting(rank=rank, world_size=world_size, store=dist.PrefixStore("psft", store), timeout=timeout)
+    return Meeting(rank=rank, world_size=world_size, store=dist.PrefixStore(f"psft {number}", store), timeout=timeout)

@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_psft.atomic import replace_file
 from megatron_psft.config.flags import from_values
@@ -20,9 +20,6 @@ from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_psft.distributed.rendezvous import Meeting
 
 Records = Iterable[Mapping[str, Any]]
 """In any form of docs/data.md; values that JSON has."""
@@ -120,7 +117,7 @@ def _train(asked: _Call | UserError, world_size: int, started_at: float) -> Fine
     _check_process(has_group=dist.is_initialized())
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     own = asked if isinstance(asked, UserError) else survey(asked.config.precision.device, rank, local_rank)
-    meeting = _new_round(meet(rank, world_size))
+    meeting = meet(rank, world_size)
     device = agree(meeting, own)
     assert isinstance(asked, _Call), "a mistake of any rank is raised on all"
     # After the device is known: for the CPU, no library is to look for a GPU.
@@ -147,14 +144,6 @@ def _check_process(*, has_group: bool) -> None:
         raise UserError("finetune makes a process group of its own, and there is one; destroy_process_group() first")
     if threading.current_thread() is not threading.main_thread():
         raise UserError("finetune handles Ctrl-C and SIGTERM, which only the main thread can; call it there")
-
-
-def _new_round(meeting: "Meeting") -> "Meeting":
-    """With a store that has nothing of earlier calls, which under torchrun have used the same one."""
-    from torch.distributed import PrefixStore
-
-    number = (meeting.store.add("calls", 1) - 1) // meeting.world_size
-    return replace(meeting, store=PrefixStore(f"call {number}", meeting.store))
 
 
 def _lines(name: str, records: Records) -> str:
