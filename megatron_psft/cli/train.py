@@ -20,7 +20,7 @@ from megatron_psft.config.paths import expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.config.yaml_files import read_settings
-from megatron_psft.distributed.environment import place_flight_recorder, prepare_environment
+from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.distributed.orphans import end_at_once, end_with_launcher
 from megatron_psft.errors import ExplainedError, InfrastructureError, RankError, UserError, first_line
 from megatron_psft.hf.folder import check_apart
@@ -110,8 +110,6 @@ def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, loca
     try:
         with naming_lost_peers("training"):
             on_rank_zero(lambda: hold_folders(config.weights, locks))
-            if platform.is_gpu:
-                place_flight_recorder(Path(config.weights.save) / "flight_recorder")
             ended_early = run(config, platform, rank, local_rank, started_at)
     except RankError:
         raise

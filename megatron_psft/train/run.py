@@ -9,6 +9,7 @@ from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, config_to_yaml
 from megatron_psft.distributed.collective import on_every_rank, on_rank_zero
 from megatron_psft.distributed.device import Platform
+from megatron_psft.distributed.environment import place_flight_recorder
 from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.lock import lock_beside, lock_within, sole_writer
 from megatron_psft.metrics.provenance import record_start, versions
@@ -38,6 +39,8 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int, started_
         UserError, DivergenceError, InfrastructureError: on every rank alike.
         RankError: on this rank, whatever the others do.
     """
+    if platform.is_gpu:
+        place_flight_recorder(Path(config.weights.save) / "flight_recorder")
     config = settle_precision(config, platform)
     on_every_rank(lambda: check_machine(config.precision, platform))
     inputs = read_in_turn(config, rank, local_rank)
