@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,13 @@ class Evaluation:
     def __call__(self) -> dict[str, float]:
         """The metrics as the model is now."""
         self.pipeline.gather_parameters()
+        return self._valid_values() | self._drift_values(self._nll_of_answers(), self._start)
+
+    @cached_property
+    def _start(self) -> dict[str, NDArray[np.float64]]:
+        """What `before_training` has kept, of this start or an earlier one."""
         found = on_rank_zero(lambda: read_start(self.folder)) if self.drift else {}
-        start = {content: np.array(nll) for content, nll in found.items()}
-        return self._valid_values() | self._drift_values(self._nll_of_answers(), start)
+        return {content: np.array(nll) for content, nll in found.items()}
 
     def _valid_values(self) -> dict[str, float]:
         values: dict[str, float] = {}
