@@ -123,14 +123,14 @@ def rollout(config: RolloutConfig) -> None:
     """Samples, scores, writes and reports. Raises UserError for inputs that cannot be used, and if nothing is left that
     could be trained on."""
     is_drift_set = config.output.drift_set
-    verifier = build_verifier(config.score.verifier)
-    prompts = read_prompts(config.prompts, None if is_drift_set else verifier)
+    verifier = None if is_drift_set else build_verifier(config.score.verifier)
+    prompts = read_prompts(config.prompts, verifier)
     model_folder = config.model.folder()
     tokenizer = config.model.load_tokenizer()
     settings = RenderSettings.of_template(config.template, keep_reasoning=config.output.keep_reasoning)
     renderer = ChatRenderer(tokenizer, "last", settings)
     rows: OwnAnswers | GroupRecords
-    if is_drift_set:
+    if verifier is None:
         model, vocabulary = weights_fingerprint(model_folder, "model"), vocabulary_fingerprint(tokenizer)
         rows = OwnAnswers(sampled_from={"model": model, "tokenizer": vocabulary})
     else:
