@@ -21,7 +21,7 @@ from megatron_psft.checkpoint.folders import step_folder, step_folders
 from tests.support.cli import Exit, run_cli
 from tests.support.marks import slow
 from tests.support.pool import WorkerError
-from tests.support.runs import DIST_OPT, ONE, PP2, TP2_SP, forget_steps_from, inputs, metrics_of, refuse, train
+from tests.support.runs import DIST_OPT, ONE, OVERLAP, PP2, TP2_SP, forget_steps_from, inputs, metrics_of, refuse, train
 
 __all__ = ["inputs"]  # the fixture
 
@@ -51,8 +51,8 @@ def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world
 
 
 def test_evaluation_leaves_no_trace_in_training(pool, tmp_path, inputs):
-    train(pool, 2, inputs.argv(tmp_path / "plain", *DIST_OPT))
-    train(pool, 2, inputs.argv(tmp_path / "evaluated", *DIST_OPT, *evaluated(inputs)))
+    train(pool, 2, inputs.argv(tmp_path / "plain", *OVERLAP))
+    train(pool, 2, inputs.argv(tmp_path / "evaluated", *OVERLAP, *evaluated(inputs)))
     before, *lines = metrics_of(tmp_path / "evaluated")
     assert before.keys() == {"step", "valid_nll", "valid_entropy"}
     assert before["step"] == 0

@@ -203,7 +203,7 @@ def configs(draw: st.DrawFn) -> Config:
     )
 
 
-@settings(deadline=None, max_examples=25)  # a busy machine is no failure
+@settings(deadline=None, max_examples=50)  # a busy machine is no failure
 @given(config=configs())
 def test_config_to_yaml_reads_back_as_the_same_config(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write_yaml(tmp_path_factory.mktemp("yaml"), config_to_yaml(config))

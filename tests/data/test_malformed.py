@@ -183,7 +183,7 @@ rows = st.dictionaries(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(rows | json_values, min_size=1, max_size=4))
 def test_whatever_json_says_is_a_record_or_a_bad_record(tmp_path, values):
     data = tmp_path / "a.jsonl"
