@@ -37,10 +37,8 @@ def pool() -> Iterator[Pool]:
 
 
 @pytest.fixture(autouse=True)
-def _log_levels_stay() -> Iterator[None]:
-    """A command that a test calls in this process sets them, and the next test's `caplog` would miss lines."""
-    loggers = (logging.getLogger(), logging.getLogger("megatron_psft"))
-    levels = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+def _log_levels() -> None:
+    """Those of a new process: a command called in this one, be it by a fixture of a whole module, sets others, and
+    `caplog` would miss lines."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("megatron_psft").setLevel(logging.NOTSET)

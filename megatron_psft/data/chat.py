@@ -208,10 +208,11 @@ class ChatRenderer:
         spans, lost = [], []
         for index, span in zip(learned, self._finder.find(conversation, learned, text, closed), strict=True):
             start, label = span.start, closed[span.start : span.content_end]
-            missing = missing_part(messages[index], label)
+            written = _writes_reasoning(conversation, index)
+            missing = missing_part(messages[index] if written else _without_reasoning(messages[index]), label)
             if missing == "content":
                 raise RecordError("the chat template changes what a turn says", f"messages[{index}]")
-            if missing == "reasoning" or not _writes_reasoning(conversation, index):
+            if missing == "reasoning" or not written:
                 lost.append(index)
             if not self._settings.loss_on_empty_think:
                 start += skip_empty_block(messages[index], label)
@@ -273,15 +274,21 @@ class ChatRenderer:
 
 
 def _writes_reasoning(conversation: Conversation, index: int) -> bool:
-    """Whether the template writes the reasoning of turn `index` at all, asked where it is so short that it may be found
-    in what the template itself writes; true for other turns."""
+    """Whether the template writes the reasoning of turn `index` at all, asked where it may be found in what else stands
+    there: in the answer, in calls, or, as short as it is, in what the template itself writes; true for other turns."""
     message = conversation.messages[index]
-    if not 0 < len(message.get("reasoning_content", "").strip()) < _SHORT:
+    reasoning = message.get("reasoning_content", "").strip()
+    may_stand_elsewhere = len(reasoning) < _SHORT or reasoning in message["content"] or "tool_calls" in message
+    if not reasoning or not may_stand_elsewhere:
         return True
     keys = message.keys() & set(REASONING_KEYS)
     other = cast(Message, {**message, **dict.fromkeys(keys, SENTINEL)})
     messages = [*conversation.messages[:index], other, *conversation.messages[index + 1 :]]
     return SENTINEL in conversation.text(messages)
+
+
+def _without_reasoning(message: Message) -> Message:
+    return cast(Message, {key: value for key, value in message.items() if key not in REASONING_KEYS})
 
 
 def _lost_reasoning(index: int) -> RecordError:

@@ -2,7 +2,7 @@
 
 import json
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_psft.data.chat import ChatRenderer, RenderSettings
@@ -13,6 +13,7 @@ from tests.data.toys import byte_tokenizer, label_texts_of
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0<>")
 # No blanks at the ends, which are the template's affair.
 words = st.text(characters, min_size=1, max_size=12).map(str.strip).filter(bool)
+words |= st.sampled_from(["0", "10", "0" * 60])  # so that one is often found in another
 thoughts = st.one_of(words, st.tuples(words, words).map(" </think> ".join), st.tuples(words, words).map("<think>".join))
 calls = st.lists(st.tuples(st.sampled_from(["add", "find"]), st.dictionaries(words, words, max_size=2)), max_size=2)
 turns = st.tuples(words, words, st.none() | thoughts, calls)
@@ -70,6 +71,9 @@ def qwen3_text(answer, reasoning, made, *, with_block: bool) -> str:
 
 
 @given(chats)
+@example([("0", "10", "0", []), ("0", "0", None, [])])
+@example([("0", "Sum: " + "0" * 60, "0" * 60, [("add", {"a": "0"})]), ("0", "0", "0", [])])
+@example([("0", "10", "0" * 60, [("add", {"a": "0" * 60})]), ("0", "0", "0", [])])
 @settings(max_examples=60, deadline=None)
 def test_qwen3_has_all_reasoning_or_leaves_the_turn_out(chat):
     *earlier, last = [turn[1:] for turn in chat]
@@ -83,7 +87,7 @@ def test_qwen3_has_all_reasoning_or_leaves_the_turn_out(chat):
 
 
 @given(st.lists(st.tuples(words, words, thoughts), min_size=1, max_size=3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_r1_has_all_reasoning_after_its_prompt(chat):
     contents = [(asked, f"<think>\n{reasoning}\n</think>\n\n{answer}") for asked, answer, reasoning in chat]
     record = Record(
