@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_psft.checkpoint.background import BackgroundCalls, SharedMemory, SharedTensor
+from tests.support.marks import slow
 from tests.support.pool import Pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
@@ -81,7 +82,7 @@ def _start_from_the_server(visible: str | None) -> tuple[str | None, str | None,
     return found, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("PYTHONWARNINGS")
 
 
-@pytest.mark.parametrize("visible", ["0,1", None])
+@pytest.mark.parametrize("visible", ["0,1", slow(None)])
 def test_writers_see_no_gpu_and_the_trainer_still_does(visible):
     # In a pool of its own: a process has one server, which here no earlier test has started.
     pool = Pool()

@@ -40,7 +40,7 @@ def others(inputs, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(1, ()), (2, TP2_SP), slow(2, PP2), slow(1, ("--bf16",))],
+    [slow(1, ()), (2, TP2_SP), slow(2, PP2), slow(1, ("--bf16",))],
     ids=["one", "TP2-SP", "PP2", "bf16"],
 )
 def test_it_starts_as_from_the_export_of_the_same_weights(pool, tmp_path, inputs, others, finished, world_size, layout):
@@ -55,6 +55,7 @@ def test_it_starts_as_from_the_export_of_the_same_weights(pool, tmp_path, inputs
     assert [path.name for path in step_folders(finished)] == ["step_0000002", "step_0000003"], "it stays as it was"
 
 
+@pytest.mark.slow
 def test_its_reference_is_the_model_of_these_weights_and_it_resumes_as_itself(pool, tmp_path, others, finished):
     flags = (*OTHER, "--objective", "sft-kl", "--save-interval", "1")
     train(pool, 1, others.argv(tmp_path / "expected", *flags, "--load-hf", str(finished / "hf")))

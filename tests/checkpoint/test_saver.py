@@ -71,6 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, in
     assert [folder.name for folder in step_folders(resumed)] == ["step_0000003", "step_0000006", "step_0000008"]
 
 
+@pytest.mark.slow
 def test_a_fixed_old_policy_is_resumed_to_the_bit_and_keeps_its_number_of_steps(pool, tmp_path, inputs):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = ("--old-policy-interval", "fixed", "--save-interval", "3", "--train-iters", "6")
@@ -264,7 +265,7 @@ def test_a_finished_run_has_nothing_left_to_do(pool, tmp_path, inputs, finished)
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--lr", "5e-4"),
+        slow(("--lr", "5e-4")),
         slow(("--min-lr", "5e-4")),
         slow(("--lr-decay-style", "constant")),
         ("--train-iters", "10"),
@@ -284,10 +285,10 @@ def test_a_resumed_run_follows_its_own_schedule(pool, tmp_path, inputs, finished
     "flags",
     [
         ("--adam-beta1", "0.5"),
-        ("--adam-beta2", "0.5"),
-        ("--adam-eps", "1e-3"),
+        slow(("--adam-beta2", "0.5")),
+        slow(("--adam-eps", "1e-3")),
         ("--weight-decay", "0.9"),
-        ("--clip-grad", "0.01"),
+        slow(("--clip-grad", "0.01")),
     ],
     ids=lambda flags: flags[0][2:],
 )

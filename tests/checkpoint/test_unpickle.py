@@ -124,7 +124,7 @@ def _load_each(argv: list[str], checkpoints: list[Path]) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("environment", ["plain", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+@pytest.mark.parametrize("environment", [slow("plain"), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
 def test_no_file_of_a_checkpoint_is_run(pool, tmp_path, inputs, run, environment, monkeypatch):
     marker = tmp_path / "marker"
     found = planted(run, tmp_path / "planted", marker)
@@ -171,6 +171,7 @@ def test_the_command_refuses_a_planted_checkpoint(pool, tmp_path, inputs, run, h
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_all_ranks_refuse_what_one_of_them_reads(pool, tmp_path, inputs, run):
     """The states of random generators are each rank's own."""
     marker = tmp_path / "marker"

@@ -150,6 +150,7 @@ def test_keys_and_verifier_are_chosen(run, tmp_path):
     assert 0 < sum(rewards) < len(rewards)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(run, inputs, tmp_path, monkeypatch):
     flags = ["--tasks", inputs / "toy.parquet", inputs / "gsm.jsonl"]
     whole = run(*flags, "--out", tmp_path / "whole")

@@ -135,6 +135,7 @@ def test_bad_records_are_skipped_only_on_demand(pool, inputs, tmp_path):
     assert "mixed.jsonl:1" in exit.err
 
 
+@pytest.mark.slow
 def test_overlong_records_stop_the_run_unless_told_otherwise(pool, inputs, tmp_path):
     argv = command_line(inputs, tmp_path / "run", seq_length=40)
     assert_refused(pool, argv, "seq_length (40)", "records.jsonl:", "--overlong")

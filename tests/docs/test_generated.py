@@ -13,9 +13,9 @@ from megatron_psft.model.families import FAMILIES
 from tests.support.cli import REPOSITORY
 
 
-@pytest.mark.parametrize("path", generate.generated(), ids=lambda path: path.name)
-def test_generated_parts_are_current(path):
-    assert path.read_text(encoding="utf-8") == generate.generated()[path], "run python -m docs.generate"
+def test_generated_parts_are_current():
+    outdated = [path.name for path, text in generate.generated().items() if path.read_text(encoding="utf-8") != text]
+    assert outdated == [], "run python -m docs.generate"
 
 
 def test_every_part_has_a_page():

@@ -145,6 +145,7 @@ def test_a_training_checkpoint_becomes_what_the_run_exported(
     assert f"differs: {next(iter(tensors_of(exported)))}: " in earlier.out
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_run_start_another_on_other_data(pool, converted, tmp_path, inputs):
     source = tiny.build_model(tmp_path / "source", "qwen2", dtype=torch.bfloat16)
     run, direct = tmp_path / "run", tmp_path / "direct"

@@ -19,7 +19,7 @@ from tests.support.layouts import LAYOUTS, rank_of
 from tests.support.marks import slow
 
 INDEX = "model.safetensors.index.json"
-EXPORT_LAYOUTS = ("one", "TP2-SP", "PP2-VPP1", "TP2-SP-PP2-DP2")
+EXPORT_LAYOUTS = ("one", slow("TP2-SP"), slow("PP2-VPP1"), "TP2-SP-PP2-DP2")
 VOCAB_SIZE = 1000  # both of two tensor-parallel ranks have rows of it, and the second one padding too
 MODELS = [(family, tied) for family in tiny.FAMILIES for tied in (False, True)]
 MODEL_IDS = [f"{family}-{'tied' if tied else 'untied'}" for family, tied in MODELS]

@@ -21,8 +21,10 @@ from tests.model.statistics import (
 )
 from tests.support import tiny
 from tests.support.layouts import LAYOUTS, Layout, make_config
+from tests.support.marks import slow
 
-MODEL_LAYOUTS = [LAYOUTS[name] for name in ("one", "TP2-SP", "TP2", "PP2", "PP2-VPP1", "DP2", "TP2-SP-PP2")]
+MODEL_LAYOUTS = [LAYOUTS[name] for name in ("one", "PP2-VPP1", "TP2-SP-PP2")]
+MODEL_LAYOUTS += [slow(LAYOUTS[name]) for name in ("TP2-SP", "TP2", "PP2", "DP2")]
 MODELS = [(family, tied) for family in tiny.FAMILIES for tied in (False, True)]
 MODEL_IDS = [f"{family}-{'tied' if tied else 'untied'}" for family, tied in MODELS]
 

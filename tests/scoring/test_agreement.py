@@ -133,7 +133,7 @@ def _run_with(fault: str, size: float, argv: list[str]) -> Exit:
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision"), [("one", "fp32"), slow("one", "bf16"), slow("TP2", "fp32"), ("TP2", "bf16")]
+    ("layout", "precision"), [slow("one", "fp32"), slow("one", "bf16"), slow("TP2", "fp32"), ("TP2", "bf16")]
 )
 def test_another_attention_scale_in_the_pass_is_warned_of(pool, inputs, tmp_path, precision, layout):
     world_size, flags = LAYOUTS[layout].world_size, LAYOUTS[layout].flags
@@ -196,6 +196,7 @@ def test_the_gap_is_what_it_is_in_any_layout(pool, inputs, tmp_path, layout):
     assert [ratio == 1 for ratio in ratios] == [True, True, False, True, False], "training takes no notice"
 
 
+@pytest.mark.slow
 def test_it_is_measured_once_per_start_and_changes_nothing(pool, inputs, tmp_path):
     argv = command_line(inputs, tmp_path / "run")
     for train_iters in (5, 8):

@@ -185,6 +185,7 @@ def argv_of(inputs: Path, save: Path, *flags: object) -> list[str]:
     return [str(part) for name, value in given.items() for part in (f"--{name}", value)] + [str(flag) for flag in flags]
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_the_drift_and_says_so_again(pool, inputs, tmp_path):
     save = tmp_path / "run"
     argv = argv_of(inputs, save, "--stop-at-drift", 1e-4, "--export-hf", save / "hf")

@@ -50,6 +50,7 @@ def _run_as_node(argv_by_rank: list[list[str]]) -> Exit:
     return run_cli(argv_by_rank[rank])
 
 
+@pytest.mark.slow
 def test_one_process_of_a_node_tokenizes_for_all(pool, inputs, tmp_path):
     argv = command_line(inputs, tmp_path, inputs / "records.jsonl")
     results = pool.run(_count_tokenized, 2, argv)

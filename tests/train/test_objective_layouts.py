@@ -195,7 +195,7 @@ def _check_gradients(
     return losses
 
 
-QUICK = ("one", "TP2-SP")
+QUICK = ("TP2-SP",)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from tests.support import tiny
 from tests.support.cli import run_cli
+from tests.support.marks import slow
 
 OF_SOME_STEPS = {"valid_nll", "valid_entropy", "scoring_gap_max", "scoring_gap_p99", "window_step"}
 OF_SOME_STEPS |= {"valid_nll/kept", "valid_entropy/kept"}
@@ -43,7 +44,7 @@ def train(pool, inputs, save, *flags: str):
     [
         (["--old-policy-interval", "2", "--sft-warmup-iters", "1"], True),
         (["--objective", "sft"], False),
-        (["--objective", "sft-kl"], False),
+        slow(["--objective", "sft-kl"], False),
     ],
     ids=["psft", "sft", "sft-kl"],
 )

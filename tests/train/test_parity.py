@@ -129,9 +129,8 @@ CASES = [
     for family, layout in itertools.product(tiny.FAMILIES, PARITY_LAYOUTS)
     if family == "qwen3" or layout not in OF_ONE_FAMILY
 ]
-QUICK_LAYOUTS = ("one", "TP2-SP", "PP2-VPP1", "DP2-distopt", "DP2-overlap")
-QUICK = {("qwen3", layout) for layout in QUICK_LAYOUTS}
-QUICK_PACKED_LAYOUTS = ("TP2-SP", "CP2")
+QUICK = {("qwen3", "TP2-SP"), ("qwen3", "PP2-VPP1")}
+QUICK_PACKED_LAYOUTS = ("CP2",)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +242,7 @@ def test_warm_up_comes_before_the_first_window(pool, inputs, tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", ["one", slow("TP2-SP")])
+@pytest.mark.slow
 def test_sft_follows_the_oracle(pool, inputs, tmp_path, layout):
     wanted, model = expected(inputs, "qwen3", objective="sft")
     found = train(pool, inputs, "qwen3", tmp_path, "--objective", "sft", layout=layout)
@@ -315,6 +315,7 @@ def test_recomputation_of_parts_of_a_layer_changes_nothing(pool, inputs, tmp_pat
     assert_same_run(found, wanted)
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32_at_its_own_precision(pool, inputs, tmp_path):
     wanted, _ = expected(inputs, "llama", **PSFT)
     found = train(pool, inputs, "llama", tmp_path, "--old-policy-interval", "4", "--bf16", layout="DP2-distopt")

@@ -27,9 +27,9 @@ from tests.support.gradients import (
     totals,
 )
 from tests.support.layouts import LAYOUTS
+from tests.support.marks import slow
 from tests.support.scores import scores_of
 
-PIPELINE_LAYOUTS = ("one", "DP2", "DP2-reduce", "TP2-SP", "PP2", "PP2-VPP1", "PP2-DP2")
 LABELS = {
     "uneven": ((1, 9), (4, 17), (2, 0), (12, 3)),
     "a masked micro-batch": ((1, 9), (0, 0), (2, 0), (12, 3)),
@@ -137,7 +137,7 @@ def _check_gradients(folder: Path, config: ParallelConfig, batches: dict[str, Ba
     return sums
 
 
-@pytest.mark.parametrize("layout", PIPELINE_LAYOUTS)
+@pytest.mark.parametrize("layout", [*map(slow, ("one", "DP2", "PP2")), "DP2-reduce", "TP2-SP", "PP2-VPP1", "PP2-DP2"])
 def test_the_gradient_is_that_of_the_mean_over_all_label_tokens(pool, folder, batches, layout):
     world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     results = pool.run(_check_gradients, world_size, folder, config, batches)
@@ -206,7 +206,7 @@ def _check_window_start(folder: Path, config: ParallelConfig, batch: Batch):
         return scored if run.place.tensor_rank == 0 else [], explicit[0] if run.place.reports_sums else []
 
 
-@pytest.mark.parametrize("layout", ["one", "DP2", "TP2-SP", "PP2-VPP1", "PP2-DP2"])
+@pytest.mark.parametrize("layout", [slow("one"), slow("DP2"), "TP2-SP", slow("PP2-VPP1"), "PP2-DP2"])
 def test_a_window_starts_at_a_ratio_of_exactly_one_and_with_the_gradient_of_sft(pool, folder, batches, layout):
     world_size, config = LAYOUTS[layout].world_size, LAYOUTS[layout].parallel
     batch = batches["uneven"]

@@ -88,6 +88,7 @@ def test_what_needs_bf16_is_refused_where_the_device_has_none(tmp_path, flags):
         settle_precision(config, CPU)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_release_goes_on_and_records_say_what_was_used(pool, tmp_path, inputs):
     """Its checkpoint and config.yaml have `bf16: false`, which was the default."""
     flags = ("--train-iters", "3", "--save-interval", "2")

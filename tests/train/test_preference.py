@@ -148,13 +148,13 @@ RECORDS = ("--global-batch-size", str(PAIRS), "--global-batch-unit", "records")
 @pytest.mark.parametrize(
     ("layout", "flags"),
     [
-        ("one", UNPACKED),
+        slow("one", UNPACKED),
         slow("one", (*UNPACKED, "--no-fused-head")),
         slow("one", ONE_PACK),
         slow("DP2-overlap", UNPACKED),
         slow("TP2-PP2", UNPACKED),
         ("TP2-SP-CP2", ONE_PACK),
-        ("DP2-overlap", RECORDS),
+        slow("DP2-overlap", RECORDS),
     ],
     ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2", "records-dp2"],
 )
