@@ -7,9 +7,9 @@ STAMP := $(VENV)/.installed
 # Megatron-Core has one line for Python 3.11 and one for 3.12, and the pins go with them.
 PINS = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
 CONSTRAINTS = constraints/$(PINS).txt
-# A test of several ranks, or of a command in a process of its own, also waits: for messages, for a process's start. It does
-# not wait by spinning, so tests beside each other take longer each and less time together. Each takes up to 3 GB.
-WORKERS ?= 4
+# For two cores; more have room for more, at up to 3 GB each. Two tests per core were slower than one after the other: the
+# ranks of each share the core already, and their messages then wait for another test's turn.
+WORKERS ?= 2
 DURATIONS = --durations=50 --durations-min=1
 AT_A_TIME = -n $(WORKERS) --dist worksteal $(DURATIONS)
 # Tests for one Python: of what is no part of the package, and of rooms that call no library that changes with it.
