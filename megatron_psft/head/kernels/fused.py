@@ -14,8 +14,9 @@ from megatron_psft.head.kernels.portable import ShardSums
 
 # A program walks along one row. Wide blocks with many warps keep Hopper's memory busy with few rows, narrow ones leave
 # more programs to each multiprocessor; which is better depends on the number of columns. Not measured so far.
-_SHAPES = ((2048, 4, 3), (4096, 8, 2), (4096, 8, 3), (8192, 8, 2), (8192, 16, 2), (16384, 32, 2))
-_CONFIGS = [triton.Config({"block": block}, num_warps=warps, num_stages=stages) for block, warps, stages in _SHAPES]
+# Without a matrix product nothing is pipelined, and the number of stages makes no difference.
+_SHAPES = ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 32))
+_CONFIGS = [triton.Config({"block": block}, num_warps=warps) for block, warps in _SHAPES]
 if triton.knobs.runtime.interpret:
     del _CONFIGS[1:]  # the interpreter cannot time them
 

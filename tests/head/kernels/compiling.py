@@ -1,0 +1,72 @@
+"""Compiles every variant of the Triton kernels for Hopper, where there need be no GPU; writes a JSON list.
+
+`python -m tests.head.kernels.compiling`, in a process of its own: under Triton's interpreter kernels are not compiled.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_psft.head.kernels import fused
+
+HOPPER = GPUTarget("cuda", 90, 32)
+KERNELS = {"sums": fused._sums_kernel, "gradient": fused._gradient_kernel}
+# What Triton knows of multiples of 16 makes other code: a padded vocabulary, one with added tokens, and a view of one.
+MULTIPLES_OF_16 = (("row_stride", "num_columns"), ("row_stride",), ())
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def _type_of(argument: str, logits: str) -> str:
+    if argument in ("row_stride", "num_columns"):
+        return "i32"
+    return {"logits": f"*{logits}", "label_index": "*i64", "block": "constexpr"}.get(argument, "*fp32")
+
+
+def compile_kernel(name: str, config: triton.Config, logits: str, multiples_of_16: tuple[str, ...]) -> dict[str, int]:
+    """Registers and bytes of stack and local memory of a thread, and bytes of shared memory of a block."""
+    function = KERNELS[name].fn
+    types = {argument: _type_of(argument, logits) for argument in function.arg_names}
+    aligned = [
+        (index,)
+        for index, (argument, type) in enumerate(types.items())
+        if type.startswith("*") or argument in multiples_of_16
+    ]
+    source = ASTSource(
+        fn=function,
+        signature=types,
+        constexprs={(len(types) - 1,): config.kwargs["block"]},
+        attrs={place: [["tt.divisibility", 16]] for place in aligned},
+    )
+    compiled = triton.compile(source, target=HOPPER, options={"num_warps": config.num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = _USAGE.search(said)
+    assert usage is not None, said
+    registers, stack, _, local = map(int, usage.groups())
+    return {"registers": registers, "stack": stack, "local": local, "shared": compiled.metadata.shared}
+
+
+def compile_all() -> list[dict]:
+    """What each variant is, and what it takes."""
+    variants = []
+    for name, logits, multiples in itertools.product(KERNELS, ("bf16", "fp32"), MULTIPLES_OF_16):
+        for config in KERNELS[name].configs:
+            variant = {"kernel": name, "logits": logits, "multiples_of_16": multiples, **config.kwargs}
+            usage = compile_kernel(name, config, logits, multiples)
+            variants.append({**variant, "warps": config.num_warps, **usage})
+    return variants
+
+
+if __name__ == "__main__":
+    json.dump(compile_all(), sys.stdout, indent=1)
