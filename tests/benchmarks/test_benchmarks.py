@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.marks import slow
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -44,7 +42,8 @@ def _gradients_of(name: str, labels_percent: int) -> tuple[torch.Tensor, torch.T
         return loss.detach(), hidden.grad, weight.main_grad if weight.grad is None else weight.grad
 
 
-@pytest.mark.parametrize("labels_percent", [slow(100), 30])
+@pytest.mark.slow
+@pytest.mark.parametrize("labels_percent", [100, 30])
 def test_the_heads_that_are_timed_compute_the_same(pool, labels_percent):
     (ours,) = pool.run(_gradients_of, 1, "ours", labels_percent)
     (theirs,) = pool.run(_gradients_of, 1, "megatron_unfused", labels_percent)

@@ -97,6 +97,7 @@ def check_end(pool, argv: list[str], folder: Path, fault: str, failing: int) -> 
     return seconds
 
 
+@pytest.mark.slow
 def test_a_rank_without_memory_for_a_forward_pass_ends_the_other_and_says_what_to_change(pool, argv, tmp_path):
     assert check_end(pool, argv, tmp_path, "in a forward pass", 1) < LIMIT_SECONDS
     text = (tmp_path / "err-1").read_text()

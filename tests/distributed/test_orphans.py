@@ -125,7 +125,7 @@ def launched(folder: Path, phase: str) -> Iterator[tuple[subprocess.Popen[str], 
         yield launcher, mark
 
 
-@pytest.mark.parametrize("phase", ["training", "waiting", slow("stuck"), "helpers"])
+@pytest.mark.parametrize("phase", ["training", "waiting", slow("stuck"), slow("helpers")])
 def test_ranks_and_helpers_end_when_their_launcher_is_killed(tmp_path, phase):
     with launched(tmp_path, phase) as (launcher, mark):
         wait_for(tmp_path, "ready-*", 2)

@@ -128,6 +128,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_every_kind_of_helper_outlives_signals_in_a_fresh_process(tmp_path):
     """The first helper of a process has Python start its resource tracker, which leaves the signals unblocked."""
     script = tmp_path / "helpers.py"

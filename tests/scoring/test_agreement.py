@@ -132,9 +132,9 @@ def _run_with(fault: str, size: float, argv: list[str]) -> Exit:
         return run_cli(argv)
 
 
-@pytest.mark.parametrize(
-    ("layout", "precision"), [slow("one", "fp32"), slow("one", "bf16"), slow("TP2", "fp32"), ("TP2", "bf16")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["one", "TP2"])
 def test_another_attention_scale_in_the_pass_is_warned_of(pool, inputs, tmp_path, precision, layout):
     world_size, flags = LAYOUTS[layout].world_size, LAYOUTS[layout].flags
     flags = [*flags, *(["--bf16"] if precision == "bf16" else [])]

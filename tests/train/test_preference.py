@@ -18,7 +18,6 @@ from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 from tests.support.layouts import LAYOUTS
-from tests.support.marks import slow
 from tests.support.parity import assert_same_logits
 
 STEPS, PAIRS, BETA = 4, 8, 0.3
@@ -145,16 +144,17 @@ ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
 RECORDS = ("--global-batch-size", str(PAIRS), "--global-batch-unit", "records")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "flags"),
     [
-        slow("one", UNPACKED),
-        slow("one", (*UNPACKED, "--no-fused-head")),
-        slow("one", ONE_PACK),
-        slow("DP2-overlap", UNPACKED),
-        slow("TP2-PP2", UNPACKED),
+        ("one", UNPACKED),
+        ("one", (*UNPACKED, "--no-fused-head")),
+        ("one", ONE_PACK),
+        ("DP2-overlap", UNPACKED),
+        ("TP2-PP2", UNPACKED),
         ("TP2-SP-CP2", ONE_PACK),
-        slow("DP2-overlap", RECORDS),
+        ("DP2-overlap", RECORDS),
     ],
     ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2", "records-dp2"],
 )
