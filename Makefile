@@ -52,8 +52,8 @@ $(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt tests/mo
 
 install-py312: $(VENV)312/.installed ## Create the environment of Python 3.12 with its Megatron-Core and Megatron-Bridge
 
-test-py312: install-py312 ## Run the tests of `make test` on Python 3.12, without rooms for which it makes no difference
-	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m "not slow and not gpu" $(ONCE:%=--ignore=tests/%)
+test-py312: install-py312 ## Run the tests of `make test` and some slow ones on Python 3.12, without rooms for which it makes no difference
+	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m "(not slow or both) and not gpu" $(ONCE:%=--ignore=tests/%)
 
 test-nemo: install-py312 ## Run the tests of Megatron-Bridge, on Python 3.12
 	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m slow tests/nemo tests/model/engine

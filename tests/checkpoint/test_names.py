@@ -14,6 +14,7 @@ FLAGS = ("--train-iters", "4", "--save-interval", "3")
 
 
 @pytest.mark.slow
+@pytest.mark.both
 def test_a_checkpoint_of_a_mixture_has_the_names_of_transformer_engine_and_former_ones_are_read(pool, tmp_path, inputs):
     """Its second layer has a plain MLP, whose norm keeps its name."""
     model = tiny.build_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=2)

@@ -51,6 +51,7 @@ def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world
 
 
 @pytest.mark.slow
+@pytest.mark.both
 def test_evaluation_leaves_no_trace_in_training(pool, tmp_path, inputs):
     train(pool, 2, inputs.argv(tmp_path / "plain", *OVERLAP))
     train(pool, 2, inputs.argv(tmp_path / "evaluated", *OVERLAP, *evaluated(inputs)))

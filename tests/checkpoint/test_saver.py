@@ -72,6 +72,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pool, tmp_path, in
 
 
 @pytest.mark.slow
+@pytest.mark.both
 def test_a_fixed_old_policy_is_resumed_to_the_bit_and_keeps_its_number_of_steps(pool, tmp_path, inputs):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = ("--old-policy-interval", "fixed", "--save-interval", "3", "--train-iters", "6")

@@ -71,7 +71,7 @@ def _built_parameters(folder: Path, layout: Layout) -> tuple[int, int, dict]:
     ("family", "tied", "layout"),
     [
         slow("qwen2", False, Layout()),
-        slow("qwen3", True, Layout(tensor=2, pipeline=2)),
+        slow("qwen3", True, Layout(tensor=2, pipeline=2), both=True),
         slow("llama", False, Layout(tensor=2)),
         slow("qwen3", True, Layout()),
         slow("qwen2", True, Layout(pipeline=2)),

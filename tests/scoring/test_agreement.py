@@ -197,6 +197,7 @@ def test_the_gap_is_what_it_is_in_any_layout(pool, inputs, tmp_path, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.both
 def test_it_is_measured_once_per_start_and_changes_nothing(pool, inputs, tmp_path):
     argv = command_line(inputs, tmp_path / "run")
     for train_iters in (5, 8):

@@ -130,12 +130,13 @@ CASES = [
     if family == "qwen3" or layout not in OF_ONE_FAMILY
 ]
 QUICK = {("qwen3", "TP2-SP"), ("qwen3", "PP2-VPP1")}
+ON_BOTH_LINES = {("qwen3", layout) for layout in ("one", "DP2-distopt", "DP2-overlap")}
 QUICK_PACKED_LAYOUTS = ("CP2",)
 
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [case if case in QUICK else slow(*case) for case in CASES],
+    [case if case in QUICK else slow(*case, both=case in ON_BOTH_LINES) for case in CASES],
 )
 def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
@@ -316,6 +317,7 @@ def test_recomputation_of_parts_of_a_layer_changes_nothing(pool, inputs, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.both
 def test_bf16_follows_fp32_at_its_own_precision(pool, inputs, tmp_path):
     wanted, _ = expected(inputs, "llama", **PSFT)
     found = train(pool, inputs, "llama", tmp_path, "--old-policy-interval", "4", "--bf16", layout="DP2-distopt")

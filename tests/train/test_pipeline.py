@@ -270,6 +270,7 @@ def _train_two_windows(folder: Path, config: ParallelConfig, batches: list[Batch
 
 
 @pytest.mark.slow
+@pytest.mark.both
 def test_scoring_between_updates_sees_every_overlapped_gather(pool, folder, batches):
     plain = ParallelConfig(use_distributed_optimizer=True)
     overlapped = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)

@@ -153,7 +153,7 @@ RECORDS = ("--global-batch-size", str(PAIRS), "--global-batch-unit", "records")
         ("one", ONE_PACK),
         ("DP2-overlap", UNPACKED),
         ("TP2-PP2", UNPACKED),
-        ("TP2-SP-CP2", ONE_PACK),
+        pytest.param("TP2-SP-CP2", ONE_PACK, marks=pytest.mark.both),
         ("DP2-overlap", RECORDS),
     ],
     ids=["one", "plain-head", "packed", "dp2", "tp2-pp2", "packed-cp2-tp2", "records-dp2"],
