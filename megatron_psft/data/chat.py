@@ -205,14 +205,15 @@ class ChatRenderer:
         messages = conversation.messages
         text = conversation.text()
         closed = self._finder.close(text, messages[-1])
+        dropped = _dropped_reasoning(conversation, learned)
         spans, lost = [], []
         for index, span in zip(learned, self._finder.find(conversation, learned, text, closed), strict=True):
             start, label = span.start, closed[span.start : span.content_end]
-            written = _writes_reasoning(conversation, index)
-            missing = missing_part(messages[index] if written else _without_reasoning(messages[index]), label)
+            message = _without_reasoning(messages[index]) if index in dropped else messages[index]
+            missing = missing_part(message, label)
             if missing == "content":
                 raise RecordError("the chat template changes what a turn says", f"messages[{index}]")
-            if missing == "reasoning" or not written:
+            if missing == "reasoning" or index in dropped:
                 lost.append(index)
             if not self._settings.loss_on_empty_think:
                 start += skip_empty_block(messages[index], label)
@@ -273,18 +274,22 @@ class ChatRenderer:
         return text + end, (len(prompt), label_end)
 
 
-def _writes_reasoning(conversation: Conversation, index: int) -> bool:
-    """Whether the template writes the reasoning of turn `index` at all, asked where it may be found in what else stands
-    there: in the answer, in calls, or, as short as it is, in what the template itself writes; true for other turns."""
-    message = conversation.messages[index]
-    reasoning = message.get("reasoning_content", "").strip()
-    may_stand_elsewhere = len(reasoning) < _SHORT or reasoning in message["content"] or "tool_calls" in message
-    if not reasoning or not may_stand_elsewhere:
-        return True
-    keys = message.keys() & set(REASONING_KEYS)
-    other = cast(Message, {**message, **dict.fromkeys(keys, SENTINEL)})
-    messages = [*conversation.messages[:index], other, *conversation.messages[index + 1 :]]
-    return SENTINEL in conversation.text(messages)
+def _dropped_reasoning(conversation: Conversation, turns: Sequence[int]) -> set[int]:
+    """Those of the `turns` whose reasoning the template does not write at all. It is asked, once, about turns whose
+    reasoning may be found in what else stands there: in the answer, in calls, or, as short as it is, in what the
+    template itself writes."""
+    messages, marks = list(conversation.messages), {}
+    for index in turns:
+        message = messages[index]
+        reasoning = message.get("reasoning_content", "").strip()
+        if reasoning and (len(reasoning) < _SHORT or reasoning in message["content"] or "tool_calls" in message):
+            marks[index] = f"{SENTINEL}{index}."
+            keys = message.keys() & set(REASONING_KEYS)
+            messages[index] = cast(Message, {**message, **dict.fromkeys(keys, marks[index])})
+    if not marks:
+        return set()
+    text = conversation.text(messages)
+    return {index for index, mark in marks.items() if mark not in text}
 
 
 def _without_reasoning(message: Message) -> Message:
