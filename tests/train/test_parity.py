@@ -242,8 +242,8 @@ def test_warm_up_comes_before_the_first_window(pool, inputs, tmp_path, layout):
     assert [line["clip_fraction"] > 0 for line in found[:8]] == [False, False, False, False, True, True, False, True]
 
 
-@pytest.mark.parametrize("layout", ["one", slow("TP2-SP")])
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "TP2-SP"])
 def test_sft_follows_the_oracle(pool, inputs, tmp_path, layout):
     wanted, model = expected(inputs, "qwen3", objective="sft")
     found = train(pool, inputs, "qwen3", tmp_path, "--objective", "sft", layout=layout)
