@@ -1,6 +1,8 @@
 """Which of the ranks that hold the same weights writes which of them, and which reads it for all."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -12,8 +14,8 @@ from megatron.core.dist_checkpointing.dict_utils import (
     nested_values,
 )
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch import Tensor
 
+from megatron_psft.checkpoint.parts import cut, tensors_of
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.model.parameters import is_expert
 
@@ -22,18 +24,26 @@ _Replicated: TypeAlias = ShardedTensor | ShardedTensorFactory
 _READ = "read for all replicas"
 
 
-def share_out(content: Mapping[str, Any], parallel: Parallel) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """Rows [first, end) of a tensor's first dimension, which `rank` of those that hold it writes, or reads."""
+
+    rank: int
+    first: int
+    end: int
+
+
+def share_out(content: dict[str, Any], parallel: Parallel) -> None:
     """Has every data-parallel replica write a part of what all hold, instead of the first of them all.
 
-    The ranks agree without a word: they hold the same tensors in the same order, and each goes to the one of them that
-    has least to write so far. `content` is changed in place: tensors keep names and places, and get another
-    `replica_id`, of which 0 writes.
+    The ranks agree without a word: they hold the same tensors in the same order, and each writes an equal part of their
+    bytes, to a row, wherever that begins. `content` is changed in place: a tensor becomes the parts that it is cut
+    into, with names and places as before.
     """
-    values = [value for value in nested_values(dict(content)) if _is_replicated(value)]
-    for value, writer in zip(values, _turns(values, parallel), strict=True):
-        pipeline, tensor, data = value.replica_id
-        group = parallel.replica_group(for_experts=is_expert(value.key))
-        value.replica_id = (pipeline, tensor, (data - writer) % dist.get_world_size(group))
+    turns = iter(_turns(_replicated(content), parallel))
+    dict_list_map_inplace(
+        lambda value: _parts(value, next(turns), parallel) if _is_replicated(value) else value, content
+    )
 
 
 def load_by_turns(
@@ -48,40 +58,70 @@ def load_by_turns(
 
     Takes no memory besides the tensors of `content`, which are filled in place.
     """
+    values = _replicated(content)
+    turns = _turns(values, parallel)
     replicated, rest = extract_matching_values(content, _is_replicated)
-    values: list[_Replicated] = list(nested_values(replicated))
-    readers = _turns(values, parallel)
-    share_out(content, parallel)
-    read = {number: value for number, value in enumerate(values) if value.replica_id[2] == 0}
-    loaded = load({**rest, **(others or {}), _READ: read})
-    tensors = _exchange(values, readers, loaded.pop(_READ, {}), parallel)
-    dict_list_map_inplace(lambda _: next(tensors), replicated)
+    pairs = zip(values, turns, strict=True)
+    parts = {number: _parts(value, of_value, parallel) for number, (value, of_value) in enumerate(pairs)}
+    own = extract_matching_values(parts, lambda part: part.replica_id[2] == 0)[0]
+    loaded = load({**rest, **(others or {}), _READ: own})
+    loaded.pop(_READ, None)
+    _exchange(values, turns, parallel)
+    dict_list_map_inplace(lambda value: value.data.detach(), replicated)
     return merge(loaded, replicated)
 
 
-def _turns(values: Sequence[_Replicated], parallel: Parallel) -> list[int]:
-    """Of each tensor the rank, among those that hold it, that writes or reads it."""
-    groups = {for_experts: parallel.replica_group(for_experts=for_experts) for for_experts in (False, True)}
-    bytes_of = {for_experts: [0] * dist.get_world_size(group) for for_experts, group in groups.items()}
+def _replicated(content: Mapping[str, Any]) -> list[_Replicated]:
+    return [value for value in nested_values(dict(content)) if _is_replicated(value)]
+
+
+def _turns(values: Sequence[_Replicated], parallel: Parallel) -> list[list[_Turn]]:
+    """Of each tensor who writes or reads which rows, all ranks that hold it about the same number of bytes."""
+    totals, written = {True: 0, False: 0}, {True: 0, False: 0}
+    for value in values:
+        totals[is_expert(value.key)] += value.data.nbytes
     turns = []
     for value in values:
-        loads = bytes_of[is_expert(value.key)]
-        turn = loads.index(min(loads))
-        loads[turn] += value.data.nbytes
-        turns.append(turn)
+        for_experts = is_expert(value.key)
+        size = dist.get_world_size(parallel.replica_group(for_experts=for_experts))
+        turns.append(_cut(value, written[for_experts], totals[for_experts], size))
+        written[for_experts] += value.data.nbytes
     return turns
 
 
+def _cut(value: _Replicated, start: int, total: int, size: int) -> list[_Turn]:
+    """Cuts a tensor that begins at byte `start` of `total`, of which each of `size` ranks has as much."""
+    count, width = len(value.data), value.data[0].nbytes
+    borders = [min(max(0, round((total * rank // size - start) / width)), count) for rank in range(size + 1)]
+    return [
+        _Turn(rank=rank, first=first, end=end) for rank, (first, end) in enumerate(pairwise(borders)) if first < end
+    ]
+
+
+def _parts(value: _Replicated, turns: Sequence[_Turn], parallel: Parallel) -> dict[int, ShardedTensor]:
+    """The tensor in parts, of which this rank writes or reads those with replica 0."""
+    tensors, data = tensors_of(value), value.data.detach()
+    group = parallel.replica_group(for_experts=is_expert(value.key))
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    parts = (
+        part
+        for turn in turns
+        for part in cut(tensors, turn.first, turn.end, data[turn.first : turn.end], replica=(rank - turn.rank) % size)
+    )
+    return dict(enumerate(parts))
+
+
 @torch.no_grad()
-def _exchange(
-    values: Sequence[_Replicated], readers: Sequence[int], read: Mapping[int, Tensor], parallel: Parallel
-) -> Iterator[Tensor]:
-    """All tensors, of which this rank has `read` some."""
-    for number, (value, reader) in enumerate(zip(values, readers, strict=True)):
-        tensor = read.get(number, value.data).detach()
-        there = tensor.to(parallel.device).contiguous()
-        dist.broadcast(there, group=parallel.replica_group(for_experts=is_expert(value.key)), group_src=reader)
-        yield tensor if there is tensor else tensor.copy_(there)
+def _exchange(values: Sequence[_Replicated], turns: Sequence[Sequence[_Turn]], parallel: Parallel) -> None:
+    """Fills all tensors, of which this rank has read its own rows."""
+    for value, of_value in zip(values, turns, strict=True):
+        group = parallel.replica_group(for_experts=is_expert(value.key))
+        for turn in of_value:
+            rows = value.data[turn.first : turn.end]
+            there = rows.to(parallel.device).contiguous()
+            dist.broadcast(there, group=group, group_src=turn.rank)
+            if there is not rows:
+                rows.copy_(there)
 
 
 def _is_replicated(value: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -256,9 +256,8 @@ def _plan(content: dict[str, Any], staging: Path, *, is_first: bool) -> AsyncReq
 
 
 def _own_storages(content: dict[str, Any]) -> None:
-    """Makes what is part of a tensor on the CPU one of its own, over the same memory: Megatron-Core would copy it, of a
-    gated MLP's weights and moments all, while training waits."""
-    apply_factories(content)  # which divide such weights
+    """Makes what is part of a tensor on the CPU one of its own, over the same memory: Megatron-Core would copy it while
+    training waits."""
     for value in nested_values(content):
         data = value.data if isinstance(value, ShardedTensor) else None
         if data is not None and data.device.type == "cpu":

@@ -9,7 +9,7 @@ are not; either reads what the other has written.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+
+from megatron_psft.checkpoint.parts import cut, tensors_of
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 """What the optimizer keeps of a parameter, fp32, as Megatron-Core names it."""
@@ -168,44 +170,7 @@ def _sharded(
     template: ShardedTensor | ShardedTensorFactory, state: str, blocks: Sequence[_Rows]
 ) -> Iterator[ShardedTensor]:
     """Rows of one parameter's state, as the checkpoint's parts of that parameter have them."""
-    row = 0
-    for part in _parts(template, f"optimizer.state.{state}.{template.key}"):
-        count, *rest = part.local_shape
-        for block in blocks:
-            first, last = max(block.first, row), min(block.first + block.count, row + count)
-            if first < last:
-                data = None
-                if block.tensors is not None:
-                    rows = block.tensors[state].view(block.count, *rest)
-                    data = rows[first - block.first : last - block.first]
-                yield _cut(part, first - row, (last - first, *rest), data)
-        row += count
-
-
-def _parts(template: ShardedTensor | ShardedTensorFactory, key: str) -> list[ShardedTensor]:
-    """The parameter in the checkpoint, without data: one tensor, or several, as of a gated MLP, whose rows follow one
-    another in the parameter."""
-    if isinstance(template, ShardedTensor):
-        return [replace(template, key=key, data=None, dtype=torch.float32)]
-    shape = torch.empty(template.data.shape, dtype=torch.float32, device="meta")
-    built = template.build_fn(key, shape, template.replica_id, None)
-    parts = list(nested_values(built if isinstance(built, dict) else dict(enumerate(built))))
-    assert sum(part.local_shape[0] for part in parts) == len(shape), f"{key} is not cut along its rows"
-    return [part.without_data() for part in parts]
-
-
-def _cut(part: ShardedTensor, first: int, shape: tuple[int, ...], data: Tensor | None) -> ShardedTensor:
-    """Rows of `part` from `first` on."""
-    offset = list(part.global_offset)
-    offset[part.prepend_axis_num] += first
-    shape = (*(1,) * part.prepend_axis_num, *shape)  # Megatron-Core takes uneven cuts with all their axes only
-    pipeline, tensor, _ = part.replica_id  # each data-parallel rank has rows of its own
-    return replace(
-        part,
-        data=None if data is None else data.view(shape),
-        local_shape=shape,
-        global_offset=tuple(offset),
-        axis_fragmentations=None,
-        prepend_axis_num=0,
-        replica_id=(pipeline, tensor, 0),
-    )
+    tensors = tensors_of(template, key=f"optimizer.state.{state}.{template.key}", dtype=torch.float32)
+    for block in blocks:
+        data = None if block.tensors is None else block.tensors[state].view(block.count, -1)
+        yield from cut(tensors, block.first, block.first + block.count, data)

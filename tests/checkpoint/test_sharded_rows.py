@@ -27,20 +27,21 @@ TP2, EP2 = ("--tensor-model-parallel-size", "2"), ("--expert-model-parallel-size
     ids=["DP4", "DP4-undistributed", "TP2-DP2", "EP2-DP2"],
 )
 def test_a_rank_holds_writes_and_reads_its_own_share(pool, tmp_path, inputs, family, flags):
+    """Also where one tensor, as here the embedding, is larger than a share of all that ranks hold alike."""
     run = tmp_path / "run"
-    if family != "qwen3":
-        inputs = replace(inputs, model=tiny.build_model(tmp_path / "model", family))
+    model = tiny.build_model(tmp_path / "model", family, tied=family == "qwen3", vocab_size=4096)
+    inputs = replace(inputs, model=model)
     argv = inputs.argv(run, *flags, *FEW_STEPS)
     writes, _, asks = zip(*pool.run(bytes_moved, 4, argv), strict=True)
     assert asks == ([True, False],) * 4, "whether the parts make whole tensors is asked once"
     stored = stored_bytes(run / "step_0000003")
     # Files also have a few hundred bytes around every tensor.
     assert 0.5 * stored < sum(writes) < stored
-    assert max(writes) <= 1.3 * sum(writes) / 4
+    assert max(writes) <= 1.1 * sum(writes) / 4
     expected = metrics_of(run)
     forget_steps_from(run, 3)
     for _, read, _ in pool.run(bytes_moved, 4, argv):
-        assert 0 < read <= 1.3 * stored / 4
+        assert 0 < read <= 1.1 * stored / 4
     assert metrics_of(run) == expected
 
 
