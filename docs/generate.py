@@ -10,6 +10,7 @@ from pathlib import Path
 
 from docs.draw_rooms import draw
 from docs.figures import TABLES, figures_of
+from docs.scaling_tables import scaling_tables, speed_table
 from megatron_psft.config.foreign_names import TRAINERS, table_of
 from megatron_psft.config.resume import FREE, SAME, TOLD
 from megatron_psft.config.rules import OLD_POLICY_FIELDS
@@ -31,6 +32,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "resume": lambda: resume_table(),
     "files": lambda: file_tables(),
     "objectives": lambda: objective_table(),
+    "speeds": speed_table,
+    "scaling": scaling_tables,
     **{f"figures of {name}": (lambda name=name: figures_of(name)) for name in TABLES},
     **{f"names of {trainer}": (lambda trainer=trainer: table_of(trainer)) for trainer in TRAINERS},
 }

@@ -4,7 +4,7 @@ Takes the flags, or the YAML file, of the training run, and the cluster's; `--he
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_psft.cli.output import configure_output
@@ -12,6 +12,7 @@ from megatron_psft.config.flags import require_at_least, require_positive, run_c
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.config.schema import Config
+from megatron_psft.diagnostics.speeds import Speeds
 
 if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once
     from megatron_psft.diagnostics.plan import Memory, Plan
@@ -22,6 +23,8 @@ EXAMPLES = """examples:
   the same with longer sequences, on GPUs with more memory:
     psft plan --config examples/recipes/qwen2.5-7b-instruct-8xh100.yaml --seq-length 65536 \\
         --gpus 8 --gpu-memory-gib 141
+  with its time, told from assumptions, of which one is set:
+    psft plan --config examples/recipes/qwen2.5-7b-instruct-8xh100.yaml --gpus 8 --explain --reached-share 0.5
 
 Only config.json of the model is read. The sequences are taken to be full, and every token a label."""
 
@@ -57,6 +60,9 @@ class ClusterConfig:
     """GPUs with a fast connection to each other, within which tensor parallelism stays in the suggested layout."""
     transformer_engine: bool = True
     """Whether Transformer Engine is installed there; without it the layers are plain PyTorch and keep more."""
+    explain: bool = False
+    """Also print what follows from assumed speeds: communication, pipeline bubble, time of a step and its MFU, of the
+    old policy's pass, of a save and of a restart. Nothing of it was measured (docs/scaling.md)."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "gpus", "gpus_per_node")
@@ -71,6 +77,7 @@ class PlanConfig(Config):
     weights: PlannedWeights
     data: PlannedData = PlannedData()
     cluster: ClusterConfig
+    speeds: Speeds = field(default_factory=Speeds)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,11 +108,13 @@ def plan(config: PlanConfig) -> int:
     print("\n".join(["", *_cost_lines(planned), saving_line(planned, cluster.gpus_per_node)]))
     smallest = smallest_layout(planned, bytes_per_rank=room, ranks_per_node=cluster.gpus_per_node)
     print(f"smallest layout that fits: {_suggestion(smallest)}")
+    if cluster.explain:
+        print("\n".join(["", *_scaling_lines(planned, config)]))
     return 0 if fits else 1
 
 
 def _layout_lines(plan: "Plan") -> Iterator[str]:
-    yield f"{plan.shape.model_type}, {_layout(plan)} on {plan.world_size} GPUs"
+    yield f"{plan.shape.model_type}, {layout_of(plan)} on {plan.world_size} GPUs"
     batch = plan.config.batch
     cut = f"{plan.data_size} replicas x {plan.num_microbatches} micro-batches x {batch.micro_batch_size}"
     if plan.config.packs_each_step:
@@ -118,7 +127,7 @@ def _layout_lines(plan: "Plan") -> Iterator[str]:
     yield f"a step: {batch.global_batch_size} sequences of {plan.tokens_per_sequence:,} tokens = {cut}"
 
 
-def _layout(plan: "Plan") -> str:
+def layout_of(plan: "Plan") -> str:
     """The grid of ranks; experts are split over ranks of it."""
     parallel = plan.config.parallel
     sizes = {
@@ -170,10 +179,20 @@ def saving_line(plan: "Plan", gpus_per_node: int) -> str:
     return f"a checkpoint: each GPU's process writes {each:.3g} GiB, copied to {node} before"
 
 
+def _scaling_lines(plan: "Plan", config: PlanConfig) -> Iterator[str]:
+    from megatron_psft.diagnostics.scaling import Scaling, explained
+
+    yield "expected of the assumed speeds (docs/scaling.md), not measured:"
+    for label, value in explained(
+        Scaling(plan=plan, speeds=config.speeds, gpus_per_node=config.cluster.gpus_per_node)
+    ).items():
+        yield f"  {label:<42}{value}"
+
+
 def _suggestion(smallest: "Plan | None") -> str:
     from megatron_psft.diagnostics.plan import GIB
 
     if smallest is None:
         return "none; recompute activations, shorten seq_length or take more GPUs"
     flags = "with sequence parallelism and the distributed optimizer"
-    return f"{_layout(smallest)}, {flags}, {smallest.peak.total / GIB:.1f} GiB"
+    return f"{layout_of(smallest)}, {flags}, {smallest.peak.total / GIB:.1f} GiB"

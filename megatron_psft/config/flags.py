@@ -208,7 +208,7 @@ def _build_parser(root: type, prog: str | None, epilog: str | None) -> _Parser:
         "of files whose settings count where its own say nothing; the command line wins"
     )
     parser.add_argument("--config", metavar="FILE.yaml", help=text)
-    docs = _field_docs(root)
+    docs = field_docs(root)
     for name, section in get_type_hints(root).items():
         group = parser.add_argument_group(name, inspect.getdoc(section))
         for field in fields(section):
@@ -233,7 +233,7 @@ def _argument_options(field: Field[Any], docs: dict[str, str]) -> dict[str, Any]
     return options | {"metavar": "|".join(choices)}
 
 
-def _field_docs(root: type) -> dict[str, str]:
+def field_docs(root: type) -> dict[str, str]:
     """Returns the string below each field, by field name, read from the source of the sections' classes."""
     docs = {}
     for section in get_type_hints(root).values():

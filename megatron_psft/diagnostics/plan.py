@@ -97,11 +97,11 @@ class Plan:
         return self.config.data.seq_length * (2 if self.config.objective.needs_pairs else 1)
 
     @property
-    def _itemsize(self) -> int:
+    def itemsize(self) -> int:
         """Bytes of a weight or activation."""
         return 2 if self.config.precision.bf16 else FP32
 
-    def _tokens(self, micro_batch_size: int) -> float:
+    def tokens(self, micro_batch_size: int) -> float:
         """T."""
         return micro_batch_size * self.tokens_per_sequence / self.config.parallel.context_parallel_size
 
@@ -122,7 +122,7 @@ class Plan:
         """Layers of a model chunk, of which each stage has one without interleaving."""
         return self.shape.num_layers // self.stages // (virtual_size(self.shape, self.config) or 1)
 
-    def _layers(self, stage: int) -> list[int]:
+    def layers(self, stage: int) -> list[int]:
         """Layers of a stage, from 0; interleaved chunks are dealt out to the stages in turn."""
         return [layer for layer in range(self.shape.num_layers) if layer // self._chunk_layers % self.stages == stage]
 
@@ -131,18 +131,18 @@ class Plan:
         parameters = self.shape.layer_parameters(layer)
         return [prod(dims) // (self._tensor if is_cut(name) else 1) for name, dims in parameters.items()]
 
-    def _expert_parameters(self, stage: int) -> list[int]:
+    def expert_parameters(self, stage: int) -> list[int]:
         """Sizes of the experts' parameters on a rank of `stage`."""
         experts, parallel = self.shape.experts, self.config.parallel
         if experts is None:
             return []
         sizes = [prod(dims) // parallel.expert_tensor_size for dims in self.shape.expert_parameters.values()]
-        layers = sum(map(self.shape.has_experts, self._layers(stage)))
+        layers = sum(map(self.shape.has_experts, self.layers(stage)))
         return sizes * (layers * experts.count // parallel.expert_model_parallel_size)
 
-    def _shared_parameters(self, stage: int) -> list[int]:
+    def shared_parameters(self, stage: int) -> list[int]:
         """Sizes of all other parameters on a rank of `stage`."""
-        sizes = [size for layer in self._layers(stage) for size in self._layer_parameters(layer)]
+        sizes = [size for layer in self.layers(stage) for size in self._layer_parameters(layer)]
         vocabulary, is_last = self._vocab_columns * self.shape.hidden_size, stage == self.stages - 1
         sizes += [vocabulary] if stage == 0 else []
         # Tied to the embedding of another stage, the output layer has a copy.
@@ -151,19 +151,19 @@ class Plan:
 
     def num_parameters(self, stage: int) -> int:
         """On a rank of `stage`."""
-        return sum(self._shared_parameters(stage)) + sum(self._expert_parameters(stage))
+        return sum(self.shared_parameters(stage)) + sum(self.expert_parameters(stage))
 
-    def _optimized(self, stage: int) -> list[float]:
+    def optimized(self, stage: int) -> list[float]:
         """Sizes of the parameters whose update a rank of `stage` computes."""
         if self.config.parallel.use_distributed_optimizer:
             return self._shares(stage)
-        return [*self._shared_parameters(stage), *self._expert_parameters(stage)]
+        return [*self.shared_parameters(stage), *self.expert_parameters(stage)]
 
     def _shares(self, stage: int) -> list[float]:
         """Sizes of the parameters on a rank of `stage`, each divided by the ranks that have the same."""
         parallel, ranks = self.config.parallel, self.world_size // self.stages
         expert_replicas = ranks // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
-        shared, experts = self._shared_parameters(stage), self._expert_parameters(stage)
+        shared, experts = self.shared_parameters(stage), self.expert_parameters(stage)
         return [size * self._tensor / ranks for size in shared] + [size / expert_replicas for size in experts]
 
     @property
@@ -172,7 +172,7 @@ class Plan:
         optimizer's state, about even over the ranks of a stage; of the stage with most."""
         is_distributed = self.config.parallel.use_distributed_optimizer
         shares = map(self._shares, range(self.stages))
-        return max(saved_bytes(each, itemsize=self._itemsize, is_distributed=is_distributed) for each in shares)
+        return max(saved_bytes(each, itemsize=self.itemsize, is_distributed=is_distributed) for each in shares)
 
     # Activations
 
@@ -184,16 +184,16 @@ class Plan:
 
     def _mlp(self, layer: int, micro_batch_size: int) -> tuple[float, float]:
         """Bytes of a layer's rows as its experts get them, 0 for a plain MLP; and of the inner part of the MLP."""
-        positions, experts = self._tokens(micro_batch_size), self.shape.experts
+        positions, experts = self.tokens(micro_batch_size), self.shape.experts
         if experts is None or not self.shape.has_experts(layer):
-            return 0.0, positions * self.shape.ffn_hidden_size / self._tensor * self._itemsize
+            return 0.0, positions * self.shape.ffn_hidden_size / self._tensor * self.itemsize
         # A position goes to some experts, and there to every rank that has a part of them.
-        rows = positions / self._sequence_split * experts.per_token * self._itemsize
+        rows = positions / self._sequence_split * experts.per_token * self.itemsize
         return rows * self.config.parallel.expert_tensor_size * self.shape.hidden_size, rows * experts.ffn_hidden_size
 
-    def _hidden(self, micro_batch_size: int) -> float:
+    def hidden(self, micro_batch_size: int) -> float:
         """Bytes of the hidden states between two layers."""
-        return self._tokens(micro_batch_size) / self._sequence_split * self.shape.hidden_size * self._itemsize
+        return self.tokens(micro_batch_size) / self._sequence_split * self.shape.hidden_size * self.itemsize
 
     def _layer_activations(self, layer: int) -> float:
         """Bytes that a layer keeps of a micro-batch for its backward pass."""
@@ -201,7 +201,7 @@ class Plan:
         (queries, keys), size = self._widths, self.config.batch.micro_batch_size
         # What goes into both norms and what comes out of them; plain PyTorch also keeps the values before they are
         # multiplied by the weight.
-        norms = (4 if platform.has_transformer_engine else 6) * self._hidden(size)
+        norms = (4 if platform.has_transformer_engine else 6) * self.hidden(size)
         # The projected row, of which the values are a view; queries and keys with rotary embedding; the output.
         per_token = (queries + 2 * keys) + (queries + keys) + queries
         # Up projection (two halves) and what goes into the down projection; unfused, also both factors of the gate.
@@ -217,7 +217,7 @@ class Plan:
                 per_token += 2 * keys * parallel.context_parallel_size  # the gathered row
             if self.config.recompute.recompute_granularity == "selective":
                 per_token -= queries
-        return norms + mlp + self._tokens(size) * per_token * self._itemsize
+        return norms + mlp + self.tokens(size) * per_token * self.itemsize
 
     def _chunks_in_flight(self, stage: int) -> int:
         """Forward passes of model chunks (one per stage without interleaving) whose backward pass is still to come."""
@@ -227,8 +227,8 @@ class Plan:
 
     def _activations(self, stage: int) -> tuple[float, float]:
         """Bytes kept for the backward passes to come, and what a recomputed layer or group of them needs meanwhile."""
-        recompute, hidden = self.config.recompute, self._hidden(self.config.batch.micro_batch_size)
-        sizes = [self._layer_activations(layer) for layer in self._layers(stage)]
+        recompute, hidden = self.config.recompute, self.hidden(self.config.batch.micro_batch_size)
+        sizes = [self._layer_activations(layer) for layer in self.layers(stage)]
         layers, average, recomputed = self._chunk_layers, sum(sizes) / len(sizes), 0.0
         kept = layers * average
         if recompute.recompute_granularity == "full":
@@ -261,9 +261,9 @@ class Plan:
         return Memory(
             stage=stage,
             moment=moment,
-            weights=count * self._itemsize,
+            weights=count * self.itemsize,
             gradients=count * FP32,
-            optimizer=sum(self._optimized(stage)) * self._optimizer_bytes,
+            optimizer=sum(self.optimized(stage)) * self._optimizer_bytes,
             activations=activations,
             working=working,
         )
@@ -281,8 +281,8 @@ class Plan:
         if stage == self.stages - 1:
             yield "head", kept, self._head_working(batch.micro_batch_size, with_gradient=True)
         if stage == 0:
-            vocabulary = self._vocab_columns * self.shape.hidden_size * self._itemsize
-            yield "gradient of the embedding", 0.0, vocabulary + self._hidden(batch.micro_batch_size)
+            vocabulary = self._vocab_columns * self.shape.hidden_size * self.itemsize
+            yield "gradient of the embedding", 0.0, vocabulary + self.hidden(batch.micro_batch_size)
         yield "update", 0.0, self._update_working(stage)
         if objective.needs_old_policy and objective.old_policy_interval != 1:
             size = objective.old_policy_micro_batch_size or batch.micro_batch_size
@@ -293,36 +293,36 @@ class Plan:
 
     def _layer_working(self, stage: int, micro_batch_size: int) -> float:
         """Inside a layer, at the widest: hidden states, the MLP's inner part, and what it is made of or turns into."""
-        mlps = (self._mlp(layer, micro_batch_size) for layer in self._layers(stage))
-        return 2 * self._hidden(micro_batch_size) + max(2 * rows + 3 * inner for rows, inner in mlps)
+        mlps = (self._mlp(layer, micro_batch_size) for layer in self.layers(stage))
+        return 2 * self.hidden(micro_batch_size) + max(2 * rows + 3 * inner for rows, inner in mlps)
 
     def _backward_working(self, stage: int) -> float:
         """Gradients of activations, and of the weight that is being worked on where no kernel adds it to the buffer."""
         largest = 0
         if not self.platform.has_transformer_engine:
-            sizes = [size for layer in self._layers(stage) for size in self._layer_parameters(layer)]
-            largest = max(sizes + self._expert_parameters(stage))
-        return self._layer_working(stage, self.config.batch.micro_batch_size) + largest * self._itemsize
+            sizes = [size for layer in self.layers(stage) for size in self._layer_parameters(layer)]
+            largest = max(sizes + self.expert_parameters(stage))
+        return self._layer_working(stage, self.config.batch.micro_batch_size) + largest * self.itemsize
 
     def _head_working(self, micro_batch_size: int, *, with_gradient: bool) -> float:
         """The last hidden states, the label tokens' rows of them and their gradient, and logits."""
-        tokens = self._tokens(micro_batch_size)
-        rows = tokens * self.shape.hidden_size * self._itemsize
+        tokens = self.tokens(micro_batch_size)
+        rows = tokens * self.shape.hidden_size * self.itemsize
         gathered = rows if self._sequence_split > 1 else 0.0
-        states = self._hidden(micro_batch_size) + gathered + rows * (2 if with_gradient else 1)
+        states = self.hidden(micro_batch_size) + gathered + rows * (2 if with_gradient else 1)
         # bf16 logits are worked on as they are by the Triton kernels, and as a copy in fp32 elsewhere.
         is_copied = self.config.precision.bf16 and not (self.platform.is_gpu and self.config.objective.fused_head)
-        logit = self._itemsize + (FP32 if is_copied else 0)
+        logit = self.itemsize + (FP32 if is_copied else 0)
         if self.config.objective.fused_head:
             chunk = CHUNK_BYTES[self.platform.device.type] // (FP32 * self._vocab_columns)
             return states + min(chunk, tokens) * self._vocab_columns * logit
-        return states + tokens * self._vocab_columns * (FP32 + self._itemsize)
+        return states + tokens * self._vocab_columns * (FP32 + self.itemsize)
 
     def _update_working(self, stage: int) -> float:
         """What Adam needs beside its state."""
         if self.platform.has_transformer_engine:
             return 0.0
-        largest, own = max(self._shared_parameters(stage) + self._expert_parameters(stage)), sum(self._optimized(stage))
+        largest, own = max(self.shared_parameters(stage) + self.expert_parameters(stage)), sum(self.optimized(stage))
         # torch's own makes a denominator of each parameter, on GPUs of all at once.
         return FP32 * (own if self.platform.is_gpu else 2 * min(largest, own))
 
@@ -353,4 +353,4 @@ class Plan:
     @property
     def old_log_prob_bytes(self) -> float:
         """Host memory of a rank of the last stage per step that is scored ahead."""
-        return self.num_microbatches * self._tokens(self.config.batch.micro_batch_size) * FP32
+        return self.num_microbatches * self.tokens(self.config.batch.micro_batch_size) * FP32

@@ -2,11 +2,8 @@
 
 import re
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from megatron_psft.cli.plan import saving_line
@@ -15,69 +12,15 @@ from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.paper import RUNS
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.rules import validate
-from megatron_psft.config.schema import Config, parse_config
+from megatron_psft.config.schema import Config
 from megatron_psft.config.yaml_files import read_settings
 from megatron_psft.diagnostics.layouts import smallest_layout
-from megatron_psft.diagnostics.plan import GIB, Plan
-from megatron_psft.distributed.device import Platform
-from megatron_psft.model.shape import ModelShape, shape_from_config
+from megatron_psft.diagnostics.plan import GIB
 from tests.support.cli import REPOSITORY
+from tests.support.recipes import RECIPES, SHAPES, plan_of, ranks_of
 
-RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("*.yaml"))
 ROOM_GIB = 80 - 6
 PARTS = ("weights", "gradients", "optimizer", "activations", "working")
-
-_DENSE = {"hidden_act": "silu", "tie_word_embeddings": False}
-SHAPES = {
-    "Qwen/Qwen2.5-7B-Instruct": {
-        **_DENSE,
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    "meta-llama/Llama-3.1-8B-Instruct": {
-        **_DENSE,
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "Qwen/Qwen3-4B-Base": {
-        **_DENSE,
-        "model_type": "qwen3",
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen3-30B-A3B": {
-        **_DENSE,
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "vocab_size": 151936,
-    },
-}
-"""What the models' config.json say of their sizes."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +62,6 @@ def reader_of(name: str) -> Reader:
     return next(reader for place, reader in READERS.items() if name == place or name.startswith(place + "/"))
 
 
-def ranks_of(name: str) -> int:
-    """A recipe's name says its GPUs; the paper's runs include a recipe for 8."""
-    match = re.search(r"-(\d+)xh100\.yaml$", name)
-    return int(match[1]) if match else 8 if name.startswith("examples/paper/") else 1
-
-
 @pytest.mark.parametrize("name", shipped())
 def test_every_yaml_file_is_read_by_its_command(name):
     if name in OTHERS:
@@ -142,21 +79,6 @@ def test_a_recipe_says_nothing_that_its_base_says(path):
     own = {setting.name for setting in settings if setting.file == path}
     assert {setting.file.parent.name for setting in settings} == {"recipes", "base"}
     assert not own & {setting.name for setting in settings if setting.file != path}
-
-
-@cache
-def plan_of(path: Path) -> Plan:
-    config = parse_config([*READERS["examples/recipes"].flags.split(), "--config", str(path)])
-    return Plan(
-        config=config,
-        shape=shape_of(config.weights.load_hf),
-        world_size=ranks_of(path.name),
-        platform=Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=True),
-    )
-
-
-def shape_of(name: str) -> ModelShape:
-    return shape_from_config(SHAPES[name], name)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
