@@ -12,52 +12,17 @@ from megatron_psft.config.schema import (
     DataConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    ParallelConfig,
     PrecisionConfig,
     RecomputeConfig,
 )
 from megatron_psft.diagnostics.layouts import smallest_layout
 from megatron_psft.diagnostics.plan import GIB, Plan
-from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.metrics.flops import forward_flops
-from megatron_psft.model.shape import ExpertShape, ModelShape
+from tests.diagnostics.plans import CPU, EXPERTS, GPU, SHAPE, make_plan
 from tests.support import tiny
 from tests.support.layouts import Layout, make_config, rank_of
 from tests.support.marks import slow
-
-GPU = Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=True)
-CPU = Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
-SHAPE = ModelShape(
-    model_type="llama",
-    num_layers=8,
-    hidden_size=1024,
-    ffn_hidden_size=4096,
-    num_attention_heads=16,
-    num_query_groups=4,
-    head_dim=64,
-    vocab_size=32768,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    qkv_bias=False,
-    qk_norm=False,
-    tied_embeddings=False,
-    initializer_range=0.02,
-    dtype="bfloat16",
-)
-
-
-def make_plan(world_size=1, platform=GPU, shape=SHAPE, seq_length=4096, sections=None, **parallel) -> Plan:
-    config = make_config(Layout())
-    config = replace(
-        config,
-        data=replace(config.data, seq_length=seq_length),
-        batch=BatchConfig(train_iters=100, global_batch_size=8),
-        precision=PrecisionConfig(bf16=True),
-        parallel=ParallelConfig(**parallel),
-    )
-    return Plan(config=replace(config, **(sections or {})), shape=shape, world_size=world_size, platform=platform)
 
 
 def _built_parameters(folder: Path, layout: Layout) -> tuple[int, int, dict]:
@@ -129,12 +94,6 @@ def test_activations_by_hand():
     unsplit = make_plan(2, tensor_model_parallel_size=2)
     assert unsplit.peak.activations == 4096 * 2 * (8 * (4 * 1024 + (3 * 1024 + 3 * 256 + 3 * 4096) / 2) + 1024)
     assert make_plan(2, context_parallel_size=2).peak.activations == make_plan().peak.activations / 2
-
-
-EXPERTS = replace(
-    SHAPE,
-    experts=ExpertShape(count=16, per_token=2, ffn_hidden_size=512, normalizes=True, dense_layers=(0,)),
-)
 
 
 def test_experts_are_split_over_their_own_ranks():

@@ -11,7 +11,7 @@ from megatron_psft.config.schema import BatchConfig, RecomputeConfig
 from megatron_psft.diagnostics.scaling import Scaling, Traffic
 from megatron_psft.diagnostics.speeds import Speeds
 from megatron_psft.errors import UserError
-from tests.diagnostics.test_plan import EXPERTS, make_plan
+from tests.diagnostics.plans import EXPERTS, make_plan
 from tests.support.cli import REPOSITORY
 from tests.support.recipes import RECIPES, SHAPES, plan_of
 
