@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from megatron_psft.config.inputs import DataConfig, TemplateConfig
 from megatron_psft.data.example import NO_NOTES, Example, Notes
+from megatron_psft.data.keys import REASONING_KEYS
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.plain_text import PlainText, unmark
 from megatron_psft.data.records import Record
 from megatron_psft.data.spans import Conversation, Span, TurnFinder
-from megatron_psft.data.template import REASONING_KEYS, SENTINEL, ChatTemplates, read_template
+from megatron_psft.data.template import SENTINEL, ChatTemplates, read_template
 from megatron_psft.data.text_ends import TextEnds
 from megatron_psft.data.turns import continue_prompt, has_reasoning, missing_part, skip_empty_block
 from megatron_psft.data.word_cache import Encoded, WordCache

@@ -26,6 +26,7 @@ class KeyGroup(NamedTuple):
 
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+"""Names under which rows and chat templates, some these and some those, have a turn's reasoning; the first is ours."""
 LEARN_KEYS = ("weight", "train", "loss", "training", "trainable")
 KWARGS_KEY, THINKING_KEY = "chat_template_kwargs", "enable_thinking"
 

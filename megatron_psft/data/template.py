@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from megatron_psft.data.keys import THINKING_KEY
+from megatron_psft.data.keys import REASONING_KEYS, THINKING_KEY
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.records import Record
 from megatron_psft.errors import UserError, nearest_name_hint
@@ -24,9 +24,6 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and the caller has th
 
 SENTINEL = "k7Qplaceholder0Xv"  # letters and digits only: no template trims, escapes or parses them
 _VALUE = "v3Wplaceholder8Yk"  # of the argument of a call, whose name is the sentinel
-
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Names under which templates look for a turn's reasoning, the usual one first."""
 
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template raises: `raise_exception()`, or anything from within a filter that a value does not suit."""

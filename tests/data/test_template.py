@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_psft.data.chat import ChatRenderer, RenderSettings, render_record
+from megatron_psft.data.keys import REASONING_KEYS
 from megatron_psft.data.messages import RecordError
 from megatron_psft.data.records import Record
 from megatron_psft.data.template import read_template
@@ -150,7 +151,7 @@ def test_a_role_that_the_template_leaves_out_is_refused(role):
     assert label_texts(record, byte_tokenizer(toys.CHATML)) == ["Yes.<|im_end|>", "So.<|im_end|>"]
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("key", REASONING_KEYS)
 def test_reasoning_is_given_under_the_key_that_the_template_reads(key):
     tokenizer = byte_tokenizer(toys.TOOLS.replace("m.reasoning_content", f"m.{key}"))
     record = calling(reasoning_content="Hm.")
