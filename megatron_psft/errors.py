@@ -44,6 +44,11 @@ class RankError(InfrastructureError):
     """As `InfrastructureError`, but only this rank may know of it: it leaves without waiting for the others."""
 
 
+def is_shared(error: BaseException) -> bool:
+    """Whether all ranks raise it together, and none waits for another."""
+    return isinstance(error, ExplainedError) and not isinstance(error, RankError)
+
+
 _LOST_STORAGE = frozenset(
     {
         errno.ENOSPC,

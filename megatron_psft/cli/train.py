@@ -147,16 +147,12 @@ def _settle(
 ) -> "tuple[Meeting, Platform] | int":
     """Meets the other ranks before any collective. Returns the meeting and what this rank computes on, as all have
     decided, or the exit code where they cannot, for what this rank or another has to say."""
-    from megatron_psft.distributed.device_choice import agree
+    from megatron_psft.distributed.device_choice import settle
     from megatron_psft.distributed.rendezvous import meet
 
     try:
         meeting = meet(rank, world_size, timeout_minutes)
-        device = agree(meeting, own)
-        # After the device is known: for the CPU, no library is to look for a GPU.
-        from megatron_psft.distributed.device import prepare_all
-
-        return meeting, prepare_all(meeting, device, local_rank)
+        return meeting, settle(meeting, own, local_rank)
     except RankError as error:
         leave(error.exit_code)
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -190,7 +186,8 @@ def _leave_alone(error: BaseException, rank: int, world_size: int, first: int, t
     elif not is_interrupted:
         print(f"{line}; rank {first} has failed first", file=sys.stderr, flush=True)
     if world_size > 1:
-        _end(code)
+        sys.stdout.flush()
+        end_at_once(code)
     return code
 
 
@@ -212,14 +209,10 @@ def _describe(error: BaseException, config: Config, platform: "Platform", rank: 
 
 def _end_after(rank: int, first: int) -> None:
     """Ends this process, which waits for a rank that has failed."""
+    from megatron_psft.distributed.failure import end_after
+
     leave(InfrastructureError.exit_code)
-    print(f"rank {rank}: ended, as rank {first} has failed", file=sys.stderr, flush=True)
-    _end(InfrastructureError.exit_code)
-
-
-def _end(code: int) -> None:
-    sys.stdout.flush()
-    end_at_once(code)
+    end_after(rank, first)
 
 
 def _config_file(argv: Sequence[str]) -> list[tuple[str, Path]]:

@@ -5,13 +5,16 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from megatron_psft.distributed.environment import are_hidden, gpu_signs
 from megatron_psft.distributed.rendezvous import Meeting
 from megatron_psft.errors import InfrastructureError, UserError, first_line
+
+if TYPE_CHECKING:
+    from megatron_psft.distributed.device import Platform
 
 Device = Literal["auto", "cuda", "cpu"]
 
@@ -38,6 +41,16 @@ class Survey:
     def has_gpu(self) -> bool:
         """Whether a GPU works, though perhaps not one for this rank alone."""
         return self.num_gpus > 0 and self.trouble is None
+
+
+def settle(meeting: Meeting, own: Survey | UserError, local_rank: int) -> "Platform":
+    """What this process computes on, as all ranks have decided (`agree`). Raises as `agree`, and UserError on all of
+    them for what is broken on the host of any."""
+    device = agree(meeting, own)
+    # After the device is known: for the CPU, no library is to look for a GPU.
+    from megatron_psft.distributed.device import prepare_all
+
+    return prepare_all(meeting, device, local_rank)
 
 
 def survey(wanted: Device, rank: int, local_rank: int) -> Survey:

@@ -4,7 +4,9 @@ Under gloo its end fails their collectives. Under NCCL they go on waiting, in C+
 is run: until the watchdog's timeout, or until torchrun kills them.
 """
 
+import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +15,11 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from megatron_psft.distributed.orphans import end_at_once
 from megatron_psft.distributed.rendezvous import Meeting
+from megatron_psft.errors import InfrastructureError
+
+log = logging.getLogger(__name__)
 
 _KEY = "failed"
 _INTERVAL_SECONDS = 1.0
@@ -82,6 +88,13 @@ class FailureWatch:
                     if not self._is_over.wait(_GRACE_SECONDS):
                         self._end(self._seen)
                     return
+
+
+def end_after(rank: int, first: int) -> None:
+    """Ends this process, of `rank`, which waits for one that has failed."""
+    log.error("rank %d: ended, as rank %d has failed", rank, first)
+    sys.stdout.flush()
+    end_at_once(InfrastructureError.exit_code)
 
 
 def _another_client(store: dist.Store) -> dist.Store:

@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.rendezvous import Meeting, meet
-from megatron_psft.errors import ExplainedError, RankError, first_line
+from megatron_psft.errors import RankError, first_line, is_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def process_group(
     try:
         yield
     except BaseException as error:
-        if world_size == 1 or (isinstance(error, ExplainedError) and not isinstance(error, RankError)):
+        if world_size == 1 or is_shared(error):
             _take_down()
         raise
     _take_down()

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -10,16 +11,25 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_psft.atomic import replace_file
 from megatron_psft.config.flags import from_values
 from megatron_psft.config.paths import escape_path, expand_path
 from megatron_psft.config.rules import validate
-from megatron_psft.config.schema import Config
+from megatron_psft.config.schema import Config, ParallelConfig
 from megatron_psft.distributed.environment import prepare_environment
-from megatron_psft.errors import UserError
+from megatron_psft.distributed.orphans import end_with_launcher
+from megatron_psft.errors import ExplainedError, UserError, is_shared
+
+if TYPE_CHECKING:
+    from megatron_psft.distributed.device import Platform
+    from megatron_psft.distributed.rendezvous import Meeting
+    from megatron_psft.distributed.signals import StopRequested
+
+log = logging.getLogger(__name__)
 
 Records = Iterable[Mapping[str, Any]]
 """In any form of docs/data.md; values that JSON has."""
@@ -45,7 +55,8 @@ def finetune(
     valid_records: Records | None = None,
     **settings: Any,
 ) -> Finetuned:
-    """Trains as `psft train` does, in this process, or in all of those in which torchrun runs the calling script.
+    """Trains as `psft train` does, in this process, or in all of those in which torchrun runs the calling script. Where
+    one of several fails by itself it raises what it has met, and the others end within seconds, with exit code 4.
 
     Records are written to the run folder, as `records-<sum>.jsonl`, rank 0's for all ranks. The same call again goes on
     from the newest checkpoint in `save`, or finds nothing to do. After a call on the CPU this process uses no GPU.
@@ -105,38 +116,59 @@ class _Call:
 
 
 def _train(asked: _Call | UserError, world_size: int, started_at: float) -> Finetuned:
+    environment = []
     if isinstance(asked, _Call) and asked.config.precision.device != "cpu":
-        prepare_environment()
+        environment = prepare_environment()
     import torch.distributed as dist
 
-    from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
-    from megatron_psft.distributed.device_choice import agree, survey
-    from megatron_psft.distributed.grid import process_group
+    from megatron_psft.distributed.device_choice import settle, survey
     from megatron_psft.distributed.rendezvous import meet
 
     _check_process(has_group=dist.is_initialized())
+    end_with_launcher()
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     own = asked if isinstance(asked, UserError) else survey(asked.config.precision.device, rank, local_rank)
-    meeting = meet(rank, world_size)
-    device = agree(meeting, own)
+    parallel = ParallelConfig() if isinstance(asked, UserError) else asked.config.parallel
+    meeting = meet(rank, world_size, parallel.distributed_timeout_minutes)
+    try:
+        platform = settle(meeting, own, local_rank)
+    except ExplainedError as error:
+        if is_shared(error):
+            meeting.leave()
+        raise
     assert isinstance(asked, _Call), "a mistake of any rank is raised on all"
-    # After the device is known: for the CPU, no library is to look for a GPU.
-    from megatron_psft.distributed.device import prepare_all
+    if platform.is_gpu:
+        log.info("environment: %s", ", ".join(map(str, environment)))
+    metrics, ended_early = _run(asked, meeting, platform, local_rank, started_at)
+    if ended_early is not None and ended_early.signum is not None:
+        signal.raise_signal(ended_early.signum)  # for whoever handles it outside of a run
+    export = None if ended_early is not None else asked.config.weights.export_hf
+    return Finetuned(metrics=metrics, export=None if export is None else Path(export))
+
+
+def _run(
+    asked: _Call, meeting: "Meeting", platform: "Platform", local_rank: int, started_at: float
+) -> tuple[list[dict[str, float]], "StopRequested | None"]:
+    """All metrics, and why training has ended before its last step, if it has."""
+    from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
+    from megatron_psft.distributed.failure import FailureWatch, end_after
+    from megatron_psft.distributed.grid import process_group
     from megatron_psft.metrics.run_log import METRICS_FILE
     from megatron_psft.train.run import hold_folders, run
 
-    config, platform = asked.config, prepare_all(meeting, device, local_rank)
-    save, minutes = Path(config.weights.save), config.parallel.distributed_timeout_minutes
-    group = process_group(platform, world_size, minutes, meeting=meeting)
-    with group, naming_lost_peers("training"), ExitStack() as locks:
-        on_rank_zero(lambda: hold_folders(config.weights, locks))
-        on_rank_zero(lambda: _write(asked.records))
-        ended_early = run(config, platform, rank, local_rank, started_at)
-        metrics = on_rank_zero(lambda: _read(save / METRICS_FILE))
-    if ended_early is not None and ended_early.signum is not None:
-        signal.raise_signal(ended_early.signum)  # for whoever handles it outside of a run
-    export = None if ended_early is not None else config.weights.export_hf
-    return Finetuned(metrics=metrics, export=None if export is None else Path(export))
+    config, rank = asked.config, meeting.rank
+    group = process_group(platform, meeting.world_size, config.parallel.distributed_timeout_minutes, meeting=meeting)
+    with FailureWatch(meeting, partial(end_after, rank)) as watch:
+        try:
+            with group, naming_lost_peers("training"), ExitStack() as locks:
+                on_rank_zero(lambda: hold_folders(config.weights, locks))
+                on_rank_zero(lambda: _write(asked.records))
+                ended_early = run(config, platform, rank, local_rank, started_at)
+                return on_rank_zero(lambda: _read(Path(config.weights.save) / METRICS_FILE)), ended_early
+        except BaseException as error:
+            if not is_shared(error):  # the others may not know of it
+                watch.announce()
+            raise
 
 
 def _check_process(*, has_group: bool) -> None:

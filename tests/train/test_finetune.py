@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import megatron_psft as psft
+from megatron_psft.distributed import rendezvous
 from tests.support import tiny
 from tests.support.cli import REPOSITORY
 from tests.support.marks import slow
+from tests.support.pool import WorkerError
 
 RECORDS = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(1, n + 1)))} for n in range(2, 10)]
 SMALL = {"train_iters": 2, "global_batch_size": 4, "seq_length": 128, "lr": 1e-3}
@@ -109,6 +112,43 @@ def test_calls_in_one_process_follow_each_other(pool, model, tmp_path, world_siz
     pool.run(_calls, world_size, model, tmp_path)
     (file,) = (tmp_path / "second").glob("records-*.jsonl")
     assert [json.loads(line) for line in file.read_text().splitlines()] == RECORDS
+
+
+def _call_in_which_a_rank_fails(folder: Path) -> None:
+    """Rank 1 fails by itself, while rank 0 waits, as it would for NCCL, for what does not end."""
+    from megatron_psft.distributed import failure
+    from megatron_psft.train import run
+
+    rank = int(os.environ["RANK"])
+    failure._INTERVAL_SECONDS, failure._GRACE_SECONDS = 0.05, 0.5
+
+    def fail(*_: object) -> None:
+        if rank == 0:
+            time.sleep(600)
+        raise KeyError("missing")
+
+    run.run = fail
+    psft.finetune(RECORDS, load_hf=folder / "hf", save=folder / "run", device="cpu", **SMALL)
+
+
+def test_a_rank_that_fails_by_itself_raises_and_ends_the_others(pool, tmp_path):
+    with pytest.raises(WorkerError) as caught:
+        pool.run(_call_in_which_a_rank_fails, 2, tmp_path)
+    assert "KeyError: 'missing'" in caught.value.failures[1]
+    assert caught.value.failures[0] == "died with exit code 4"
+
+
+def test_ranks_wait_for_each_other_as_long_as_asked(monkeypatch, tmp_path):
+    waited = []
+
+    def meet(rank: int, world_size: int, timeout_minutes: float) -> None:
+        waited.append(timeout_minutes)
+        raise psft.UserError("met")
+
+    monkeypatch.setattr(rendezvous, "meet", meet)
+    with pytest.raises(psft.UserError, match="met"):
+        psft.finetune(RECORDS, load_hf="hf", save=tmp_path, device="cpu", distributed_timeout_minutes=2.5, **SMALL)
+    assert waited == [2.5]
 
 
 def _run_snippet(text: str, folder: Path) -> dict:
