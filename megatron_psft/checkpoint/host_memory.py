@@ -6,8 +6,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_psft.checkpoint.state import TrainState
 from megatron_psft.distributed.grid import Parallel
+from megatron_psft.distributed.host_memory import require_host_memory
 from megatron_psft.model.parameters import is_expert, named_parameters
-from megatron_psft.scoring.host_memory import require_host_memory
 
 _FP32 = 4
 

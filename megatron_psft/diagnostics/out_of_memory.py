@@ -10,6 +10,7 @@ import torch
 from megatron_psft.config.schema import Config
 from megatron_psft.diagnostics.plan import GIB, Memory, Plan
 from megatron_psft.distributed.device import Platform
+from megatron_psft.distributed.host_memory import limit_bytes
 from megatron_psft.errors import first_line
 from megatron_psft.hf import hub
 from megatron_psft.model.shape import read_shape
@@ -40,8 +41,12 @@ def _gpu(device: torch.device) -> str:
 
 def _host() -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-    total = psutil.virtual_memory().total / GIB
-    return f"this process had {peak:.1f} GiB at most, of the {total:.1f} that the host has"
+    limit = limit_bytes()
+    if limit is None:
+        room = f"of the {psutil.virtual_memory().total / GIB:.1f} that the host has"
+    else:
+        room = f"of the {limit / GIB:.1f} that its container, Slurm job or pod may have in all"
+    return f"this process had {peak:.1f} GiB at most, {room}"
 
 
 def _planned(memory: Memory) -> str:

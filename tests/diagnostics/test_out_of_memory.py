@@ -2,10 +2,12 @@
 
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from megatron_psft.config.schema import parse_config
+from megatron_psft.diagnostics import out_of_memory
 from megatron_psft.diagnostics.out_of_memory import explain
 from megatron_psft.distributed.collective import is_out_of_memory, naming_lost_peers
 from megatron_psft.distributed.device import Platform
@@ -81,11 +83,20 @@ def test_what_is_set_already_is_not_advised(gpu, flags):
     assert "--tensor-model-parallel-size above 1" in advice
 
 
-def test_the_host_is_named_where_it_is_the_host_that_is_full(gpu, flags):
+@pytest.mark.parametrize(
+    ("limit", "room"),
+    [
+        (None, "of the 256.0 that the host has"),
+        (24 * 2**30, "of the 24.0 that its container, Slurm job or pod may have"),
+    ],
+)
+def test_the_host_is_named_where_it_is_the_host_that_is_full(gpu, flags, monkeypatch, limit, room):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=256 * 2**30))
+    monkeypatch.setattr(out_of_memory, "limit_bytes", lambda: limit)
     for error in (HOST, MemoryError()):
         text = explain(error, parse_config(flags), GPU, rank=0, world_size=1)
         assert text.startswith("rank 0: out of host memory")
-        assert "that the host has" in text
+        assert room in text
     assert "asked for 8589934592 bytes" in explain(HOST, parse_config(flags), GPU, rank=0, world_size=1)
 
 
