@@ -7,7 +7,7 @@ from megatron_psft.cli.plan import ClusterConfig, PlanConfig, layout_of
 from megatron_psft.config.flags import field_docs
 from megatron_psft.config.schema import ParallelConfig
 from megatron_psft.diagnostics.layouts import smallest_layout
-from megatron_psft.diagnostics.plan import GIB, Plan
+from megatron_psft.diagnostics.plan import Plan
 from megatron_psft.diagnostics.scaling import Scaling, explained
 from megatron_psft.diagnostics.speeds import Speeds
 from tests.support.recipes import RECIPES, SHAPES, plan_of
@@ -49,8 +49,7 @@ def _smaller(plan: Plan, world_size: int) -> Plan | None:
     cluster = ClusterConfig(gpus=world_size)
     one = ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True, use_distributed_optimizer=True)
     alone = replace(plan, config=replace(plan.config, parallel=one), world_size=world_size)
-    room = (cluster.gpu_memory_gib - cluster.reserve_gib) * GIB
-    return smallest_layout(alone, bytes_per_rank=room, ranks_per_node=cluster.gpus_per_node)
+    return smallest_layout(alone, bytes_per_rank=cluster.room_bytes, ranks_per_node=cluster.gpus_per_node)
 
 
 def _table(columns: dict[int, dict[str, str]]) -> str:

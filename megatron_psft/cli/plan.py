@@ -69,6 +69,11 @@ class ClusterConfig:
         require_positive(self, "gpu_memory_gib")
         require_at_least(0, self, "reserve_gib")
 
+    @property
+    def room_bytes(self) -> float:
+        """What a run may take of each GPU."""
+        return (self.gpu_memory_gib - self.reserve_gib) * 2**30
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(Config):
@@ -91,7 +96,7 @@ def plan(config: PlanConfig) -> int:
     import torch
 
     from megatron_psft.diagnostics.layouts import smallest_layout
-    from megatron_psft.diagnostics.plan import GIB, Plan
+    from megatron_psft.diagnostics.plan import Plan
     from megatron_psft.distributed.device import Platform
     from megatron_psft.hf import hub
     from megatron_psft.model.shape import read_shape
@@ -101,12 +106,11 @@ def plan(config: PlanConfig) -> int:
     shape = read_shape(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))
     platform = Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=cluster.transformer_engine)
     planned = Plan(config=config, shape=shape, world_size=cluster.gpus, platform=platform)
-    room = (cluster.gpu_memory_gib - cluster.reserve_gib) * GIB
-    fits = planned.peak.total <= room
+    fits = planned.peak.total <= cluster.room_bytes
     print("\n".join([*_layout_lines(planned), "", *_memory_lines(planned, planned.peak)]))
     print(f"of {cluster.gpu_memory_gib:g} GiB, {cluster.reserve_gib:g} kept free: {'fits' if fits else 'does not fit'}")
     print("\n".join(["", *_cost_lines(planned), saving_line(planned, cluster.gpus_per_node)]))
-    smallest = smallest_layout(planned, bytes_per_rank=room, ranks_per_node=cluster.gpus_per_node)
+    smallest = smallest_layout(planned, bytes_per_rank=cluster.room_bytes, ranks_per_node=cluster.gpus_per_node)
     print(f"smallest layout that fits: {_suggestion(smallest)}")
     if cluster.explain:
         print("\n".join(["", *_scaling_lines(planned, config)]))

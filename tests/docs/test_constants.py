@@ -5,6 +5,7 @@ import math
 import pytest
 
 from megatron_psft import lock
+from megatron_psft.cli.plan import ClusterConfig
 from megatron_psft.config.schema import LoggingConfig, ObjectiveConfig
 from megatron_psft.distributed import failure, orphans
 from megatron_psft.head.chunked import CHUNK_BYTES
@@ -23,6 +24,7 @@ CLIP_PERCENT = f"{100 * ObjectiveConfig.clip_ratio_high:.0f} %"
         ("docs/resume.md", f"ends the process {failure._GRACE_SECONDS:.0f} seconds later"),
         ("docs/resume.md", f"takes no longer than {orphans.ORDERLY_SECONDS:.0f} seconds"),
         ("docs/parallelism.md", MEMORY),
+        ("docs/parallelism.md", f"An H100 of 80 GB has {ClusterConfig.gpu_memory_gib} GiB"),
         ("docs/parallelism.md", f"would hold {round(32_768 * 152_064 * 4 / 1e9)} GB of fp32 logits"),
         ("docs/metrics.md", f"({math.log(1 + ObjectiveConfig.clip_ratio_high):.3f} by default)"),
         *(("docs/metrics.md", f"| {name} | {one.p99:g} | {one.largest:g} |") for name, one in BOUNDS.items()),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from megatron_psft.cli.plan import saving_line
+from megatron_psft.cli.plan import ClusterConfig, saving_line
 from megatron_psft.cli.rollout import RolloutConfig
 from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.paper import RUNS
@@ -19,7 +19,7 @@ from megatron_psft.diagnostics.plan import GIB
 from tests.support.cli import REPOSITORY
 from tests.support.recipes import RECIPES, SHAPES, plan_of, ranks_of
 
-ROOM_GIB = 80 - 6
+H100 = ClusterConfig(gpus=1)
 PARTS = ("weights", "gradients", "optimizer", "activations", "working")
 
 
@@ -85,8 +85,9 @@ def test_a_recipe_says_nothing_that_its_base_says(path):
 def test_a_recipe_fits_and_says_how(path):
     """Its comment has the arithmetic of the plan, to the decimal."""
     peak = plan_of(path).peak
-    assert peak.total < ROOM_GIB * GIB
-    said = re.search(r"# GiB per GPU of 80, as psft plan counts them: ([\d.]+)\n#   = (.+)\n", path.read_text())
+    assert peak.total < H100.room_bytes
+    heading = rf"# GiB of the {H100.gpu_memory_gib} of an H100, as psft plan counts them"
+    said = re.search(rf"{heading}: ([\d.]+)\n#   = (.+)\n", path.read_text())
     terms = dict(reversed(term.split(" ")) for term in said[2].split(" + "))
     assert terms == {part: f"{getattr(peak, part) / GIB:.1f}" for part in PARTS}
     assert said[1] == f"{peak.total / GIB:.1f}"
@@ -105,7 +106,7 @@ def test_a_checkpoint_of_a_recipe_fits_the_host(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_the_smallest_layout_that_fits(path):
     plan = plan_of(path)
-    smallest = smallest_layout(plan, bytes_per_rank=ROOM_GIB * GIB, ranks_per_node=8).config.parallel
+    smallest = smallest_layout(plan, bytes_per_rank=H100.room_bytes, ranks_per_node=8).config.parallel
     size = plan.config.parallel.model_parallel_size
     # No replica is to go without a record of the step's.
     least = max(smallest.model_parallel_size, plan.world_size // plan.config.batch.global_batch_size)
