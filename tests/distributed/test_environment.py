@@ -152,6 +152,8 @@ ENTRIES = {
     "pretrain_psft.py": "import runpy; runpy.run_path('pretrain_psft.py', run_name='__main__')",
     "psft train": "from megatron_psft.cli.main import main; sys.exit(main(['train', *sys.argv[1:]]))",
     "torchrun -m megatron_psft": "import runpy; runpy.run_module('megatron_psft', run_name='__main__')",
+    "finetune": "import megatron_psft\n"
+    "megatron_psft.finetune([{'prompt': 'a', 'completion': 'b'}], load_hf='m', save=sys.argv[-3], train_iters=1)",
     "psft doctor": "from megatron_psft.cli.main import main; sys.exit(main(['doctor']))",
     "examples/nemo": "import runpy; sys.argv[1:] = ['--recipe', 'qwen3_4b', '--pretrained-checkpoint', 'x']\n"
     "runpy.run_path('examples/nemo/finetune_psft.py', run_name='__main__')",
