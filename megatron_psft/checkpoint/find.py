@@ -12,7 +12,7 @@ import yaml
 
 from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
-from megatron_psft.checkpoint.identity import VERSION, WEIGHTS_ONLY_STEP, Identity
+from megatron_psft.checkpoint.identity import BASE, VERSION, WEIGHTS_ONLY_STEP, Identity
 from megatron_psft.config.resume import Change, Settings, changes_since, listed
 from megatron_psft.distributed.collective import damage_on_any_rank, on_every_rank, on_rank_zero
 from megatron_psft.errors import UserError
@@ -71,6 +71,11 @@ def find_weights(init_from: Path, identity: Identity) -> StartPoint:
         UserError: there is none, or a damaged one, or it is of a model that differs in a field of `identity`.
     """
     checkpoint = _find_intact("init_from", init_from, identity, None)
+    if on_rank_zero(lambda: BASE in sealed.read_content(checkpoint)["identity"]):
+        raise UserError(
+            f"init_from ({init_from}) holds adapters and not a model; export them, and start from them with "
+            "--load-lora, or from a merged export with --load-hf"
+        )
     return StartPoint(checkpoint=checkpoint, step=WEIGHTS_ONLY_STEP, changes=(), not_compared=None)
 
 

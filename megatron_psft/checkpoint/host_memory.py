@@ -28,6 +28,8 @@ def state_bytes(state: TrainState, parallel: Parallel) -> float:
     """`saved_bytes` of this rank."""
     shares, itemsize = [], _FP32
     for name, parameter in named_parameters(state.chunks):
+        if not parameter.requires_grad:
+            continue  # of a model with adapters, which alone are saved
         replicas = parallel.expert_data_size if is_expert(name) else parallel.data_size * parallel.context_size
         shares.append(parameter.numel() / replicas)
         itemsize = parameter.itemsize

@@ -19,12 +19,21 @@ WEIGHTS_ONLY_STEP = 0
 """Completed steps of a checkpoint that holds nothing but weights: a run starts from it as from Hugging Face weights."""
 
 
+BASE = "the weights that adapters stand beside"
+"""Field of the identity of a checkpoint that holds adapters, and not the model."""
+
 Identity = Mapping[str, Any]
 """What a run must share with the checkpoint it starts from, field by field; JSON values."""
 
 
 def run_identity(
-    config: Config, shape: ModelShape, *, data_fingerprint: str, train_iters: int, tensor_size: int
+    config: Config,
+    shape: ModelShape,
+    *,
+    data_fingerprint: str,
+    train_iters: int,
+    tensor_size: int,
+    base: str | None = None,
 ) -> Identity:
     """What must not change between a checkpoint of a run and the run that resumes from it.
 
@@ -34,6 +43,7 @@ def run_identity(
         data_fingerprint: of the training set.
         train_iters: steps of the run.
         tensor_size: tensor-parallel ranks, by which the vocabulary is padded.
+        base: what tells the weights beside which adapters are trained; None without adapters.
     """
     identity = model_identity(shape) | {
         "padded vocabulary": padded_vocab_size(shape.vocab_size, tensor_size),
@@ -52,6 +62,8 @@ def run_identity(
     if config.objective.old_policy_interval == "fixed":
         # Its log-probabilities were computed for these steps, by weights that are gone.
         identity["train_iters"] = train_iters
+    if base is not None:
+        identity[BASE] = base
     return identity
 
 

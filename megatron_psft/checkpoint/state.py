@@ -25,6 +25,7 @@ from megatron_psft.data.loader import BatchLoader
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
+from megatron_psft.model.parameters import is_adapter
 from megatron_psft.scoring.old_policy import OldPolicyWindow
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,10 @@ def load_checkpoint(checkpoint: Path, state: TrainState, loader: BatchLoader, pa
 
 
 def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel], parallel: Parallel) -> None:
-    """Fills a model from any checkpoint's weights, whatever layout and precision these were saved in; collective."""
+    """Fills a model, without its adapters, from any checkpoint's weights, whatever layout and precision these were
+    saved in; collective."""
     models = _named_chunks(chunks)
-    content = {name: sharded_weights(model) for name, model in models.items()}
+    content = {name: _base_weights(model) for name, model in models.items()}
     loaded = load_by_turns(content, parallel, partial(unpickle.load, checkpoint))
     log.info("weights from %s", checkpoint)
     for name, model in models.items():
@@ -86,7 +88,10 @@ def load_weights(checkpoint: Path, chunks: Sequence[DistributedDataParallel], pa
 
 def _fill(model: MegatronModule, loaded: Mapping[str, Any], checkpoint: Path) -> None:
     missing, unexpected = model.load_state_dict(loaded, strict=False)
-    other = [*unexpected, *(key for key in missing if not key.endswith("_extra_state"))]
+    # With adapters, these or the rest of the model are loaded, and the other part is from elsewhere.
+    of_adapters = any(map(is_adapter, loaded))
+    wanted = [key for key in missing if is_adapter(key) or not of_adapters]
+    other = [*unexpected, *(key for key in wanted if not key.endswith("_extra_state"))]
     if other:
         raise UserError(
             f"{checkpoint} must hold the weights of this model, and differs from it in {', '.join(other[:3])} "
@@ -117,10 +122,16 @@ def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
 
 
 def _sharded_module(model: MegatronModule) -> dict[str, ShardedBase]:
-    """Its parameters, and in fp8 the scales that modules keep."""
-    if model.config.fp8:
-        return model.sharded_state_dict(metadata=dict(_METADATA))
-    return sharded_weights(model)
+    """Its parameters, of which adapters where there are any, and in fp8 the scales that modules keep."""
+    state = model.sharded_state_dict(metadata=dict(_METADATA)) if model.config.fp8 else sharded_weights(model)
+    if not any(map(is_adapter, state)):
+        return state
+    return {name: value for name, value in state.items() if is_adapter(name) or isinstance(value, ShardedObject)}
+
+
+def _base_weights(model: MegatronModule) -> dict[str, ShardedBase]:
+    """Its parameters without adapters."""
+    return {name: value for name, value in sharded_weights(model).items() if not is_adapter(name)}
 
 
 def _layout(parallel: Parallel) -> dict[str, int]:

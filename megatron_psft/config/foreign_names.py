@@ -108,6 +108,22 @@ TRAINERS: dict[str, tuple[Counterpart, ...]] = {
             }
         ),
         _same({"warmup_ratio": "lr_warmup_fraction"}),
+        Counterpart(
+            there="`peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=...)`",
+            here="`--lora-rank 16 --lora-alpha 32 --lora-targets ...`, without dropout: two passes of one policy would "
+            "disagree",
+            names={
+                "lora_r": "lora_rank",
+                "lora_dim": "lora_rank",
+                "target_modules": "lora_targets",
+                "lora_target_modules": "lora_targets",
+                "lora_target": "lora_targets",
+                "lora_dropout": "adapters have no dropout, as two passes of one policy would disagree: remove it",
+                "use_rslora": "lora_rank_stabilized",
+                "init_lora_weights": "lora_init",
+                "adapter_name_or_path": "load_lora",
+            },
+        ),
         Counterpart(there='`loss_type="dft"`', here="`--objective dft`", names={"loss_type": "objective"}),
         Counterpart(
             there='`eval_strategy="steps", eval_steps`',

@@ -40,6 +40,7 @@ SAME: Mapping[str, tuple[str, ...]] = {
         "skip_bad_records",
     ),
     "the batches and their order": ("global_batch_size", "global_batch_unit", "seed", "shuffle"),
+    "what is trained": ("lora_rank", "lora_alpha", "lora_targets", "lora_rank_stabilized"),
     "the form of the optimizer's state": ("bf16", "use_distributed_optimizer"),
 }
 """Settings that must be the same, else the run is refused; by what they decide."""
@@ -79,12 +80,18 @@ TOLD: Mapping[str, tuple[str, ...]] = {
     "valid_nll is of other batches from here on": ("valid_data", "eval_iters"),
     "drift is of other answers from here on": ("drift_data",),
     "the training tokens are the same": ("data", "tokenizer", "chat_template", "ignore_keys"),
-    "no effect: the weights are those of the checkpoint": ("load_hf", "random_init", "init_from"),
+    "no effect: the weights are those of the checkpoint, and with lora_rank the model must be the same": (
+        "load_hf",
+        "random_init",
+        "init_from",
+    ),
+    "no effect: the adapters are those of the checkpoint": ("lora_init", "load_lora"),
 }
 """Settings that may change, each named in a line when it does; by what the change means."""
 
 FREE: tuple[str, ...] = (
     "resize_vocab",
+    "lora_merge",
     "save",
     "load",
     "export_hf",

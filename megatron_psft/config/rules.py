@@ -220,6 +220,7 @@ def _validate_effects(config: Config) -> None:
     if not optimizer.optimizer_cpu_offload:
         _refuse_if_set(optimizer, "without optimizer_cpu_offload", "optimizer_offload_fraction")
     _validate_parallel(parallel)
+    _validate_lora(config)
     if config.precision.fp8_format is None:
         _refuse_if_set(config.precision, "without fp8_format", "fp8_recipe")
     if recompute.recompute_granularity != "full":
@@ -237,6 +238,24 @@ def _validate_parallel(parallel: ParallelConfig) -> None:
     if not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         reason = "without use_distributed_optimizer and overlap_grad_reduce"
         _refuse_if_set(parallel, reason, "overlap_param_gather")
+
+
+def _validate_lora(config: Config) -> None:
+    lora = config.lora
+    if lora.load_lora is not None and not lora.has_adapters:
+        raise UserError(
+            f"load_lora ({lora.load_lora}) needs lora_rank, lora_alpha and lora_targets as its adapter_config.json has "
+            "them; set them"
+        )
+    if lora.has_adapters and config.weights.resize_vocab:
+        raise UserError("resize_vocab (True) adds rows that are not trained with lora_rank; remove one of them")
+    if not lora.has_adapters:
+        names = ("lora_alpha", "lora_targets", "lora_rank_stabilized", "lora_init", "lora_merge")
+        _refuse_if_set(lora, "without lora_rank", *names)
+    elif not config.weights.exports:
+        _refuse_if_set(lora, "without export_hf or export_interval", "lora_merge")
+    if lora.load_lora is not None:
+        _refuse_if_set(lora, "with load_lora", "lora_init")
 
 
 def _validate_objective(objective: ObjectiveConfig) -> None:

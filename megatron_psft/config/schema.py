@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from megatron_psft.config.flags import as_given, parse_flags, require_at_least, require_positive, require_range
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.lora import LoraConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.config.yaml_files import dump
 from megatron_psft.errors import UserError
@@ -332,6 +333,7 @@ class Config:
     data: DataConfig
     batch: BatchConfig = BatchConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()

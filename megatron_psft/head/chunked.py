@@ -156,12 +156,14 @@ class _Gradients:
 
     hidden: Tensor
     """`[n, h]`, in the dtype of the hidden states."""
-    weight: Tensor
-    """`[v, h]`, added to: the weight's `main_grad`, or zeros in fp32 where it has none."""
+    weight: Tensor | None
+    """`[v, h]`, added to: the weight's `main_grad`, or zeros in fp32 where it has none. None where it is frozen."""
     is_main_grad: bool
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor) -> "_Gradients":
+        if not weight.requires_grad:
+            return cls(hidden=torch.empty_like(hidden), weight=None, is_main_grad=False)
         main_grad = getattr(weight, "main_grad", None)
         zeros = torch.zeros(weight.shape, device=weight.device) if main_grad is None else main_grad
         return cls(hidden=torch.empty_like(hidden), weight=zeros, is_main_grad=main_grad is not None)
@@ -187,7 +189,8 @@ class _Gradients:
             hidden = hidden[order]
             grad_hidden.zero_()
             grad_hidden[order] = torch.mm(gradient, shard.weight)
-        _add_product_(self.weight[: len(shard.weight)], gradient.t(), hidden)
+        if self.weight is not None:
+            _add_product_(self.weight[: len(shard.weight)], gradient.t(), hidden)
 
     def _logit_gradient(self, shard: _Shard, chunk: _Chunk, grad_log_probs: Tensor) -> Tensor:
         scale, label_gradient = chunk.softmax.gradient_factors(grad_log_probs)
@@ -198,7 +201,8 @@ class _Gradients:
         """What a backward function returns for hidden states and weight, all times `scale` (scalar) if given."""
         if not self.is_main_grad:
             factor = 1.0 if scale is None else scale
-            return self.hidden * factor, (self.weight * factor).to(weight.dtype)
+            of_weight = None if self.weight is None else (self.weight * factor).to(weight.dtype)
+            return self.hidden * factor, of_weight
         if scale is not None:
             torch._assert_async(scale == 1, "the fused head's loss must be propagated back with gradient 1")
         return self.hidden, _added_to_main_grad(weight)

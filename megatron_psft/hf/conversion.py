@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_psft import sealed
 from megatron_psft.atomic import aside, sync
-from megatron_psft.checkpoint.identity import VERSION, WEIGHTS_ONLY_STEP, Identity, weights_identity
+from megatron_psft.checkpoint.identity import BASE, VERSION, WEIGHTS_ONLY_STEP, Identity, weights_identity
 from megatron_psft.checkpoint.state import sharded_weights
 from megatron_psft.checkpoint.unpickle import DataReader
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
@@ -139,6 +139,11 @@ def _check_intact(folder: Path, field: str, shape: ModelShape) -> None:
         raise UserError(f"{field} ({folder}) must be an intact checkpoint: {error}") from None
     if content["version"] != VERSION:
         raise UserError(f"{field} ({folder}): version ({content['version']}) must be {VERSION}; use its own release")
+    if BASE in content["identity"]:
+        raise UserError(
+            f"{field} ({folder}) holds adapters and not a model; start its run again with --export-hf, which writes "
+            "them as a peft adapter, or merged with --lora-merge"
+        )
     _check_model(folder, field, content["identity"], shape)
     num_files = len(list(folder.iterdir()))
     for part in progress(range(num_files), "checksums", unit="file"):

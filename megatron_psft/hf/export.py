@@ -1,23 +1,22 @@
 """Writes the model as a Hugging Face folder, tensor by tensor."""
 
 import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_psft.config.lora import LoraConfig
 from megatron_psft.distributed.collective import on_rank_zero, patient_group
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.hf.folder import replacing
-from megatron_psft.hf.mapping import hf_tensors, pieces, scatter
+from megatron_psft.hf.adapter import AdapterBase, merged, write_adapter
+from megatron_psft.hf.folder import replacing, save_tensors
+from megatron_psft.hf.mapping import adapter_tensors, hf_tensors, pieces, scatter
 from megatron_psft.hf.side_files import SideFiles
-from megatron_psft.model.parameters import own_parameters, shard_place
+from megatron_psft.model.parameters import is_adapter, own_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.progress import progress
 
@@ -33,6 +32,7 @@ def export(
     dtype: torch.dtype,
     side_files: SideFiles,
     parallel: Parallel,
+    lora: LoraConfig | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes `target`: safetensors with index, config, generation config, tokenizer and chat template.
@@ -48,31 +48,62 @@ def export(
         dtype: of the tensors in the files.
         side_files: what goes with the weights.
         parallel: this rank's place.
+        lora: of the model's adapters, which are added to its weights; None without any.
         max_shard_bytes: size limit of one file, unless a single tensor is larger.
 
     Raises:
         UserError: on all ranks, where the folder cannot be written or holds what may not be replaced.
         InfrastructureError: on all ranks, where the disk is full or fails.
     """
-    tensors = _gathered_tensors(chunks, shape, parallel)
+    tensors = _weights(chunks, shape, parallel) if lora is None else _merged(chunks, shape, lora, parallel)
+    options: dict[str, Any] = {"dtype": dtype, "side_files": side_files, "max_shard_bytes": max_shard_bytes}
+    _write_gathered(tensors, lambda: write_folder(target, tensors, shape=shape, **options), parallel)
+
+
+def export_adapter(
+    chunks: Sequence[torch.nn.Module],
+    target: Path,
+    *,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    lora: LoraConfig,
+    base: AdapterBase,
+    parallel: Parallel,
+) -> None:
+    """Writes `target` as a `peft` adapter: adapter_config.json and adapter_model.safetensors; else as `export` does.
+
+    Args:
+        chunks: the model; its parameters must be current on every rank.
+        target: folder to write, seen by rank 0.
+        shape: of the model.
+        dtype: of the tensors in the file.
+        lora: of the adapters.
+        base: the model without them.
+        parallel: this rank's place.
+    """
+    tensors = _adapters(chunks, shape, lora, parallel)
 
     def write() -> None:
+        found = {name: tensor.to(dtype).contiguous() for name, tensor in tensors}
+        with replacing(target, "export_hf") as folder:
+            write_adapter(folder, found, shape, lora, base)
+
+    _write_gathered(tensors, write, parallel)
+
+
+def _write_gathered(tensors: Iterable[object], write: Callable[[], None], parallel: Parallel) -> None:
+    """`write` on rank 0, of tensors that all ranks gather."""
+
+    def write_all() -> None:
         try:
-            write_folder(
-                target,
-                tensors,
-                shape=shape,
-                dtype=dtype,
-                side_files=side_files,
-                max_shard_bytes=max_shard_bytes,
-            )
+            write()
         finally:
             _take_all(tensors)  # that the other ranks send, whatever has failed
 
     with patient_group() as group:
         if not parallel.is_main:
             _take_all(tensors)
-        on_rank_zero(write, group)
+        on_rank_zero(write_all, group)
 
 
 def _take_all(tensors: Iterable[object]) -> None:
@@ -101,15 +132,36 @@ def write_folder(
         side_files.write(folder, dtype)
 
 
-def _gathered_tensors(
-    chunks: Sequence[torch.nn.Module], shape: ModelShape, parallel: Parallel
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields every Hugging Face tensor whole on rank 0, layer by layer; nothing on the other ranks."""
-    local = own_parameters(chunks, parallel)
+def _weights(chunks: Sequence[torch.nn.Module], shape: ModelShape, parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors, without adapters, as `_gathered_tensors` yields them."""
+    local = {name: value for name, value in own_parameters(chunks, parallel).items() if not is_adapter(name)}
     if shape.tied_embeddings:
         local.pop("output_layer.weight", None)
+    return _gathered_tensors(local, hf_tensors(shape), shape, parallel)
+
+
+def _adapters(
+    chunks: Sequence[torch.nn.Module], shape: ModelShape, lora: LoraConfig, parallel: Parallel
+) -> Iterator[tuple[str, Tensor]]:
+    local = {name: value for name, value in own_parameters(chunks, parallel).items() if is_adapter(name)}
+    return _gathered_tensors(local, adapter_tensors(shape, lora), shape, parallel)
+
+
+def _merged(
+    chunks: Sequence[torch.nn.Module], shape: ModelShape, lora: LoraConfig, parallel: Parallel
+) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors with the adapters added, in fp32 where these change them."""
+    adapters = dict(_adapters(chunks, shape, lora, parallel))  # none but on rank 0
+    for name, tensor in _weights(chunks, shape, parallel):
+        yield name, merged(name, tensor, adapters, lora.lora_scale)
+
+
+def _gathered_tensors(
+    local: dict[str, torch.nn.Parameter], dims: Mapping[str, tuple[int, ...]], shape: ModelShape, parallel: Parallel
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields every Hugging Face tensor of `dims`, made of the ranks' `local` parameters, whole on rank 0, in their
+    order; nothing on the other ranks."""
     owners = _owners(local, parallel)
-    dims = hf_tensors(shape)
     order = {name: position for position, name in enumerate(dims)}
 
     def first_tensor(parameter: str) -> int:
@@ -179,24 +231,13 @@ class _ShardWriter:
         file = self._file_of[name]
         if all(member in self._pending for member in self._plan[file]):
             shard = {member: self._pending.pop(member) for member in self._plan[file]}
-            _save(shard, self._folder / file)
+            save_tensors(shard, self._folder / file)
 
     def finish(self) -> None:
         assert not self._pending, f"tensors without a complete file: {list(self._pending)}"
         if len(self._plan) > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": self._file_of}
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises OSError where the disk fails: safetensors says only in words that it does."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        said = re.search(r"os error (\d+)", str(error))
-        if said is None:
-            raise
-        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
 
 
 def _plan_shards(dims: dict[str, tuple[int, ...]], item_bytes: int, max_shard_bytes: int) -> dict[str, list[str]]:

@@ -6,12 +6,18 @@ is what was written.
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from megatron_psft.atomic import aside, exchange, is_aside, sync
 from megatron_psft.errors import UserError, storage_error
@@ -19,6 +25,7 @@ from megatron_psft.sealed import MARKER, FileSums, file_sum
 
 MANIFEST = "psft_export.json"
 CONFIG = "config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMED_TEMPLATES = "additional_chat_templates"
 
 GENERATION_CONFIG = "generation_config.json"
@@ -37,8 +44,14 @@ TOKENIZER_FILES = (
 )
 """What belongs to a tokenizer, as patterns."""
 
-_LOADED = (MANIFEST, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
+_LOADED = (
+    *(MANIFEST, CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+    *(*TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json"),
+)
 """What an export may write, and whoever loads the folder may read."""
+
+_CONFIGS = (CONFIG, ADAPTER_CONFIG)
+"""Without one nothing loads the folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +177,8 @@ def replacing(target: Path, option: str) -> Iterator[Path]:
 
     Where `target` holds nothing but an earlier export, it is replaced as a whole, in one step if the file system can.
     Where it holds more, which stays, or is a place that cannot be renamed, it is replaced file by file: it then has no
-    config.json, so that nothing loads it, until all files are there. Whatever goes wrong before leaves it as it was.
+    config.json (an adapter: adapter_config.json), so that nothing loads it, until all files are there. Whatever goes
+    wrong before leaves it as it was.
 
     Raises:
         UserError: `target` holds what may not be replaced; `option` is the field that names it.
@@ -187,6 +201,17 @@ def replacing(target: Path, option: str) -> Iterator[Path]:
             _swap(folder, target, files, option)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes a safetensors file. Raises OSError where the disk fails: safetensors says only in words that it does."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        said = re.search(r"os error (\d+)", str(error))
+        if said is None:
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
+
+
 def _is_alone(target: Path, option: str) -> bool:
     """Whether an existing folder has nothing but an earlier export, and may have another name for a moment."""
     if os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK):
@@ -204,7 +229,7 @@ def _is_written(path: Path, manifest: _Manifest | None) -> bool:
 
 def _give_modes(folder: Path) -> None:
     """Gives all files the mode of a new one, as the umask has it; safetensors writes for the owner alone."""
-    mode = (folder / CONFIG).stat().st_mode & 0o777
+    mode = next(folder / name for name in _CONFIGS if (folder / name).exists()).stat().st_mode & 0o777
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
@@ -226,12 +251,13 @@ def _swap(folder: Path, target: Path, files: FileSums, option: str) -> None:
 
 def _move_in(folder: Path, target: Path, files: FileSums, earlier: FileSums) -> None:
     _Manifest(files=files, replaced=earlier, is_complete=False).write(folder, target)
-    (target / CONFIG).unlink(missing_ok=True)
+    for name in _CONFIGS:
+        (target / name).unlink(missing_ok=True)
     sync(target)
     for name in earlier:
         if name not in files:
             (target / name).unlink(missing_ok=True)
-    for name in sorted(files, key=lambda name: name == CONFIG):
+    for name in sorted(files, key=lambda name: name in _CONFIGS):
         (target / name).parent.mkdir(exist_ok=True)
         (folder / name).replace(target / name)
     templates = target / NAMED_TEMPLATES

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_psft.config.lora import LoraConfig
+from megatron_psft.model.adapters import projections, targeted
 from megatron_psft.model.families import Names
 from megatron_psft.model.shape import ModelShape
 
@@ -26,6 +28,7 @@ _REPLICATED = {
     "pre_mlp_layernorm.weight": "mlp_norm",
     "mlp.linear_fc1.layer_norm_weight": "mlp_norm",
 }
+_ADAPTER = re.compile(r"(\w+\.linear_\w+)\.adapter\.(?:(adapter_\w+)\.)?linear_(in|out)\.weight")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(linear_fc[12])\.weight")
 
 
@@ -81,6 +84,22 @@ def hf_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
+def adapter_tensors(shape: ModelShape, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Name and dimensions of every tensor of a `peft` adapter, in the order of the layers."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for layer in range(shape.num_layers):
+        for it in targeted(config, shape):
+            name = it.hf_module(shape, layer)
+            tensors[adapter_name(name, "A")] = (config.lora_rank, it.in_features)
+            tensors[adapter_name(name, "B")] = (it.out_features, config.lora_rank)
+    return tensors
+
+
+def adapter_name(module: str, matrix: str) -> str:
+    """`peft`'s name of a module's matrix, A or B."""
+    return f"base_model.model.{module}.lora_{matrix}.weight"
+
+
 def embedding_name(shape: ModelShape) -> str:
     """The tensor of the embedding."""
     return f"{shape.family.names.embedding}.weight"
@@ -128,6 +147,9 @@ def pieces(parameter: str, shape: ModelShape, *, tensor_rank: int, tensor_size: 
     prefix = f"{names.layer.format(layer)}."
     if suffix in _REPLICATED:
         return [Piece(f"{prefix}{getattr(names, _REPLICATED[suffix])}.weight", (0, local_rows))]
+    adapter = _ADAPTER.fullmatch(suffix)
+    if adapter is not None:
+        return [_adapter_piece(layer, adapter, shape, tensor_rank, tensor_size, local_rows)]
     experts, expert = shape.experts, _EXPERT.fullmatch(suffix)
     if experts is not None and suffix == "mlp.router.weight":
         return [Piece(f"{prefix}{names.router}.weight", (0, local_rows))]
@@ -167,6 +189,18 @@ def _qkv_pieces(prefix: str, kind: str, shape: ModelShape, tensor_rank: int, ten
         for projection, heads in ((names.q, heads_per_group), (names.k, 1), (names.v, 1)):
             rows = heads * shape.head_dim
             yield Piece(f"{prefix}{projection}.{kind}", (group * rows, (group + 1) * rows))
+
+
+def _adapter_piece(
+    layer: str, adapter: re.Match[str], shape: ModelShape, tensor_rank: int, tensor_size: int, local_rows: int
+) -> Piece:
+    """Tensor parallelism cuts one of the two matrices, that at the side of its weight which is cut."""
+    module, pair, side = adapter[1], adapter[2] or "", adapter[3]
+    (of,) = (it for it in projections(shape) if (it.module, it.adapter) == (module, pair))
+    name, rows = adapter_name(of.hf_module(shape, layer), "A" if side == "in" else "B"), (0, local_rows)
+    if of.is_row_parallel:
+        return Piece(name, rows, _part(of.in_features, tensor_rank, tensor_size) if side == "in" else None)
+    return Piece(name, rows if side == "in" else _part(of.out_features, tensor_rank, tensor_size))
 
 
 def scatter(shard: torch.Tensor, shard_pieces: list[Piece], tensors: dict[str, torch.Tensor]) -> None:

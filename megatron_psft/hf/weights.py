@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.hf.mapping import Piece, embedding_name, head_name, hf_tensors, pieces
-from megatron_psft.model.parameters import named_parameters, shard_place
+from megatron_psft.model.parameters import is_adapter, named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.progress import progress
 
@@ -179,11 +179,18 @@ class WithMeanRows:
 
 @torch.no_grad()
 def fill_parameters(
-    chunks: Sequence[torch.nn.Module], source: WeightSource, shape: ModelShape, parallel: Parallel
+    chunks: Sequence[torch.nn.Module],
+    source: WeightSource,
+    shape: ModelShape,
+    parallel: Parallel,
+    *,
+    adapters: bool = False,
 ) -> None:
-    """Fills this rank's parameters from `source`; padding rows of the vocabulary become zero."""
-    parameters = list(named_parameters(chunks))
-    for name, parameter in progress(parameters, "weights", unit="tensor", is_shown=parallel.is_main):
+    """Fills this rank's parameters from `source`, those of the model or else its `adapters`; padding rows of the
+    vocabulary become zero."""
+    parameters = [(name, parameter) for name, parameter in named_parameters(chunks) if is_adapter(name) == adapters]
+    title = "adapters" if adapters else "weights"
+    for name, parameter in progress(parameters, title, unit="tensor", is_shown=parallel.is_main):
         tensor_rank, tensor_size = shard_place(name, parallel)
         fill_shard(name, parameter, source, shape, tensor_rank=tensor_rank, tensor_size=tensor_size)
 

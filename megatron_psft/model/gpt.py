@@ -27,6 +27,7 @@ from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
+from megatron_psft.model.adapters import add_adapters, targeted
 from megatron_psft.model.end import attach
 from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts
 from megatron_psft.model.fp8 import check_dimensions, fp8_options
@@ -69,6 +70,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
         )
     _check_recomputed(shape, config)
     check_expert_layout(shape, config)
+    targeted(config.lora, shape)
     check_dimensions(shape, config)
 
 
@@ -150,6 +152,9 @@ def build_model(
     chunks: list[DistributedDataParallel] = []
     for index in range(parallel.virtual_size):
         model: torch.nn.Module = build_chunk(shape, config, megatron_config, platform, parallel, index)
+        if config.lora.has_adapters:
+            chosen = targeted(config.lora, shape)
+            add_adapters(model, shape, config, chosen, tensor_size=parallel.tensor_size)
         attach(model, vocab_size=shape.vocab_size, fused=config.objective.fused_head)
         model.to(platform.device)
         if config.precision.bf16:

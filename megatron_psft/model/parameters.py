@@ -15,6 +15,11 @@ def is_expert(parameter: str) -> bool:
     return ".mlp.experts." in parameter
 
 
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter is an adapter's, beside a weight that is not trained."""
+    return ".adapter." in parameter
+
+
 def is_cut(parameter: str) -> bool:
     """Whether tensor parallelism splits a parameter; norms and routers every rank holds whole."""
     return "norm" not in parameter and not parameter.endswith("mlp.router.weight")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from megatron_psft.checkpoint.identity import (
     start_identity,
     weights_identity,
 )
-from megatron_psft.checkpoint.state import TrainState, load_checkpoint, load_weights
+from megatron_psft.checkpoint.state import TrainState, load_checkpoint
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, ObjectiveConfig
 from megatron_psft.data.dataset import TokenizedDataset, parse_weighted_path
@@ -30,9 +31,9 @@ from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel, initialize_parallel
 from megatron_psft.errors import UserError
 from megatron_psft.head.layer import HeadOutput
-from megatron_psft.hf.export import export
+from megatron_psft.hf.adapter import AdapterBase
+from megatron_psft.hf.export import export, export_adapter
 from megatron_psft.hf.side_files import SideFiles
-from megatron_psft.hf.weights import fill_parameters
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model.fp8 import row_multiple
 from megatron_psft.model.gpt import build_model, virtual_size
@@ -45,6 +46,7 @@ from megatron_psft.scoring.packs import from_packs, to_packs
 from megatron_psft.scoring.reference import FOLDER, START, ReferencePass
 from megatron_psft.scoring.values import VALUES, RecordValues
 from megatron_psft.train.evaluate import Evaluation
+from megatron_psft.train.initial import adapter_base, fill_weights
 from megatron_psft.train.inputs import Inputs
 from megatron_psft.train.optimizer import build_optimizer, build_scheduler
 from megatron_psft.train.pipeline import LabelledBatch, Observer, Pipeline
@@ -67,6 +69,8 @@ class Run:
     evaluation: Evaluation
     reference: ReferencePass | None
     """What the training loader's `ref_log_probs` come from, where the objective needs them."""
+    base: AdapterBase | None
+    """The model beside which adapters are trained; None where the whole model is."""
     identity: Identity
     decode: Callable[[int], str]
     """A token's text from its id."""
@@ -86,20 +90,19 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     parallel = initialize_parallel(
         config.parallel, virtual_size=virtual_size(shape, config), seed=config.batch.seed, device=platform.device
     )
+    base = adapter_base(config, inputs)
     identity = run_identity(
         config,
         shape,
         data_fingerprint=inputs.dataset.fingerprint(),
         train_iters=inputs.train_iters,
         tensor_size=parallel.tensor_size,
+        base=None if base is None else base.weights,
     )
-    start = _start_point(config, shape, identity, inputs.train_iters)
-    checkpoint, first_step = (None, 0) if start is None else (start.checkpoint, start.step)
+    start = _start_point(config, shape, identity, inputs.train_iters, base)
+    first_step = 0 if start is None else start.step
     chunks = build_model(shape, config, platform, parallel)
-    if checkpoint is None:
-        fill_parameters(chunks, inputs.weights, shape, parallel)
-    elif first_step == WEIGHTS_ONLY_STEP:
-        load_weights(checkpoint, chunks, parallel)
+    fill_weights(chunks, config, inputs, start, base, parallel)
     optimizer = build_optimizer(config, chunks)
     clipped_tokens = None
     if config.logging.log_clipped_tokens is not None:
@@ -129,6 +132,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
         reference=reference,
         evaluation=_evaluation(config, inputs, pipeline, parallel),
+        base=base,
         identity=identity,
         decode=lambda token_id: str(inputs.tokenizer.decode([token_id])),
         start=start,
@@ -143,14 +147,13 @@ def export_model(run: Run, target: Path) -> None:
     """Writes the model as it is; collective. Raises UserError, on all ranks, where `target` cannot be written."""
     assert run.side_files is not None, "the run was told that it exports"
     run.pipeline.gather_parameters()
-    export(
-        run.state.chunks,
-        target,
-        shape=run.shape,
-        dtype=run.export_dtype,
-        side_files=run.side_files,
-        parallel=run.parallel,
-    )
+    lora, chunks = run.config.lora, run.state.chunks
+    options: dict[str, Any] = {"shape": run.shape, "dtype": run.export_dtype, "parallel": run.parallel}
+    if run.base is not None and not lora.lora_merge:
+        export_adapter(chunks, target, lora=lora, base=run.base, **options)
+    else:
+        merged = lora if lora.has_adapters else None
+        export(chunks, target, side_files=run.side_files, lora=merged, **options)
     log.info("exported %s", target)
 
 
@@ -240,12 +243,17 @@ def _reference(
     )
 
 
-def _start_point(config: Config, shape: ModelShape, identity: Identity, train_iters: int) -> StartPoint | None:
+def _start_point(
+    config: Config, shape: ModelShape, identity: Identity, train_iters: int, base: AdapterBase | None
+) -> StartPoint | None:
     """The checkpoint to start from, if any; collective."""
     save, load, init_from = config.weights.save, config.weights.load, config.weights.init_from
     start = find_checkpoint(Path(save), None if load is None else Path(load), identity, settings_of(config))
     if start is None and init_from is not None:
-        return find_weights(Path(init_from), weights_identity(shape))
+        known = None if base is None else base.checkpoint
+        return known or find_weights(Path(init_from), weights_identity(shape))
+    if start is not None and start.step == WEIGHTS_ONLY_STEP and base is not None:
+        raise UserError(f"load ({load}) holds weights alone, which adapters are put beside with --init-from; use that")
     if start is not None and start.step > train_iters:
         raise UserError(
             f"train_iters ({train_iters}) must not be below the {start.step} steps of {start.checkpoint}; raise it"

@@ -17,7 +17,7 @@ from tests.support.configs import flag, parse, write_yaml
 
 TEXTS = {
     *("prompt_key", "completion_key", "answer_key", "system_prompt", "ignore_keys", "chat_template_kwargs"),
-    *("wandb_project", "mlflow_experiment", "recompute_modules", "objective"),
+    *("wandb_project", "mlflow_experiment", "recompute_modules", "objective", "lora_targets"),
 }
 """Fields of text that is no path. A new field of text is either added here or a `PathText`."""
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.lora import LoraConfig
 from megatron_psft.config.schema import Config, ParallelConfig, PrecisionConfig
 
 
@@ -120,8 +121,12 @@ LAYOUTS = {
 """By name, all in which something is compared; layouts that must be refused stand in the tests of refusals."""
 
 
-def make_config(layout: Layout, *, bf16: bool = False) -> Config:
+NO_ADAPTERS = LoraConfig()
+
+
+def make_config(layout: Layout, *, bf16: bool = False, lora: LoraConfig = NO_ADAPTERS) -> Config:
     return Config(
+        lora=lora,
         weights=WeightsConfig(load_hf="unused", save="unused"),
         data=DataConfig(data=("unused",)),
         parallel=layout.parallel,
@@ -137,19 +142,23 @@ class Rank:
         self.platform = platform
         self.parallel = parallel
 
-    def build(self, folder: Path, *, bf16: bool = False, weights=None):
-        """Returns the chunks, filled from `folder` or from `weights`, and what they were built from."""
+    def build(self, folder: Path, *, bf16: bool = False, weights=None, lora: LoraConfig = NO_ADAPTERS):
+        """Returns the chunks, filled from `folder` or from `weights`, adapters as at the start of a run, and what they
+        were built from."""
+        from megatron_psft.hf.adapter import RandomAdapters
         from megatron_psft.hf.weights import SafetensorsFolder, fill_parameters
         from megatron_psft.model.gpt import build_model
         from megatron_psft.model.shape import read_shape
 
         shape = read_shape(folder)
-        chunks = build_model(shape, make_config(self.layout, bf16=bf16), self.platform, self.parallel)
+        chunks = build_model(shape, make_config(self.layout, bf16=bf16, lora=lora), self.platform, self.parallel)
         with torch.no_grad():
             for chunk in chunks:
                 for parameter in chunk.parameters():
                     parameter.fill_(torch.nan)  # a weight that is not filled is seen
         fill_parameters(chunks, weights or SafetensorsFolder(folder, shape), shape, self.parallel)
+        if lora.has_adapters:
+            fill_parameters(chunks, RandomAdapters(shape, lora, 7), shape, self.parallel, adapters=True)
         return chunks, shape
 
 

@@ -38,12 +38,18 @@ def train(
     adam_eps: float = 1e-8,
     weight_decay: float = 0.1,
     clip_grad: float = 1.0,
+    adapter: Path | None = None,
 ) -> tuple[list[dict[str, float]], torch.nn.Module]:
     """Trains the checkpoint in fp32, one optimizer step per global batch; returns every step's metrics, and the model.
 
-    `lr` is a constant or a function of the step, which counts from 1.
+    `lr` is a constant or a function of the step, which counts from 1. With the folder of an `adapter` it is this alone
+    that is trained, by `peft`.
     """
     model = load_model(hf_dir)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), betas=betas, eps=adam_eps)
     old_model = None
     initial_model = copy.deepcopy(model) if objective in ANCHORED else None
@@ -73,7 +79,7 @@ def load_model(hf_dir: Path) -> torch.nn.Module:
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    parameters = list(model.parameters())  # a tied matrix is listed once
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # a tied matrix only once
     return [
         {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.dim() == 1], "weight_decay": 0.0},

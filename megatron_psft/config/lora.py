@@ -1,0 +1,55 @@
+"""Low-rank adapters: the section of the configuration that puts them beside the model's weights."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_psft.config.flags import require_at_least, require_positive
+from megatron_psft.config.paths import PathText
+from megatron_psft.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) that are trained in place of the model's own weights."""
+
+    lora_rank: int = 0
+    """Rank of the adapters: beside each weight W of `lora_targets`, which stays as it is, two thin matrices A and B are
+    trained, of this many rows and columns, and W + scale * B A takes the place of W. 0 trains the whole model."""
+    lora_alpha: float = 32.0
+    """The adapters' scale times `lora_rank`, or times its root with `lora_rank_stabilized`. Needs `lora_rank`."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Linear layers that get adapters, by Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
+    down_proj) or Megatron-Core's (linear_qkv, linear_proj, linear_fc1, linear_fc2), also joined by commas; all-linear
+    is all of them. Of a model with experts only those of attention can be. Needs `lora_rank`."""
+    lora_rank_stabilized: bool = False
+    """Scale adapters by `lora_alpha` over the root of `lora_rank` (rsLoRA, arXiv 2312.03732). Needs `lora_rank`."""
+    lora_init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A is drawn from `seed`: kaiming, peft's default, evenly within 1 / sqrt(columns); gaussian with a standard
+    deviation of 1 / `lora_rank`. B is zero, so that a run starts from the model as it is. Needs `lora_rank`."""
+    load_lora: PathText | None = None
+    """Folder of a peft adapter (adapter_config.json, adapter_model.safetensors) that the adapters start from. Rank,
+    scale and targets must be those of the adapter. No effect where `save` or `load` holds a checkpoint."""
+    lora_merge: bool = False
+    """Export the whole model with the adapters added to its weights, instead of a peft adapter. Needs `lora_rank`."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, self, "lora_rank")
+        require_positive(self, "lora_alpha")
+        if not self.lora_target_names:
+            raise UserError("lora_targets () must name at least one linear layer")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, and not the whole model."""
+        return self.lora_rank > 0
+
+    @property
+    def lora_scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.lora_rank_stabilized else self.lora_rank)
+
+    @property
+    def lora_target_names(self) -> tuple[str, ...]:
+        """`lora_targets` one by one."""
+        return tuple(name for names in self.lora_targets for name in names.split(",") if name)

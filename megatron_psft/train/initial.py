@@ -1,0 +1,64 @@
+"""The weights that a run starts from: all of them, or those beside which it trains adapters, and these."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_psft import sealed
+from megatron_psft.checkpoint.find import StartPoint, find_weights
+from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, weights_identity
+from megatron_psft.checkpoint.state import load_weights
+from megatron_psft.config.schema import Config
+from megatron_psft.distributed.collective import on_every_rank, on_rank_zero
+from megatron_psft.distributed.grid import Parallel
+from megatron_psft.hf.adapter import AdapterBase, AdapterFolder, RandomAdapters
+from megatron_psft.hf.fingerprint import weights_fingerprint
+from megatron_psft.hf.weights import WeightSource, fill_parameters
+from megatron_psft.train.inputs import Inputs
+
+
+def adapter_base(config: Config, inputs: Inputs) -> AdapterBase | None:
+    """The model beside which a run trains adapters, if it does; collective.
+
+    Checkpoints of such a run do not have it: every start fills it from where the first one did.
+    """
+    weights = config.weights
+    if not config.lora.has_adapters:
+        return None
+    if weights.init_from is not None:
+        start = find_weights(Path(weights.init_from), weights_identity(inputs.shape))
+        found = on_rank_zero(lambda: sealed.marker_sum(start.checkpoint))
+        return AdapterBase(name=None, weights=f"checkpoint {found}", checkpoint=start)
+    if weights.random_init:
+        return AdapterBase(name=None, weights=f"seed {config.batch.seed}")
+    found = on_rank_zero(lambda: weights_fingerprint(inputs.model_folder, "load_hf"))
+    return AdapterBase(name=weights.load_hf, weights=found)
+
+
+def fill_weights(
+    chunks: Sequence[DistributedDataParallel],
+    config: Config,
+    inputs: Inputs,
+    start: StartPoint | None,
+    base: AdapterBase | None,
+    parallel: Parallel,
+) -> None:
+    """Fills what the checkpoint of a run that goes on, if `start` is one, does not have; collective."""
+    weights = start if start is not None and start.step == WEIGHTS_ONLY_STEP else None
+    goes_on = start is not None and weights is None
+    if base is not None:
+        weights = base.checkpoint
+    if weights is not None:
+        load_weights(weights.checkpoint, chunks, parallel)
+    elif base is not None or not goes_on:
+        fill_parameters(chunks, inputs.weights, inputs.shape, parallel)
+    if base is not None and not goes_on:
+        fill_parameters(chunks, _adapters(config, inputs, base), inputs.shape, parallel, adapters=True)
+
+
+def _adapters(config: Config, inputs: Inputs, base: AdapterBase) -> WeightSource:
+    folder, lora = config.lora.load_lora, config.lora
+    if folder is None:
+        return RandomAdapters(inputs.shape, lora, config.batch.seed)
+    return on_every_rank(lambda: AdapterFolder(Path(folder), inputs.shape, lora, base))

@@ -1,0 +1,158 @@
+"""Training of adapters against `peft` in the oracle's loop: one process, fp32."""
+
+import functools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support import oracle, tiny
+from tests.support.cli import run_cli
+from tests.support.layouts import LAYOUTS
+from tests.support.marks import slow
+from tests.support.parity import assert_same_logits
+from tests.support.runs import forget_steps_from
+
+STEPS, GLOBAL_BATCH_SIZE, RANK, ALPHA = 12, 8, 6, 12
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SOME_TARGETS = ("k_proj", "down_proj", "up_proj")
+LORA = ("--lora-rank", str(RANK), "--lora-alpha", str(ALPHA))
+COMPARED = ("loss", "nll", "entropy", "grad_norm")
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """One folder with a model per family, a tokenizer, records, and adapters whose B is not zero."""
+    folder = tmp_path_factory.mktemp("lora")
+    for family in tiny.FAMILIES:
+        tiny.build_model(folder / family, family, tied=family == "qwen3")
+        for name, targets in (("adapter", TARGETS), ("some", SOME_TARGETS)):
+            torch.manual_seed(5)  # one with which no token lies on the clip bound up to rounding
+            model = AutoModelForCausalLM.from_pretrained(folder / family, dtype=torch.float32)
+            config = LoraConfig(
+                r=RANK,
+                lora_alpha=ALPHA,
+                target_modules=list(targets),
+                task_type="CAUSAL_LM",
+                init_lora_weights=False,
+            )
+            get_peft_model(model, config).save_pretrained(folder / f"{family}-{name}")
+    tiny.build_tokenizer(folder / "tokenizer")
+    tiny.write_records(folder / "records.jsonl", 40)
+    return folder
+
+
+@functools.cache
+def expected(inputs: Path, family: str, adapter: str = "adapter", **objective):
+    """The oracle's metrics and trained model."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
+    batches = oracle.chatml_batches(inputs / "records.jsonl", tokenizer, GLOBAL_BATCH_SIZE, STEPS)
+    folder = inputs / f"{family}-{adapter}"
+    return oracle.train(inputs / family, batches, lr=oracle.PARITY_LR, adapter=folder, **objective)
+
+
+def train(pool, inputs: Path, family: str, save: Path, *flags: object, layout: str = "one", code: int = 0):
+    """Runs the command line and returns the lines of metrics.jsonl, or of a run that fails its message."""
+    parallel = LAYOUTS[layout]
+    argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
+    argv += ["--save", save, "--train-iters", STEPS, "--global-batch-size", GLOBAL_BATCH_SIZE]
+    argv += ["--micro-batch-size", "2", "--lr", oracle.PARITY_LR, "--lr-decay-style", "constant"]
+    argv += ["--no-shuffle", "--no-packing", *parallel.flags, *flags]
+    exits = pool.run(run_cli, parallel.world_size, [str(value) for value in argv])
+    assert [exit.code for exit in exits] == [code] * parallel.world_size, exits[0].err
+    if code:
+        return exits[0].err
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(found, wanted, *, rel: float = 1e-4) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    for line, oracle_line in zip(found, wanted, strict=True):
+        for name in (name for name in (*COMPARED, "clip_fraction") if name in line):
+            assert line[name] == pytest.approx(oracle_line[name], rel=rel), (line["step"], name)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3", "TP2-SP"),
+        slow("qwen2", "TP2"),
+        slow("llama", "PP2-VPP1"),
+        slow("qwen3", "PP2"),
+        slow("qwen2", "CP2"),
+        slow("llama", "DP2-distopt"),
+        slow("qwen3", "one"),
+        slow("qwen3", "TP2-SP-PP2-DP2-distopt"),
+    ],
+)
+def test_psft_of_adapters_follows_peft(pool, inputs, tmp_path, family, layout):
+    wanted, model = expected(inputs, family, old_policy_interval=4)
+    flags = [*LORA, "--load-lora", inputs / f"{family}-adapter", "--old-policy-interval", 4]
+    found = train(pool, inputs, family, tmp_path, *flags, "--export-hf", tmp_path / "hf", layout=layout)
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 4, "the clip must matter in this comparison"
+    assert_same_run(found, wanted)
+    base = AutoModelForCausalLM.from_pretrained(inputs / family, dtype=torch.float32)
+    exported = PeftModel.from_pretrained(base, tmp_path / "hf").merge_and_unload()
+    exported.save_pretrained(tmp_path / "merged")
+    assert_same_logits(tmp_path / "merged", model)
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_resumed_run_is_that_run_bit_for_bit_and_another_base_is_refused(pool, inputs, tmp_path):
+    """In another layout up to rounding; a checkpoint has the adapters alone."""
+    run = [*LORA, "--lora-targets", "q_proj,gate_proj,down_proj", "--old-policy-interval", 2, "--train-iters", 4]
+    export = ["--export-hf", tmp_path / "adapter", "--save-interval", 2]
+    whole = train(pool, inputs, "qwen2", tmp_path / "whole", *run, *export)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole", resumed)
+    forget_steps_from(resumed, 4)
+    again = train(pool, inputs, "qwen2", resumed, *run, "--export-hf", tmp_path / "again")
+    ours, theirs = adapter_of(tmp_path / "again"), adapter_of(tmp_path / "adapter")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert [line["grad_norm"] for line in again] == [line["grad_norm"] for line in whole]
+    assert any(tensor.any() for name, tensor in theirs.items() if "lora_B" in name)
+    stored = sum(path.stat().st_size for path in (tmp_path / "whole" / "step_0000004").iterdir())
+    weights = (inputs / "qwen2" / "model.safetensors").stat().st_size
+    assert stored < weights, "three numbers for each of an adapter, which is thin, beside none of the model"
+    forget_steps_from(resumed, 4)
+    tiny.build_model(tmp_path / "other", "qwen2", seed=9)
+    message = train(pool, inputs, "qwen2", resumed, *run, "--load-hf", tmp_path / "other", code=2)
+    assert re.search(r"error: .* had the weights that adapters stand beside \(\w+\), this one has \(\w+\)", message)
+    message = train(pool, inputs, "qwen2", resumed, *run, "--lora-rank", 5, code=2)
+    assert "had lora_rank 6, this one has lora_rank 5" in message
+    message = train(pool, inputs, "qwen2", tmp_path / "new", *run, "--init-from", resumed, code=2)
+    assert "holds adapters and not a model" in message
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_layout(pool, inputs, tmp_path):
+    run = [*LORA, "--load-lora", inputs / "qwen3-adapter", "--old-policy-interval", 4, "--save-interval", 5]
+    whole = train(pool, inputs, "qwen3", tmp_path / "whole", *run, layout="DP2-distopt")
+    forget_steps_from(tmp_path / "whole", 8)
+    flags = ["--use-distributed-optimizer"]
+    again = train(pool, inputs, "qwen3", tmp_path / "whole", *run, *flags, layout="TP2-SP")
+    assert [line["step"] for line in again] == [line["step"] for line in whole]
+    for name in COMPARED:
+        assert [line[name] for line in again] == pytest.approx([line[name] for line in whole], rel=1e-4)
+
+
+def test_settings_that_contradict_each_other(pool, inputs, tmp_path):
+    for flags, message in (
+        (["--lora-merge"], "lora_merge (True) has no effect without lora_rank; change one of them"),
+        ([*LORA, "--lora-merge"], "lora_merge (True) has no effect without export_hf or export_interval"),
+        (["--load-lora", tmp_path], "needs lora_rank, lora_alpha and lora_targets as its adapter_config.json has them"),
+        ([*LORA, "--lora-dropout", "0.1"], "adapters have no dropout, as two passes of one policy would disagree"),
+        ([*LORA, "--resize-vocab"], "resize_vocab (True) adds rows that are not trained with lora_rank"),
+    ):
+        said = train(pool, inputs, "qwen2", tmp_path / "run", *flags, code=2)
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert message in line
