@@ -19,7 +19,8 @@ from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
 from megatron_psft.head.chunked import CHUNK_BYTES
-from megatron_psft.metrics.flops import forward_flops
+from megatron_psft.metrics.flops import forward_flops, passes_of_training
+from megatron_psft.model.adapters import targeted
 from megatron_psft.model.gpt import check_layout, padded_vocab_size, virtual_size
 from megatron_psft.model.parameters import is_cut
 from megatron_psft.model.shape import ModelShape
@@ -149,21 +150,37 @@ class Plan:
         sizes += [vocabulary] if is_last and (self.stages > 1 or not self.shape.tied_embeddings) else []
         return sizes + ([self.shape.hidden_size] if is_last else [])
 
+    def _adapter_parameters(self, stage: int) -> list[int]:
+        """Sizes of the adapters' matrices on a rank of `stage`."""
+        rank, sizes = self.config.lora.lora_rank, []
+        for it in targeted(self.config.lora, self.shape):
+            whole, cut = (it.out_features, it.in_features) if it.is_row_parallel else (it.in_features, it.out_features)
+            sizes += [rank * whole, rank * cut // self._tensor]
+        return sizes * len(self.layers(stage))
+
     def num_parameters(self, stage: int) -> int:
         """On a rank of `stage`."""
-        return sum(self.shared_parameters(stage)) + sum(self.expert_parameters(stage))
+        of_model = sum(self.shared_parameters(stage)) + sum(self.expert_parameters(stage))
+        return of_model + sum(self._adapter_parameters(stage))
+
+    def trained(self, stage: int) -> tuple[list[int], list[int]]:
+        """Sizes of the parameters on a rank of `stage` that have gradients: experts' in the second list."""
+        if self.config.lora.has_adapters:
+            return self._adapter_parameters(stage), []
+        return self.shared_parameters(stage), self.expert_parameters(stage)
 
     def optimized(self, stage: int) -> list[float]:
         """Sizes of the parameters whose update a rank of `stage` computes."""
         if self.config.parallel.use_distributed_optimizer:
             return self._shares(stage)
-        return [*self.shared_parameters(stage), *self.expert_parameters(stage)]
+        shared, experts = self.trained(stage)
+        return [*shared, *experts]
 
     def _shares(self, stage: int) -> list[float]:
-        """Sizes of the parameters on a rank of `stage`, each divided by the ranks that have the same."""
+        """Sizes of the trained parameters on a rank of `stage`, each divided by the ranks that have the same."""
         parallel, ranks = self.config.parallel, self.world_size // self.stages
         expert_replicas = ranks // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
-        shared, experts = self.shared_parameters(stage), self.expert_parameters(stage)
+        shared, experts = self.trained(stage)
         return [size * self._tensor / ranks for size in shared] + [size / expert_replicas for size in experts]
 
     @property
@@ -217,6 +234,8 @@ class Plan:
                 per_token += 2 * keys * parallel.context_parallel_size  # the gathered row
             if self.config.recompute.recompute_granularity == "selective":
                 per_token -= queries
+        # What each adapter's A has made.
+        per_token += self.config.lora.lora_rank * len(targeted(self.config.lora, shape))
         return norms + mlp + self.tokens(size) * per_token * self.itemsize
 
     def _chunks_in_flight(self, stage: int) -> int:
@@ -262,7 +281,7 @@ class Plan:
             stage=stage,
             moment=moment,
             weights=count * self.itemsize,
-            gradients=count * FP32,
+            gradients=sum(map(sum, self.trained(stage))) * FP32,
             optimizer=sum(self.optimized(stage)) * self._optimizer_bytes,
             activations=activations,
             working=working,
@@ -280,7 +299,7 @@ class Plan:
         yield "backward pass of a layer", kept, recomputed + self._backward_working(stage)
         if stage == self.stages - 1:
             yield "head", kept, self._head_working(batch.micro_batch_size, with_gradient=True)
-        if stage == 0:
+        if stage == 0 and not self.config.lora.has_adapters:
             vocabulary = self._vocab_columns * self.shape.hidden_size * self.itemsize
             yield "gradient of the embedding", 0.0, vocabulary + self.hidden(batch.micro_batch_size)
         yield "update", 0.0, self._update_working(stage)
@@ -301,7 +320,9 @@ class Plan:
         largest = 0
         if not self.platform.has_transformer_engine:
             sizes = [size for layer in self.layers(stage) for size in self._layer_parameters(layer)]
-            largest = max(sizes + self.expert_parameters(stage))
+            if self.config.lora.has_adapters:
+                sizes = self._adapter_parameters(stage)
+            largest = max(sizes + self.trained(stage)[1])
         return self._layer_working(stage, self.config.batch.micro_batch_size) + largest * self.itemsize
 
     def _head_working(self, micro_batch_size: int, *, with_gradient: bool) -> float:
@@ -322,7 +343,7 @@ class Plan:
         """What Adam needs beside its state."""
         if self.platform.has_transformer_engine:
             return 0.0
-        largest, own = max(self.shared_parameters(stage) + self.expert_parameters(stage)), sum(self.optimized(stage))
+        largest, own = max(max(sizes, default=0) for sizes in self.trained(stage)), sum(self.optimized(stage))
         # torch's own makes a denominator of each parameter, on GPUs of all at once.
         return FP32 * (own if self.platform.is_gpu else 2 * min(largest, own))
 
@@ -332,7 +353,12 @@ class Plan:
     def flops_per_step(self) -> float:
         """Of forward and backward passes over a global batch; neither recomputation nor the old policy's pass."""
         sequences = self.config.batch.global_batch_size * (2 if self.config.objective.needs_pairs else 1)
-        return 3 * forward_flops(self.shape, [self.config.data.seq_length] * sequences)
+        return self.passes * forward_flops(self.shape, [self.config.data.seq_length] * sequences)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes' worth of operations that training takes."""
+        return passes_of_training(has_adapters=self.config.lora.has_adapters)
 
     @property
     def scored_steps(self) -> int | None:
@@ -346,9 +372,10 @@ class Plan:
 
     @property
     def overhead_bound(self) -> float:
-        """Operations of PSFT over those of SFT: a window of k steps scores k - 1 of them, a third of a step each."""
+        """Operations of PSFT over those of SFT: a window of k steps scores k - 1 of them, a third of a step each, or
+        half of one with adapters."""
         scored = self.scored_steps
-        return 1 + 1 / 3 if scored is None else 1 + scored / (3 * (scored + 1))
+        return 1 + 1 / self.passes if scored is None else 1 + scored / (self.passes * (scored + 1))
 
     @property
     def old_log_prob_bytes(self) -> float:

@@ -64,7 +64,7 @@ class Scaling:
 
     @property
     def _forward_seconds(self) -> float:
-        return self.plan.flops_per_step / 3 / self.plan.world_size / self._flops_per_second
+        return self.plan.flops_per_step / self.plan.passes / self.plan.world_size / self._flops_per_second
 
     @property
     def _recomputed(self) -> float:
@@ -80,7 +80,7 @@ class Scaling:
     @property
     def compute_seconds(self) -> float:
         """Of forward and backward passes, with what is recomputed of them."""
-        return self._forward_seconds * (3 + self._recomputed)
+        return self._forward_seconds * (self.plan.passes + self._recomputed)
 
     @property
     def bubble(self) -> float:
@@ -93,7 +93,7 @@ class Scaling:
         """Two norms of the gradients, Adam, new weights, and zeros in place of the gradients."""
         plan, stages = self.plan, range(self.plan.stages)
         own = max(sum(plan.optimized(stage)) for stage in stages) * _UPDATE_BYTES
-        every = max(map(plan.num_parameters, stages)) * (plan.itemsize + FP32)
+        every = max(sum(map(sum, plan.trained(stage))) for stage in stages) * (plan.itemsize + FP32)
         return (own + every) / (self.speeds.hbm_gb_per_s * 1e9)
 
     # Communication
@@ -188,8 +188,8 @@ class Scaling:
         plan, parallel = self.plan, self.plan.config.parallel
         ranks, per_expert = plan.world_size // plan.stages, parallel.expert_model_parallel_size
         groups = [
-            ("", plan.shared_parameters, parallel.tensor_model_parallel_size),
-            (" of experts", plan.expert_parameters, per_expert * parallel.expert_tensor_size),
+            ("", lambda stage: plan.trained(stage)[0], parallel.tensor_model_parallel_size),
+            (" of experts", lambda stage: plan.trained(stage)[1], per_expert * parallel.expert_tensor_size),
         ]
         forward = self._forward_seconds / plan.num_microbatches
         behind = {

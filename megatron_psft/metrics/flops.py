@@ -33,6 +33,12 @@ def forward_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
     return 2.0 * weights * tokens + 2.0 * shape.num_layers * queries * squares
 
 
+def passes_of_training(*, has_adapters: bool) -> int:
+    """Forward passes that a forward and a backward pass are worth; frozen weights take no product for a gradient of
+    theirs, and adapters themselves are too thin to count."""
+    return 2 if has_adapters else 3
+
+
 def _layer_weights(shape: ModelShape, layer: int) -> int:
     """Elements of the matrices that a token meets in a layer, with those of its experts alone."""
     weights = sum(prod(dims) for dims in shape.layer_parameters(layer).values() if len(dims) == 2)

@@ -257,13 +257,13 @@ def _run_log(run: Run) -> RunLog | nullcontext[None]:
 
 
 def _gpu_values(run: Run, step: int, seconds: float) -> dict[str, float]:
-    """Throughput of the training pass (forward and backward, three forward passes' worth) and memory, on GPUs only."""
+    """Throughput of the training pass (forward and backward) and memory, on GPUs only."""
     device = run.parallel.device
     if device.type != "cuda":
         return {}
-    per_second = (
-        3 * flops.forward_flops(run.shape, run.loader.lengths(step).tolist()) / seconds / run.parallel.world_size
-    )
+    passes = flops.passes_of_training(has_adapters=run.config.lora.has_adapters)
+    of_step = passes * flops.forward_flops(run.shape, run.loader.lengths(step).tolist())
+    per_second = of_step / seconds / run.parallel.world_size
     values = {"tflops_per_gpu": per_second / 1e12, "max_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
     peak = flops.peak_flops(device)
     return values if peak is None else values | {"mfu": per_second / peak}

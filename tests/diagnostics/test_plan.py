@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_psft.config.lora import LoraConfig
 from megatron_psft.config.schema import (
     BatchConfig,
     DataConfig,
@@ -290,3 +291,41 @@ def test_experts_are_split_before_anything_else():
 
 def test_where_nothing_fits_there_is_no_layout():
     assert smallest_layout(make_plan(8), bytes_per_rank=GIB / 10, ranks_per_node=8) is None
+
+
+QWEN_7B = replace(
+    SHAPE,
+    model_type="qwen2",
+    num_layers=28,
+    hidden_size=3584,
+    ffn_hidden_size=18944,
+    num_attention_heads=28,
+    head_dim=128,
+    vocab_size=152064,
+    qkv_bias=True,
+)
+
+
+def test_adapters_alone_have_gradients_and_optimizer():
+    """A 7B model at 8k tokens on one GPU of 80 GB, which it is far from without adapters."""
+    plan = make_plan(shape=QWEN_7B, seq_length=8192, sections={"lora": LoraConfig(lora_rank=32)})
+    thin = 28 * 32 * ((3584 + 3584) + 2 * (3584 + 512) + (3584 + 3584) + 3 * (3584 + 18944))
+    full = make_plan(shape=QWEN_7B, seq_length=8192)
+    peak = plan.peak
+    assert plan.num_parameters(0) == full.num_parameters(0) + thin
+    assert (peak.gradients, peak.optimizer) == (4 * thin, 12 * thin)
+    assert peak.weights == pytest.approx(2 * 7.7e9, rel=0.01)
+    assert peak.activations > full.peak.activations > 0
+    assert peak.total < 75 * GIB < full.peak.total
+    assert plan.saved_bytes == (2 + 12) * thin
+    assert plan.flops_per_step == pytest.approx(full.flops_per_step * 2 / 3)
+    assert plan.overhead_bound == 1 + 7 / 16
+
+
+def test_adapters_are_cut_at_one_side():
+    lora = LoraConfig(lora_rank=8, lora_targets=("q_proj", "o_proj"))
+    sections = {"lora": lora}
+    plan = make_plan(2, sections=sections, tensor_model_parallel_size=2)
+    assert plan.num_parameters(0) - make_plan(2, tensor_model_parallel_size=2).num_parameters(0) == 8 * (
+        8 * 2 * (1024 + 512)
+    )
