@@ -289,6 +289,15 @@ def test_the_gradient_is_added_to_main_grad_as_megatron_core_does_it(pool, dtype
         assert float((grad_hidden - wanted.grad_hidden).abs().max()) < tolerance * float(wanted.grad_hidden.abs().max())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frozen_weight_gets_no_gradient(pool, mode):
+    case = random_case(40, 64, 50)
+    ((added, shape, _, grad_hidden),) = pool.run(_main_grads, 1, case, {"requires_grad": False}, mode)
+    assert shape is None
+    assert not added.any()
+    torch.testing.assert_close(grad_hidden.double(), exact(case).grad_hidden, rtol=1e-4, atol=1e-6)
+
+
 def test_a_gradient_in_main_grad_cannot_be_scaled_afterwards(pool):
     case = random_case(5, 16, 13)._replace(upstream=0.5)
     with pytest.raises(Exception, match="must be propagated back with gradient 1"):
