@@ -14,6 +14,7 @@ same work; where a file system has no locks both work, and the first to finish w
 
 import ast
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -334,6 +335,7 @@ def _hash_of(tokenizer: "PreTrainedTokenizerBase") -> str:
     return _digest(json.dumps(parts).encode())
 
 
+@functools.cache
 def _hash_of_code(start: Path = Path(__file__)) -> str:
     """Of all that may change tokens: the code of this file and of what it imports of this room, directly or through
     others, so that nobody has to think of a version. Comments and docstrings do not count."""

@@ -2,10 +2,12 @@
 
 import inspect
 import multiprocessing
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.managers import SyncManager
+from queue import Queue
 from typing import Any
 
 
@@ -26,7 +28,21 @@ def start_results_server(initializer: Callable[[], None]) -> None:
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(initializer)
-        filesystem_async._results_queue = manager.Queue()
+        filesystem_async._results_queue = _PickledQueue(manager.Queue())
+
+
+class _PickledQueue:
+    """What Megatron-Core uses of a queue in a server that looks into nothing: it would import torch to do so, while
+    the first save of a run waits for seconds."""
+
+    def __init__(self, queue: Queue[bytes]) -> None:
+        self._queue = queue
+
+    def put(self, item: Any) -> None:
+        self._queue.put(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        return pickle.loads(self._queue.get_nowait())
 
 
 def do_without_engine() -> None:

@@ -36,6 +36,8 @@ _PRELOAD = [
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.optimizer",
     "torch.utils.tensorboard",
+    "megatron_psft.cli.train",
+    "megatron_psft.train.run",
 ]
 
 
