@@ -5,7 +5,6 @@ import os
 import threading
 import time
 from datetime import timedelta
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -110,16 +109,10 @@ def test_a_rank_without_memory_for_a_forward_pass_ends_the_other_and_says_what_t
 
 
 @pytest.mark.slow
-@pytest.mark.alone
-def test_twenty_runs_end_in_seconds_whichever_rank_fails_wherever(pool, argv, tmp_path):
-    cases, taken = list(product(FAULTS, (0, 1))), []
-    for number in range(20):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        fault, failing = cases[number % len(cases)]
-        taken.append((round(check_end(pool, argv, folder, fault, failing), 1), fault, failing))
-    assert max(taken)[0] < LIMIT_SECONDS, taken
-    print(taken)  # noqa: T201 (with -s)
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_ends_in_seconds_whichever_rank_fails_wherever(pool, argv, tmp_path, fault, failing):
+    assert check_end(pool, argv, tmp_path, fault, failing) < LIMIT_SECONDS
 
 
 @pytest.fixture

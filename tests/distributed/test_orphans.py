@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 
 import psutil
@@ -214,33 +213,39 @@ def victim_of(launcher: subprocess.Popen[str], victim: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
-def test_twenty_groups_of_torchrun_end_whoever_is_killed_whenever(tmp_path):
-    cases = list(product(("launcher", "0", "1"), ("rendezvous", "collective", "training")))
-    for number in range(20):
-        victim, phase = cases[number % len(cases)]
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "rank.py").write_text(_GROUP_RANK)
-        with started(*torchrun(folder / "rank.py", phase, folder)) as (launcher, mark):
-            wait_for(folder, "ready-*", 2)
-            time.sleep(0.1 * (number % 3))
-            os.kill(victim_of(launcher, victim), signal.SIGKILL)
-            seconds_until_gone(mark)
+@pytest.mark.parametrize("victim", ["launcher", "0", "1"])
+@pytest.mark.parametrize("phase", ["rendezvous", "collective", "training"])
+def test_a_group_of_torchrun_ends_whoever_is_killed_whenever(tmp_path, phase, victim):
+    (tmp_path / "rank.py").write_text(_GROUP_RANK)
+    with started(*torchrun(tmp_path / "rank.py", phase, tmp_path)) as (launcher, mark):
+        wait_for(tmp_path, "ready-*", 2)
+        os.kill(victim_of(launcher, victim), signal.SIGKILL)
+        seconds_until_gone(mark)
+
+
+STEPS = 24
+IN_BACKGROUND = (
+    *DIST_OPT,
+    *("--save-interval", "2", "--async-save", "--train-iters", str(STEPS), "--lr-decay-style", "constant"),
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pool, tmp_path_factory, inputs) -> list[dict[str, float]]:
+    save = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(pool, 2, inputs.argv(save, *IN_BACKGROUND))
+    return metrics_of(save)
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.parametrize("victim", ["launcher", "0", "1"])
-def test_a_run_whose_launcher_or_rank_is_killed_resumes_to_the_bit(pool, tmp_path, inputs, victim):
+def test_a_run_whose_launcher_or_rank_is_killed_resumes_to_the_bit(pool, tmp_path, inputs, undisturbed, victim):
     """While checkpoints are written in the background."""
-    flags = (*DIST_OPT, "--save-interval", "1", "--async-save", "--train-iters", "40", "--lr-decay-style", "constant")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(pool, 2, inputs.argv(whole, *flags))
-    with started(*torchrun("-m", "megatron_psft", *inputs.argv(killed, *flags))) as (launcher, mark):
-        wait_for(killed, "step_*[0-9]", 3)
+    argv = inputs.argv(tmp_path, *IN_BACKGROUND)
+    with started(*torchrun("-m", "megatron_psft", *argv)) as (launcher, mark):
+        wait_for(tmp_path, "step_*[0-9]", 2)
         os.kill(victim_of(launcher, victim), signal.SIGKILL)
         seconds_until_gone(mark)
-    assert len(metrics_of(killed)) < 40
-    assert "resumed from" in train(pool, 2, inputs.argv(killed, *flags))
-    assert metrics_of(killed) == metrics_of(whole)
+    assert len(metrics_of(tmp_path)) < STEPS
+    assert "resumed from" in train(pool, 2, argv)
+    assert metrics_of(tmp_path) == undisturbed
