@@ -13,7 +13,7 @@ WORKERS ?= 2
 DURATIONS = --durations=50 --durations-min=1
 AT_A_TIME = -n $(WORKERS) --dist worksteal $(DURATIONS)
 # Tests for one Python: of what is no part of the package, and of rooms that call no library that changes with it.
-ONCE = benchmarks cli docker docs examples report
+ONCE = benchmarks cli config docker docs evaluation examples metrics report
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-py312 demo miniature test test-slow test-py312 test-nemo test-gpu lint format docs bench bench-store bench-gpu clean
@@ -55,8 +55,8 @@ install-py312: $(VENV)312/.installed ## Create the environment of Python 3.12 wi
 test-py312: install-py312 ## Run the tests of `make test` and some slow ones on Python 3.12, without rooms for which it makes no difference
 	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m "(not slow or both) and not gpu" $(ONCE:%=--ignore=tests/%)
 
-test-nemo: install-py312 ## Run the tests of Megatron-Bridge, on Python 3.12
-	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m slow tests/nemo tests/model/engine
+test-nemo: install-py312 ## Run the tests of Megatron-Bridge alone, on Python 3.12
+	$(VENV)312/bin/python -m pytest $(AT_A_TIME) tests/nemo
 
 test-gpu: install ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -372,9 +372,9 @@ def strike(pool, argv: list[str], run: Path, signum: int, rng: random.Random) ->
 @pytest.mark.parametrize(
     ("signum", "times", "background"),
     [
-        (signal.SIGKILL, 20, ()),
-        (signal.SIGTERM, 10, ()),
-        (signal.SIGKILL, 8, ("--async-save",)),
+        (signal.SIGKILL, 12, ()),
+        (signal.SIGTERM, 6, ()),
+        (signal.SIGKILL, 4, ("--async-save",)),
         (signal.SIGTERM, 4, ("--async-save",)),
     ],
     ids=["SIGKILL", "SIGTERM", "SIGKILL-background", "SIGTERM-background"],

@@ -25,6 +25,7 @@ def convert(bridge_pool) -> Callable[..., Exit]:
 
 
 @pytest.mark.slow
+@pytest.mark.both
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_there_and_back_nothing_changes(convert, tmp_path, family):
     source = tiny.build_model(tmp_path / "source", family, dtype=torch.bfloat16)
@@ -42,6 +43,7 @@ def test_there_and_back_nothing_changes(convert, tmp_path, family):
 
 
 @pytest.mark.slow
+@pytest.mark.both
 def test_mistakes_are_one_line(convert, tmp_path):
     source = tiny.build_model(tmp_path / "source", "qwen2")
     nowhere = convert("--from-hf", source, "--to-megatron", "/dev/null/x")

@@ -65,6 +65,7 @@ def _end(how: str, code_file: str) -> Exit:
 
 
 @pytest.mark.slow
+@pytest.mark.both
 @pytest.mark.parametrize("how", CODES)
 def test_the_end_of_bridges_loop_is_told_by_the_code(bridge_pool, tmp_path, how):
     file = tmp_path / "code"

@@ -15,7 +15,7 @@ from tests.support.cli import run_cli
 from tests.support.layouts import LAYOUTS
 from tests.support.pool import WorkerError
 
-pytestmark = [needs_bridge, pytest.mark.slow]
+pytestmark = [needs_bridge, pytest.mark.slow, pytest.mark.both]
 
 STEPS, GLOBAL_BATCH_SIZE = 12, 8
 COMPARED = {"lm loss": "loss", **{name: name for name in ("nll", "entropy", "grad_norm", "clip_fraction")}}

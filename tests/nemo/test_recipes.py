@@ -12,7 +12,7 @@ from tests.nemo.bridge import needs_bridge
 from tests.nemo.hub import write_hub_cache
 from tests.support.cli import REPOSITORY
 
-pytestmark = [needs_bridge, pytest.mark.slow]
+pytestmark = [needs_bridge, pytest.mark.slow, pytest.mark.both]
 
 _PSFT = ("objective", "clip_ratio_high", "old_policy_interval", "sft_warmup_iters")
 _OPTIMIZER = ("lr", "adam_beta1", "adam_beta2", "weight_decay", "clip_grad")

@@ -19,6 +19,7 @@ _NORM = {"input_layernorm": "self_attention.linear_qkv", "pre_mlp_layernorm": "m
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.both,
     pytest.mark.skipif(not ENGINE.is_dir(), reason="make install puts Transformer Engine's Python there"),
 ]
 
