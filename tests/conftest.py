@@ -17,7 +17,7 @@ from tests.support.pool import Pool
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
-# A checkpoint waits for the disk after each of its files, ten thousand times in a suite: memory does not keep it waiting.
+# A checkpoint waits for the disk after each of its files, thousands of times in a suite; memory keeps nobody waiting.
 MEMORY = Path("/dev/shm")
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * 2**30:
     os.environ["TMPDIR"] = str(MEMORY)
@@ -28,8 +28,8 @@ atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Ranks that share a core hand it to each other; across cores every message has to wake one. So where the tests that run at
-# a time have a core each, they keep to it.
+# Ranks that share a core hand it to each other; across cores every message has to wake one. So where there is a core
+# for each test that runs at a time, they keep to it.
 cores = sorted(os.sched_getaffinity(0))
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT") == str(len(cores)):
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))]})

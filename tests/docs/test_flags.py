@@ -28,6 +28,7 @@ ELSEWHERE = {
     "--prefix": "torchfrtrace",
     "--sft": "Megatron-LM",
     "--no-deps": "pip",
+    "--kill-on-bad-exit": "srun",
 }
 """Flags of other programs."""
 EXAMPLES = {"--focal-gamma"}
