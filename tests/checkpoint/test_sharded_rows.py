@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import default_planner
 
 from megatron_psft.checkpoint import saver
 from megatron_psft.checkpoint.unpickle import DataReader
@@ -32,15 +33,17 @@ def test_a_rank_holds_writes_and_reads_its_own_share(pool, tmp_path, inputs, fam
     model = tiny.build_model(tmp_path / "model", family, tied=family == "qwen3", vocab_size=4096)
     inputs = replace(inputs, model=model)
     argv = inputs.argv(run, *flags, *FEW_STEPS)
-    writes, _, asks = zip(*pool.run(bytes_moved, 4, argv), strict=True)
+    writes, _, asks, compared = zip(*pool.run(bytes_moved, 4, argv), strict=True)
     assert asks == ([True, False],) * 4, "whether the parts make whole tensors is asked once"
+    assert compared[0][0] > 0, "and answered"
+    assert compared[0][1:] == [0]
     stored = stored_bytes(run / "step_0000003")
     # Files also have a few hundred bytes around every tensor.
     assert 0.5 * stored < sum(writes) < stored
     assert max(writes) <= 1.1 * sum(writes) / 4
     expected = metrics_of(run)
     forget_steps_from(run, 3)
-    for _, read, _ in pool.run(bytes_moved, 4, argv):
+    for _, read, *_ in pool.run(bytes_moved, 4, argv):
         assert 0 < read <= 1.1 * stored / 4
     assert metrics_of(run) == expected
 
@@ -52,12 +55,13 @@ def stored_bytes(checkpoint: Path) -> int:
     return sum(part.length for part in reader.storage_data.values())
 
 
-def bytes_moved(argv: list[str]) -> tuple[int, int, list[bool]]:
+def bytes_moved(argv: list[str]) -> tuple[int, int, list[bool], list[int]]:
     """Bytes of the tensors that this rank writes in the last save of a run, which are those that it holds a copy of
-    where there is one; bytes that it reads of the checkpoint that the run goes on from; and whether each save had the
-    parts of all ranks compared."""
-    moved, asks = Counter[str](), []
+    where there is one; bytes that it reads of the checkpoint that the run goes on from; whether each save had the
+    parts of all ranks told to all; and of how many tensors it compared these."""
+    moved, asks, compared = Counter[str](), [], []
     plan, read, save = saver._plan, DataReader.read_data, dist_checkpointing.save
+    compare = default_planner._validate_global_plan
 
     def planned(*args, **kwargs):
         request = plan(*args, **kwargs)
@@ -72,12 +76,17 @@ def bytes_moved(argv: list[str]) -> tuple[int, int, list[bool]]:
         asks.append(kwargs["validate_access_integrity"])
         return save(*args, **kwargs)
 
+    def comparing(plans, metadata):
+        compared.append(len(metadata.state_dict_metadata))
+        return compare(plans, metadata)
+
     asking.__wrapped__ = save  # whose signature says which Megatron-Core it is of
     with (
         mock.patch.object(saver, "_plan", planned),
         mock.patch.object(DataReader, "read_data", reading),
         mock.patch.object(dist_checkpointing, "save", asking),
+        mock.patch.object(default_planner, "_validate_global_plan", comparing),
     ):
         done = run_cli(argv)
         assert done.code == 0, done.err
-    return moved["written"], moved["read"], asks
+    return moved["written"], moved["read"], asks, compared
