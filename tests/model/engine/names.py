@@ -29,6 +29,7 @@ from megatron_psft.checkpoint import unpickle
 from megatron_psft.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_psft.checkpoint.replicas import load_by_turns
 from megatron_psft.checkpoint.state import _METADATA, _sharded_module
+from megatron_psft.config.lora import LoraConfig
 from megatron_psft.config.schema import Config, parse_config
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel, initialize_parallel, process_group
@@ -126,6 +127,11 @@ def _parameters(shapes: dict[str, ModelShape], kinds: dict[str, Platform]) -> di
     found = {
         name: {kind: _described(gpt.build_model(shape, config, here, parallel)) for kind, here in kinds.items()}
         for name, shape in shapes.items()
+    }
+    with_adapters = replace(config, lora=LoraConfig(lora_rank=4))
+    found["adapters"] = {
+        kind: _described(gpt.build_model(shapes["dense"], with_adapters, here, parallel))
+        for kind, here in kinds.items()
     }
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -33,7 +33,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "adapters"])
 def test_parameters_have_the_shapes_and_marks_of_portable_layers(found, model):
     """In a layout of TP 2 with sequence parallelism, and EP 4; names differ in norms only, which the layers that follow
     them hold."""
