@@ -90,7 +90,7 @@ def _fill(model: MegatronModule, loaded: Mapping[str, Any], checkpoint: Path) ->
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     # With adapters, these or the rest of the model are loaded, and the other part is from elsewhere.
     of_adapters = any(map(is_adapter, loaded))
-    wanted = [key for key in missing if is_adapter(key) or not of_adapters]
+    wanted = [key for key in missing if is_adapter(key) == of_adapters]
     other = [*unexpected, *(key for key in wanted if not key.endswith("_extra_state"))]
     if other:
         raise UserError(

@@ -21,40 +21,44 @@ from tests.support.runs import forget_steps_from
 
 STEPS, GLOBAL_BATCH_SIZE, RANK, ALPHA = 12, 8, 6, 12
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SOME_TARGETS = ("k_proj", "down_proj", "up_proj")
+OF_ATTENTION = TARGETS[:4]
 LORA = ("--lora-rank", str(RANK), "--lora-alpha", str(ALPHA))
 COMPARED = ("loss", "nll", "entropy", "grad_norm")
+
+
+def targets_of(family: str) -> tuple[str, ...]:
+    """Experts have no adapters."""
+    return OF_ATTENTION if family == "qwen3_moe" else TARGETS
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
     """One folder with a model per family, a tokenizer, records, and adapters whose B is not zero."""
     folder = tmp_path_factory.mktemp("lora")
-    for family in tiny.FAMILIES:
+    for family in (*tiny.FAMILIES, "qwen3_moe"):
         tiny.build_model(folder / family, family, tied=family == "qwen3")
-        for name, targets in (("adapter", TARGETS), ("some", SOME_TARGETS)):
-            torch.manual_seed(5)  # one with which no token lies on the clip bound up to rounding
-            model = AutoModelForCausalLM.from_pretrained(folder / family, dtype=torch.float32)
-            config = LoraConfig(
-                r=RANK,
-                lora_alpha=ALPHA,
-                target_modules=list(targets),
-                task_type="CAUSAL_LM",
-                init_lora_weights=False,
-            )
-            get_peft_model(model, config).save_pretrained(folder / f"{family}-{name}")
+        torch.manual_seed(5)  # one with which no token lies on the clip bound up to rounding
+        model = AutoModelForCausalLM.from_pretrained(folder / family, dtype=torch.float32)
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            target_modules=list(targets_of(family)),
+            task_type="CAUSAL_LM",
+            init_lora_weights=False,
+        )
+        get_peft_model(model, config).save_pretrained(folder / f"{family}-adapter")
     tiny.build_tokenizer(folder / "tokenizer")
     tiny.write_records(folder / "records.jsonl", 40)
     return folder
 
 
 @functools.cache
-def expected(inputs: Path, family: str, adapter: str = "adapter", **objective):
+def expected(inputs: Path, family: str, **objective):
     """The oracle's metrics and trained model."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
     batches = oracle.chatml_batches(inputs / "records.jsonl", tokenizer, GLOBAL_BATCH_SIZE, STEPS)
-    folder = inputs / f"{family}-{adapter}"
-    return oracle.train(inputs / family, batches, lr=oracle.PARITY_LR, adapter=folder, **objective)
+    adapter = inputs / f"{family}-adapter"
+    return oracle.train(inputs / family, batches, lr=oracle.PARITY_LR, adapter=adapter, **objective)
 
 
 def train(pool, inputs: Path, family: str, save: Path, *flags: object, layout: str = "one", code: int = 0):
@@ -89,11 +93,13 @@ def assert_same_run(found, wanted, *, rel: float = 1e-4) -> None:
         slow("llama", "DP2-distopt"),
         slow("qwen3", "one"),
         slow("qwen3", "TP2-SP-PP2-DP2-distopt"),
+        slow("qwen3_moe", "DP2-EP2"),
     ],
 )
 def test_psft_of_adapters_follows_peft(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, old_policy_interval=4)
     flags = [*LORA, "--load-lora", inputs / f"{family}-adapter", "--old-policy-interval", 4]
+    flags += ["--lora-targets", *targets_of(family)]
     found = train(pool, inputs, family, tmp_path, *flags, "--export-hf", tmp_path / "hf", layout=layout)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 4, "the clip must matter in this comparison"
     assert_same_run(found, wanted)
@@ -156,3 +162,33 @@ def test_settings_that_contradict_each_other(pool, inputs, tmp_path):
         said = train(pool, inputs, "qwen2", tmp_path / "run", *flags, code=2)
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert message in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sft", "sft-kl"])
+def test_other_objectives_of_adapters_follow_peft(pool, inputs, tmp_path, objective):
+    """The reference is the model at the start, with the adapter that the run starts from."""
+    wanted, _ = expected(inputs, "qwen2", objective=objective)
+    flags = [*LORA, "--load-lora", inputs / "qwen2-adapter", "--objective", objective]
+    found = train(pool, inputs, "qwen2", tmp_path, *flags)
+    for name in COMPARED:
+        assert [line[name] for line in found] == pytest.approx([line[name] for line in wanted], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_beside_the_weights_of_a_checkpoint(pool, inputs, tmp_path):
+    """Which every start reads again, and a merged export has, as recomputed layers' adapters are trained too."""
+    train(pool, inputs, "llama", tmp_path / "whole", "--train-iters", 2, "--export-hf", tmp_path / "hf")
+    recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
+    run = [*LORA, "--train-iters", 4, "--save-interval", 2, "--lora-merge", *recompute]
+    first = [*run, "--init-from", tmp_path / "whole", "--export-hf", tmp_path / "merged"]
+    lines = train(pool, inputs, "llama", tmp_path / "run", *first)
+    forget_steps_from(tmp_path / "run", 4)
+    again = train(pool, inputs, "llama", tmp_path / "run", *first)
+    of_folder = train(pool, inputs, "llama", tmp_path / "of-folder", *run[:-7], "--load-hf", tmp_path / "hf")
+    for name in COMPARED:
+        assert [line[name] for line in again] == [line[name] for line in lines]
+        assert [line[name] for line in of_folder] == pytest.approx([line[name] for line in lines], rel=1e-5)
+    merged, start = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "hf"))
+    changed = {name for name, tensor in start.items() if not torch.equal(tensor, merged[name])}
+    assert changed == {name for name in start if name.split(".")[-2] in TARGETS}
