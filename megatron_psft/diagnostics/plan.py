@@ -18,7 +18,7 @@ from megatron_psft.checkpoint.host_memory import saved_bytes
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
-from megatron_psft.head.chunked import CHUNK_BYTES
+from megatron_psft.head.chunked import CHUNK_BYTES, SUMMED_COLUMNS
 from megatron_psft.metrics.flops import forward_flops, passes_of_training
 from megatron_psft.model.adapters import targeted
 from megatron_psft.model.gpt import check_layout, padded_vocab_size, virtual_size
@@ -199,6 +199,12 @@ class Plan:
         shape, t = self.shape, self._tensor
         return shape.num_attention_heads * shape.head_dim / t, shape.num_query_groups * shape.head_dim / t
 
+    @property
+    def _upcast(self) -> int:
+        """What a norm in plain PyTorch keeps besides, in numbers of bf16: on a CPU in fp32 its input, and its values
+        before they are multiplied by the weight, which are counted as bf16 elsewhere."""
+        return 3 if self.config.precision.bf16 and self.platform.device.type == "cpu" else 0
+
     def _mlp(self, layer: int, micro_batch_size: int) -> tuple[float, float]:
         """Bytes of a layer's rows as its experts get them, 0 for a plain MLP; and of the inner part of the MLP."""
         positions, experts = self.tokens(micro_batch_size), self.shape.experts
@@ -218,7 +224,7 @@ class Plan:
         (queries, keys), size = self._widths, self.config.batch.micro_batch_size
         # What goes into both norms and what comes out of them; plain PyTorch also keeps the values before they are
         # multiplied by the weight.
-        norms = (4 if platform.has_transformer_engine else 6) * self.hidden(size)
+        norms = (4 if platform.has_transformer_engine else 6 + 2 * self._upcast) * self.hidden(size)
         # The projected row, of which the values are a view; queries and keys with rotary embedding; the output.
         per_token = (queries + 2 * keys) + (queries + keys) + queries
         # Up projection (two halves) and what goes into the down projection; unfused, also both factors of the gate.
@@ -229,7 +235,7 @@ class Plan:
         if not platform.has_transformer_engine:
             # The output of each segment beside the joined one; cosine and sine, for queries and for keys.
             per_token += queries + 4 * shape.head_dim
-            per_token += queries + keys if shape.qk_norm else 0
+            per_token += (1 + self._upcast) * (queries + keys) if shape.qk_norm else 0
             if parallel.context_parallel_size > 1:
                 per_token += 2 * keys * parallel.context_parallel_size  # the gathered row
             if self.config.recompute.recompute_granularity == "selective":
@@ -261,7 +267,7 @@ class Plan:
         kept += hidden if self.stages > 1 else 0
         kept *= self._chunks_in_flight(stage)
         if stage == self.stages - 1:
-            kept += hidden * (1 if self.platform.has_transformer_engine else 2)  # the last norm
+            kept += hidden * (1 if self.platform.has_transformer_engine else 2 + self._upcast)  # the last norm
         return kept, recomputed
 
     # Moments
@@ -335,6 +341,10 @@ class Plan:
         is_copied = self.config.precision.bf16 and not (self.platform.is_gpu and self.config.objective.fused_head)
         logit = self.itemsize + (FP32 if is_copied else 0)
         if self.config.objective.fused_head:
+            if with_gradient and self.config.precision.bf16:
+                # Products of the weight's gradient before they are added in fp32; a copy's gradient, in bf16 again.
+                states += min(SUMMED_COLUMNS, self._vocab_columns) * self.shape.hidden_size * self.itemsize
+                logit += self.itemsize if is_copied else 0
             chunk = CHUNK_BYTES[self.platform.device.type] // (FP32 * self._vocab_columns)
             return states + min(chunk, tokens) * self._vocab_columns * logit
         return states + tokens * self._vocab_columns * (FP32 + self.itemsize)

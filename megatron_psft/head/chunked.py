@@ -33,7 +33,7 @@ CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 
 # Columns of the weight's gradient that are summed at a time where products come in bf16 and sums are kept in fp32, and
 # rows of logits that are moved at a time: what lies between is small beside a chunk.
-_SUMMED_COLUMNS, _MOVED_ROWS = 16384, 32
+SUMMED_COLUMNS, _MOVED_ROWS = 16384, 32
 
 
 class FusedLoss(NamedTuple):
@@ -234,8 +234,8 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
-    for start in range(0, len(total), _SUMMED_COLUMNS):
-        part = slice(start, start + _SUMMED_COLUMNS)
+    for start in range(0, len(total), SUMMED_COLUMNS):
+        part = slice(start, start + SUMMED_COLUMNS)
         total[part] += left[part] @ right
 
 
