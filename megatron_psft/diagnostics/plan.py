@@ -342,9 +342,9 @@ class Plan:
         logit = self.itemsize + (FP32 if is_copied else 0)
         if self.config.objective.fused_head:
             if with_gradient and self.config.precision.bf16:
-                # Products of the weight's gradient before they are added in fp32; a copy's gradient, in bf16 again.
-                states += min(SUMMED_COLUMNS, self._vocab_columns) * self.shape.hidden_size * self.itemsize
-                logit += self.itemsize if is_copied else 0
+                if not self.config.lora.has_adapters:  # products of the weight's gradient before they are added in fp32
+                    states += min(SUMMED_COLUMNS, self._vocab_columns) * self.shape.hidden_size * self.itemsize
+                logit += self.itemsize if is_copied else 0  # a copy's gradient, in bf16 again
             chunk = CHUNK_BYTES[self.platform.device.type] // (FP32 * self._vocab_columns)
             return states + min(chunk, tokens) * self._vocab_columns * logit
         return states + tokens * self._vocab_columns * (FP32 + self.itemsize)

@@ -318,6 +318,8 @@ def test_adapters_alone_have_gradients_and_optimizer():
     assert peak.activations > full.peak.activations > 0
     assert peak.total < 75 * GIB < full.peak.total
     assert plan.saved_bytes == (2 + 12) * thin
+    products = 2 * 16384 * 3584  # of the head's weight, which has no gradient
+    assert full._head_working(1, with_gradient=True) - plan._head_working(1, with_gradient=True) == products
     assert plan.flops_per_step == pytest.approx(full.flops_per_step * 2 / 3)
     assert plan.overhead_bound == 1 + 7 / 16
 
