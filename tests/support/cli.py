@@ -28,12 +28,13 @@ class Exit:
 def run_cli(argv: Sequence[str]) -> Exit:
     """What `psft train ARGV` does on this rank; for `pool.run`, whose workers outlive a rank that fails alone."""
     from megatron_psft.cli import train
+    from megatron_psft.distributed import failure, orphans
 
-    original, train.end_at_once = train.end_at_once, _end_the_call
+    train.end_at_once = failure.end_at_once = _end_the_call
     try:
         return call_main(train.main, argv)
     finally:
-        train.end_at_once = original
+        train.end_at_once = failure.end_at_once = orphans.end_at_once
 
 
 def _end_the_call(code: int) -> None:
