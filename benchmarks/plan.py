@@ -4,6 +4,7 @@ On the CPU peak memory is the growth of the peak resident set since before the m
 the rank that takes most; records fill their rows, and every token is a label.
 """
 
+import ctypes
 import os
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ STEPS = 2  # the first brings Adam's state to life and scores the second
 CPU_SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1344,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "vocab_size": 8192,
@@ -92,6 +93,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     def resident_bytes() -> int:
         return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
+    _give_memory_back_at_once()
     config, place = parse_config([str(value) for value in spec["argv"]]), detect(int(os.environ["LOCAL_RANK"]))
     with process_group(place, spec["ranks"]):
         inputs = read_inputs(config, is_main=False)
@@ -105,6 +107,14 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         planned = Plan(config=config, shape=inputs.shape, world_size=spec["ranks"], platform=place).peak
     return {"measured": peak.item(), "planned": planned.total, "moment": planned.moment}
+
+
+def _give_memory_back_at_once() -> None:
+    """Has large tensors go back to the system when they are freed, and not lie about as glibc would have it."""
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    libc = ctypes.CDLL(None)
+    for option in (trim_threshold, mmap_threshold):
+        libc.mallopt(option, 64 * 2**10)
 
 
 def prepared(spec: dict[str, Any], shape: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -125,8 +135,6 @@ def prepared(spec: dict[str, Any], shape: dict[str, Any], folder: Path) -> dict[
 if __name__ == "__main__":
     size = parse_size(__doc__)
     emit_machine()
-    # Large tensors go back to the system when they are freed, and do not lie about as glibc would have it.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(64 * 2**10)
     for spec in SPECS[size]:
         with tempfile.TemporaryDirectory() as folder:
             full = prepared(spec, GPU_SHAPE if size == "gpu" else CPU_SHAPE, Path(folder))
