@@ -15,8 +15,9 @@ from torch import Tensor
 from megatron_psft.checkpoint.find import StartPoint
 from megatron_psft.config.lora import LoraConfig
 from megatron_psft.errors import UserError
-from megatron_psft.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_tensors
+from megatron_psft.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_psft.hf.mapping import Piece, adapter_name, adapter_tensors
+from megatron_psft.hf.weights import save_tensors
 from megatron_psft.model.adapters import targeted
 from megatron_psft.model.shape import ModelShape
 

@@ -13,9 +13,10 @@ from megatron_psft.config.lora import LoraConfig
 from megatron_psft.distributed.collective import on_rank_zero, patient_group
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.hf.adapter import AdapterBase, merged, write_adapter
-from megatron_psft.hf.folder import replacing, save_tensors
+from megatron_psft.hf.folder import replacing
 from megatron_psft.hf.mapping import adapter_tensors, hf_tensors, pieces, scatter
 from megatron_psft.hf.side_files import SideFiles
+from megatron_psft.hf.weights import save_tensors
 from megatron_psft.model.parameters import is_adapter, own_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.progress import progress

@@ -6,18 +6,12 @@ is what was written.
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from types import MappingProxyType
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from megatron_psft.atomic import aside, exchange, is_aside, sync
 from megatron_psft.errors import UserError, storage_error
@@ -199,17 +193,6 @@ def replacing(target: Path, option: str) -> Iterator[Path]:
             _move_in(folder, target, files, earlier)
         else:
             _swap(folder, target, files, option)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Writes a safetensors file. Raises OSError where the disk fails: safetensors says only in words that it does."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt", **metadata})
-    except SafetensorError as error:
-        said = re.search(r"os error (\d+)", str(error))
-        if said is None:
-            raise
-        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
 
 
 def _is_alone(target: Path, option: str) -> bool:

@@ -1,13 +1,17 @@
-"""Fills a model's parameters, each rank reading just its own slices, from safetensors or from a seed."""
+"""Fills a model's parameters, each rank reading just its own slices, from safetensors or a seed; writes safetensors."""
 
 import json
+import os
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_psft.distributed.grid import Parallel
@@ -237,3 +241,14 @@ def _is_redundant(name: str, shape: ModelShape) -> bool:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes a safetensors file. Raises OSError where the disk fails: safetensors says only in words that it does."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        said = re.search(r"os error (\d+)", str(error))
+        if said is None:
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error

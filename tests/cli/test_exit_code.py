@@ -20,7 +20,7 @@ from megatron_psft.errors import (
     UserError,
     storage_error,
 )
-from megatron_psft.hf import export
+from megatron_psft.hf import weights
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli, run_torchrun
 
@@ -223,9 +223,9 @@ def test_an_export_says_by_its_type_that_the_disk_failed(monkeypatch, tmp_path, 
     def fail(*_, **__):
         raise SafetensorError(text)
 
-    monkeypatch.setattr(export, "save_file", fail)
+    monkeypatch.setattr(weights, "save_file", fail)
     with pytest.raises(SafetensorError if number is None else OSError) as caught:
-        export._save({}, tmp_path / "model.safetensors")
+        weights.save_tensors({}, tmp_path / "model.safetensors")
     assert getattr(caught.value, "errno", None) == number
 
 
