@@ -80,11 +80,7 @@ TOLD: Mapping[str, tuple[str, ...]] = {
     "valid_nll is of other batches from here on": ("valid_data", "eval_iters"),
     "drift is of other answers from here on": ("drift_data",),
     "the training tokens are the same": ("data", "tokenizer", "chat_template", "ignore_keys"),
-    "no effect: the weights are those of the checkpoint, and with lora_rank the model must be the same": (
-        "load_hf",
-        "random_init",
-        "init_from",
-    ),
+    "no effect: the weights are those of the checkpoint": ("load_hf", "random_init", "init_from"),
     "no effect: the adapters are those of the checkpoint": ("lora_init", "load_lora"),
 }
 """Settings that may change, each named in a line when it does; by what the change means."""
