@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch import Tensor
 
 from megatron_psft.checkpoint.staging import Staging
-from megatron_psft.distributed.orphans import end_with_parent
+from megatron_psft.distributed.orphans import end_with_parent, without_main_script
 
 _ALIGNMENT_BYTES = 64
 
@@ -159,13 +159,14 @@ class _Caller(TemporalAsyncCaller):
         tensors = (tensor for *_, (_, pairs) in buckets for _, tensor in pairs)
         copies = iter(self._tensors.copies(tensors, self._staging))
         buckets = _with_tensors(buckets, lambda _: next(copies))
-        # Not as an argument: more than a pipe holds would have us wait until the process has imported the main script.
+        # Not as an argument: more than a pipe holds would have us wait until the process reads it.
         pickled = torch.frombuffer(bytearray(pickle.dumps(buckets)), dtype=torch.uint8)
         plan = _Plan(memory=self._plan, pickled=self._plan.copies([pickled])[0])
         self.process = multiprocessing.get_context("forkserver").Process(
             target=_write, args=(request.async_fn, self._tensors, plan, rank, results)
         )
-        self.process.start()
+        with without_main_script():
+            self.process.start()
 
     def wait_for_copy(self) -> None:
         if self._starting is not None:

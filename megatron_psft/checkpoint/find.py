@@ -151,10 +151,14 @@ def _check_settings(checkpoint: Path, content: Mapping[str, Any], settings: Sett
     if refused:
         before = listed((change.name, change.before) for change in refused)
         now = listed((change.name, change.now) for change in refused)
-        raise UserError(f"{checkpoint}: the run that wrote it had {before}, this one has {now}; {_WAYS_ON}{checkpoint}")
+        way_on = _way_on(checkpoint, content)
+        raise UserError(f"{checkpoint}: the run that wrote it had {before}, this one has {now}; {way_on}")
 
 
-_WAYS_ON = "use its settings, or another save folder, where a new run can start from its weights: --init-from "
+def _way_on(checkpoint: Path, content: Mapping[str, Any]) -> str:
+    has_adapters = BASE in content["identity"]
+    start = "an export of its adapters: --load-lora" if has_adapters else f"its weights: --init-from {checkpoint}"
+    return f"use its settings, or another save folder, where a new run can start from {start}"
 
 
 def _check_identity(checkpoint: Path, content: Mapping[str, Any], identity: Identity) -> None:
@@ -163,11 +167,13 @@ def _check_identity(checkpoint: Path, content: Mapping[str, Any], identity: Iden
             continue
         found = content["identity"].get(field)
         if found != wanted:
-            is_of_model = field.startswith("model ")
-            remedy = "use its settings, or another save folder to start anew"
+            remedy = _way_on(checkpoint, content)
+            if field == BASE:
+                remedy = "name its model by load_hf or init_from"
+            elif field.startswith("model "):
+                remedy = "use its settings, or another save folder to start anew"
             raise UserError(
-                f"{checkpoint}: the run that wrote it had {field} ({found}), this one has ({wanted}); "
-                f"{remedy if is_of_model else f'{_WAYS_ON}{checkpoint}'}"
+                f"{checkpoint}: the run that wrote it had {field} ({found}), this one has ({wanted}); {remedy}"
             )
 
 

@@ -42,7 +42,6 @@ from megatron_psft.data.tokenizing import (
     ChunkTokenizer,
     TokenizedChunk,
     checksum,
-    refuse_main_module_of_worker,
     tokenize_chunks,
 )
 from megatron_psft.errors import RankError, UserError, storage_error
@@ -160,7 +159,6 @@ class DataCache:
         folder = self._root / _digest(json.dumps(key, sort_keys=True).encode())[:32]
         if (found := _open_folder(folder, source.name)) is not None:
             return found
-        refuse_main_module_of_worker()
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             with _locked(folder.with_suffix(".lock")) as is_locked:

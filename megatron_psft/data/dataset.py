@@ -254,6 +254,8 @@ def _select_usable(source: TokenizedSource, *, seq_length: int, overlong: str) -
     dropped["without a label in seq_length"] = int(has_no_label.sum())
     dropped = Counter({reason: count for reason, count in dropped.items() if count})
     records = np.flatnonzero(~is_dropped & ~has_no_label)
+    if not len(source.index) and not source.bad_counts:
+        raise UserError(f"data ({source.name}) holds no record; name files that hold at least one")
     if not len(records):
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
         raise UserError(

@@ -26,7 +26,7 @@ from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import RecordError
 from megatron_psft.data.pairs import Pair, parse_pair
 from megatron_psft.data.records import Record, parse_row
-from megatron_psft.distributed.orphans import end_with_parent
+from megatron_psft.distributed.orphans import end_with_parent, without_main_script
 from megatron_psft.errors import UserError
 
 INDEX = np.dtype(
@@ -145,13 +145,6 @@ def checksum(tokens: NDArray[np.int32], label_mask: NDArray[np.bool_]) -> int:
     return zlib.crc32(np.ascontiguousarray(label_mask).data, zlib.crc32(np.ascontiguousarray(tokens).data))
 
 
-def refuse_main_module_of_worker() -> None:
-    """Raises RuntimeError in a worker that runs the main script for lack of an `if __name__ == "__main__"` guard: it
-    would wait for the very process that waits for it."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError('a script that reads data must do so under `if __name__ == "__main__":`')
-
-
 def tokenize_chunks(
     chunks: Iterator[Chunk], tokenizer: ChunkTokenizer, num_workers: int
 ) -> Generator[TokenizedChunk, None, None]:
@@ -183,7 +176,8 @@ def tokenize_chunks(
 def _in_order(pool: ProcessPoolExecutor, chunks: Iterable[Chunk], ahead: int) -> Iterator[TokenizedChunk]:
     waiting: deque[Future[TokenizedChunk]] = deque()
     for chunk in chunks:
-        waiting.append(pool.submit(_tokenize_in_worker, chunk))
+        with without_main_script():  # the first one starts the processes
+            waiting.append(pool.submit(_tokenize_in_worker, chunk))
         if len(waiting) > ahead:
             yield waiting.popleft().result()
     while waiting:

@@ -10,6 +10,8 @@ from multiprocessing.managers import SyncManager
 from queue import Queue
 from typing import Any
 
+from megatron_psft.distributed.orphans import without_main_script
+
 
 def save_options() -> dict[str, str]:
     """What Megatron-Core's `dist_checkpointing.save` has to be told: from 0.18 on it would hand the writing to another
@@ -27,7 +29,8 @@ def start_results_server(initializer: Callable[[], None]) -> None:
 
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer)
+        with without_main_script():
+            manager.start(initializer)
         filesystem_async._results_queue = _PickledQueue(manager.Queue())
 
 

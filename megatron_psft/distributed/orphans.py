@@ -9,11 +9,13 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 
@@ -118,3 +120,14 @@ def _has_been_adopted(parent: int) -> bool:
     with suppress(OSError):
         return b"torch" not in Path("/proc/1/cmdline").read_bytes()
     return False
+
+
+@contextmanager
+def without_main_script() -> Iterator[None]:
+    """Helpers that `multiprocessing` starts in this context do not import the main script. They need nothing of it, and
+    one without `if __name__ == "__main__"` would be run once more."""
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script

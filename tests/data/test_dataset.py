@@ -264,6 +264,14 @@ def test_a_source_without_a_usable_record_is_refused_beside_others(tmp_path):
         build_many(good, bad, skip_bad_records=True)
 
 
+@pytest.mark.parametrize(("name", "text"), [("b.jsonl", ""), ("b.jsonl", "\n \n"), ("b.json", "[]")])
+def test_a_file_without_a_record_is_refused_for_that(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    for others in [], [write_rows(tmp_path, pair(1, 1))]:
+        with pytest.raises(UserError, match=r"b\.jsonl?\) holds no record; name files that hold at least one$"):
+            build_many(*others, str(tmp_path / name))
+
+
 def test_the_fingerprint_tells_tokens_labels_and_borders_apart():
     tokens, mask, offsets = np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], bool), np.array([0, 3, 6])
     base = dataset_of(tokens=tokens, label_mask=mask, offsets=offsets)

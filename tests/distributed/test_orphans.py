@@ -155,6 +155,33 @@ def test_ranks_end_whose_launcher_is_killed_while_they_start(tmp_path, delay):
     assert not list(tmp_path.glob("saved-*"))
 
 
+_UNGUARDED = """
+import multiprocessing, sys
+from megatron_psft.distributed.orphans import without_main_script
+
+print("imported", flush=True)
+with without_main_script():
+    helper = multiprocessing.get_context(sys.argv[1]).Process(target=print, args=("helped",))
+    helper.start()
+helper.join()
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_helper_does_not_run_a_script_without_a_guard_once_more(tmp_path, method):
+    script = tmp_path / "script.py"
+    script.write_text(_UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, script, method],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT_SECONDS,
+    )
+    assert done.stdout.split() == ["imported", "helped"]
+
+
 def test_a_lone_process_outlives_its_shell(tmp_path):
     """As with `nohup psft train &`."""
     script = tmp_path / "rank.py"

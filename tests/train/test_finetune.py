@@ -166,3 +166,27 @@ def test_the_readme_snippet_runs(pool, model, tmp_path):
     assert (tmp_path / found["export"] / "config.json").is_file()
     nlls = [line["nll"] for line in found["metrics"]]
     assert nlls[-1] < nlls[0]
+
+
+_SCRIPT = """
+import sys
+from megatron_psft import finetune
+
+print("imported")
+records = [{"prompt": "3 + 4?", "completion": str(number)} for number in range(5000)]
+options = {"train_iters": 2, "save_interval": 1, "async_save": True, "data_workers": 2, "packing": False}
+run = finetune(records, load_hf=sys.argv[1], save=sys.argv[2], global_batch_size=4, seq_length=64, **options)
+print(run.export)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_needs_no_guard(model, tmp_path):
+    """Although processes tokenize, keep what writers answer, and write."""
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    command = [sys.executable, "-W", "ignore", tmp_path / "script.py", model, tmp_path / "run"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    first, *others, last = done.stdout.splitlines()
+    assert (first, last) == ("imported", str(tmp_path / "run" / "hf"))
+    assert first not in others

@@ -132,9 +132,11 @@ def test_a_resumed_run_is_that_run_bit_for_bit_and_another_base_is_refused(pool,
     forget_steps_from(resumed, 4)
     tiny.build_model(tmp_path / "other", "qwen2", seed=9)
     message = train(pool, inputs, "qwen2", resumed, *run, "--load-hf", tmp_path / "other", code=2)
-    assert re.search(r"error: .* had the weights that adapters stand beside \(\w+\), this one has \(\w+\)", message)
+    assert re.search(r"error: .* had the weights that adapters stand beside \(\w+\), this one has \(\w+\); ", message)
+    assert "; name its model by load_hf or init_from" in message
     message = train(pool, inputs, "qwen2", resumed, *run, "--lora-rank", 5, code=2)
-    assert "had lora_rank 6, this one has lora_rank 5" in message
+    assert "had lora_rank 6, this one has lora_rank 5; use its settings, or another save folder" in message
+    assert "start from an export of its adapters: --load-lora" in message
     message = train(pool, inputs, "qwen2", tmp_path / "new", *run, "--init-from", resumed, code=2)
     assert "holds adapters and not a model" in message
 
