@@ -213,9 +213,8 @@ class Scaling:
                     hidden_seconds=behind[what],
                     is_per_pass=False,
                 )
-                behind[what] = max(
-                    0.0, behind[what] - traffic.seconds
-                )  # the same computation hides the experts' after it
+                # The same computation hides the experts' after it.
+                behind[what] = max(0.0, behind[what] - traffic.seconds)
                 yield traffic
 
     # A step

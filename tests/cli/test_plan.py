@@ -7,16 +7,9 @@ import pytest
 
 from megatron_psft.cli.plan import main
 from tests.support.cli import Exit
+from tests.support.recipes import SHAPES
 
-MODEL = {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-}
+MODEL = SHAPES["Qwen/Qwen2.5-7B-Instruct"]
 SPLIT = ("--tensor-model-parallel-size", "4", "--sequence-parallel", "--use-distributed-optimizer")
 
 
