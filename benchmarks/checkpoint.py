@@ -6,6 +6,9 @@ Several ranks share the optimizer and a global batch of a record each.
 
     python benchmarks/checkpoint.py [--size long]
     torchrun --nproc-per-node 4 benchmarks/checkpoint.py
+
+`--size gpu` trains half a billion parameters on one GPU, and prints each figure at once: few saves, and which processes
+hold memory of the GPU meanwhile. `gpu-tiny` does the same with a small model, on a CPU where there is no GPU.
 """
 
 import ctypes
@@ -14,6 +17,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -23,11 +27,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import emit, emit_machine, parse_size
+from common import GIB, FailedError, emit, emit_machine, in_fresh_process, parse_size, reporting
+from processes import emit_gpu_memory, emit_open_gpus
+from throughput import command_line
 from tokenizers import Tokenizer, models, pre_tokenizers
+from toys import training_run
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -39,6 +47,7 @@ from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import parse_config
 from megatron_psft.distributed.collective import on_every_rank, on_rank_zero
 from megatron_psft.distributed.device import detect
+from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.distributed.grid import process_group
 from megatron_psft.train.assemble import Run, build_run
 from megatron_psft.train.inputs import read_inputs
@@ -51,12 +60,23 @@ SIZES = {
     "long": {"hidden_size": 512, "steps": 4, "trials": 60},
     "tiny": {"hidden_size": 64, "steps": 1, "trials": 2},
 }
+_DISTRIBUTED = ["--objective", "sft", "--use-distributed-optimizer"]
+ON_GPU: dict[str, dict[str, Any]] = {
+    "gpu": {"shape": "0.5B", "seq_length": 16_384, "rows": 4, "steps": 3, "flags": ["--bf16", *_DISTRIBUTED]},
+    "gpu-tiny": {"shape": "cpu", "seq_length": 64, "rows": 2, "steps": 1, "flags": _DISTRIBUTED},
+}
+_SECONDS_ON_GPU = 55.0
+_ROOM_BYTES = 32 * GIB
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def main() -> None:
-    size = SIZES[parse_size(__doc__, tuple(SIZES))]
+    name = parse_size(__doc__, (*SIZES, *ON_GPU))
+    if name in ON_GPU:
+        main_on_gpu(ON_GPU[name])
+        return
+    size = SIZES[name]
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
@@ -240,6 +260,81 @@ def emit_load_seconds(run: Run, newest: Path) -> None:
     load_checkpoint(newest, run.state, run.loader, run.parallel)
     emit("check_seconds", checked - started, "s")
     emit("load_seconds", time.perf_counter() - checked, "s")
+
+
+def main_on_gpu(spec: dict[str, Any]) -> None:
+    emit_machine()
+    prepare_environment()  # as the command line's own process has it
+    try:
+        in_fresh_process(measure_on_gpu, spec, seconds=_SECONDS_ON_GPU)
+    except FailedError as error:
+        emit("save_stall_seconds", None, "s", does_not_run=str(error))
+
+
+def measure_on_gpu(spec: dict[str, Any]) -> None:
+    """Prints the figures of `--size gpu` as they come."""
+    logging.disable()
+    with tempfile.TemporaryDirectory(dir=_roomy_folder()) as name, ExitStack() as savers:
+        run = savers.enter_context(training_run(command_line(spec, Path(name)), draws_on_device=True))
+        # As a run has it: what the background saver starts is ready when the first checkpoint is due.
+        waited, background = (savers.enter_context(_saver(run, in_background=each)) for each in (False, True))
+        _SavesOnGpu(run, spec["steps"], waited, background).measure()
+
+
+def _roomy_folder() -> str | None:
+    """The host's memory, where it has room for some checkpoints: a disk may take all the time that there is."""
+    memory = "/dev/shm"
+    has_room = os.path.isdir(memory) and shutil.disk_usage(memory).free > _ROOM_BYTES
+    return memory if has_room and "TMPDIR" not in os.environ else None
+
+
+@dataclass
+class _SavesOnGpu:
+    """Saves of a run, in turn with steps."""
+
+    run: Run
+    steps: int
+    """Between two saves."""
+    waited: Saver
+    background: Saver
+    next_step: int = 0
+
+    def measure(self) -> None:
+        folder = Path(self.run.config.weights.save)
+        emit("parameters", sum(p.numel() for chunk in self.run.state.chunks for p in chunk.parameters()), "parameters")
+        self._train(self.waited, 1)  # warms up
+        emit("step_seconds", self._train(self.waited, self.steps)[0] / self.steps, "s", when="before any save")
+        for which in ("first", "later"):
+            with reporting("async_save_stall_seconds", "s", which=which):
+                self._save_in_background(which)
+        with reporting("save_stall_seconds", "s"):
+            started = time.perf_counter()
+            self.waited.save(self.next_step)
+            emit("save_stall_seconds", time.perf_counter() - started, "s", folder=str(folder.parent))
+            emit("step_seconds", self._train(self.waited, 1)[0], "s", when="after a save that is waited for")
+        with reporting("checkpoint_bytes", "bytes"):
+            newest = step_folders(folder)[-1]
+            emit("checkpoint_bytes", sum(path.stat().st_size for path in newest.iterdir()), "bytes")
+            emit_load_seconds(self.run, newest)
+
+    def _save_in_background(self, which: str) -> None:
+        """The first save makes the memory that it is copied to, which the later ones find."""
+        started = time.perf_counter()
+        seconds, stalled = self._train(self.background, self.steps, number=self.next_step)
+        emit("async_save_stall_seconds", stalled, "s", which=which)
+        emit(
+            "step_seconds", (seconds - stalled) / self.steps, "s", when=f"beside the {which} async save, stall left out"
+        )
+        if which == "first":
+            emit_open_gpus()
+            emit_gpu_memory()
+        self.background.finish()
+        emit("async_save_written_seconds", time.perf_counter() - started, "s", which=which)
+
+    def _train(self, saver: Saver, count: int, *, number: int | None = None) -> tuple[float, float]:
+        first = self.next_step
+        self.next_step += count
+        return _train(self.run, first, count, saver, number=number)
 
 
 if __name__ == "__main__":

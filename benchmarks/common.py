@@ -4,11 +4,16 @@ import argparse
 import json
 import os
 import platform
+import re
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +21,26 @@ import torch
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[1]
+_RESULT = "result "
+"""Begins the line that says what a function has returned in a process of its own."""
 sys.path.insert(0, str(ROOT))  # the tests' tiny models, and the package of this checkout
 
 
 def emit(name: str, value: float | None, unit: str, **details: Any) -> None:
     """Prints one figure; `value` None where something does not run here, with the reason among the details."""
     rounded = None if value is None else float(f"{value:.5g}")
-    print(json.dumps({"name": name, "value": rounded, "unit": unit, **details}), flush=True)
+    line = json.dumps({"name": name, "value": rounded, "unit": unit, **details})
+    print(f"{line}\n", end="", flush=True)  # whole, whichever thread prints
+
+
+@contextmanager
+def reporting(name: str, unit: str, **details: Any) -> Iterator[None]:
+    """Prints what fails in this context as a figure that could not be measured, so that others can be."""
+    try:
+        yield
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        emit(name, None, unit, does_not_run=f"{type(error).__name__}: {first}"[:300], **details)
 
 
 def emit_machine() -> None:
@@ -46,10 +64,13 @@ class FailedError(Exception):
     """A measurement that could not be made; the text is the last line of its error."""
 
 
-def in_fresh_process(function: Callable[[dict[str, Any]], Any], spec: dict[str, Any], *, ranks: int = 1) -> Any:
+def in_fresh_process(
+    function: Callable[[dict[str, Any]], Any], spec: dict[str, Any], *, ranks: int = 1, seconds: float | None = None
+) -> Any:
     """Calls `function(spec)`, of a script of this folder, in new processes joined as torchrun would; rank 0's result.
 
-    The threads of this machine are shared out among the ranks.
+    Figures that rank 0 prints are passed on at once. The threads of this machine are shared out among the ranks. After
+    `seconds`, if given, the processes are killed. Raises FailedError where any of them fails.
     """
     call = [sys.executable, "-W", "ignore", __file__, Path(sys.modules[function.__module__].__file__ or "").stem]
     call += [function.__name__, json.dumps(spec)]
@@ -58,21 +79,49 @@ def in_fresh_process(function: Callable[[dict[str, Any]], Any], spec: dict[str, 
         port = probe.getsockname()[1]
     threads = max(1, torch.get_num_threads() // ranks)
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen(
-            call,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate() for process in processes]
-    for process, (_, error) in zip(processes, outputs, strict=True):
-        if process.returncode:
-            raise FailedError((error.strip().splitlines() or ["killed"])[-1].removeprefix("[rank0]: ")[:300])
-    return json.loads(outputs[0][0].splitlines()[-1])
+    with ExitStack() as files:
+        errors = [files.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(ranks)]
+        processes = [
+            subprocess.Popen(
+                call,
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)},
+                stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+                stderr=error,
+                text=True,
+            )
+            for rank, error in enumerate(errors)
+        ]
+        result = _result_of(processes, seconds)
+        for process, error in zip(processes, errors, strict=True):
+            if process.returncode:
+                error.seek(0)
+                late = f"killed after {seconds:.0f} s; " if seconds and process.returncode == -signal.SIGKILL else ""
+                raise FailedError((late + last_error(error.read().splitlines()))[:300])
+    return json.loads(result)
+
+
+def _result_of(processes: Sequence["subprocess.Popen[str]"], seconds: float | None) -> str:
+    """What the first process says that its function returned; other lines of JSON are printed as they come."""
+    timer = threading.Timer(seconds or threading.TIMEOUT_MAX, lambda: [process.kill() for process in processes])
+    timer.daemon = True
+    timer.start()
+    result = ""
+    for line in processes[0].stdout or ():
+        if line.startswith(_RESULT):
+            result = line.removeprefix(_RESULT)
+        elif line.startswith("{"):
+            print(line, end="", flush=True)
+    for process in processes:
+        process.wait()
+    timer.cancel()
+    return result
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """Of what a process has printed, the line that names its last exception, which libraries' warnings may follow; else
+    its last line."""
+    said = [line.removeprefix("[rank0]: ") for line in lines if line.strip()] or ["nothing"]
+    return next((line for line in reversed(said) if re.match(r"[\w.]+(Error|Exception)\b", line)), said[-1])
 
 
 class Meter:
@@ -113,7 +162,8 @@ def _serve() -> None:
     import importlib
 
     module, function, spec = sys.argv[1:]
-    print(json.dumps(getattr(importlib.import_module(module), function)(json.loads(spec))))
+    result = getattr(importlib.import_module(module), function)(json.loads(spec))
+    print(f"\n{_RESULT}{json.dumps(result)}")
 
 
 if __name__ == "__main__":

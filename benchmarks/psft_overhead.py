@@ -8,12 +8,11 @@ figure is the median of the rounds, with the range of all.
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import emit, emit_machine, in_fresh_process, parse_size
-from toys import training_run, write_model, write_problems, write_tokenizer
+from toys import training_run, with_objective, write_model, write_problems, write_tokenizer
 
 SIZES: dict[str, dict[str, Any]] = {
     # The output layer has a seventh of the operations, as in a model of some billion parameters.
@@ -52,13 +51,13 @@ def measure(spec: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     from megatron_psft.train.loop import train_step
 
     with tempfile.TemporaryDirectory() as folder, training_run(_argv(spec, Path(folder))) as run:
-        train_step(_with_window(run, interval=1), 0)  # threads, buffers and Adam's state come to life
+        train_step(with_objective(run, "psft"), 0)  # threads, buffers and Adam's state come to life
         seconds: dict[str, dict[str, list[float]]] = {str(k): {"sft": [], "psft": []} for k in spec["intervals"]}
         for _ in range(spec["rounds"]):
             for interval in spec["intervals"]:
                 # SFT is a window of one step: no pass, and the gradient of SFT.
                 for name, window in (("sft", 1), ("psft", interval)):
-                    current = _with_window(run, interval=window)
+                    current = with_objective(run, "psft", interval=window)
                     started = time.perf_counter()
                     for step in range(interval):
                         train_step(current, step)
@@ -85,17 +84,6 @@ def _argv(spec: dict[str, Any], folder: Path) -> list[Any]:
         "constant",
         *spec["flags"],
     ]
-
-
-def _with_window(run: Any, *, interval: int) -> Any:
-    from megatron_psft.scoring.old_policy import OldPolicyWindow
-
-    def score(step: int) -> list[Any]:
-        return [stats.log_probs for stats in run.pipeline.score_labels(run.loader.micro_batches(step))]
-
-    objective = replace(run.config.objective, old_policy_interval=interval)
-    window = OldPolicyWindow(objective, train_iters=10**6, score=score)
-    return replace(run, state=replace(run.state, window=window))
 
 
 if __name__ == "__main__":

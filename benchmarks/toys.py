@@ -4,8 +4,11 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _NAMES = ("Ada", "Emmy", "Carl", "Leonhard", "Sofia", "Bernhard")
 _THINGS = ("apples", "stamps", "marbles", "tickets", "pencils", "bricks")
@@ -70,8 +73,12 @@ def write_texts(path: Path, count: int, *, words: int) -> Path:
 
 
 @contextmanager
-def training_run(argv: Sequence[Any]) -> Iterator[Any]:
-    """A run of the command line `argv`, ready to make steps, in this process alone."""
+def training_run(argv: Sequence[Any], *, draws_on_device: bool = False) -> Iterator[Any]:
+    """A run of the command line `argv`, ready to make steps, in this process alone.
+
+    `draws_on_device` is for a run with `--random-init`: the CPU, where weights are drawn by seed, takes long for a
+    billion.
+    """
     from megatron_psft.config.rules import validate
     from megatron_psft.config.schema import parse_config
     from megatron_psft.distributed.device import detect
@@ -83,4 +90,36 @@ def training_run(argv: Sequence[Any]) -> Iterator[Any]:
     validate(config, 1)
     place = detect(0)
     with process_group(place, 1):
-        yield build_run(config, read_inputs(config, is_main=False), place)
+        inputs = read_inputs(config, is_main=False)
+        if draws_on_device:
+            inputs = replace(inputs, weights=_DrawnOnDevice(inputs.shape, place.device))
+        yield build_run(config, inputs, place)
+
+
+class _DrawnOnDevice:
+    """Weights of usual sizes, others in each process."""
+
+    def __init__(self, shape: Any, device: Any) -> None:
+        from megatron_psft.hf.mapping import hf_tensors
+
+        self._sizes, self._std, self._device = hf_tensors(shape), shape.initializer_range, device
+        self.dtype = getattr(torch, shape.dtype)
+
+    def read(self, piece: Any) -> torch.Tensor:
+        tensor = torch.empty(self._sizes[piece.name], dtype=self.dtype, device=self._device)
+        if tensor.dim() == 1:
+            return tensor.fill_(0.0 if piece.name.endswith("bias") else 1.0)[piece.index]
+        return tensor.normal_(std=self._std)[piece.index]
+
+
+def with_objective(run: Any, name: str, *, interval: int = 1) -> Any:
+    """The same run with another objective and window of the old policy, at whatever step comes next."""
+    from megatron_psft.scoring.old_policy import OldPolicyWindow
+
+    def score(step: int) -> list[Any]:
+        return [stats.log_probs for stats in run.pipeline.score_labels(run.loader.micro_batches(step))]
+
+    objective = replace(run.config.objective, objective=name, old_policy_interval=interval)
+    window = OldPolicyWindow(objective, train_iters=10**6, score=score)
+    config = replace(run.config, objective=objective)
+    return replace(run, config=config, state=replace(run.state, window=window))
