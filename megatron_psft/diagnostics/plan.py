@@ -337,14 +337,13 @@ class Plan:
         rows = tokens * self.shape.hidden_size * self.itemsize
         gathered = rows if self._sequence_split > 1 else 0.0
         states = self.hidden(micro_batch_size) + gathered + rows * (2 if with_gradient else 1)
-        # bf16 logits are worked on as they are by the Triton kernels, and as a copy in fp32 elsewhere.
-        is_copied = self.config.precision.bf16 and not (self.platform.is_gpu and self.config.objective.fused_head)
-        logit = self.itemsize + (FP32 if is_copied else 0)
         if self.config.objective.fused_head:
-            if with_gradient and self.config.precision.bf16:
-                if not self.config.lora.has_adapters:  # products of the weight's gradient before they are added in fp32
-                    states += min(SUMMED_COLUMNS, self._vocab_columns) * self.shape.hidden_size * self.itemsize
-                logit += self.itemsize if is_copied else 0  # a copy's gradient, in bf16 again
+            is_bf16, on_gpu = bool(self.config.precision.bf16), self.platform.is_gpu
+            if with_gradient and is_bf16 and not (on_gpu or self.config.lora.has_adapters):
+                # Products of the weight's gradient before they are added in fp32.
+                states += min(SUMMED_COLUMNS, self._vocab_columns) * self.shape.hidden_size * self.itemsize
+            # A GPU makes fp32 logits of bf16 states, a CPU copies bf16 logits to fp32; their gradient is bf16 again.
+            logit = FP32 + self.itemsize * (is_bf16 and not on_gpu) + self.itemsize * (is_bf16 and with_gradient)
             chunk = CHUNK_BYTES[self.platform.device.type] // (FP32 * self._vocab_columns)
             return states + min(chunk, tokens) * self._vocab_columns * logit
         return states + tokens * self._vocab_columns * (FP32 + self.itemsize)

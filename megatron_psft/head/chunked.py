@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_psft.head.kernels import ShardPasses, shard_passes
+from megatron_psft.head.kernels import GradientFactors, ShardPasses, shard_passes
 from megatron_psft.head.shards import ShardExtras, ShardSoftmax, join_shards, shard_width
 from megatron_psft.objectives.declare import ExtraStat
 from megatron_psft.objectives.labels import LabelStats
@@ -31,9 +31,9 @@ tokens: the gradient of one log-probability is taken from its own loss."""
 # the products to be worth more than the pass over the weight's gradient that each chunk makes.
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 
-# Columns of the weight's gradient that are summed at a time where products come in bf16 and sums are kept in fp32, and
-# rows of logits that are moved at a time: what lies between is small beside a chunk.
-SUMMED_COLUMNS, _MOVED_ROWS = 16384, 32
+# Columns of the weight's gradient that are summed at a time on a CPU, where products of bf16 come in bf16 and sums are
+# kept in fp32: what lies between is small beside a chunk.
+SUMMED_COLUMNS = 16384
 
 
 class FusedLoss(NamedTuple):
@@ -105,6 +105,13 @@ class _Chunk(NamedTuple):
     label_index: Tensor
     stats: LabelStats
     softmax: ShardSoftmax
+    room: Tensor | None
+    """`[m, columns]` of the dtype of the hidden states, where the gradient of the logits may be written: the place of
+    the logits if that is theirs. None where none is asked for."""
+
+    @property
+    def is_in_place(self) -> bool:
+        return self.room is not None and self.room.dtype == self.values.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,20 +141,30 @@ class _Shard:
             extra_stats=extra_stats,
         )
 
-    def chunks(self, hidden: Tensor, labels: Tensor, *, with_extras: bool = True) -> Iterator[_Chunk]:
+    def chunks(
+        self, hidden: Tensor, labels: Tensor, *, with_extras: bool = True, with_gradients: bool = True
+    ) -> Iterator[_Chunk]:
         """Computes logits and softmax of some rows at a time, all in the same memory; collective: every rank of the
         group has the same rows, and cuts them by a number of columns that is the same too."""
         size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * self.num_columns))
-        # Rows as long as with padding: matrix units want them aligned, and a true vocabulary may be odd.
-        memory = hidden.new_empty(min(size, len(labels)), self.num_columns)[:, : len(self.weight)]
+        memory = self._memory(min(size, len(labels)), _logits_dtype(hidden))
+        room = memory if memory.dtype == hidden.dtype else None
+        if with_gradients and room is None:
+            room = self._memory(len(memory), hidden.dtype)
         for start in range(0, len(labels), size):
             rows = slice(start, min(start + size, len(labels)))
-            logits = torch.mm(hidden[rows], self.weight.t(), out=memory[: rows.stop - start])
+            logits = _product(hidden[rows], self.weight.t(), memory[: rows.stop - start])
             label_index = labels[rows] - self.first_column
             extras = ShardExtras.of(logits, self.extra_stats if with_extras else frozenset())
             values, sums = self.passes.sums(logits, label_index)
             stats, softmax = join_shards(sums, self.group, extras)
-            yield _Chunk(rows, values, label_index, stats, softmax)
+            yield _Chunk(rows, values, label_index, stats, softmax, room)
+
+    def _memory(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """`[rows, columns]`, rows as far apart as with padding: matrix units want them aligned, and a true vocabulary
+        may be odd."""
+        memory = torch.empty(rows, self.num_columns, dtype=dtype, device=self.weight.device)
+        return memory[:, : len(self.weight)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,21 +198,23 @@ class _Gradients:
         # The host has to know their number. A GPU waits for it, once a chunk, and saves two products for each row.
         active = grad_log_probs.nonzero().squeeze(1)
         if len(active) == len(grad_log_probs):
-            gradient = self._logit_gradient(shard, chunk, grad_log_probs)
+            gradient = self._logit_gradient(shard, chunk, grad_log_probs, None)
             torch.mm(gradient, shard.weight, out=grad_hidden)
         else:
-            chunk, order = _without_inactive_rows(chunk, active)
-            gradient = self._logit_gradient(shard, chunk, grad_log_probs[order])
+            order = _close_gaps(active) if chunk.is_in_place else active
+            gradient = self._logit_gradient(shard, chunk, grad_log_probs, order)
             hidden = hidden[order]
             grad_hidden.zero_()
             grad_hidden[order] = torch.mm(gradient, shard.weight)
         if self.weight is not None:
             _add_product_(self.weight[: len(shard.weight)], gradient.t(), hidden)
 
-    def _logit_gradient(self, shard: _Shard, chunk: _Chunk, grad_log_probs: Tensor) -> Tensor:
-        scale, label_gradient = chunk.softmax.gradient_factors(grad_log_probs)
-        gradient = shard.passes.gradient(chunk.values, chunk.softmax.maximum, scale, label_gradient, chunk.label_index)
-        return gradient.to(self.hidden.dtype)
+    def _logit_gradient(self, shard: _Shard, chunk: _Chunk, grad_log_probs: Tensor, order: Tensor | None) -> Tensor:
+        factors = chunk.softmax.gradient_factors(grad_log_probs, chunk.label_index)
+        if order is not None:
+            factors = GradientFactors(*(column[order] for column in factors))
+        assert chunk.room is not None
+        return shard.passes.gradient(chunk.values, order, factors, chunk.room[: len(factors.maximum)])
 
     def returned(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What a backward function returns for hidden states and weight, all times `scale` (scalar) if given."""
@@ -208,35 +227,40 @@ class _Gradients:
         return self.hidden, _added_to_main_grad(weight)
 
 
-def _without_inactive_rows(chunk: _Chunk, active: Tensor) -> tuple[_Chunk, Tensor]:
-    """Moves the last active rows into the places of inactive ones, within the chunk's memory.
-
-    Returns:
-        The chunk of active rows alone, and the row of `chunk` that each of them was.
-    """
+def _close_gaps(active: Tensor) -> Tensor:
+    """Which row comes to each of the first places, so that the active ones, ascending `[a]` int64, stand there without
+    a gap, and none of them moves that has such a place already; `[a]` int64."""
     order = torch.arange(len(active), device=active.device)
     movers = active[active >= len(active)]
     is_free = torch.ones_like(order, dtype=torch.bool)
     is_free[active[: len(active) - len(movers)]] = False
-    free = is_free.nonzero().squeeze(1)
-    order[free] = movers
-    for source, place in zip(movers.split(_MOVED_ROWS), free.split(_MOVED_ROWS), strict=True):
-        chunk.values[place] = chunk.values[source]
-    return chunk._replace(
-        values=chunk.values[: len(active)],
-        label_index=chunk.label_index[order],
-        softmax=ShardSoftmax(*(column[order] for column in chunk.softmax)),
-    ), order
+    order[is_free] = movers
+    return order
+
+
+def _logits_dtype(hidden: Tensor) -> torch.dtype:
+    """A GPU's matrix units sum in fp32 and can hand on what they have summed. Rounded to bf16 a logit of 16 is wrong by
+    up to 0.06, and so is its label's log-probability. A CPU's products come in the dtype of their factors."""
+    return torch.float32 if hidden.is_cuda else hidden.dtype
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`left @ right` in `out`, which may be fp32 on a GPU whatever the factors are."""
+    if out.dtype == left.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, where `total` may be fp32 and the factors bf16."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-        return
-    for start in range(0, len(total), SUMMED_COLUMNS):
-        part = slice(start, start + SUMMED_COLUMNS)
-        total[part] += left[part] @ right
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        for start in range(0, len(total), SUMMED_COLUMNS):
+            part = slice(start, start + SUMMED_COLUMNS)
+            total[part] += left[part] @ right
 
 
 def _added_to_main_grad(weight: Tensor) -> Tensor | None:
@@ -294,7 +318,8 @@ class _FusedLabelStats(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> LabelStats:
         ctx.save_for_backward(hidden, weight, labels)
         ctx.shard = shard
-        stats = _join([chunk.stats for chunk in shard.chunks(hidden, labels)], hidden, shard.extra_stats)
+        chunks = shard.chunks(hidden, labels, with_gradients=False)
+        stats = _join([chunk.stats for chunk in chunks], hidden, shard.extra_stats)
         ctx.mark_non_differentiable(*stats.non_differentiable)
         return stats
 

@@ -76,9 +76,8 @@ class _VocabParallelLabelStats(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         values, label_index, *softmax = ctx.saved_tensors
-        factors = ShardSoftmax(*softmax).gradient_factors(grad_log_probs.flatten())
         # In place, for a third of the memory; autograd refuses a second backward pass for it.
-        shard_gradient_(values, softmax[0], *factors, label_index)
+        shard_gradient_(values, ShardSoftmax(*softmax).gradient_factors(grad_log_probs.flatten(), label_index))
         gradient = values.new_zeros(ctx.logits_shape, dtype=ctx.logits_dtype)
         gradient.flatten(0, 1)[:, : values.shape[1]] = values
         return gradient, None, None, None, None

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_psft.head.kernels.portable import ShardSums, shard_squares, shard_top
+from megatron_psft.head.kernels.portable import GradientFactors, ShardSums, shard_squares, shard_top
 from megatron_psft.objectives.declare import ExtraStat
 from megatron_psft.objectives.labels import TOP_TOKENS, LabelStats
 
@@ -25,9 +25,10 @@ class ShardSoftmax(NamedTuple):
     """1 - p of the label, summed from the other tokens' probabilities: by subtraction it has half of its digits at p =
     0.9999, and SFT is full of such tokens."""
 
-    def gradient_factors(self, grad_log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of the logits in the form that `shard_gradient_` takes: `scale` and `label_gradient`."""
-        return -grad_log_probs * self.share, grad_log_probs * self.other_probs
+    def gradient_factors(self, grad_log_probs: Tensor, label_index: Tensor) -> GradientFactors:
+        """Of the logits' gradient, from that of the label's log-probability `[n]` and the label's column `[n]`."""
+        scale, label_gradient = -grad_log_probs * self.share, grad_log_probs * self.other_probs
+        return GradientFactors(self.maximum, scale, label_gradient, label_index)
 
 
 def shard_width(num_columns: int, vocab_size: int, rank: int) -> int:

@@ -100,7 +100,7 @@ def _triton(case: Case, weight: Tensor) -> LabelStats:
     from megatron_psft.head.kernels import ShardPasses, fused
 
     default = chunked.shard_passes
-    chunked.shard_passes = lambda device: ShardPasses(fused.shard_sums, fused.shard_gradient_)
+    chunked.shard_passes = lambda device: ShardPasses(fused.shard_sums, fused.shard_gradient)
     try:
         return _fused(case, weight)
     finally:

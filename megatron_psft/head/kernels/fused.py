@@ -10,15 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_psft.head.kernels.portable import ShardSums
+from megatron_psft.head.kernels.portable import GradientFactors, ShardSums
 
-# A program walks along one row. Wide blocks with many warps keep Hopper's memory busy with few rows, narrow ones leave
-# more programs to each multiprocessor; which is better depends on the number of columns. Not measured so far.
-# Without a matrix product nothing is pipelined, and the number of stages makes no difference.
-_SHAPES = ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 32))
-_CONFIGS = [triton.Config({"block": block}, num_warps=warps) for block, warps in _SHAPES]
-if triton.knobs.runtime.interpret:
-    del _CONFIGS[1:]  # the interpreter cannot time them
+# Columns that a program takes at a time, and its warps. Not measured so far.
+SUMS_SHAPE = GRADIENT_SHAPE = (4096, 8)
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -33,25 +28,25 @@ def shard_sums(logits: Tensor, label_index: Tensor) -> tuple[Tensor, ShardSums]:
     num_rows, num_columns = logits.shape
     sums = ShardSums(*torch.empty(5, num_rows, dtype=torch.float32, device=logits.device))
     if num_rows:
-        _sums_kernel[(num_rows,)](logits, label_index, *sums, logits.stride(0), num_columns)
+        block, warps = SUMS_SHAPE
+        _sums_kernel[(num_rows,)](
+            logits, label_index, *sums, logits.stride(0), num_columns, block=block, num_warps=warps
+        )
     return logits, sums
 
 
-def shard_gradient_(
-    logits: Tensor, maximum: Tensor, scale: Tensor, label_gradient: Tensor, label_index: Tensor
-) -> Tensor:
-    """`portable.shard_gradient_` from the logits as `shard_sums` leaves them; the gradient takes their place."""
-    num_rows, num_columns = logits.shape
+def shard_gradient(logits: Tensor, order: Tensor | None, factors: GradientFactors, out: Tensor) -> Tensor:
+    """What `ShardPasses.gradient` says, from the logits as `shard_sums` leaves them; returns `out`."""
+    num_rows, num_columns = out.shape
     if num_rows and num_columns:
+        block, warps = GRADIENT_SHAPE
+        rows = torch.arange(num_rows, device=out.device) if order is None else order
+        _gradient_kernel[num_rows, triton.cdiv(num_columns, block)](
+            logits, out, rows, *factors, logits.stride(0), out.stride(0), num_columns, block=block, num_warps=warps
+        )
+    return out
 
-        def grid(config: dict[str, int]) -> tuple[int, int]:
-            return num_rows, triton.cdiv(num_columns, config["block"])
 
-        _gradient_kernel[grid](logits, maximum, scale, label_gradient, label_index, logits.stride(0), num_columns)
-    return logits
-
-
-@triton.autotune(_CONFIGS, key=["num_columns"])
 @triton.jit
 def _sums_kernel(
     logits,
@@ -96,25 +91,27 @@ def _sums_kernel(
     tl.store(label_logit_out + row, label_logit)
 
 
-# Timing the choices runs the kernel many times over: each must find the logits.
-@triton.autotune(_CONFIGS, key=["num_columns"], restore_value=["logits"])
 @triton.jit
-def _gradient_kernel(
+def _gradient_kernel(  # noqa: PLR0913
     logits,
+    out,
+    order,
     maximum,
     scale,
     label_gradient,
     label_index,
     row_stride,
+    out_stride,
     num_columns,
     block: tl.constexpr,
 ):
-    """A block of one row."""
+    """A block of one row. Where `out` is the logits' own memory, no other program reads what this one writes: a row
+    either stays where it is, or moves into the place of one that is not read."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < num_columns
-    place = logits + row * row_stride + columns
-    values = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    source = tl.load(order + row)
+    values = tl.load(logits + source * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.exp(values - tl.load(maximum + row)) * tl.load(scale + row)
     gradient = tl.where(columns == tl.load(label_index + row), tl.load(label_gradient + row), gradient)
-    tl.store(place, gradient.to(logits.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + columns, gradient.to(out.dtype.element_ty), mask=inside)

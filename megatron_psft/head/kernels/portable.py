@@ -30,6 +30,19 @@ class ShardSums(NamedTuple):
     """The label's logit, 0 where another rank has it."""
 
 
+class GradientFactors(NamedTuple):
+    """What makes the gradient of a row's logits; `[n]`, fp32 but for the last."""
+
+    maximum: Tensor
+    """This rank's, as `shard_sums_` returned it. (Needed where there are still logits: in Triton.)"""
+    scale: Tensor
+    """The gradient of an unlabelled column is `scale * exp(logit - maximum)`."""
+    label_gradient: Tensor
+    """The gradient of the label's column."""
+    label_index: Tensor
+    """As for `shard_sums_`."""
+
+
 def shard_sums_(logits: Tensor, label_index: Tensor) -> ShardSums:
     """Sums each row, and leaves exp(logit - maximum) in the place of the logits for `shard_gradient_`.
 
@@ -64,24 +77,15 @@ def shard_sums_(logits: Tensor, label_index: Tensor) -> ShardSums:
     return sums
 
 
-def shard_gradient_(
-    values: Tensor, maximum: Tensor, scale: Tensor, label_gradient: Tensor, label_index: Tensor
-) -> Tensor:
-    """Turns what `shard_sums_` has left of the logits into their gradient, in place; returns it.
-
-    Args:
-        values: `[n, v]`.
-        maximum: `[n]`, this rank's, as `shard_sums_` returned it. (Needed where `values` are still logits: in Triton.)
-        scale: `[n]`, the gradient of an unlabelled column is `scale * exp(logit - maximum)`.
-        label_gradient: `[n]`, the gradient of the label's column.
-        label_index: as for `shard_sums_`.
-    """
+def shard_gradient_(values: Tensor, factors: GradientFactors) -> Tensor:
+    """Turns what `shard_sums_` has left of the logits, `[n, v]`, into their gradient, in place; returns it."""
     if values.shape[1] == 0:
         return values
-    owned, index = _owned(label_index, values.shape[1])
+    owned, index = _owned(factors.label_index, values.shape[1])
     for part in _blocks(values):
-        values[part].mul_(scale[part].unsqueeze(1))
-    values.scatter_(1, index, torch.where(owned.unsqueeze(1), label_gradient.unsqueeze(1), values.gather(1, index)))
+        values[part].mul_(factors.scale[part].unsqueeze(1))
+    of_label = factors.label_gradient.unsqueeze(1)
+    values.scatter_(1, index, torch.where(owned.unsqueeze(1), of_label, values.gather(1, index)))
     return values
 
 

@@ -18,7 +18,7 @@ def test_no_variant_spills_and_registers_and_shared_memory_stay_in_bounds(tmp_pa
         command, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, stdout=subprocess.PIPE, check=True
     ).stdout
     variants = json.loads(said)
-    assert len(variants) == 2 * 2 * 3 * 5  # kernels, dtypes, alignments, shapes
+    assert len(variants) == 3 * 3  # the sums, and gradients in bf16 and in fp32; alignments
     for variant in variants:
         assert variant["stack"] == variant["local"] == 0, f"registers are spilled: {variant}"
         assert variant["registers"] <= 128, variant

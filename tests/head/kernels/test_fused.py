@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_psft.head.kernels import portable
+from megatron_psft.head.kernels.portable import GradientFactors
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def both(logits, label_index, scale, label_gradient):
-    """Sums and gradients of the kernels and of PyTorch, in fp32."""
+def both(logits, label_index, scale, label_gradient, order=None, dtype=None):
+    """Sums and gradients of the kernels and of PyTorch, in fp32; the kernels' gradient of some rows, in `dtype`."""
     from megatron_psft.head.kernels import fused
 
     logits, label_index, scale, label_gradient = (
@@ -24,22 +25,25 @@ def both(logits, label_index, scale, label_gradient):
     values, sums = fused.shard_sums(mine, label_index)
     assert values is mine
     assert torch.equal(mine, logits), "the logits were written to"
-    gradient = fused.shard_gradient_(mine, sums.maximum, scale, label_gradient, label_index)
+    factors = GradientFactors(sums.maximum, scale, label_gradient, label_index)
+    rows = slice(None) if order is None else order.to(DEVICE)
+    out = mine if dtype is None else torch.empty_like(mine, dtype=dtype)
+    chosen = GradientFactors(*(column[rows] for column in factors))
+    gradient = fused.shard_gradient(mine, None if order is None else rows, chosen, out[: len(chosen.scale)])
     theirs = logits.float()
     wanted = portable.shard_sums_(theirs, label_index)
-    due = portable.shard_gradient_(theirs, wanted.maximum, scale, label_gradient, label_index)
-    return sums, wanted, gradient, due
+    due = portable.shard_gradient_(theirs, factors._replace(maximum=wanted.maximum))
+    return sums, wanted, gradient, due[rows]
 
 
-def assert_same(logits, label_index, seed=0):
+def assert_same(logits, label_index, seed=0, **choice):
     generator = torch.Generator().manual_seed(seed)
     scale, label_gradient = torch.randn(2, len(logits), generator=generator)
-    sums, wanted, gradient, due = both(logits, label_index, scale, label_gradient)
+    sums, wanted, gradient, due = both(logits, label_index, scale, label_gradient, **choice)
     for name, one, other in zip(sums._fields, sums, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-37, msg=lambda text, name=name: f"{name}: {text}")
-    rounding = 2e-6 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps
+    rounding = 2e-6 if gradient.dtype == torch.float32 else torch.finfo(gradient.dtype).eps
     torch.testing.assert_close(gradient.float(), due, rtol=rounding, atol=1e-7)
-    assert gradient.dtype == logits.dtype
 
 
 @settings(max_examples=25, deadline=None)
@@ -56,6 +60,21 @@ def test_any_block_of_logits(rows, columns, scale, dtype, seed):
     # Some labels live on other ranks, before or behind this one.
     label_index = torch.randint(-columns, 2 * columns, (rows,), generator=generator)
     assert_same(logits.to(dtype), label_index, seed)
+
+
+@pytest.mark.parametrize(
+    ("order", "dtype"),
+    [
+        ([0, 3, 2], None),  # in place: row 3 comes to the place of row 1, which comes to none
+        ([0, 2, 3], torch.float32),
+        ([0, 2, 3], torch.bfloat16),
+        ([], torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("columns", [37, 4100])
+def test_gradients_of_some_rows(order, dtype, columns):
+    logits = torch.randn(4, columns, generator=torch.Generator().manual_seed(0))
+    assert_same(logits, torch.tensor([0, 1, -1, 36]), order=torch.tensor(order, dtype=torch.int64), dtype=dtype)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
@@ -82,7 +101,8 @@ def test_rows_of_any_stride():
     wanted = portable.shard_sums_(part.clone(), index)
     _, sums = fused.shard_sums(part, index)
     torch.testing.assert_close(sums.others, wanted.others)
-    fused.shard_gradient_(part, sums.maximum, torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE), index)
+    ones = torch.ones(4, device=DEVICE)
+    fused.shard_gradient(part, None, GradientFactors(sums.maximum, ones, ones, index), part)
     assert torch.equal(wide[:, 2500:], beyond)
 
 
