@@ -57,14 +57,17 @@ class MicroBatch:
         """Length of a row over all context-parallel ranks."""
         return self.tokens.shape[1] if self.segments is None else sum(self.segments)
 
-    def to(self, device: torch.device | str) -> "MicroBatch":
+    def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {name: to_device(value, device) for name, value in tensors.items()}
         return replace(self, **moved)
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy from host memory that a GPU makes when its turn comes: for pageable memory the host would wait."""
+    pinned = values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
+    return pinned.to(device, non_blocking=True)
 
 
 def collate(examples: Sequence[Example], *, batch_size: int, seq_length: int, pad_token_id: int) -> MicroBatch:

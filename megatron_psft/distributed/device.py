@@ -25,7 +25,8 @@ class Platform:
     transformer_engine_version: tuple[int, int] | None = None
     """Major and minor, where it is known."""
     fuses_gradients: bool = False
-    """Whether Apex's extension that adds to a weight's gradient within the product is importable."""
+    """Whether Apex's extension that adds to a weight's gradient within the product is importable, which Megatron-Core's
+    own layers need for it; Transformer Engine's need none."""
 
     @property
     def is_gpu(self) -> bool:
@@ -36,7 +37,7 @@ class Platform:
         """One line for the log: what was chosen."""
         name = torch.cuda.get_device_name(self.device) if self.is_gpu else f"CPU, {torch.get_num_threads()} threads"
         spec = "Transformer Engine" if self.has_transformer_engine else "portable PyTorch"
-        fused = "fused" if self.fuses_gradients else "not fused"
+        fused = "fused" if self.has_transformer_engine or self.fuses_gradients else "not fused"
         return (
             f"{name}; {self.backend} collectives; {spec} layers; {_adam_source()} Adam; gradient accumulation {fused}"
         )

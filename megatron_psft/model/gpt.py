@@ -155,6 +155,8 @@ def build_model(
         if config.lora.has_adapters:
             chosen = targeted(config.lora, shape)
             add_adapters(model, shape, config, chosen, tensor_size=parallel.tensor_size)
+        else:
+            _fuse_weight_gradients(model)
         attach(model, vocab_size=shape.vocab_size, fused=config.objective.fused_head)
         model.to(platform.device)
         if config.precision.bf16:
@@ -237,6 +239,17 @@ def _portable_layer(shape: ModelShape, *, has_experts: bool) -> ModuleSpec:
         # As in Transformer Engine's layers, whose norm is part of a plain MLP only: checkpoints are read by either.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return spec
+
+
+def _fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Has Transformer Engine's products add to `main_grad` themselves, without a gradient in bf16 and a pass over it.
+
+    Module by module, as Megatron-Core's own flag asks the same of its output layer, which needs Apex for it; there our
+    head does so.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010 (no attribute of every Module)
 
 
 def _mark_sharded_weights(model: GPTModel) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.config.schema import PrecisionConfig
+from megatron_psft.data.micro_batch import to_device
 from megatron_psft.errors import UserError
 from megatron_psft.head.layer import HeadOutput
 from megatron_psft.metrics.histogram import NUM_BINS, count_bins, percentiles
@@ -98,7 +99,7 @@ class ScoringAgreement:
         scored = self._expected.pop(0)
         if self._parallel.reports_sums:
             trained = output.stats.log_probs.detach()
-            gaps = (trained - scored.to(trained.device, non_blocking=True)).abs().nan_to_num(nan=math.inf)
+            gaps = (trained - to_device(scored, trained.device)).abs().nan_to_num(nan=math.inf)
             self._counts += count_bins(gaps)
             self._largest = torch.cat([gaps, self._largest.reshape(1)]).max()
 

@@ -7,7 +7,6 @@ weights; at the sync one forward-only pass stores what the weights of that momen
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig
@@ -131,7 +130,7 @@ class OldPolicyWindow:
     def score(self, step: int) -> list[Tensor]:
         """What the current weights say of the labels of `step`, as `Scores.log_probs`, in host memory: k global batches
         of them are needed one at a time, far apart. Collective."""
-        return [_to_host(log_probs) for log_probs in self._score(step)]
+        return [log_probs.cpu() for log_probs in self._score(step)]
 
     def at(self, step: int) -> OldPolicy:
         """The old policy of `step`, which a window must hold if it has one."""
@@ -154,9 +153,3 @@ class OldPolicyWindow:
 
     def _has_old_policy(self, step: int) -> bool:
         return objective_at(self._objective, step).config.needs_old_policy
-
-
-def _to_host(log_probs: Tensor) -> Tensor:
-    """A copy in host memory; pinned where it comes from a GPU, so that its way back does not hold up training."""
-    host = torch.empty(log_probs.shape, dtype=log_probs.dtype, pin_memory=log_probs.is_cuda)
-    return host.copy_(log_probs)

@@ -35,7 +35,7 @@ from megatron_psft.hf.adapter import AdapterBase
 from megatron_psft.hf.export import export, export_adapter
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
-from megatron_psft.model.fp8 import row_multiple
+from megatron_psft.model import fp8
 from megatron_psft.model.gpt import build_model, virtual_size
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.objectives.objective import Objective
@@ -313,8 +313,17 @@ def _loader(
         shuffle_seed=config.batch.seed if config.data.shuffle and is_training else None,
         one_row=config.data.packing or parallel.context_size > 1,
         wrap=is_training,
-        # Sequence parallelism cuts the sequence into equal parts.
-        pad_to_multiple_of=row_multiple(config.precision)
-        * (parallel.tensor_size if config.parallel.sequence_parallel else 1),
+        pad_to_multiple_of=row_multiple(config, on_gpu=parallel.device.type == "cuda"),
         pad_token_id=inputs.tokenizer.pad_token_id or 0,
     )
+
+
+def row_multiple(config: Config, *, on_gpu: bool) -> int:
+    """What the tokens of a row on one rank are a multiple of."""
+    # Sequence parallelism cuts the sequence into equal parts.
+    multiple = fp8.row_multiple(config.precision)
+    multiple *= config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    if not on_gpu or config.data.packing:
+        return multiple
+    # cuDNN builds a graph for each length of rows that are not packed, and keeps it: 32 lengths are enough.
+    return math.lcm(multiple, 2 ** int(math.log2(min(max(config.data.seq_length // 32, 1), 256))))

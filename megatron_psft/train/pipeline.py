@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_psft.config.schema import ObjectiveConfig
-from megatron_psft.data.micro_batch import MicroBatch
+from megatron_psft.data.micro_batch import MicroBatch, to_device
 from megatron_psft.distributed.collective import sum_over_context
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, scatter_labels, select_labels
@@ -166,8 +166,8 @@ class LabelledBatch:
     def to(self, parallel: Parallel) -> "LabelledBatch":
         """The same on this rank's device, ready for the head."""
         device = parallel.device
-        batch, positions = self.micro_batch.to(device), self.label_positions.to(device, non_blocking=True)
-        given = self.given.map(lambda values: values.to(device, non_blocking=True))
+        batch, positions = self.micro_batch.to(device), to_device(self.label_positions, device)
+        given = self.given.map(lambda values: to_device(values, device))
         if self.objective is not None and self.objective.needs_whole_records:
             add_up = partial(sum_over_context, parallel=parallel)
             ids = select_labels(batch.record_ids, positions)

@@ -61,7 +61,7 @@ def test_labels_are_the_tokens_shifted_by_one_and_the_mask_is_theirs():
 def test_to_moves_every_tensor():
     batch = make_loader(make_dataset([3, 4], has_advantages=True)).micro_batches(0)[0]
     batch = replace(batch, ref_log_probs=torch.zeros(1, 2))
-    before, after = vars(batch), vars(batch.to("meta"))
+    before, after = vars(batch), vars(batch.to(torch.device("meta")))
     devices = {name: value.device.type for name, value in after.items() if isinstance(value, torch.Tensor)}
     names = ["tokens", "labels", "label_mask", "position_ids", "record_ids", "label_counts"]
     names += ["advantages", "ref_log_probs"]

@@ -148,7 +148,9 @@ def _described(chunks: list[Any]) -> dict[str, Any]:
         name: [list(parameter.shape), *(getattr(parameter, mark, default) for mark, default in _MARKS.items())]
         for name, parameter in named_parameters(chunks)
     }
-    return {"has engine": "transformer_engine" in modules, **parameters}
+    flags = (getattr(module, "fuse_wgrad_accumulation", None) for module in chunks[0].modules())
+    adds = sorted({flag for flag in flags if flag is not None})
+    return {"has engine": "transformer_engine" in modules, "adds to main_grad": adds, **parameters}
 
 
 def _moved(models: dict[str, Model], folder: Path) -> dict[str, list[str]]:

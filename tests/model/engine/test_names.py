@@ -39,6 +39,9 @@ def test_parameters_have_the_shapes_and_marks_of_portable_layers(found, model):
     them hold."""
     engine, portable = (found["parameters"][model][kind] for kind in ("engine", "portable"))
     assert (engine.pop("has engine"), portable.pop("has engine")) == (True, False)
+    # All of its products, as long as their weights are trained.
+    assert engine.pop("adds to main_grad") == [model != "adapters"]
+    assert portable.pop("adds to main_grad") == []
     renamed = {}
     for name, value in portable.items():
         norm = re.fullmatch(r"(decoder\.layers\.\d+\.)(input_layernorm|pre_mlp_layernorm)\.weight", name)
