@@ -278,8 +278,7 @@ def test_what_is_killed_has_no_name_and_is_not_taken_for_whole(
     source = tiny.build_model(tmp_path / "source", "qwen2", num_hidden_layers=2)
     argv = ["--from-hf", str(source), target, str(tmp_path / "new")]
     script = KILLED.format(module=writer[0], owner=writer[1], method=writer[2], signal=signum)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", script, *argv], env=environment, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, check=False)
     assert done.returncode == -getattr(signal, signum), done.stderr.decode()
     assert not (tmp_path / "new").exists()
     left = list(tmp_path.glob(".new.psft-*"))
@@ -362,8 +361,7 @@ def test_memory_is_bounded_by_the_largest_file_and_a_tensor(pool, tmp_path):
 
 def test_help_has_examples_names_no_layout_and_needs_no_torch():
     command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "convert", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "    psft convert --from-megatron runs/first --to-hf runs/first/hf\n" in done.stdout
     assert "loads with any tensor, pipeline, context and data-parallel size" in done.stdout
     assert " torch\n" not in done.stderr

@@ -1,7 +1,6 @@
 """The command that shows data, through its command line."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +40,9 @@ def show(inputs, capsys):
 @pytest.mark.slow
 def test_the_command_prints_statistics_and_marked_records(inputs):
     command = [sys.executable, "-m", "megatron_psft", "data", "--tokenizer", str(inputs / "tokenizer")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [*command, "--data", str(inputs / "a.jsonl"), "--no-packing", "--rows", "2", "--global-batch-size", "3"],
         cwd=REPOSITORY,
-        env=environment,
         capture_output=True,
         text=True,
         check=True,
@@ -150,8 +147,7 @@ def test_a_training_command_and_its_config_are_taken(show, tmp_path):
 
 def test_help_has_examples_and_needs_no_torch():
     command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "data", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "    psft data --config runs/first/config.yaml\n" in done.stdout
     assert "--prompt-key" in done.stdout
     assert " torch\n" not in done.stderr

@@ -1,7 +1,6 @@
 """Evaluation through its command line, of a model that was taught several replies."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -275,8 +274,7 @@ def test_a_chat_template_is_for_maths_sets_only(run):
 
 def test_help_has_an_example_and_needs_no_torch():
     command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "evaluate", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "    psft evaluate --model runs/first/hf --tasks eval/*.parquet" in done.stdout
     assert "Questions of each task, its first ones" in done.stdout
     assert " torch\n" not in done.stderr

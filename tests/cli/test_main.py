@@ -24,8 +24,8 @@ SCRIPTS = {
 
 
 def run_python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-    return subprocess.run([sys.executable, *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])

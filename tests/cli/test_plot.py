@@ -1,7 +1,6 @@
 """The command that draws runs, through its command line on real runs; its page in a real browser."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -58,11 +57,9 @@ def plot(capsys):
 def report(runs) -> Path:
     """The report of all three, as a user makes it."""
     command = [sys.executable, "-m", "megatron_psft", "plot", *(str(runs / name) for name in ("psft", "sft", "dpo"))]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [*command, "--out", str(runs / "new" / "report")],
         cwd=REPOSITORY,
-        env=environment,
         capture_output=True,
         text=True,
         check=True,
@@ -158,8 +155,7 @@ def test_mistakes_are_one_line_and_code_2(plot, runs, tmp_path):
 
 def test_help_has_examples_and_needs_no_matplotlib():
     command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "plot", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "    psft plot runs/first --out runs/first/report\n" in done.stdout
     assert " matplotlib\n" not in done.stderr
     assert " torch\n" not in done.stderr

@@ -1,7 +1,6 @@
 """The command that samples answers, through its command line; a model that was taught several replies answers."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -202,8 +201,7 @@ def test_nothing_to_train_on_is_an_error_and_leaves_no_file(sample, tmp_path):
 
 def test_help_has_an_example_and_needs_no_torch():
     command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "rollout", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "    psft rollout --model runs/first/hf --prompts gsm8k/train.jsonl" in done.stdout
     assert "Longest answer, in tokens" in done.stdout
     assert " torch\n" not in done.stderr

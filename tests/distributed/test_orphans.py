@@ -74,7 +74,7 @@ for rank in ranks:
 def started(*command: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process, and the mark that all it starts inherit. What is left of them is killed at the end."""
     mark = secrets.token_hex(8)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", MARK: mark}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", MARK: mark}
     null = subprocess.DEVNULL
     process = subprocess.Popen(
         list(map(str, command)), env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=null, text=True

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron_psft.distributed.device import detect
 from megatron_psft.distributed.grid import process_group
 from megatron_psft.distributed.signals import StopRequested, StopSignals, helpers_outlive_signals
-from tests.support.cli import REPOSITORY
 
 CPU = torch.device("cpu")
 
@@ -133,8 +132,7 @@ def test_every_kind_of_helper_outlives_signals_in_a_fresh_process(tmp_path):
     """The first helper of a process has Python start its resource tracker, which leaves the signals unblocked."""
     script = tmp_path / "helpers.py"
     script.write_text(_PRINT_BLOCKED)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     masks = ast.literal_eval(done.stdout)
     wanted = sum(1 << (signum - 1) for signum in (signal.SIGTERM, signal.SIGINT))

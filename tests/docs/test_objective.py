@@ -1,7 +1,6 @@
 """docs/extending.md, followed to the letter: its files are put where it says and used by its flags."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import sys
 import pytest
 
 from tests.support import tiny
-from tests.support.cli import REPOSITORY
+from tests.support.cli import REPOSITORY, importing
 
 FILE = re.compile(r"^`(\S+\.py)`:\n\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:PYTHONPATH=\. )?python (pretrain_psft\.py .*--objective .*)$", re.MULTILINE)
@@ -47,7 +46,7 @@ def checkout(tmp_path_factory, page):
 
 
 def run(checkout, *arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "COLUMNS": "1000", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**importing(checkout), "COLUMNS": "1000", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
 

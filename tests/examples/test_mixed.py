@@ -1,7 +1,6 @@
 """Mixing by hand-made groups, the order of a loop's prompts, and the loop itself through its commands."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -167,9 +166,8 @@ def test_two_rounds_of_grpo_raise_the_reward_and_are_not_done_again(tmp_path):
 
 
 def run_loop(command: list) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     argv = list(map(str, command))
-    done = subprocess.run(argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,7 +1,6 @@
 """From PSFT over the exported folder to a step of TRL's trainers, and what a mistake costs."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +41,7 @@ def exported(pool, tmp_path_factory) -> Path:
 
 def run_script(name: str, *flags: str | Path) -> None:
     command = [sys.executable, f"examples/rl_cold_start/{name}", *map(str, flags)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 

@@ -25,6 +25,11 @@ class Exit:
     err: str
 
 
+def importing(folder: Path) -> dict[str, str]:
+    """The environment of a process that imports first what lies in `folder`."""
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"}
+
+
 def run_cli(argv: Sequence[str]) -> Exit:
     """What `psft train ARGV` does on this rank; for `pool.run`, whose workers outlive a rank that fails alone."""
     from megatron_psft.cli import train

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.cli import REPOSITORY
+from tests.support.cli import REPOSITORY, importing
 
 BLOCK = re.compile(r"^```(diff|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -21,7 +21,7 @@ def copy_repository(folder: Path) -> Path:
 def run(command: list[str], folder: Path, given: str | None = None) -> str:
     """What a command prints in `folder`, where `python` is this one and imports what lies there."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PATH": path}
+    environment = {**importing(folder), "PATH": path}
     done = subprocess.run(
         command, cwd=folder, env=environment, input=given, capture_output=True, text=True, check=False
     )

@@ -68,6 +68,24 @@ def _fail_on_rank_one():
     dist.all_reduce(torch.zeros(1))
 
 
+def _module_of_fsync() -> str:
+    return os.fsync.__module__
+
+
+def test_no_process_that_a_test_starts_waits_for_a_disk(pool, tmp_path):
+    """Those of tests/cli/test_wheel.py do, which import nothing of this checkout."""
+    (in_pool,) = pool.run(_module_of_fsync, 1)
+    command = [sys.executable, "-c", "import os; print(os.fsync.__module__)"]
+    started = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [in_pool, started.stdout.strip()] == ["sitecustomize"] * 2
+    assert _module_of_fsync().endswith("sitecustomize")
+    with open(tmp_path / "closed", "w") as file:
+        os.fsync(file.fileno())
+        descriptor = file.fileno()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fsync(descriptor)
+
+
 def test_an_exception_names_its_rank_first_and_the_pool_recovers(pool):
     with pytest.raises(WorkerError, match="spilt milk") as caught:
         pool.run(_fail_on_rank_one, 4)

@@ -2,7 +2,6 @@
 other's."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import REPOSITORY
+from tests.support.cli import importing
 
 ENGINE = Path(sys.prefix) / "engine"
 MODELS = ("dense", "tied", "experts")
@@ -26,9 +25,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def found():
-    path = os.pathsep.join(map(str, (REPOSITORY, ENGINE)))
     command = [sys.executable, "-W", "ignore", "-m", "tests.model.engine.names"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=importing(ENGINE), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
