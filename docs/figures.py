@@ -40,27 +40,30 @@ def _value(figures: Iterable[Figure], name: str, **wanted: Any) -> Figure | None
     return None
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits, or the whole number where it has more."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def _range(ends: Iterable[float]) -> str:
-    return " to ".join(map(_number, ends))
+    return " to ".join(map(number, ends))
 
 
-def _table(*rows: Iterable[str]) -> str:
+def table(*rows: Iterable[str]) -> str:
     header, *others = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([header, f"|{' --- |' * header.count(' | ')} --- |", *others])
 
 
-def _origin(run: Figure) -> str:
+def origin(run: Figure) -> str:
     """When, on what and by which command a benchmark ran."""
     machine, versions = run["machine"], run["versions"]
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    gpus = "".join(
+        f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}; " for gpu in machine.get("gpus", ())
+    )
     return (
-        f"`{run['command']}`, {run['date']}, commit `{run['commit']}`: {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB, load average {machine['load_before']} just before; {libraries}."
+        f"`{run['command']}`, {run['date']}, commit `{run['commit']}`: {gpus}{machine['cpu']}, "
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB, load average {machine['load_before']} just before; {libraries}."
     )
 
 
@@ -68,12 +71,12 @@ def _head(figures: list[Figure]) -> str:
     shapes = list(dict.fromkeys(tuple(one[name] for name in SHAPE) for one in figures if "labels_percent" in one))
     shapes.sort(key=lambda shape: (shape[SHAPE.index("dtype")] != "float32", -shape[0]))
     header = ["vocabulary", "hidden", "tokens", "labels", "ranks, dtype", "fused head", "Megatron-Core, unfused"]
-    table = _table(
+    shown = table(
         [*header, "Megatron-Core's fused", "ours over unfused: time, peak"],
         *(_head_row(figures, dict(zip(SHAPE, shape, strict=True))) for shape in shapes),
     )
     absent = {one["name"].removeprefix("head_seconds_"): one["does_not_run"] for one in figures if one["value"] is None}
-    return "\n\n".join([table, *(f"`{name}` did not run there: {reason}." for name, reason in absent.items())])
+    return "\n\n".join([shown, *(f"`{name}` did not run there: {reason}." for name, reason in absent.items())])
 
 
 def _head_row(figures: list[Figure], shape: Figure) -> list[str]:
@@ -81,7 +84,7 @@ def _head_row(figures: list[Figure], shape: Figure) -> list[str]:
     for path in ("ours", "megatron_unfused", "megatron_native_fused"):
         pair = [_value(figures, f"head_{what}_{path}", **shape) for what in ("seconds", "peak")]
         costs.append([one["value"] for one in pair if one])
-    cells = [f"{_number(cost[0])} s, {_number(cost[1])} GiB" if cost else "" for cost in costs]
+    cells = [f"{number(cost[0])} s, {number(cost[1])} GiB" if cost else "" for cost in costs]
     ratio = ", ".join(f"{ours / theirs:.2f}" for ours, theirs in zip(*costs[:2], strict=True))
     ranks = "1" if shape["ranks"] == 1 else f"TP {shape['ranks']}"
     place = f"{ranks}, {dict(float32='fp32', bfloat16='bf16')[shape['dtype']]}"
@@ -101,7 +104,7 @@ def _scaling(figures: list[Figure]) -> str:
     ):
         if one := _value(figures, name):
             rows.append([what, " to ".join(f"{size:,.0f}" for size in one["sizes"]), f"{one['value']:.2f}"])
-    return _table(["cost", "from, to", "grows with the power"], *rows)
+    return table(["cost", "from, to", "grows with the power"], *rows)
 
 
 def _overhead(figures: list[Figure]) -> str:
@@ -110,7 +113,7 @@ def _overhead(figures: list[Figure]) -> str:
         for one in figures
         if one["name"].startswith("psft_over_sft")
     ]
-    return _table(["k", "median of the rounds", "range", "expected of operations"], *rows)
+    return table(["k", "median of the rounds", "range", "expected of operations"], *rows)
 
 
 def _trl(figures: list[Figure]) -> str:
@@ -119,11 +122,11 @@ def _trl(figures: list[Figure]) -> str:
     if not (ours and theirs and ratio):
         return "TRL was not installed where this ran."
     rows = [
-        ["tokens per second", _number(ours["value"]), _number(theirs["value"])],
+        ["tokens per second", number(ours["value"]), number(theirs["value"])],
         ["over TRL", f"{ratio['value']:.2f}", "1"],
         ["largest difference of a step's loss, relative", f"{ratio['largest_loss_gap']:.0e}", ""],
     ]
-    return _table(["", "this trainer", "TRL"], *rows)
+    return table(["", "this trainer", "TRL"], *rows)
 
 
 def _checkpoint(figures: list[Figure]) -> str:
@@ -141,32 +144,32 @@ def _checkpoint(figures: list[Figure]) -> str:
         if one is None:
             continue
         unit = " s" if one["unit"] == "s" else ""
-        rows.append([what, f"{_number(one['value'])}{unit}", _range(one.get("interval", ()))])
+        rows.append([what, f"{number(one['value'])}{unit}", _range(one.get("interval", ()))])
     sizes = {name: _value(figures, name) for name in ("parameters", "checkpoint_bytes", "old_log_probs_bytes")}
     rows += [[name.replace("_", " "), f"{one['value']:,.0f}", ""] for name, one in sizes.items() if one]
-    return _table(["", "median", "95 % interval"], *rows)
+    return table(["", "median", "95 % interval"], *rows)
 
 
 def _convert(figures: list[Figure]) -> str:
     (model,) = (one for one in figures if one["name"] == "model")
     rows = [
-        [what, _number(one["value"]), _number(one["peak_gib"])]
+        [what, number(one["value"]), number(one["peak_gib"])]
         for name, what in CONVERSIONS.items()
         if (one := _value(figures, name))
     ]
     size = (
-        f"{_number(model['value'])} GiB in {model['files']} files, the largest {_number(model['largest_file_gib'])} GiB"
+        f"{number(model['value'])} GiB in {model['files']} files, the largest {number(model['largest_file_gib'])} GiB"
     )
-    return f"{_table(['conversion', 'seconds', 'peak, GiB'], *rows)}\n\nThe model has {size}."
+    return f"{table(['conversion', 'seconds', 'peak, GiB'], *rows)}\n\nThe model has {size}."
 
 
 def _plan(figures: list[Figure]) -> str:
     rows = [
-        [what, _number(one["measured_gib"]), _number(one["planned_gib"]), f"{one['value']:.2f}"]
+        [what, number(one["measured_gib"]), number(one["planned_gib"]), f"{one['value']:.2f}"]
         for name, what in LAYOUTS.items()
         if (one := _value(figures, f"plan_over_measured_{name}"))
     ]
-    return _table(["layout", "measured peak, GiB", "planned, GiB", "planned over measured"], *rows)
+    return table(["layout", "measured peak, GiB", "planned, GiB", "planned over measured"], *rows)
 
 
 TABLES: dict[str, Callable[[list[Figure]], str]] = {
@@ -185,4 +188,4 @@ def figures_of(benchmark: str, path: Path = RESULTS) -> str:
     figures = stored(benchmark, path)
     if not figures:
         return f"No figures are stored: `python benchmarks/store.py {benchmark}` measures them."
-    return f"{TABLES[benchmark](figures[1:])}\n\n{_origin(figures[0])}"
+    return f"{TABLES[benchmark](figures[1:])}\n\n{origin(figures[0])}"

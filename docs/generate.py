@@ -10,6 +10,7 @@ from pathlib import Path
 
 from docs.draw_rooms import draw
 from docs.figures import TABLES, figures_of
+from docs.gpu_figures import NAMES, gpu_figures_of
 from docs.scaling_tables import scaling_tables, speed_table
 from megatron_psft.config.foreign_names import TRAINERS, table_of
 from megatron_psft.config.resume import FREE, SAME, TOLD
@@ -35,6 +36,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speeds": speed_table,
     "scaling": scaling_tables,
     **{f"figures of {name}": (lambda name=name: figures_of(name)) for name in TABLES},
+    **{f"gpu {name}": (lambda name=name: gpu_figures_of(name)) for name in NAMES},
     **{f"names of {trainer}": (lambda trainer=trainer: table_of(trainer)) for trainer in TRAINERS},
 }
 _PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)

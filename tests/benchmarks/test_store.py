@@ -2,10 +2,13 @@
 
 import json
 import sys
+import time
 
+import psutil
 import pytest
 
 from docs.figures import TABLES, figures_of
+from docs.gpu_figures import NAMES as GPU_NAMES
 from tests.support.cli import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -28,10 +31,10 @@ def target(tmp_path, monkeypatch):
     return tmp_path / "results" / "cpu.jsonl"
 
 
-def run_store(target, monkeypatch, **scripts: str) -> int:
+def run_store(target, monkeypatch, size: str = "tiny", **scripts: str) -> int:
     for name, text in scripts.items():
         (target.parents[1] / "benchmarks" / f"{name}.py").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["store.py", *scripts, "--size", "tiny", "--target", str(target)])
+    monkeypatch.setattr(sys, "argv", ["store.py", *scripts, "--size", size, "--target", str(target)])
     return store.main()
 
 
@@ -60,8 +63,56 @@ def test_a_benchmark_that_fails_keeps_its_earlier_figures(target, monkeypatch, c
     assert "error: not stored, as they failed: plan" in capsys.readouterr().err
 
 
+FAILS = """
+sys.stderr.write("Traceback\\nRuntimeError: no such device\\n")
+sys.exit(3)
+"""
+HANGS = """
+import subprocess, time
+command = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
+own = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True)
+print(json.dumps({"name": "process", "value": int(own.stdout.readline()), "unit": ""}), flush=True)
+time.sleep(600)
+"""
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_on_a_gpu_a_part_that_fails_or_takes_too_long_leaves_the_others(target, monkeypatch, capfd):
+    """Both keep what they have printed, and what is killed is killed with ranks that have sessions of their own."""
+    monkeypatch.setitem(store.GPU_SECONDS, "head", 3)
+    started = time.monotonic()
+    parts = {"environment": PRINTS + FAILS, "head": PRINTS + HANGS, "exits": PRINTS}
+    assert run_store(target, monkeypatch, "gpu", **parts) == 1
+    assert time.monotonic() - started < 300
+    lines = {name: [one for one in lines_of(target) if one["benchmark"] == name] for name in parts}
+    assert [one["name"] for one in lines["environment"]] == ["run", "speed", "failed"]
+    failed = {"name": "failed", "value": None, "unit": "", "benchmark": "environment"}
+    assert lines["environment"][-1] == {**failed, "does_not_run": "RuntimeError: no such device"}
+    assert [one["name"] for one in lines["head"]] == ["run", "speed", "process", "failed"]
+    assert lines["head"][-1]["does_not_run"] == "killed after 3 s"
+    assert not is_running(lines["head"][2]["value"])
+    assert [one["name"] for one in lines["exits"]] == ["run", "speed"]
+    printed = capfd.readouterr()
+    assert "RuntimeError: no such device" in printed.err
+    assert "error: failed: environment, head" in printed.err
+    run_store(target, monkeypatch, "gpu", environment=PRINTS)
+    assert [one["name"] for one in lines_of(target)[:3]] == ["run", "speed", "run"], "its earlier lines are gone"
+
+
+def test_libraries_of_the_path_are_found_beside_the_checkout(target, monkeypatch):
+    """On a machine where the package is not installed, and libraries lie in a folder."""
+    monkeypatch.setenv("PYTHONPATH", "/a/folder")
+    shows = "import os; print(json.dumps({'name': os.environ['PYTHONPATH'], 'value': 1, 'unit': ''}))"
+    assert run_store(target, monkeypatch, head=PRINTS + shows) == 0
+    assert lines_of(target)[-1]["name"] == f"{target.parents[1]}:/a/folder"
+
+
 def test_every_benchmark_that_is_stored_has_its_table():
     assert set(store.NAMES) == set(TABLES)
+    assert set(store.GPU_SECONDS) == set(GPU_NAMES)
     assert all((REPOSITORY / "benchmarks" / f"{name}.py").is_file() for name in store.NAMES)
 
 

@@ -14,7 +14,10 @@ STORED = REPOSITORY / "tests" / "docs" / "figures.jsonl"
 """What `python benchmarks/store.py --size tiny` has written."""
 PAGES = [
     REPOSITORY / "README.md",
-    *(REPOSITORY / "docs" / f"{name}.md" for name in ("index", "method", "metrics", "objectives", "performance")),
+    *(
+        REPOSITORY / "docs" / f"{name}.md"
+        for name in ("gpu", "index", "method", "metrics", "objectives", "performance")
+    ),
 ]
 """Pages on what the trainer does and how well. Those on limits, resume and data have many quantities: constants;
 in miniature.md figures are the subject."""
