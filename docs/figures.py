@@ -63,7 +63,8 @@ def origin(run: Figure) -> str:
     )
     return (
         f"`{run['command']}`, {run['date']}, commit `{run['commit']}`: {gpus}{machine['cpu']}, "
-        f"{machine['cores']} cores, {machine['memory_gib']} GiB, load average {machine['load_before']} just before; {libraries}."
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"load average {machine['load_before']} just before; {libraries}."
     )
 
 
