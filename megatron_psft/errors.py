@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -87,3 +88,25 @@ def nearest_name_hint(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says in a line; one that says nothing is told by its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in a line. Of one of the system the words alone, as whoever quotes it names the path."""
+    said = error.strerror if isinstance(error, OSError) else None
+    if isinstance(error, FileNotFoundError):  # that of safetensors has the path in its words alone
+        said = os.strerror(errno.ENOENT)
+    return said or " ".join(str(error).split()) or type(error).__name__
+
+
+def counted(number: float, unit: str, spec: str = ",") -> str:
+    """`1 step`, `1,024 steps`, `0.5 passes`: a number, formatted by `spec`, with its unit, given in the singular."""
+    text = format(number, spec)
+    if text == "1":
+        return f"1 {unit}"
+    return f"{text} {unit}{'es' if unit.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
+
+
+def in_words(names: Iterable[object]) -> str:
+    """`a, b and c`."""
+    *first, last = map(str, names)
+    return f"{', '.join(first)} and {last}" if first else last

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_psft.errors import InfrastructureError, UserError, storage_error
+from megatron_psft.errors import InfrastructureError, UserError, counted, storage_error
 
 BEAT_SECONDS = 30.0
 """Between two touches. The first come sooner: they find out whether another has taken the lock at the same moment."""
@@ -50,8 +50,8 @@ def sole_writer(field: str, folder: Path, lock: Path, *, steal: bool | None = No
     Args:
         field: of the configuration, that names the folder.
         folder: to be written to.
-        lock: its lock: `lock_within` or `lock_beside` it. It is made, with its folder, and is gone afterwards; so is
-            that folder if nothing was written to it.
+        lock: its lock: `lock_within` or `lock_beside` it. It is made, with its folder, and is gone afterwards; so are
+            that folder and those above it that were made for it, if nothing was written to them.
         steal: whether to take what a process of another host holds without waiting for its signs of life to end; None
             where the user has no such choice.
 
@@ -59,24 +59,33 @@ def sole_writer(field: str, folder: Path, lock: Path, *, steal: bool | None = No
         UserError: another process writes to the folder, or the lock cannot be made.
         InfrastructureError: a process of another host, which may be gone, so that a later start may do better.
     """
-    is_new = not lock.parent.exists()
+    with _made(lock.parent):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held = _acquire(lock, steal=bool(steal))
+        except OSError as error:
+            text = f"{field} ({folder}) must be a folder that can be written: {error.strerror}"
+            raise storage_error(error, text) from None
+        if isinstance(held, _Refusal):
+            kind = UserError if held.idle_seconds is None else InfrastructureError
+            raise kind(f"{field} ({folder}) is in use: {held.text(can_steal=steal is not None)}")
+        try:
+            with held.touched(f"{field} ({folder})"):
+                yield
+        finally:
+            held.release()
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Of `folder` and those above it, what is made within this context and empty at its end is gone then."""
+    absent = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = _acquire(lock, steal=bool(steal))
-    except OSError as error:
-        text = f"{field} ({folder}) must be a folder that can be written: {error.strerror}"
-        raise storage_error(error, text) from None
-    if isinstance(held, _Refusal):
-        kind = UserError if held.idle_seconds is None else InfrastructureError
-        raise kind(f"{field} ({folder}) is in use: {held.text(can_steal=steal is not None)}")
-    try:
-        with held.touched(f"{field} ({folder})"):
-            yield
+        yield
     finally:
-        held.release()
-        if is_new:
+        for each in absent:
             with suppress(OSError):  # something was written
-                lock.parent.rmdir()
+                each.rmdir()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +166,8 @@ class _Refusal:
             return f"{who}; wait for it, or end it"
         how = ", or at once with --steal-lock" if can_steal else ""
         return (
-            f"{who}; its last sign of life is {self.idle_seconds:.0f} seconds old. Wait for it, or end it; if it is "
-            f"gone, the folder is free {STALE_SECONDS / 60:.0f} minutes after that sign{how}"
+            f"{who}; its last sign of life is {counted(self.idle_seconds, 'second', '.0f')} old. Wait for it, or "
+            f"end it; if it is gone, the folder is free {STALE_SECONDS / 60:.0f} minutes after that sign{how}"
         )
 
 

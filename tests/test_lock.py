@@ -235,12 +235,15 @@ def test_a_holder_touches_its_lock(tmp_path):
             time.sleep(0.05)
 
 
-def test_a_folder_that_was_made_for_a_lock_alone_goes_with_it(tmp_path):
+def test_folders_that_were_made_for_a_lock_alone_go_with_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    new = tmp_path / "there" / "above" / "new"
     for write in (False, True):
-        with sole_writer("save", tmp_path / "new", lock_within(tmp_path / "new")):
+        with sole_writer("save", new, lock_within(new)):
             if write:
-                (tmp_path / "new" / "file").touch()
-        assert (tmp_path / "new").exists() == write
+                (new / "file").touch()
+        assert new.exists() == new.parent.exists() == write
+    assert (tmp_path / "there").exists(), "it was empty, and not made for the lock"
 
 
 def test_a_run_whose_folder_is_in_use_touches_nothing(pool, tmp_path, inputs):

@@ -18,7 +18,7 @@ from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_absent, require_positive, run_command
 from megatron_psft.config.paths import PathText
 from megatron_psft.config.schema import Config, parse_config
-from megatron_psft.errors import InfrastructureError, UserError, storage_error
+from megatron_psft.errors import InfrastructureError, UserError, counted, storage_error
 from megatron_psft.lock import lock_beside, sole_writer
 from megatron_psft.sealed import read_content
 
@@ -307,7 +307,7 @@ def write(
             raise
         text = f"{field} ({path}) could not be written: {cause}; fix it and start again"
         raise (storage_error(cause, text) if isinstance(cause, OSError) else UserError(text)) from None
-    print(f"{num_parameters} parameters as {str(dtype).removeprefix('torch.')} in {path}")
+    print(f"{counted(num_parameters, 'parameter')} as {str(dtype).removeprefix('torch.')} in {path}")
 
 
 def side_files_of(folders: Folders, shape: "ModelShape") -> "SideFiles":
@@ -370,7 +370,8 @@ def compare(target: TargetConfig, weights: "Weights", outline: "Outline", dtype:
     different = [name for name in ours if ours[name] != theirs[name]]
     for name in different:
         print(f"differs: {name}: {describe(ours[name])}, in {path} {describe(theirs[name])}")
-    print(f"{len(different)} of {len(ours)} tensors differ" if different else f"{len(ours)} tensors, all equal")
+    tensors = counted(len(ours), "tensor")
+    print(f"{len(different)} of {tensors} differ" if different else f"{tensors}, all equal")
     return 1 if different else 0
 
 

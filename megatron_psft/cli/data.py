@@ -17,7 +17,7 @@ from megatron_psft.config.inputs import DataConfig, WeightsConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.config.rules import validate_records
 from megatron_psft.config.schema import Config
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, counted
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
     from transformers import PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ def list_cache(root: Path) -> None:
     folders = cache_folders(root)
     for folder in folders:
         print(describe_folder(folder))
-    print(f"{len(folders)} folders in {root}, {sum(folder.size for folder in folders) / 2**30:.2f} GiB")
+    print(f"{counted(len(folders), 'folder')} in {root}, {sum(folder.size for folder in folders) / 2**30:.2f} GiB")
 
 
 def prune_cache(root: Path, older_than_days: int | None) -> None:
@@ -155,7 +155,7 @@ def prune_cache(root: Path, older_than_days: int | None) -> None:
             print(f"removed {describe_folder(folder)}")
         else:
             print(f"in use  {describe_folder(folder)}")
-    print(f"removed {removed} of {len(folders)} folders in {root}, {removed_bytes / 2**30:.2f} GiB")
+    print(f"removed {removed} of {counted(len(folders), 'folder')} in {root}, {removed_bytes / 2**30:.2f} GiB")
 
 
 def describe_folder(folder: "CacheFolder") -> str:
@@ -200,7 +200,8 @@ def show_data(config: ShowDataConfig) -> None:
     )
     for number, (row, lengths) in enumerate(islice(rows, config.show.rows), 1):
         examples = list(records_of(row, lengths.tolist()))
-        print(f"\n── step {config.show.step}, row {number}: {len(examples)} records, {row.num_tokens} tokens")
+        sizes = f"{counted(len(examples), 'record')}, {counted(row.num_tokens, 'token')}"
+        print(f"\n── step {config.show.step}, row {number}: {sizes}")
         names = ("chosen", "rejected") if config.objective.needs_pairs else ("record",)
         for name, example in zip(cycle(names), examples, strict=False):
             print(describe(name, example))
@@ -265,7 +266,8 @@ def records_of(batch: "MicroBatch", lengths: "Sequence[int]") -> "Iterator[Examp
 
 def describe(name: str, example: "Example") -> str:
     """The line above a record."""
-    line = f"── {name} of {len(example.tokens)} tokens, {int(example.label_mask.sum())} labels"
+    labels = counted(int(example.label_mask.sum()), "label")
+    line = f"── {name} of {counted(len(example.tokens), 'token')}, {labels}"
     return line if example.advantage == 1 else f"{line}, advantage {example.advantage:g}"
 
 

@@ -13,6 +13,7 @@ from megatron_psft.config.inputs import DataConfig, WeightsConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.config.schema import Config
 from megatron_psft.diagnostics.speeds import Speeds
+from megatron_psft.errors import counted
 
 if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once
     from megatron_psft.diagnostics.plan import Memory, Plan
@@ -118,17 +119,18 @@ def plan(config: PlanConfig) -> int:
 
 
 def _layout_lines(plan: "Plan") -> Iterator[str]:
-    yield f"{plan.shape.model_type}, {layout_of(plan)} on {plan.world_size} GPUs"
+    yield f"{plan.shape.model_type}, {layout_of(plan)} on {counted(plan.world_size, 'GPU')}"
     batch = plan.config.batch
-    cut = f"{plan.data_size} replicas x {plan.num_microbatches} micro-batches x {batch.micro_batch_size}"
+    replicas, passes = counted(plan.data_size, "replica"), counted(plan.num_microbatches, "micro-batch")
+    cut = f"{replicas} x {passes} x {batch.micro_batch_size}"
     if plan.config.packs_each_step:
         row = batch.micro_batch_size * plan.tokens_per_sequence
         yield (
-            f"a step: {batch.global_batch_size} records of at most {plan.tokens_per_sequence:,} tokens, evened out "
-            f"over {plan.data_size} replicas, in at most {plan.num_microbatches} rows of {row:,} each"
+            f"a step: {counted(batch.global_batch_size, 'record')} of at most {plan.tokens_per_sequence:,} tokens, "
+            f"evened out over {replicas}, in at most {counted(plan.num_microbatches, 'row')} of {row:,} each"
         )
         return
-    yield f"a step: {batch.global_batch_size} sequences of {plan.tokens_per_sequence:,} tokens = {cut}"
+    yield f"a step: {counted(batch.global_batch_size, 'sequence')} of {plan.tokens_per_sequence:,} tokens = {cut}"
 
 
 def layout_of(plan: "Plan") -> str:
@@ -171,7 +173,8 @@ def _cost_lines(plan: "Plan") -> Iterator[str]:
     if steps is None:
         yield f"old log-probabilities: {kept:.3g} MiB of host memory per GPU of the last stage for each step of the run"
     else:
-        yield f"old log-probabilities: {kept * steps:.3g} MiB of host memory per GPU of the last stage ({steps} steps)"
+        where = f"of the last stage ({counted(steps, 'step')})"
+        yield f"old log-probabilities: {kept * steps:.3g} MiB of host memory per GPU {where}"
 
 
 def saving_line(plan: "Plan", gpus_per_node: int) -> str:

@@ -25,7 +25,7 @@ from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.config.inputs import TemplateConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.data.chat import ChatRenderer, RenderSettings
-from megatron_psft.errors import UserError, storage_error
+from megatron_psft.errors import UserError, counted, storage_error
 from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.hub import ModelConfig
 from megatron_psft.rollout.groups import GroupRecords
@@ -162,4 +162,4 @@ def rollout(config: RolloutConfig) -> None:
             "--keep-flat-groups or --keep-unfinished"
         )
     os.replace(partial, config.output.out)
-    print(f"{rows.tally.written} records in {config.output.out}")
+    print(f"{counted(rows.tally.written, 'record')} in {config.output.out}")

@@ -1,12 +1,36 @@
 """Low-rank adapters: the section of the configuration that puts them beside the model's weights."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_psft.config.flags import require_at_least, require_positive
 from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError
+
+ALL_LINEAR = "all-linear"
+
+_MODULES: Mapping[str, tuple[str, ...]] = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+"""What Megatron-Core's linear layers are made of, by Hugging Face's names."""
+
+
+def spelled_out(targets: Iterable[str]) -> set[str]:
+    """The projections that values of `lora_targets` name, however they are spelled; unknown names as they are."""
+    names = split_names(targets)
+    if ALL_LINEAR in names:
+        return {part for parts in _MODULES.values() for part in parts}
+    return {part for name in names for part in _MODULES.get(name, (name,))}
+
+
+def split_names(targets: Iterable[str]) -> tuple[str, ...]:
+    """The names that values of `lora_targets` hold, one by one."""
+    return tuple(name for names in targets for name in names.split(",") if name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +42,7 @@ class LoraConfig:
     trained, of this many rows and columns, and W + scale * B A takes the place of W. 0 trains the whole model."""
     lora_alpha: float = 32.0
     """The adapters' scale times `lora_rank`, or times its root with `lora_rank_stabilized`. Needs `lora_rank`."""
-    lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_targets: tuple[str, ...] = (ALL_LINEAR,)
     """Linear layers that get adapters, by Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
     down_proj) or Megatron-Core's (linear_qkv, linear_proj, linear_fc1, linear_fc2), also joined by commas; all-linear
     is all of them. Of a model with experts only those of attention can be. Needs `lora_rank`."""
@@ -52,4 +76,4 @@ class LoraConfig:
     @property
     def lora_target_names(self) -> tuple[str, ...]:
         """`lora_targets` one by one."""
-        return tuple(name for names in self.lora_targets for name in names.split(",") if name)
+        return split_names(self.lora_targets)

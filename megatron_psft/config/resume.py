@@ -5,10 +5,11 @@ table of docs/resume.md is made of them. Imports no torch.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, get_type_hints
 
+from megatron_psft.config.lora import spelled_out
 from megatron_psft.config.schema import Config
 from megatron_psft.objectives.registry import SETTINGS
 
@@ -124,6 +125,12 @@ FREE: tuple[str, ...] = (
 _FORMER_DEFAULTS: Settings = {"adam_beta2": 0.95}
 """Defaults of earlier releases: the same command has another value now."""
 
+_MEANINGS: Mapping[str, Callable[[Any], Any]] = {
+    "lora_targets": spelled_out,
+    "chat_template_kwargs": lambda text: None if text is None else json.loads(text),
+}
+"""What the value of a setting says, where the same can be written in several ways."""
+
 _SAME = {name for names in SAME.values() for name in names}
 _MEANING = {name: meaning for meaning, names in TOLD.items() for name in names}
 
@@ -163,8 +170,29 @@ def changes_since(before: Settings, now: Settings) -> list[Change]:
         now: of this start, by `settings_of`.
     """
     values = {**_defaults(), **before}
-    changes = (Change(name=name, before=values[name], now=value) for name, value in now.items() if name in values)
-    return [change for change in changes if change.now != change.before and change.name not in FREE]
+    idle = set(FREE) | _without_effect(values, now)
+    names = (name for name in now if name in values and name not in idle)
+    return [
+        Change(name=name, before=values[name], now=now[name])
+        for name in names
+        if _meaning(name, values[name]) != _meaning(name, now[name])
+    ]
+
+
+def _meaning(name: str, value: Any) -> Any:
+    return _MEANINGS[name](value) if name in _MEANINGS else value
+
+
+def _without_effect(before: Settings, now: Settings) -> set[str]:
+    """Settings that count on one side alone, as another one, which has changed, says; or on none."""
+    names: set[str] = set()
+    if before["lora_rank"] != now["lora_rank"] and 0 in (before["lora_rank"], now["lora_rank"]):
+        names |= {"lora_alpha", "lora_targets", "lora_rank_stabilized"}
+    if before["objective"] != now["objective"]:
+        names |= set(SAME["the loss"]) - {"objective", "loss_aggregation"}
+    if not (before["packing"] or now["packing"]):
+        names.add("global_batch_unit")
+    return names
 
 
 def listed(values: Iterable[tuple[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 import importlib.util
 
 from megatron_psft.config.schema import Config, LoggingConfig, ObjectiveConfig, ParallelConfig
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, counted, in_words
 from megatron_psft.objectives.registry import OBJECTIVES, SETTINGS, find_objective
 
 OLD_POLICY_FIELDS = (
@@ -66,8 +66,8 @@ def validate_records(config: Config, records: int) -> None:
     size = config.batch.global_batch_size
     if config.packs_each_step and records < size:
         raise UserError(
-            f"global_batch_size ({size}) must be at most the {records} records of data with global_batch_unit records; "
-            "lower it"
+            f"global_batch_size ({size}) must be at most the {counted(records, 'record')} of data with "
+            "global_batch_unit records; lower it"
         )
 
 
@@ -92,7 +92,7 @@ def validate_train_iters(config: Config, train_iters: int) -> None:
         fraction = optimizer.lr_warmup_fraction
         given = f"lr_warmup_iters ({warmup})"
         if fraction is not None:
-            given = f"the {warmup:g} steps of lr_warmup_fraction ({fraction})"
+            given = f"the {counted(warmup, 'step', 'g')} of lr_warmup_fraction ({fraction})"
         raise UserError(f"lr_wsd_decay_iters ({decay}) plus {given} must be at most {decay_end}; change one of them")
 
 
@@ -249,6 +249,11 @@ def _validate_lora(config: Config) -> None:
         )
     if lora.has_adapters and config.weights.resize_vocab:
         raise UserError("resize_vocab (True) adds rows that are not trained with lora_rank; remove one of them")
+    if lora.has_adapters and config.weights.random_init and config.weights.exports and not lora.lora_merge:
+        raise UserError(
+            "lora_rank with random_init exports an adapter of weights that no folder has; add lora_merge to export the "
+            "model with it, or start from weights (load_hf without random_init)"
+        )
     if not lora.has_adapters:
         names = ("lora_alpha", "lora_targets", "lora_rank_stabilized", "lora_init", "lora_merge")
         _refuse_if_set(lora, "without lora_rank", *names)
@@ -277,4 +282,5 @@ def _refuse_if_set(section: object, reason: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         if value != getattr(type(section), name):  # a dataclass keeps its defaults as class attributes
-            raise UserError(f"{name} ({value}) has no effect {reason}; change one of them")
+            text = in_words(value) if isinstance(value, tuple) else value
+            raise UserError(f"{name} ({text}) has no effect {reason}; change one of them")

@@ -36,7 +36,8 @@ class BatchConfig:
     global_batch_unit: Literal["packs", "records"] = "packs"
     """What `global_batch_size` counts with packing. packs: rows of `seq_length` tokens, whose records depend on lengths
     alone. records: those that a step has without packing, in the same order; they are packed among themselves, their
-    tokens evened out over data-parallel replicas, in as many rows as it takes."""
+    tokens evened out over data-parallel replicas, in as many rows as it takes. Without packing each sequence is a
+    record, and both mean the same."""
     micro_batch_size: int = 1
     """Sequences per forward pass of one model replica. With packing they are one after the other in a row, which with
     `global_batch_unit` records has room for `micro_batch_size` times `seq_length` tokens. Both sequences of a

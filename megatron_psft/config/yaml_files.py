@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_psft.config.paths import expand_path
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, reason_of
 
 _INCLUDE = "include"
 _SCHEMA = {
@@ -90,7 +90,7 @@ def _read_mapping(path: Path) -> list[Setting]:
         # Composed too, as a mapping has lost all but the last of equal names.
         node, content = yaml.compose(text, _Loader), yaml.load(text, _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot read --config {path}: {reason_of(error)}") from error
     if node is None:  # an empty file
         return []
     if not isinstance(node, yaml.MappingNode):

@@ -44,7 +44,7 @@ from megatron_psft.data.tokenizing import (
     checksum,
     tokenize_chunks,
 )
-from megatron_psft.errors import RankError, UserError, storage_error
+from megatron_psft.errors import RankError, UserError, counted, storage_error
 from megatron_psft.progress import Progress
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def _write_chunks(folder: Path, chunks: Iterator[TokenizedChunk], shown: Progres
             bad_counts.update(record.reason for record in chunk.bad)
             num_tokens += len(chunk.tokens)
             num_records += len(chunk.index)
-            shown.update(chunk.size, note=f"{num_records + bad_counts.total():,} records")
+            shown.update(chunk.size, note=counted(num_records + bad_counts.total(), "record"))
     return {
         "records": num_records,
         "tokens": num_tokens,

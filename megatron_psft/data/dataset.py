@@ -24,7 +24,7 @@ from megatron_psft.data.records import TEXT_REFUSED, raise_or_report
 from megatron_psft.data.sources import open_source
 from megatron_psft.data.splits import SplitUse
 from megatron_psft.data.statistics import DatasetStatistics, add_up, count_records
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,6 +180,8 @@ def build_dataset(
     )
     sources = [cache.open(source, show_progress=show_progress) for source in opened]
     _check_bad_records(sources, paths, config.skip_bad_records)
+    if config.overlong == "error":
+        _refuse_overlong(sources, config.seq_length, are_pairs=are_pairs)
     parts = []
     for number, (source, item, read) in enumerate(zip(sources, weighted, opened, strict=True)):
         usable = _select_usable(source, seq_length=config.seq_length, overlong=config.overlong)
@@ -217,8 +219,9 @@ def _check_bad_records(sources: Sequence[TokenizedSource], paths: Sequence[str],
     if (texts := counts[TEXT_REFUSED]) and not skip_bad_records:
         first = next(record for source in sources for record in source.bad_records() if record.reason == TEXT_REFUSED)
         raise UserError(
-            f"data must hold conversations only with loss_on assistant or last, found {texts} plain texts in {total} "
-            f"records, the first is {first.source}; train on every token of both with --loss-on all, or remove them"
+            "data must hold conversations only with loss_on assistant or last, found "
+            f"{counted(texts, 'plain text')} in {counted(total, 'record')}, the first is {first.source}; "
+            "train on every token of both with --loss-on all, or remove them"
         )
     lists = [f"{source.folder}/bad.jsonl" for source in sources if source.bad_counts]
     if report := raise_or_report(bad, counts, total, skip_bad_records, lists):
@@ -239,11 +242,7 @@ class _UsableRecords:
 def _select_usable(source: TokenizedSource, *, seq_length: int, overlong: str) -> _UsableRecords:
     """The records that fit into `seq_length`; the others are cut, counted in `dropped`, or refused."""
     lengths = source.index["length"].astype(np.int64)
-    second_start = source.index["second_start"].astype(np.int64)
-    longest = np.maximum(second_start, lengths - second_start)  # of a pair's two sequences
-    is_long = longest > seq_length
-    if overlong == "error" and is_long.any():
-        _refuse_overlong(source, longest, is_long, seq_length)
+    is_long = _longest_sequences(source) > seq_length
     lengths = np.where(is_long, seq_length, lengths)
     is_dropped = is_long & (overlong == "drop")
     has_no_label = ~is_dropped & (source.index["first_label"] >= lengths)
@@ -273,15 +272,36 @@ def _select_usable(source: TokenizedSource, *, seq_length: int, overlong: str) -
     )
 
 
-def _refuse_overlong(
-    source: TokenizedSource, lengths: NDArray[np.int64], is_long: NDArray[np.bool_], seq_length: int
-) -> None:
-    first = np.flatnonzero(is_long)[:_NAMED_RECORDS]
-    named = ", ".join(f"{source.location(int(record))} ({lengths[record]} tokens)" for record in first)
+def _longest_sequences(source: TokenizedSource) -> NDArray[np.int64]:
+    """Tokens of each record, of a pair's two sequences those of the longer one: int64 [records]."""
+    lengths = source.index["length"].astype(np.int64)
+    second_start = source.index["second_start"].astype(np.int64)
+    return np.maximum(second_start, lengths - second_start)
+
+
+def _refuse_overlong(sources: Sequence[TokenizedSource], seq_length: int, *, are_pairs: bool) -> None:
+    """Raises UserError where a record does not fit; it names the first ones, and the longest."""
+    lengths = [_longest_sequences(source) for source in sources]
+    found = [
+        (int(of_source[record]), number, int(record))
+        for number, of_source in enumerate(lengths)
+        for record in np.flatnonzero(of_source > seq_length)
+    ]
+    if not found:
+        return
+    longest = max(found, key=lambda each: each[0])
+    first = ", ".join(_with_length(sources, each) for each in found[:_NAMED_RECORDS])
+    last = "" if longest in found[:_NAMED_RECORDS] else f"; the longest is {_with_length(sources, longest)}"
     raise UserError(
         f"data must hold no record of more than seq_length ({seq_length}) tokens with --overlong error, found "
-        f"{is_long.sum()} in {len(lengths)}: {named}; raise --seq-length, or choose --overlong drop or truncate"
+        f"{len(found):,} in {sum(map(len, lengths)):,}: {first}{last}; raise --seq-length to {longest[0]}, or choose "
+        f"--overlong drop{'' if are_pairs else ' or truncate'}"
     )
+
+
+def _with_length(sources: Sequence[TokenizedSource], record: tuple[int, int, int]) -> str:
+    length, source, index = record
+    return f"{sources[source].location(index)} ({length} tokens)"
 
 
 def _repeat_by_weight(
@@ -293,7 +313,8 @@ def _repeat_by_weight(
     drawn = np.sort(np.random.default_rng(seed).permutation(count)[: round(share * count)])
     taken = np.concatenate([np.tile(np.arange(count), passes), drawn])
     if not len(taken):
-        raise UserError(f"data ({source.name}) takes none of {count} records with weight {weight:g}; raise it")
+        records = counted(count, "record")
+        raise UserError(f"data ({source.name}) takes none of {records} with weight {weight:g}; raise it")
     lengths = usable.lengths[taken]
     return SourceRecords(
         source=source,

@@ -19,7 +19,7 @@ from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.sources import open_rows
 from megatron_psft.data.statistics import count_records
 from megatron_psft.data.tokenizing import make_index
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, counted
 
 PROMPT, TOKENS, LOG_PROBS, SAMPLED_FROM = "prompt_tokens", "tokens", "log_probs", "sampled_from"
 """Keys of a row: lists of token ids, of the answer's log-probabilities in nats, and by what model they were drawn."""
@@ -53,21 +53,25 @@ def read_drift_set(
     Raises:
         UserError: names the first row that does not fit.
     """
-    examples, nll = [], []
+    examples, nll, longest = [], [], ("", 0)
     for path in paths:
         for row in open_rows(path, use="other"):
-            example, log_probs = _parse(row, sampled_from, vocab_size, seq_length)
+            example, log_probs = _parse(row, sampled_from, vocab_size)
             examples.append(example)
             nll.append(-math.fsum(log_probs))
+            longest = max(longest, (row.source, len(example.tokens)), key=lambda named: named[1])
+    if longest[1] > seq_length:
+        raise UserError(
+            f"drift_data must hold no answer that is longer than seq_length ({seq_length}) with its prompt: the "
+            f"longest, {longest[0]}, has {longest[1]} tokens; raise seq_length, or sample shorter ones"
+        )
     if len(examples) < 2:
         raise UserError(f"drift_data ({' '.join(paths)}) must hold at least 2 answers, found {len(examples)}; {_WRITE}")
     tokens = np.array([np.count_nonzero(example.label_mask) for example in examples], dtype=np.int64)
     return DriftSet(dataset=_dataset(name, examples), nll=np.array(nll, dtype=np.float64), tokens=tokens)
 
 
-def _parse(
-    row: Row | BadRecord, sampled_from: Mapping[str, str], vocab_size: int, seq_length: int
-) -> tuple[Example, list[float]]:
+def _parse(row: Row | BadRecord, sampled_from: Mapping[str, str], vocab_size: int) -> tuple[Example, list[float]]:
     """One row's answer, and its log-probabilities."""
     if isinstance(row, BadRecord):
         raise UserError(f"drift_data must hold the model's own answers: {row}; {_WRITE}")
@@ -76,11 +80,6 @@ def _parse(
         raise UserError(f"drift_data must hold the initial model's own answers: {row.source} {problem}; {_WRITE}")
     assert isinstance(row.value, dict)
     prompt, answer = row.value[PROMPT], row.value[TOKENS]
-    if len(prompt) + len(answer) > seq_length:
-        raise UserError(
-            f"drift_data must hold no answer that is longer than seq_length ({seq_length}) with its prompt: "
-            f"{row.source} has {len(prompt) + len(answer)} tokens; raise seq_length, or sample shorter ones"
-        )
     tokens = np.array([*prompt, *answer], dtype=np.int32)
     return Example(tokens=tokens, label_mask=np.arange(len(tokens)) >= len(prompt)), row.value[LOG_PROBS]
 
@@ -93,7 +92,7 @@ def _problem(value: object, sampled_from: Mapping[str, str], vocab_size: int) ->
         if not isinstance(value.get(key), list | np.ndarray) or not len(value[key]):
             return f"has no {key}"
     if len(value[TOKENS]) != len(value[LOG_PROBS]):
-        return f"has {len(value[LOG_PROBS])} {LOG_PROBS} of {len(value[TOKENS])} tokens"
+        return f"has {len(value[LOG_PROBS])} {LOG_PROBS} of {counted(len(value[TOKENS]), 'token')}"
     if not all(_is_token(token, vocab_size) for key in (PROMPT, TOKENS) for token in value[key]):
         return f"has a token id that is not one of the model's, 0 to {vocab_size - 1}"
     if not all(isinstance(log_prob, int | float) and -math.inf < log_prob <= 0 for log_prob in value[LOG_PROBS]):

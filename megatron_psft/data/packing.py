@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_psft.config.inputs import DataConfig
+from megatron_psft.errors import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,8 @@ class PackPlan:
 
     def __str__(self) -> str:
         return (
-            f"{len(self)} packs of at most {self.capacity} tokens, {100 * self.fill:.2f} % full, "
-            f"{len(self.lengths) / len(self):.1f} records each"
+            f"{counted(len(self), 'pack')} of at most {counted(self.capacity, 'token')}, {100 * self.fill:.2f} % full, "
+            f"{counted(len(self.lengths) / len(self), 'record', '.1f')} each"
         )
 
 

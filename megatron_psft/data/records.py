@@ -21,7 +21,7 @@ from megatron_psft.data.messages import (
     wrong_type,
 )
 from megatron_psft.data.sources import open_rows
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, counted
 
 Parsed = TypeVar("Parsed")
 
@@ -103,7 +103,8 @@ def raise_or_report(
     left.
     """
     number = sum(counts.values())
-    lines = [f"{number} of {total} records are bad", *(f"  {record}" for record in bad[:_REPORTED_RECORDS])]
+    head = f"{number:,} of {counted(total, 'record')} {'is' if number == 1 else 'are'} bad"
+    lines = [head, *(f"  {record}" for record in bad[:_REPORTED_RECORDS])]
     if number > _REPORTED_RECORDS:
         lines.append(f"  ... and {number - _REPORTED_RECORDS} more{', all in ' if lists else ''}{', '.join(lists)}")
     lines += [f"  {count} x {reason}" for reason, count in Counter(counts).most_common()]

@@ -23,7 +23,7 @@ from megatron_psft.data.files import (
     stem_of,
 )
 from megatron_psft.data.splits import SplitUse, choose, kind_of, label_of
-from megatron_psft.errors import UserError, first_line
+from megatron_psft.errors import UserError, counted, first_line
 
 _NAMED_FILES = 8
 _SET_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -209,9 +209,9 @@ def _source_of(found: _Found, chosen: set[str], *, name: str) -> Source:
         for path, label in found.files
         if label not in chosen
     ]
-    count = len(found.files) + len(found.others)
+    count = counted(len(found.files) + len(found.others), "file")
     read = _listed([found.name_of(path) for path in files])
-    note = f"{name}: {len(files)} of {count} files read: {read}; left out: {_listed([*left, *found.others]) or 'none'}"
+    note = f"{name}: {len(files)} of {count} read: {read}; left out: {_listed([*left, *found.others]) or 'none'}"
     return replace(file_source(name, files), selection=note)
 
 

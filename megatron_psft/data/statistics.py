@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from megatron_psft.config.schema import Config
 from megatron_psft.data.example import NO_NOTES, Notes
 from megatron_psft.data.packing import PackPlan
+from megatron_psft.errors import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ def describe_packing(plan: PackPlan, config: Config) -> str:
         return f"packing: {plan}"
     size, room = config.batch.global_batch_size, config.batch.micro_batch_size * plan.capacity
     return (
-        f"packing: the {_count(size, 'record')} of a step among themselves, {size * plan.lengths.mean():,.0f} tokens "
-        f"on average, into rows of at most {room:,}"
+        f"packing: the {counted(size, 'record')} of a step among themselves, "
+        f"{counted(size * plan.lengths.mean(), 'token', ',.0f')} on average, into rows of at most {room:,}"
     )
 
 
@@ -80,26 +81,23 @@ def describe_passes(
     if train_iters is not None:
         taken = train_iters * global_batch_size
         times, rest = divmod(taken, packs)
-        more = f", those of {_count(rest, unit)} once more" if rest else ""
+        more = f", those of {counted(rest, unit)} once more" if rest else ""
         lines.append(
-            f"{_count(train_iters, 'step')} of {_count(global_batch_size, unit)} make {taken / packs:.4g} passes over "
-            f"the {_count(packs, unit)} of an epoch: each record {_count(times, 'time')}{more}"
+            f"{counted(train_iters, 'step')} of {counted(global_batch_size, unit)} "
+            f"{'makes' if train_iters == 1 else 'make'} {counted(taken / packs, 'pass', '.4g')} over "
+            f"the {counted(packs, unit)} of an epoch: each record {counted(times, 'time')}{more}"
         )
         if epochs is not None and taken > epochs * packs:
             lines.append(
-                f"the last global batch begins another pass: {_count(taken - epochs * packs, unit)} more than "
+                f"the last global batch begins another pass: {counted(taken - epochs * packs, unit)} more than "
                 f"{epochs} x {packs:,} fill it"
             )
     if packs < global_batch_size:
         lines.append(
-            f"an epoch is less than a global batch, {packs:,} of {_count(global_batch_size, unit)}: each step takes "
-            f"each record {global_batch_size / packs:.4g} times; lower --global-batch-size"
+            f"an epoch is less than a global batch, {packs:,} of {counted(global_batch_size, unit)}: each step takes "
+            f"each record {counted(global_batch_size / packs, 'time', '.4g')}; lower --global-batch-size"
         )
     return "\n".join(lines)
-
-
-def _count(number: int, unit: str) -> str:
-    return f"{number:,} {unit}{'' if number == 1 else 's'}"
 
 
 def _cells(part: DatasetStatistics) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from megatron_psft.data.keys import REASONING_KEYS, THINKING_KEY
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.records import Record
-from megatron_psft.errors import UserError, nearest_name_hint
+from megatron_psft.errors import UserError, nearest_name_hint, reason_of
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and the caller has the tokenizer already
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ def read_template(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template ({path}) must be a file with a Jinja template: {error}") from None
+        raise UserError(f"chat_template ({path}) must be a file with a Jinja template: {reason_of(error)}") from None
     if not text.strip():
         raise UserError(f"chat_template ({path}) must not be empty")
     return text

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_psft.errors import UserError, first_line
+from megatron_psft.errors import UserError, counted, first_line
 from megatron_psft.metrics.provenance import installed_version
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
@@ -156,7 +156,7 @@ def check_model(folder: Path) -> list[Finding]:
         shape = read_shape(folder)
     except UserError as error:
         return [Finding(level="problem", text=str(error))]
-    return [Finding(level="ok", text=f"{folder} is a {shape.model_type} model of {shape.num_layers} layers")]
+    return [Finding(level="ok", text=f"{folder} is a {shape.model_type} model of {counted(shape.num_layers, 'layer')}")]
 
 
 def check_tokenizer(folder: Path) -> list[Finding]:
@@ -204,7 +204,7 @@ def describe_machine(platform: "Platform") -> dict[str, str]:
 
     lines = {
         "python": sys.version.split()[0],
-        "CPU": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use",
+        "CPU": f"{counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')} in use",
     }
     if platform.is_gpu:
         for index in range(torch.cuda.device_count()):

@@ -12,7 +12,7 @@ from packaging.version import Version
 from megatron_psft.distributed.cpu_shims import adapt_to_cpu
 from megatron_psft.distributed.megatron_lines import do_without_engine
 from megatron_psft.distributed.rendezvous import Meeting
-from megatron_psft.errors import UserError, first_line
+from megatron_psft.errors import UserError, counted, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ class Platform:
 
     def describe(self) -> str:
         """One line for the log: what was chosen."""
-        name = torch.cuda.get_device_name(self.device) if self.is_gpu else f"CPU, {torch.get_num_threads()} threads"
+        cpu = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+        name = torch.cuda.get_device_name(self.device) if self.is_gpu else cpu
         spec = "Transformer Engine" if self.has_transformer_engine else "portable PyTorch"
         fused = "fused" if self.has_transformer_engine or self.fuses_gradients else "not fused"
         return (

@@ -11,7 +11,7 @@ import torch
 
 from megatron_psft.distributed.environment import are_hidden, gpu_signs
 from megatron_psft.distributed.rendezvous import Meeting
-from megatron_psft.errors import InfrastructureError, UserError, first_line
+from megatron_psft.errors import InfrastructureError, UserError, counted, first_line
 
 if TYPE_CHECKING:
     from megatron_psft.distributed.device import Platform
@@ -152,8 +152,8 @@ def _check_shared(surveys: Sequence[Survey]) -> None:
         first = beyond[0]
         text = (
             f"device: {places(beyond)} have no GPU of their own: LOCAL_RANK ({first.local_rank}) must be below the "
-            f"{first.num_gpus} GPUs that torch can use on {first.host}; start as many processes per node as there are "
-            "GPUs (torchrun --nproc-per-node), and let CUDA_VISIBLE_DEVICES name all of them in each process"
+            f"{counted(first.num_gpus, 'GPU')} that torch can use on {first.host}; start as many processes per node as "
+            "there are GPUs (torchrun --nproc-per-node), and let CUDA_VISIBLE_DEVICES name all of them in each process"
         )
         most = max(found.num_gpus for found in surveys)
         if most > first.num_gpus:  # torchrun has the same number of processes everywhere

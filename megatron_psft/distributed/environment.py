@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_psft.errors import counted
+
 _GPU_SIGNS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 """What the driver makes. The second one is there, too, in a container that was started without GPUs."""
 _NO_DEVICES = ("", "NoDevFiles", "none", "void")
@@ -98,7 +100,7 @@ def _threads(environment: Mapping[str, str], launcher: Mapping[str, str] | None)
         yield Setting(name=name, value=found, found=found, reason="CPU threads of a rank")
     elif ranks > 1:
         cores = len(os.sched_getaffinity(0))
-        reason = f"{cores} cores for {ranks} ranks"
+        reason = f"{counted(cores, 'core')} for {counted(ranks, 'rank')}"
         yield Setting(name=name, value=str(max(1, cores // ranks)), found=found, reason=reason)
 
 

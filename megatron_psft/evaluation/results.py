@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_psft.atomic import replace_file
-from megatron_psft.errors import UserError, storage_error
+from megatron_psft.errors import UserError, reason_of, storage_error
 
 CORRECT = "correct"
 """The score that a verifier gives, 0 (wrong) to 1 (right)."""
@@ -263,7 +263,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} must be what `psft evaluate` has written: {error}") from None
+        raise UserError(f"{path} must be what `psft evaluate` has written: {reason_of(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must be what `psft evaluate` has written, found {type(value).__name__}")
     return value

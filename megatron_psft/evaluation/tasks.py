@@ -18,7 +18,7 @@ from megatron_psft.data.chat import ChatRenderer, RenderSettings
 from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.keys import KWARGS_KEY, SYSTEM_KEYS, THINKING_KEY
 from megatron_psft.data.sources import open_rows
-from megatron_psft.errors import UserError, nearest_name_hint
+from megatron_psft.errors import UserError, counted, nearest_name_hint
 from megatron_psft.evaluation.lm_eval import Harness
 from megatron_psft.evaluation.results import CORRECT, Generation, ResultsFolder, summarize
 from megatron_psft.hf.hub import ModelConfig
@@ -300,7 +300,8 @@ def _answer_set(
     questions: QuestionSet, rendered: Sequence[str], sampler: Sampler, verifier: Verifier, folder: ResultsFolder
 ) -> None:
     """Does what the folder does not have: answers, their check, results."""
-    log.info("%s: %d questions, %d answers each", questions.name, len(questions.questions), questions.num_samples)
+    asked, answers = counted(len(questions.questions), "question"), counted(questions.num_samples, "answer")
+    log.info("%s: %s, %s each", questions.name, asked, answers)
     generations = folder.read_generations(questions.name)
     if not generations:
         generations = _generations(questions, sampler.sample(rendered, questions.num_samples))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_psft.checkpoint.find import StartPoint
 from megatron_psft.config.lora import LoraConfig
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, reason_of
 from megatron_psft.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_psft.hf.mapping import Piece, adapter_name, adapter_tensors
 from megatron_psft.hf.weights import save_tensors
@@ -92,7 +92,7 @@ class AdapterFolder:
         try:
             self._file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"load_lora: {path} must be a readable safetensors file: {error}") from None
+            raise UserError(f"load_lora: {path} must be a readable safetensors file: {reason_of(error)}") from None
         self._check_tensors(adapter_tensors(shape, config))
         weights = (self._file.metadata() or {}).get(_BASE)
         if base is not None and weights not in (None, base.weights):

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, reason_of
 
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ def weights_fingerprint(folder: Path, field: str) -> str:
             with path.open("rb") as file:
                 found |= _tensors(file)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{field}: {path} must be a readable safetensors file: {error}") from None
+            raise UserError(f"{field}: {path} must be a readable safetensors file: {reason_of(error)}") from None
     return _digest(json.dumps(sorted(found.items())).encode())
 
 

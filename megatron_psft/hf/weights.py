@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, reason_of
 from megatron_psft.hf.mapping import Piece, embedding_name, head_name, hf_tensors, pieces
 from megatron_psft.model.parameters import is_adapter, named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
@@ -78,7 +78,9 @@ class SafetensorsFolder:
                 self._opened = name, safe_open(self._folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 path = self._folder / name
-                raise UserError(f"{self._field}: {path} must be a readable safetensors file: {error}") from None
+                raise UserError(
+                    f"{self._field}: {path} must be a readable safetensors file: {reason_of(error)}"
+                ) from None
         return self._opened[1]
 
     def close(self) -> None:

@@ -30,13 +30,11 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_psft.config.lora import LoraConfig
+from megatron_psft.config.lora import ALL_LINEAR, LoraConfig
 from megatron_psft.config.schema import Config
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.model.parameters import is_adapter
 from megatron_psft.model.shape import ModelShape
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,16 +113,29 @@ def read_shape(folder: Path, field: str = "load_hf") -> ModelShape:
         UserError: the file is missing or not JSON, its `model_type` is not supported, or one of its fields asks for
             maths that this version does not compute; the message names the field, its value and what is supported.
     """
+    return shape_from_config(_read_config(folder, field), str(folder / "config.json"))
+
+
+def read_max_positions(folder: Path, field: str = "load_hf") -> int | None:
+    """Positions of the longest text that the model was made for, `max_position_embeddings` of `folder/config.json`;
+    None where it does not say.
+
+    Of Llama 3's rotary scaling, the only one that `read_shape` takes, it counts what the scaling has added.
+    """
+    value = _read_config(folder, field).get("max_position_embeddings")
+    return value if isinstance(value, int) else None
+
+
+def _read_config(folder: Path, field: str) -> Any:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{field} ({folder}) must hold a config.json; point it to a Hugging Face model folder"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} must be JSON: {error}") from None
-    return shape_from_config(config, str(path))
 
 
 def shape_from_config(config: Any, source: str) -> ModelShape:

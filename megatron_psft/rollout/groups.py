@@ -10,6 +10,7 @@ from megatron_psft.data.files import BadRecord, Row
 from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.messages import RecordError
 from megatron_psft.data.records import parse_row
+from megatron_psft.errors import counted
 from megatron_psft.rollout.prompts import Prompt
 from megatron_psft.rollout.rewards import AdvantageName, Verifier, group_advantages
 from megatron_psft.rollout.sampling import Answer
@@ -43,13 +44,14 @@ class Tally:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.groups} prompts, {self.answers} answers: mean reward {self.reward / self.answers:.4f}, mean length "
-            f"{self.tokens / self.answers:.1f} tokens, {self.unfinished} unfinished",
+            f"{counted(self.groups, 'prompt')}, {counted(self.answers, 'answer')}: mean reward "
+            f"{self.reward / self.answers:.4f}, mean length {self.tokens / self.answers:.1f} tokens, "
+            f"{self.unfinished} unfinished",
             f"groups of equal rewards: {self.all_equal}, of which {self.all_right} all right",
-            *(f"left out: {count} answers {reason}" for reason, count in self.left_out.items()),
+            *(f"left out: {counted(count, 'answer')} {reason}" for reason, count in self.left_out.items()),
         ]
         if self.other_tokens:
-            lines.append(f"trained on as other tokens than were sampled: {self.other_tokens} answers")
+            lines.append(f"trained on as other tokens than were sampled: {counted(self.other_tokens, 'answer')}")
         return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_psft.data.drift_sets import LOG_PROBS, PROMPT, SAMPLED_FROM, TOKENS
+from megatron_psft.errors import counted
 from megatron_psft.rollout.prompts import Prompt
 from megatron_psft.rollout.sampling import Answer
 
@@ -22,7 +23,7 @@ class AnswerTally:
 
     def __str__(self) -> str:
         mean = self.tokens / max(self.written, 1)
-        return f"{self.written} answers: mean length {mean:.1f} tokens, {self.unfinished} unfinished"
+        return f"{counted(self.written, 'answer')}: mean length {mean:.1f} tokens, {self.unfinished} unfinished"
 
 
 @dataclass(frozen=True, kw_only=True)

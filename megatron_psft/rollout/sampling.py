@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from megatron_psft.config.flags import require_at_least, require_positive
 from megatron_psft.data.chat import ChatRenderer
-from megatron_psft.errors import UserError, first_line
+from megatron_psft.errors import UserError, counted, first_line
 from megatron_psft.progress import Progress, is_on_terminal
 
 if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
@@ -164,8 +164,9 @@ class Sampler:
         positions = _read_json(self._model_folder / "config.json").get("max_position_embeddings")
         if positions is not None and longest_prompt + self._config.max_new_tokens > positions:
             raise UserError(
-                f"max_new_tokens ({self._config.max_new_tokens}) and the longest prompt ({longest_prompt} tokens) must "
-                f"be at most max_position_embeddings ({positions}) together; lower the one or shorten the other"
+                f"max_new_tokens ({self._config.max_new_tokens}) and the longest prompt "
+                f"({counted(longest_prompt, 'token')}) must be at most max_position_embeddings ({positions}) "
+                "together; lower the one or shorten the other"
             )
 
 

@@ -35,7 +35,7 @@ from megatron_psft.distributed.collective import (
 )
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.distributed.signals import StopRequested
-from megatron_psft.errors import InfrastructureError, UserError, storage_error
+from megatron_psft.errors import InfrastructureError, UserError, counted, storage_error
 from megatron_psft.objectives.labels import LabelStats
 from megatron_psft.progress import progress
 from megatron_psft.scoring.values import VALUES, RecordValues
@@ -127,7 +127,7 @@ class ReferencePass:
     def _pass(self, between_batches: Callable[[], None]) -> None:
         done = on_rank_zero(self._begin)
         num_batches, size_gib = self.loader.num_batches, self.values.size_bytes / 2**30
-        log.info("reference: %d of %d batches are done; %.3g GiB on disk", done, num_batches, size_gib)
+        log.info("reference: %d of %s done; %.3g GiB on disk", done, counted(num_batches, "batch"), size_gib)
         self.policy.gather_parameters()
         rest = range(done, num_batches)
         with self._open_to_write() as file:

@@ -29,7 +29,7 @@ from megatron_psft.data.source_names import source_names
 from megatron_psft.distributed.collective import on_rank_zero
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel, initialize_parallel
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, counted
 from megatron_psft.head.layer import HeadOutput
 from megatron_psft.hf.adapter import AdapterBase
 from megatron_psft.hf.export import export, export_adapter
@@ -155,6 +155,11 @@ def export_model(run: Run, target: Path) -> None:
         merged = lora if lora.has_adapters else None
         export(chunks, target, side_files=run.side_files, lora=merged, **options)
     log.info("exported %s", target)
+    if run.base is not None and run.base.name is None and not lora.lora_merge:
+        command = f"psft convert --from-megatron {run.config.weights.init_from} --to-hf DIR"
+        log.info(
+            "the adapter goes with the weights that the run started from, which peft reads once written: %s", command
+        )
 
 
 def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement | None:
@@ -256,7 +261,8 @@ def _start_point(
         raise UserError(f"load ({load}) holds weights alone, which adapters are put beside with --init-from; use that")
     if start is not None and start.step > train_iters:
         raise UserError(
-            f"train_iters ({train_iters}) must not be below the {start.step} steps of {start.checkpoint}; raise it"
+            f"train_iters ({train_iters}) must not be below the {counted(start.step, 'step')} of {start.checkpoint}; "
+            "raise it"
         )
     return start
 

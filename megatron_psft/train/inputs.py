@@ -19,13 +19,13 @@ from megatron_psft.data.sources import place_of
 from megatron_psft.data.splits import SplitUse
 from megatron_psft.data.statistics import describe_packing, describe_passes
 from megatron_psft.distributed.collective import on_every_rank, patient_group
-from megatron_psft.errors import InfrastructureError, UserError, storage_error
+from megatron_psft.errors import InfrastructureError, UserError, counted, storage_error
 from megatron_psft.hf import folder, hub
 from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, WeightSource, WithMeanRows
 from megatron_psft.model.gpt import check_layout
-from megatron_psft.model.shape import ModelShape, read_shape
+from megatron_psft.model.shape import ModelShape, read_max_positions, read_shape
 from megatron_psft.train.exported import check_rows, resized_shape, side_files_of
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class Inputs:
     """As `valid_sets`."""
     tokenizer: PreTrainedTokenizerBase
     train_iters: int
+    max_positions: int | None
+    """Of the longest text that the model was made for; None where it does not say."""
     side_files: SideFiles | None
     """Of an export, if there will be one."""
 
@@ -92,9 +94,9 @@ def _check_same_data(inputs: Inputs) -> None:
     dist.all_gather_object(found, mine)
     other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
     if other is not None:
-        counts = [theirs and theirs[0] for theirs in (found[0], found[other])]
+        counts = [theirs and counted(theirs[0], "record") for theirs in (found[0], found[other])]
         raise UserError(
-            f"data must be the same on all nodes, but rank 0 has {counts[0]} records and rank {other} has {counts[1]}, "
+            f"data must be the same on all nodes, but rank 0 has {counts[0]} and rank {other} has {counts[1]}, "
             "or the same number of others; copy the same files to all, or give the tokenizer that all have"
         )
 
@@ -145,6 +147,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
         drift_sets=drift_sets,
         tokenizer=tokenizer,
         train_iters=train_iters,
+        max_positions=read_max_positions(model_folder),
         side_files=side_files,
     )
 
@@ -166,11 +169,32 @@ def describe(inputs: Inputs, config: Config) -> None:
         log.info("drift data%s:\n%s", f" {name}" if name else "", answers.dataset.statistics())
     for name, valid in inputs.valid_sets.items():
         log.info("validation data%s:\n%s", f" {name}" if name else "", valid.statistics())
+    sets = [("data", inputs.dataset), *(("valid_data", valid) for valid in inputs.valid_sets.values())]
+    sets += [("drift_data", answers.dataset) for answers in inputs.drift_sets.values()]
+    for text in (beyond_positions(field, dataset, inputs.max_positions) for field, dataset in sets):
+        if text is not None:
+            log.warning("%s", text)
     for sequence in inputs.dataset[0].sequences:
         shown = Example(tokens=sequence.tokens[:_SHOWN_TOKENS], label_mask=sequence.label_mask[:_SHOWN_TOKENS])
         runs = label_runs(shown, inputs.tokenizer)
         text = "".join(f"⟦{text}⟧" if is_label else text for is_label, text in runs)
         log.info("first record, labels in ⟦⟧:\n%s", text)
+
+
+def beyond_positions(field: str, dataset: TokenizedDataset, max_positions: int | None) -> str | None:
+    """What to say of records of `field` that have positions the model was not made for, if there are any. In a pack
+    each record's positions start over."""
+    positions = dataset.sequence_lengths.max(axis=1) - 1  # the last token is a label only
+    longest = int(positions.argmax())
+    if max_positions is None or positions[longest] <= max_positions:
+        return None
+    beyond = int((positions > max_positions).sum())
+    return (
+        f"WARNING: {field}: beyond max_position_embeddings ({max_positions}) of the model's config.json are {beyond:,} "
+        f"of {counted(len(dataset), 'record')}, the longest is {dataset.location(longest)} ({positions[longest] + 1} "
+        f"tokens): leave them out by --seq-length {max_positions + 1} --overlong drop, or raise "
+        "max_position_embeddings there if the model is to learn such positions"
+    )
 
 
 def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path, is_main: bool) -> None:

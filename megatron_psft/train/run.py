@@ -39,11 +39,11 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int, started_
         UserError, DivergenceError, InfrastructureError: on every rank alike.
         RankError: on this rank, whatever the others do.
     """
-    if platform.is_gpu:
-        place_flight_recorder(Path(config.weights.save) / "flight_recorder")
     config = settle_precision(config, platform)
     on_every_rank(lambda: check_machine(config.precision, platform))
     inputs = read_in_turn(config, rank, local_rank)
+    if platform.is_gpu:
+        place_flight_recorder(Path(config.weights.save) / "flight_recorder")
     log.info("%s", platform.describe())
     describe(inputs, config)
     ready = build_run(config, inputs, platform)

@@ -83,6 +83,42 @@ def test_a_run_begun_with_a_default_that_has_changed_is_told_how_to_go_on_as_bef
     assert "default" not in str(chosen)
 
 
+SEVEN = "up_proj gate_proj down_proj o_proj v_proj k_proj q_proj"
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("--lora-rank 4", f"--lora-rank 4 --lora-targets {SEVEN}"),
+        ("--lora-rank 4 --lora-targets linear_qkv o_proj", "--lora-rank 4 --lora-targets v_proj,q_proj,o_proj,k_proj"),
+        ("--lora-rank 4 --lora-targets q_proj all-linear", "--lora-rank 4"),
+        ("--no-packing", "--no-packing --global-batch-unit records"),
+        ('--chat-template-kwargs {"a":1,"b":2}', '--chat-template-kwargs {"b":2,"a":1}'),
+    ],
+)
+def test_the_same_spelled_otherwise_is_no_change(before: str, now: str) -> None:
+    old, new = (settings_of(parse(*flags.split())) for flags in (before, now))
+    assert old != new
+    assert changes_since(old, new) == changes_since(new, old) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "names"),
+    [
+        ("--lora-rank 4 --lora-targets q_proj", "--lora-rank 4 --lora-targets k_proj", ["lora_targets"]),
+        ("--lora-rank 4 --lora-targets linear_fc1", "--lora-rank 4 --lora-targets up_proj", ["lora_targets"]),
+        ("--lora-rank 4 --lora-alpha 8 --lora-targets q_proj", "--lora-rank 0", ["lora_rank"]),
+        ("--lora-rank 4 --lora-alpha 8", "--lora-rank 5 --lora-alpha 9", ["lora_rank", "lora_alpha"]),
+        ("--clip-ratio-high 0.2 --old-policy-interval 4", "--objective sft", ["objective"]),
+        ("--global-batch-unit records", "", ["global_batch_unit"]),
+        ("--global-batch-unit records", "--no-packing", ["global_batch_unit", "packing"]),
+    ],
+)
+def test_a_setting_that_one_side_has_no_use_for_is_not_quoted(before: str, now: str, names: list[str]) -> None:
+    old, new = (settings_of(parse(*flags.split())) for flags in (before, now))
+    assert sorted(change.name for change in changes_since(old, new)) == sorted(names)
+
+
 def test_a_setting_of_another_release_alone_is_not_compared() -> None:
     before = {**settings_of(parse()), "of_another_release": 3}
     assert changes_since(before, settings_of(parse())) == []

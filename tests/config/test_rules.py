@@ -21,6 +21,8 @@ from tests.support.configs import parse
         (1, "--train-iters 10 --clip-ratio-low 0.1 --log-clipped-tokens 20"),
         (1, "--train-iters 10 --lr-decay-style WSD --lr-warmup-iters 4 --lr-wsd-decay-iters 6"),
         (1, "--train-iters 10 --profile"),
+        (1, "--train-iters 10 --lora-rank 2 --random-init"),
+        (1, "--train-iters 10 --lora-rank 2 --random-init --export-hf x --lora-merge"),
         (1, "--train-iters 10 --lr-decay-iters 20 --lr-warmup-iters 12"),  # the run ends within the warm-up
         (1, "--train-iters 10 --lr-decay-iters 4 --lr-warmup-fraction 0.5"),
         (1, "--train-iters 10 --lr-decay-style constant --lr-decay-iters 20 --lr-warmup-fraction 0.1"),
@@ -158,6 +160,12 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
         (
             "--profile --profile-step-start 11",
             "profile_step_start (11) must be at most the number of training steps (",
+        ),
+        ("--lora-targets q_proj k_proj v_proj", "lora_targets (q_proj, k_proj and v_proj) has no effect without lora_"),
+        ("--lora-rank 2 --random-init --export-hf x", "lora_rank with random_init exports an adapter of weights that"),
+        (
+            "--lora-rank 2 --random-init --save-interval 2 --export-interval 1",
+            "lora_rank with random_init exports an adapter of weights that no folder has; add lora_merge to export the",
         ),
         ("--profile --profile-rank 1", "profile_rank (1) must be below the number of ranks (1)"),
         ("--lr-warmup-iters 10", "lr_warmup_iters (10) must be below the number of training steps (10)"),

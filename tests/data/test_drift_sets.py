@@ -53,7 +53,7 @@ def test_the_first_row_that_does_not_fit_is_named(tmp_path, change, message):
 
 
 def test_a_long_answer_and_a_single_one_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"longer than seq_length \(4\).*own.jsonl:1 has 5 tokens"):
+    with pytest.raises(UserError, match=r"longer than seq_length \(4\).*own.jsonl:1, has 5 tokens"):
         read(tmp_path, GOOD, GOOD, seq_length=4)
     with pytest.raises(UserError, match=r"at least 2 answers, found 1"):
         read(tmp_path, GOOD)

@@ -225,7 +225,7 @@ def test_an_advantage_is_that_of_all_sequences(traces):
 
 def test_bad_records_are_counted_beside_records_and_not_beside_sequences(traces):
     traces.write_text(traces.read_text() + "\n{")
-    with pytest.raises(UserError, match="1 of 5 records are bad"):
+    with pytest.raises(UserError, match="1 of 5 records is bad"):
         build(traces, templates.QWEN3.tokenizer(), keep_reasoning=True)
 
 

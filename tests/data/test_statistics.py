@@ -23,7 +23,7 @@ TOKENIZER = byte_tokenizer(toys.GLM)
 @pytest.mark.parametrize(
     ("records", "batch", "expected"),
     [
-        (4, {"epochs": 1}, ["1 step of 64 records make 16 passes over the 4 records of an epoch: each record 16 times",
+        (4, {"epochs": 1}, ["1 step of 64 records makes 16 passes over the 4 records of an epoch: each record 16 times",
                             "the last global batch begins another pass: 60 records more than 1 x 4 fill it",
                             "an epoch is less than a global batch, 4 of 64 records: each step takes each record 16 "
                             "times; lower --global-batch-size"]),

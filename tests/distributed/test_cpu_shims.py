@@ -29,7 +29,7 @@ def test_without_a_gpu_everything_is_on_the_cpu_however_often_it_is_asked(pool):
     assert first == second == Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
     assert not first.is_gpu
     chosen = "gloo collectives; portable PyTorch layers; PyTorch Adam; gradient accumulation not fused"
-    assert text == f"CPU, 1 threads; {chosen}"
+    assert text == f"CPU, 1 thread; {chosen}"
     assert modes_added == 0
     assert not is_available
 

@@ -303,4 +303,4 @@ def test_the_cpu_of_a_machine_with_a_gpu_trains(argv, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr
-    assert "CPU, 1 threads; gloo collectives; portable PyTorch layers" in done.stderr
+    assert "CPU, 1 thread; gloo collectives; portable PyTorch layers" in done.stderr

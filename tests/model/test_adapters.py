@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_psft.config.lora import LoraConfig
+from megatron_psft.config.lora import LoraConfig, spelled_out
 from megatron_psft.errors import UserError
 from megatron_psft.model.adapters import targeted
 from megatron_psft.model.shape import read_shape
@@ -95,7 +95,10 @@ def test_what_is_not_cut_is_the_same_on_all_ranks_and_drawn_as_peft_draws_it(mea
     ],
 )
 def test_targets_by_either_library_s_names(folder, given, names):
-    assert [it.name for it in targeted(LoraConfig(lora_rank=1, lora_targets=given), read_shape(folder))] == names
+    shape = read_shape(folder)
+    chosen = targeted(LoraConfig(lora_rank=1, lora_targets=given), shape)
+    assert [it.name for it in chosen] == names
+    assert {it.target(shape) for it in chosen} == spelled_out(given), "what a resumed run compares"
 
 
 @pytest.mark.parametrize(

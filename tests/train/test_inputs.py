@@ -4,11 +4,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_psft.hf.folder import MANIFEST
+from megatron_psft.model.shape import read_max_positions
+from megatron_psft.train.inputs import beyond_positions
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
+from tests.support.datasets import dataset_of
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +61,12 @@ def test_one_process_of_a_node_tokenizes_for_all(pool, inputs, tmp_path):
     assert [exit.code for exit, _ in results] == [0, 0], results[0][0].err
     assert [count for _, count in results] == [1, 0]
     assert "passes  records" in results[0][0].err
-    assert "1 step of 2 packs make " in results[0][0].err
+    assert "1 step of 2 packs makes " in results[0][0].err
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "1 of 1 records are bad"), (b"", "holds no record")],
+    [(b"{", "1 of 1 record is bad"), (b"", "holds no record")],
 )
 def test_a_mistake_that_the_first_process_finds_ends_all(pool, inputs, tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_bytes(content)
@@ -71,6 +75,7 @@ def test_a_mistake_that_the_first_process_finds_ends_all(pool, inputs, tmp_path,
     assert [count for _, count in results] == [1, 0]
     (error,) = [line for line in results[0][0].err.splitlines() if line.startswith("error: ")]
     assert message in error + results[0][0].err
+    assert not (tmp_path / "save").exists()
 
 
 def test_nodes_with_other_data_are_refused(pool, inputs, tmp_path):
@@ -119,3 +124,32 @@ def test_an_export_into_a_folder_of_the_run_is_refused(pool, inputs, tmp_path, f
         assert field in exit.err.replace("--config", "config")
         assert not (project / "config.json").exists()
         (project / MANIFEST).write_text(json.dumps({"complete": True, "files": {}}))
+
+
+def test_records_beyond_the_positions_of_the_model_are_named():
+    """Also of pairs, and not a pack of records that are short: a record's last token has no position of its own."""
+    offsets = np.array([0, 3, 12, 20, 24])
+    arrays = {"tokens": np.arange(24, dtype=np.int32), "label_mask": ~np.isin(np.arange(24), offsets)}
+    records = dataset_of(**arrays, offsets=offsets)
+    assert beyond_positions("data", records, 8) is None
+    assert beyond_positions("data", records, None) is None
+    text = beyond_positions("valid_data", records, 6)
+    assert "valid_data: beyond max_position_embeddings (6) of the model's config.json are 2 of 4 records" in text
+    assert "the longest is memory:2 (9 tokens): leave them out by --seq-length 7 --overlong drop" in text
+    pairs = dataset_of(**arrays, offsets=np.array([0, 12, 24]), second_starts=np.array([3, 6]))
+    assert beyond_positions("data", pairs, 8) is None
+    assert "1 of 2 records, the longest is memory:1 (9 tokens)" in beyond_positions("data", pairs, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "positions"),
+    [
+        ({}, 512),
+        ({"max_position_embeddings": None}, None),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}}, 512),
+    ],
+)
+def test_positions_are_those_that_config_json_counts(tmp_path, change, positions):
+    """`max_position_embeddings` is what a scaled model reaches, as transformers and vLLM have it of Llama 3's."""
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 512} | change))
+    assert read_max_positions(tmp_path) == positions
