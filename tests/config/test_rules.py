@@ -181,7 +181,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
         ("--overlap-param-gather --use-distributed-optimizer", "overlap_param_gather (True) has no effect without"),
         (
             "--recompute-modules mlp",
-            "recompute_modules (('mlp',)) has no effect without recompute_granularity selective",
+            "recompute_modules (mlp) has no effect without recompute_granularity selective",
         ),
         (
             "--optimizer-cpu-offload --bf16",

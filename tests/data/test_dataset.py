@@ -264,7 +264,7 @@ def test_a_weight_that_is_none_is_refused(tmp_path, weight):
 
 def test_a_weight_that_takes_nothing_is_refused(tmp_path):
     path = write_rows(tmp_path, pair(1, 1))
-    with pytest.raises(UserError, match=r"takes none of 1 records with weight 0\.1; raise it"):
+    with pytest.raises(UserError, match=r"takes none of 1 record with weight 0\.1; raise it"):
         build_many(f"{path}=0.1")
 
 
