@@ -93,7 +93,8 @@ def _end_of(case: str, argv: Sequence[str], save: Path, deadline: float) -> _End
         case,
         json.dumps(argv),
     ]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(call, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
