@@ -3,6 +3,7 @@
 With `--size tiny`, under Triton's interpreter, it only shows that it runs.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ TIMED_WIDTHS = {"gpu": (152_064, 38_016, 32_001), "tiny": (301,)}
 TIMED_BYTES = {"gpu": 2**30, "tiny": 2**12}  # of fp32 logits: a chunk
 _BLOCK = 256  # rows that are checked in fp64 at a time
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if _DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 
 class Block(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from docs.figures import Figure, number, origin, stored, table
 
-NAMES = ("environment", "training", "head_kernels", "head", "throughput", "checkpoint", "exits")
+NAMES = ("environment", "training", "head_kernels", "head_choices", "head", "throughput", "checkpoint", "exits")
 """The benchmarks of a GPU, as the page has them."""
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 LAYERS = {"gpu.jsonl": "With the portable layers", "gpu-te.jsonl": "With Transformer Engine's layers"}
