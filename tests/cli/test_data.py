@@ -49,7 +49,7 @@ def test_the_command_prints_statistics_and_marked_records(inputs):
     )
     assert done.stdout.count(SHOWN) == 2
     assert done.stdout.splitlines()[1].split()[:3] == [str(inputs / "a.jsonl"), "1", "3"]
-    assert "── step 1, row 2: 1 records, " in done.stdout
+    assert "── step 1, row 2: 1 record, " in done.stdout
     assert "\x1b[" not in done.stdout  # a pipe is no terminal
 
 
@@ -184,13 +184,13 @@ def test_the_cache_is_listed_and_pruned(show, inputs, tmp_path, capsys):
     assert main(["--cache", "list", *cache]) == 0
     line, total = capsys.readouterr().out.splitlines()
     assert line.endswith(f"    0 days  {path}")
-    assert total.startswith(f"1 folders in {tmp_path / 'cache'}, 0.00 GiB")
+    assert total.startswith(f"1 folder in {tmp_path / 'cache'}, 0.00 GiB")
     path.unlink()
     assert main(["--cache", "prune", *cache]) == 0
     removed, total = capsys.readouterr().out.splitlines()
     assert removed.startswith("removed ")
     assert removed.endswith(f"{path} (gone)")
-    assert total.startswith("removed 1 of 1 folders in ")
+    assert total.startswith("removed 1 of 1 folder in ")
     assert main(["--cache", "prune", *cache]) == 0
     assert capsys.readouterr().out.startswith("removed 0 of 0 folders in ")
 

@@ -92,7 +92,7 @@ def test_another_call_follows_a_live_run(plot, runs, tmp_path):
     for count, half in ((4, ""), (9, whole[9][:30])):
         (live / "metrics.jsonl").write_text("".join(whole[:count]) + half)
         exit = plot("--out", tmp_path / "out", "--runs", live, "--smooth", 1)
-        assert exit.out == f"1 runs, {count} steps: {tmp_path}/out/report.html\n"
+        assert exit.out == f"1 run, {count} steps: {tmp_path}/out/report.html\n"
         assert f"<td>{count} of 10</td>" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -99,7 +99,7 @@ def test_more_processes_than_gpus_are_refused():
 def test_a_host_with_fewer_gpus_than_the_others_is_a_lost_one():
     found = [*ranks("a", "a"), *(Survey(**{**vars(s), "host": "b", "num_gpus": 1}) for s in ranks("a", "a"))]
     with pytest.raises(
-        InfrastructureError, match=r"LOCAL_RANK \(1\) must be below the 1 GPUs .* on b.*other hosts have 2"
+        InfrastructureError, match=r"LOCAL_RANK \(1\) must be below the 1 GPU .* on b.*other hosts have 2"
     ):
         choose(found)
 

@@ -232,7 +232,7 @@ def test_a_signal_ends_the_pass_in_good_order(pool, tmp_path, inputs):
     assert not step_folders(tmp_path / "run")
     found = train(pool, 2, argv)
     assert found.scored == 1
-    assert "reference: 2 of 3 batches are done" in found.exit.err
+    assert "reference: 2 of 3 batches done" in found.exit.err
     np.testing.assert_allclose(
         np.frombuffer(values_of(tmp_path / "run"), "<f4"), np.concatenate(inputs.expected), atol=1e-4
     )
