@@ -25,13 +25,40 @@ def test_hadolint_finds_nothing():
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_the_image_for_training_is_the_last_one_and_both_bases_are_pinned(instructions):
-    bases = dict(line.removeprefix("ARG ").split("=") for line in instructions if re.match("ARG .*_IMAGE=", line))
+@pytest.fixture(scope="module")
+def versions() -> dict[str, str]:
+    """Build arguments that constraints/images.env gives."""
+    lines = (REPOSITORY / "constraints" / "images.env").read_text().splitlines()
+    return dict(line.split("=") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_image_for_training_is_the_last_one_and_both_bases_are_pinned(instructions, versions):
     stages = [line.split() for line in instructions if line.startswith("FROM ")]
     assert [stage[-1] for stage in stages] == ["cpu", "gpu"]
     assert [stage[1] for stage in stages] == ["${PYTHON_IMAGE}", "${BASE_IMAGE}"]
-    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", bases["BASE_IMAGE"])
-    assert re.fullmatch(r"python:3\.12-[a-z-]+", bases["PYTHON_IMAGE"])
+    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", versions["BASE_IMAGE"])
+    assert re.fullmatch(r"python:3\.12-[a-z-]+", versions["PYTHON_IMAGE"])
+
+
+def test_the_dockerfile_has_no_version_of_its_own(instructions, versions):
+    declared = {line.split()[1] for line in instructions if line.startswith("ARG ") and "=" not in line}
+    assert declared == {*versions, "COMMIT"}
+    # Of GPU architectures and of Python, which names the file with the pins.
+    words = [word for line in instructions for word in line.split() if not line.startswith("ARG CUDA_ARCHS")]
+    numbers = [word for word in words if re.search(r"==|@v?\d|:\d|=v?\d+\.\d|\d+\.\d+\.\d+", word)]
+    assert numbers == []
+
+
+def test_the_readme_gives_the_versions_to_the_builder(versions):
+    """Its command is run but for the builder."""
+    readme = (REPOSITORY / "docker" / "README.md").read_text()
+    command = next(line for line in readme.splitlines() if line.startswith("versions="))
+    shell = ["bash", "-c", f"{command}; printf '%s\\n' $versions"]
+    words = subprocess.run(shell, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
+    assert words == [word for pair in versions.items() for word in ("--build-arg", "=".join(pair))]
+    builds = [line for line in readme.splitlines() if line.startswith("docker build ")]
+    assert len(builds) == 2
+    assert all(" $versions " in line for line in builds)
 
 
 def test_all_that_is_copied_or_read_is_in_the_repository(instructions):
