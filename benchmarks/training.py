@@ -51,7 +51,17 @@ def main() -> int:
     size = parse_size(__doc__)
     emit_machine()
     printer = Printer(sys.stdout)
-    words = [str(TESTS), "-m", "gpu", "--rootdir", str(ROOT), "-p", "no:cacheprovider", "--tb=short"]
+    words = [
+        str(TESTS),
+        "-m",
+        "gpu",
+        "--rootdir",
+        str(ROOT),
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        "--disable-warnings",
+    ]
     os.chdir(ROOT)  # with which the tests' ids begin
     if size != "gpu":
         collected = Collected()

@@ -57,7 +57,8 @@ def _words(name: str) -> str:
 def _quantity(figure: Figure) -> str:
     if figure["value"] is None:
         return f"does not run: {_cell(figure.get('does_not_run', ''))}"
-    return f"{number(figure['value'])} {figure['unit']}".rstrip()
+    value = figure["value"]
+    return f"{f'{value:,.0f}' if value == round(value) else number(value)} {figure['unit']}".rstrip()
 
 
 def _cell(value: Any) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from docs.figures import TABLES, figures_of
 from docs.gpu_figures import NAMES as GPU_NAMES
+from docs.gpu_figures import gpu_figures_of
 from tests.support.cli import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -113,13 +114,17 @@ def test_libraries_of_the_path_are_found_beside_the_checkout(target, monkeypatch
 def test_every_benchmark_that_is_stored_has_its_table():
     assert set(store.NAMES) == set(TABLES)
     assert set(store.GPU_SECONDS) == set(GPU_NAMES)
-    assert all((REPOSITORY / "benchmarks" / f"{name}.py").is_file() for name in store.NAMES)
+    assert all((REPOSITORY / "benchmarks" / f"{name}.py").is_file() for name in store.names_of("tiny"))
 
 
 @pytest.mark.slow
-def test_a_table_is_made_of_what_a_benchmark_prints(tmp_path, monkeypatch):
+def test_tables_are_made_of_what_benchmarks_print(tmp_path, monkeypatch):
     """The tables of the others are made when they are measured: each takes minutes, for its many fresh processes."""
-    target = tmp_path / "cpu.jsonl"
-    monkeypatch.setattr(sys, "argv", ["store.py", "psft_overhead", "--size", "tiny", "--target", str(target)])
+    target = tmp_path / "gpu.jsonl"
+    names = ("psft_overhead", "environment", "training")
+    monkeypatch.setattr(sys, "argv", ["store.py", *names, "--size", "tiny", "--target", str(target)])
     assert store.main() == 0
     assert figures_of("psft_overhead", target).count("\n|") > 1
+    assert "| toy step seconds |" in gpu_figures_of("environment", tmp_path)
+    (tests,) = (one for one in lines_of(target) if one["name"] == "tests")
+    assert tests["value"] >= 14
