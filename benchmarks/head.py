@@ -5,6 +5,7 @@ The weight has its fp32 `main_grad` from before, as in training, and every path 
 data-parallel wrapper makes them. Peak memory is what a path needs beyond all that.
 """
 
+import importlib.util
 import os
 import statistics
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from common import GIB, FailedError, Meter, emit, emit_machine, in_fresh_process
 from torch import Tensor
 
 VOCAB_SIZE, TINY_VOCAB_SIZE = 152_064, 512
-RATIO_SHAPES = {"cpu": (8192, 896), "gpu": (8192, 896), "tiny": (64, 32)}
+RATIO_SHAPES = {"cpu": (8192, 896), "gpu": (8192, 3584), "tiny": (64, 32)}
 """Tokens and hidden size for which ours is divided by Megatron-Core's."""
 OURS, UNFUSED, NATIVE, LIGER, CCE = "ours", "megatron_unfused", "megatron_native_fused", "liger", "apple_cce"
-PEERS_OF_ONE_RANK = (LIGER, CCE)
+PEERS_OF_ONE_RANK = {LIGER: "liger_kernel", CCE: "cut_cross_entropy"}
+"""And the packages that they are of."""
 
 Path = Callable[[Tensor, torch.nn.Parameter, Tensor, Tensor], Tensor]
 """Hidden states `[s, 1, h]`, this rank's rows of the weight, labels and bool mask `[s]`, to the summed loss."""
@@ -171,14 +173,9 @@ def specs_of(size: str) -> list[dict[str, Any]]:
     """Shapes, of which every path sees each; no peer runs without a GPU, so that the first one says so for all."""
     base = {"vocab_size": VOCAB_SIZE, "dtype": "bfloat16" if size == "gpu" else "float32"}
     if size == "gpu":
-        return [
-            {**base, "tokens": tokens, "hidden": hidden, "labels_percent": labels, "ranks": ranks}
-            for hidden in (896, 3584)
-            for ranks in (1, 2)
-            if ranks <= torch.cuda.device_count()
-            for tokens in (1024, 8192, 32768)
-            for labels in (100, 30)
-        ]
+        spec = {**base, "tokens": 8192, "hidden": 3584, "labels_percent": 100, "ranks": 1}
+        two = [{**spec, "ranks": 2}] if torch.cuda.device_count() > 1 else []
+        return [spec, {**spec, "labels_percent": 30}, *two]
     if size == "tiny":
         spec = {**base, "vocab_size": TINY_VOCAB_SIZE, "tokens": 64, "hidden": 32, "labels_percent": 100, "ranks": 1}
         return [spec, {**spec, "labels_percent": 30}]
@@ -207,6 +204,8 @@ def run_all(size: str) -> None:
             # A long run of a CPU takes half a minute, beside which its noise is small.
             full = {**spec, "path": name, "repeats": 10 if size == "gpu" else 1 if is_long else 2}
             try:
+                if importlib.util.find_spec(PEERS_OF_ONE_RANK.get(name, "torch")) is None:
+                    raise FailedError(f"{PEERS_OF_ONE_RANK[name]} is not installed")
                 result = in_fresh_process(measure, full, ranks=spec["ranks"])
             except FailedError as error:
                 emit(f"head_seconds_{name}", None, "s", does_not_run=str(error), **spec)
