@@ -16,14 +16,13 @@ from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
-from tests.support.parity import assert_same_logits
+from tests.support.parity import COMPARED, assert_same_logits, assert_same_run
 from tests.support.runs import forget_steps_from
 
 STEPS, GLOBAL_BATCH_SIZE, RANK, ALPHA = 12, 8, 6, 12
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LORA = ("--lora-rank", str(RANK), "--lora-alpha", str(ALPHA))
-COMPARED = ("loss", "nll", "entropy", "grad_norm")
 
 
 def targets_of(family: str) -> tuple[str, ...]:
@@ -74,13 +73,6 @@ def train(pool, inputs: Path, family: str, save: Path, *flags: object, layout: s
     if code:
         return exits[0].err
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(found, wanted, *, rel: float = 1e-4) -> None:
-    assert [line["step"] for line in found] == [line["step"] for line in wanted]
-    for line, oracle_line in zip(found, wanted, strict=True):
-        for name in (name for name in (*COMPARED, "clip_fraction") if name in line):
-            assert line[name] == pytest.approx(oracle_line[name], rel=rel), (line["step"], name)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +166,7 @@ def test_other_objectives_of_adapters_follow_peft(pool, inputs, tmp_path, object
     wanted, _ = expected(inputs, "qwen2", objective=objective)
     flags = [*LORA, "--load-lora", inputs / "qwen2-adapter", "--objective", objective]
     found = train(pool, inputs, "qwen2", tmp_path, *flags)
-    for name in COMPARED:
-        assert [line[name] for line in found] == pytest.approx([line[name] for line in wanted], rel=1e-4)
+    assert_same_run(found, wanted, has_old_policy=False)
 
 
 @pytest.mark.slow

@@ -16,11 +16,11 @@ from tests.support import oracle, tiny
 from tests.support.cli import REPOSITORY, run_cli
 from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
-from tests.support.parity import assert_same_logits
+from tests.support.parity import assert_same_logits, assert_same_run
 
 STEPS, GLOBAL_BATCH_SIZE = 12, 8
-COMPARED = ("loss", "nll", "entropy", "grad_norm")
-PERCENTILES = ("ratio_p05", "ratio_p50", "ratio_p95")
+FEW_STEPS = 6
+"""A window, and half of the next: enough where what is compared differs at once or never."""
 
 PARITY_LAYOUTS = (
     "one",
@@ -67,10 +67,12 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @functools.cache
-def expected(inputs: Path, family: str, **objective) -> tuple[list[dict[str, float]], torch.nn.Module]:
+def expected(
+    inputs: Path, family: str, steps: int = STEPS, **objective
+) -> tuple[list[dict[str, float]], torch.nn.Module]:
     """The oracle's metrics and trained model."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
-    batches = oracle.chatml_batches(inputs / "records.jsonl", tokenizer, GLOBAL_BATCH_SIZE, STEPS)
+    batches = oracle.chatml_batches(inputs / "records.jsonl", tokenizer, GLOBAL_BATCH_SIZE, steps)
     return oracle.train(inputs / family, batches, lr=oracle.PARITY_LR, **objective)
 
 
@@ -82,26 +84,20 @@ def expected_of_packs(inputs: Path, family: str) -> tuple[list[dict[str, float]]
     packs = best_fit(np.array([len(ids) - 1 for ids, _ in records]), PACK_LENGTH).file_order()
     batches = [
         [records[record] for pack in (2 * step, 2 * step + 1) for record in packs[pack % len(packs)]]
-        for step in range(STEPS)
+        for step in range(FEW_STEPS)
     ]
     assert len({len(batch) for batch in batches}) > 1, "batches differ in their number of records"
     return oracle.train(inputs / family, batches, lr=oracle.PARITY_LR, **PSFT)
 
 
-def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str = "one") -> list[dict[str, float]]:
+def train(
+    pool, inputs: Path, family: str, save: Path, *flags: str, layout: str = "one", steps: int = FEW_STEPS
+) -> list[dict[str, float]]:
     """Runs the command line and returns the lines of metrics.jsonl."""
     parallel = LAYOUTS[layout]
     argv = ["--load-hf", inputs / family, "--tokenizer", inputs / "tokenizer", "--data", inputs / "records.jsonl"]
-    argv += [
-        "--save",
-        save,
-        "--export-hf",
-        save / "hf",
-        "--train-iters",
-        STEPS,
-        "--global-batch-size",
-        GLOBAL_BATCH_SIZE,
-    ]
+    argv += ["--save", save, "--export-hf", save / "hf"]
+    argv += ["--train-iters", steps, "--global-batch-size", GLOBAL_BATCH_SIZE]
     argv += ["--micro-batch-size", "2", "--lr", oracle.PARITY_LR, "--lr-decay-style", "constant"]
     argv += ["--no-shuffle", "--no-packing", *parallel.flags, *flags]
     exits = pool.run(run_cli, parallel.world_size, [str(value) for value in argv])
@@ -109,25 +105,13 @@ def train(pool, inputs: Path, family: str, save: Path, *flags: str, layout: str 
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(
-    found: list[dict[str, float]], wanted: list[dict[str, float]], rel: float = 1e-4, *, has_old_policy: bool = True
-) -> None:
-    assert [line["step"] for line in found] == [line["step"] for line in wanted]
-    for line, oracle_line in zip(found, wanted, strict=True):
-        for name in (*COMPARED, "clip_fraction") if has_old_policy else COMPARED:
-            assert line[name] == pytest.approx(oracle_line[name], rel=rel), (line["step"], name)
-        for name in PERCENTILES if has_old_policy else ():
-            # A single token's, whose rounding no mean takes away, and the middle of a bin.
-            assert line[name] == pytest.approx(oracle_line[name], rel=10 * rel + 3e-3), (line["step"], name)
-        for name in ("tokens", "label_tokens", "records"):
-            assert line[name] == oracle_line[name]
-
-
-OF_ONE_FAMILY = ("CP2", "DP2-reduce", "DP2-overlap", "PP2-DP2-VPP1-overlap")
+OF_ALL_FAMILIES = ("one", "TP2-SP", "PP2-VPP1")
+"""Where what a family has of its own (biases, stretched frequencies, an untied head) is cut or moved; data and context
+parallel ranks hold it whole. Below are TP2-PP2 with Qwen2's fixed old policy and with relatives of Llama's."""
 CASES = [
     (family, layout)
     for family, layout in itertools.product(tiny.FAMILIES, PARITY_LAYOUTS)
-    if family == "qwen3" or layout not in OF_ONE_FAMILY
+    if family == "qwen3" or layout in OF_ALL_FAMILIES
 ]
 QUICK = {("qwen3", "TP2-SP"), ("qwen3", "PP2-VPP1")}
 ON_BOTH_LINES = {("qwen3", layout) for layout in ("one", "DP2-distopt", "DP2-overlap")}
@@ -141,7 +125,7 @@ QUICK_PACKED_LAYOUTS = ("CP2",)
 def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
-    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout)
+    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout, steps=STEPS)
     assert_same_run(found, wanted)
     assert_same_logits(tmp_path / "hf", model)
     for line in found[::4]:
@@ -158,8 +142,8 @@ def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     ],
 )
 def test_a_mixture_of_experts_follows_the_oracle(pool, inputs, tmp_path, family, layout):
-    wanted, model = expected(inputs, family, **PSFT)
-    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
+    wanted, model = expected(inputs, family, FEW_STEPS, **PSFT)
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 3, "the clip must matter in this comparison"
     found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout)
     assert_same_run(found, wanted)
     assert_same_logits(tmp_path / "hf", model)
@@ -175,7 +159,7 @@ def test_a_mixture_of_experts_follows_the_oracle(pool, inputs, tmp_path, family,
 )
 def test_packs_follow_the_oracle_on_their_records(pool, inputs, tmp_path, family, layout):
     wanted, model = expected_of_packs(inputs, family)
-    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 3, "the clip must matter in this comparison"
     flags = ["--old-policy-interval", "4", "--packing", "--seq-length", str(PACK_LENGTH)]
     flags += ["--global-batch-size", "2", "--micro-batch-size", "1"]
     found = train(pool, inputs, family, tmp_path, *flags, layout=layout)
@@ -194,7 +178,7 @@ def test_packs_follow_the_oracle_on_their_records(pool, inputs, tmp_path, family
 )
 def test_steps_of_records_follow_the_oracle(pool, inputs, tmp_path, family, layout):
     """The very loop that those without packing follow."""
-    wanted, model = expected(inputs, family, **PSFT)
+    wanted, model = expected(inputs, family, FEW_STEPS, **PSFT)
     flags = ["--old-policy-interval", "4", "--packing", "--seq-length", str(PACK_LENGTH), "--micro-batch-size", "1"]
     flags += ["--global-batch-unit", "records", "--old-policy-micro-batch-size", "2"]
     found = train(pool, inputs, family, tmp_path, *flags, layout=layout)
@@ -225,7 +209,7 @@ def test_evaluation_of_packs_is_that_of_their_records(pool, inputs, tmp_path):
 
 @pytest.mark.parametrize("layout", [slow("one"), slow("TP2-PP2")])
 def test_fixed_old_policy_follows_the_oracle(pool, inputs, tmp_path, layout):
-    wanted, model = expected(inputs, "qwen2", old_policy_interval="fixed")
+    wanted, model = expected(inputs, "qwen2", FEW_STEPS, old_policy_interval="fixed")
     found = train(pool, inputs, "qwen2", tmp_path, "--old-policy-interval", "fixed", layout=layout)
     assert_same_run(found, wanted)
     assert_same_logits(tmp_path / "hf", model)
@@ -234,18 +218,18 @@ def test_fixed_old_policy_follows_the_oracle(pool, inputs, tmp_path, layout):
 @pytest.mark.parametrize("layout", ["one", slow("DP2-overlap")])
 @pytest.mark.slow
 def test_warm_up_comes_before_the_first_window(pool, inputs, tmp_path, layout):
-    wanted, model = expected(inputs, "llama", old_policy_interval=3, sft_warmup_iters=3)
+    wanted, model = expected(inputs, "llama", 8, old_policy_interval=3, sft_warmup_iters=3)
     flags = ["--old-policy-interval", "3", "--sft-warmup-iters", "3"]
-    found = train(pool, inputs, "llama", tmp_path, *flags, layout=layout)
+    found = train(pool, inputs, "llama", tmp_path, *flags, layout=layout, steps=8)
     assert_same_run(found, wanted)
     assert_same_logits(tmp_path / "hf", model)
-    assert [line["clip_fraction"] > 0 for line in found[:8]] == [False, False, False, False, True, True, False, True]
+    assert [line["clip_fraction"] > 0 for line in found] == [False, False, False, False, True, True, False, True]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "TP2-SP"])
 def test_sft_follows_the_oracle(pool, inputs, tmp_path, layout):
-    wanted, model = expected(inputs, "qwen3", objective="sft")
+    wanted, model = expected(inputs, "qwen3", FEW_STEPS, objective="sft")
     found = train(pool, inputs, "qwen3", tmp_path, "--objective", "sft", layout=layout)
     assert_same_run(found, wanted, has_old_policy=False)
     assert_same_logits(tmp_path / "hf", model)
@@ -256,7 +240,7 @@ def test_sft_follows_the_oracle(pool, inputs, tmp_path, layout):
     [slow("dft", "one"), slow("dft", "TP2-PP2"), slow("sft-kl", "one"), slow("sft-kl", "TP2-PP2")],
 )
 def test_a_relative_follows_the_oracle(pool, inputs, tmp_path, objective, layout):
-    wanted, model = expected(inputs, "llama", objective=objective)
+    wanted, model = expected(inputs, "llama", FEW_STEPS, objective=objective)
     found = train(pool, inputs, "llama", tmp_path, "--objective", objective, layout=layout)
     assert_same_run(found, wanted, has_old_policy=False)
     assert_same_logits(tmp_path / "hf", model)
@@ -265,7 +249,7 @@ def test_a_relative_follows_the_oracle(pool, inputs, tmp_path, objective, layout
 @pytest.mark.parametrize(("family", "layout"), [("qwen2", "one"), slow("qwen3", "TP2-SP-PP2-DP2-distopt")])
 @pytest.mark.slow
 def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, layout):
-    wanted, model = expected(inputs, family, **PSFT)
+    wanted, model = expected(inputs, family, FEW_STEPS, **PSFT)
     flags = ["--old-policy-interval", "4", "--no-fused-head"]
     found = train(pool, inputs, family, tmp_path, *flags, layout=layout)
     assert_same_run(found, wanted)
@@ -274,11 +258,11 @@ def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, 
 
 @pytest.mark.parametrize("layout", [slow("one"), slow("DP2-overlap")])
 def test_the_old_policy_may_score_in_other_micro_batches(pool, inputs, tmp_path, layout):
-    wanted, _ = expected(inputs, "qwen2", **PSFT)
+    wanted, _ = expected(inputs, "qwen2", FEW_STEPS, **PSFT)
     flags = ["--old-policy-interval", "4", "--old-policy-micro-batch-size", "4"]
     found = train(pool, inputs, "qwen2", tmp_path, *flags, layout=layout)
     assert_same_run(found, wanted)
-    assert [line["ratio_max"] for line in found[::4]] == [1.0, 1.0, 1.0]
+    assert [line["ratio_max"] for line in found[::4]] == [1.0, 1.0]
 
 
 @pytest.mark.slow
@@ -301,7 +285,7 @@ def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
 )
 @pytest.mark.parametrize(("family", "layout"), [("qwen3", "TP2-SP"), slow("qwen3_moe", "DP2-EP2-overlap")])
 def test_recomputation_changes_nothing(pool, inputs, tmp_path, family, layout, flags):
-    wanted, _ = expected(inputs, family, **PSFT)
+    wanted, _ = expected(inputs, family, FEW_STEPS, **PSFT)
     found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", *flags, layout=layout)
     assert_same_run(found, wanted)
 
@@ -310,7 +294,7 @@ def test_recomputation_changes_nothing(pool, inputs, tmp_path, family, layout, f
     ("family", "modules"), [slow("qwen3_moe", ["core_attn", "mlp", "moe"]), slow("qwen3", ["mlp"])]
 )
 def test_recomputation_of_parts_of_a_layer_changes_nothing(pool, inputs, tmp_path, family, modules):
-    wanted, _ = expected(inputs, family, **PSFT)
+    wanted, _ = expected(inputs, family, FEW_STEPS, **PSFT)
     flags = ["--old-policy-interval", "4", "--recompute-granularity", "selective", "--recompute-modules", *modules]
     found = train(pool, inputs, family, tmp_path, *flags, layout="PP2-DP2-EP2" if family == "qwen3_moe" else "PP2")
     assert_same_run(found, wanted)
@@ -319,12 +303,12 @@ def test_recomputation_of_parts_of_a_layer_changes_nothing(pool, inputs, tmp_pat
 @pytest.mark.slow
 @pytest.mark.both
 def test_bf16_follows_fp32_at_its_own_precision(pool, inputs, tmp_path):
-    wanted, _ = expected(inputs, "llama", **PSFT)
+    wanted, _ = expected(inputs, "llama", FEW_STEPS, **PSFT)
     found = train(pool, inputs, "llama", tmp_path, "--old-policy-interval", "4", "--bf16", layout="DP2-distopt")
     for line, oracle_line in zip(found, wanted, strict=True):
         assert line["nll"] == pytest.approx(oracle_line["nll"], rel=0.02)
         assert line["entropy"] == pytest.approx(oracle_line["entropy"], rel=0.02)
-    assert [line["ratio_max"] for line in found[::4]] == [1.0, 1.0, 1.0]
+    assert [line["ratio_max"] for line in found[::4]] == [1.0, 1.0]
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as exported:
         assert exported.get_tensor("model.norm.weight").dtype == torch.bfloat16
 
@@ -345,7 +329,7 @@ def test_the_old_policy_scores_bit_for_bit_what_training_does(pool, inputs, tmp_
     flags = ["--old-policy-interval", "4", "--check-scoring", "--packing", "--seq-length", str(PACK_LENGTH)]
     found = train(pool, inputs, family, tmp_path, *flags, layout=layout)
     gaps = [line.get("scoring_gap_max") for line in found]
-    assert gaps == [0.0, None, None, None] * (len(found) // 4)
+    assert gaps == [0.0, None, None, None, 0.0, None]
 
 
 @pytest.mark.slow
