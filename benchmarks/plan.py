@@ -132,7 +132,7 @@ def prepared(spec: dict[str, Any], shape: dict[str, Any], folder: Path) -> dict[
     return {**spec, "argv": [str(value) for value in argv]}
 
 
-if __name__ == "__main__":
+def main() -> None:
     size = parse_size(__doc__)
     emit_machine()
     for spec in SPECS[size]:
@@ -149,3 +149,7 @@ if __name__ == "__main__":
             **{name: spec[name] for name in ("family", "ranks", "seq_length")},
             flags=" ".join(map(str, spec["flags"])),
         )
+
+
+if __name__ == "__main__":
+    main()
