@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or starved of disk go on as if nothing had happened."""
 
+import functools
 import os
 import random
 import resource
@@ -7,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -25,7 +26,6 @@ from tests.support.runs import DIST_OPT, ONE, OVERLAP, PP2, TP2_SP, forget_steps
 
 __all__ = ["inputs"]  # the fixture
 
-TP2_PP2 = (*TP2_SP, *PP2)
 EVERY_STEP = ("--save-interval", "1")
 EVALUATED = ("--valid-data", "{data}", "--eval-interval", "2")
 
@@ -34,18 +34,28 @@ def evaluated(inputs) -> list[str]:
     return [text.format(data=inputs.data) for text in EVALUATED]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "layout"),
-    [slow(2, DIST_OPT, id="DP2-distopt"), slow(4, TP2_PP2, id="TP2-PP2")],
-)
-def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, world_size, layout):
+@pytest.fixture(scope="module")
+def uninterrupted(pool, inputs, tmp_path_factory) -> Callable[..., list[dict[str, float]]]:
+    """What a run with these flags says of its steps when nothing stops it, be it saved often or seldom."""
+
+    @functools.cache
+    def metrics(*flags: str) -> list[dict[str, float]]:
+        save = tmp_path_factory.mktemp("uninterrupted") / "run"
+        train(pool, 2 if flags else 1, inputs.argv(save, *flags))
+        return metrics_of(save)
+
+    return metrics
+
+
+@pytest.mark.parametrize("layout", [slow(DIST_OPT, id="DP2-distopt"), slow(PP2, id="PP2")])
+def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, layout):
     """Within the window, at its borders, in warm-up, and where an epoch ends."""
     whole = tmp_path / "whole"
-    train(pool, world_size, inputs.argv(whole, *layout, *EVERY_STEP))
+    train(pool, 2, inputs.argv(whole, *layout, *EVERY_STEP))
     for stop in range(1, 6):
         resumed = shutil.copytree(whole, tmp_path / f"after-{stop}")
         forget_steps_from(resumed, stop + 1)
-        said = train(pool, world_size, inputs.argv(resumed, *layout))
+        said = train(pool, 2, inputs.argv(resumed, *layout))
         assert f"resumed from {step_folder(resumed, stop)}" in said
         assert metrics_of(resumed) == metrics_of(whole)
 
@@ -122,9 +132,8 @@ def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Ex
 @pytest.mark.parametrize("moment", [slow("in training"), "in the old policy's pass", slow("in evaluation")])
 @pytest.mark.parametrize(("signum", "rank"), [(signal.SIGTERM, "1"), slow(signal.SIGINT, "0")])
 @pytest.mark.slow
-def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, signum, rank):
+def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, uninterrupted, moment, signum, rank):
     flags = (*DIST_OPT, *evaluated(inputs))
-    train(pool, 2, inputs.argv(tmp_path / "whole", *flags))
     argv = inputs.argv(tmp_path / "run", *flags)
     exits = pool.run(_run_with_signal, 2, argv, rank, MOMENTS[moment], signum)
     assert [exit.code for exit in exits] == [128 + signum] * 2, exits[0].err
@@ -134,7 +143,7 @@ def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, moment, sig
     assert step_folders(tmp_path / "run") == [step_folder(tmp_path / "run", done)]
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(done + 1))
     train(pool, 2, argv)
-    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+    assert metrics_of(tmp_path / "run") == uninterrupted(*flags)
 
 
 def _run_out_of_time(argv: list[str], rank: str, step: int) -> Exit:
@@ -156,9 +165,8 @@ def _run_out_of_time(argv: list[str], rank: str, step: int) -> Exit:
 
 
 @pytest.mark.slow
-def test_a_run_whose_time_is_up_ends_well_and_goes_on_bit_for_bit(pool, tmp_path, inputs):
+def test_a_run_whose_time_is_up_ends_well_and_goes_on_bit_for_bit(pool, tmp_path, inputs, uninterrupted):
     """In the middle of a window, by the clock of one rank; what is asked for at the end waits for the end."""
-    train(pool, 2, inputs.argv(tmp_path / "whole", *DIST_OPT))
     run, exported = tmp_path / "run", tmp_path / "hf"
     argv = inputs.argv(run, *DIST_OPT, "--exit-duration-in-mins", "60", "--export-hf", str(exported))
     exits = pool.run(_run_out_of_time, 2, argv, "1", 3)
@@ -170,7 +178,7 @@ def test_a_run_whose_time_is_up_ends_well_and_goes_on_bit_for_bit(pool, tmp_path
     exits = pool.run(_run_out_of_time, 2, argv, "0", 5)  # in the last step: all that was asked for is done
     assert [exit.code for exit in exits] == [0, 0], exits[0].err
     assert not any("exit_duration" in exit.out + exit.err for exit in exits)
-    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert metrics_of(run) == uninterrupted(*DIST_OPT)
     assert exported.exists()
 
 
@@ -182,17 +190,16 @@ def test_a_start_that_takes_all_of_the_time_warns(pool, tmp_path, inputs):
 
 
 @pytest.mark.parametrize("layout", [slow(ONE, id="one"), slow(DIST_OPT, id="DP2-distopt")])
-def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inputs, layout):
+def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inputs, uninterrupted, layout):
     world_size = 2 if layout else 1
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train(pool, world_size, inputs.argv(whole, *layout, *EVERY_STEP))
+    run = tmp_path / "run"
     train(pool, world_size, inputs.argv(run, *layout, *EVERY_STEP, "--async-save", "--keep-last", "5"))
     assert step_folders(run) == [step_folder(run, step) for step in range(4, 9)]
-    assert metrics_of(run) == metrics_of(whole)
+    assert metrics_of(run) == uninterrupted(*layout)
     resumed = shutil.copytree(run, tmp_path / "resumed")
     forget_steps_from(resumed, 7)  # what was saved is what the weights were then, and not what they became since
     train(pool, world_size, inputs.argv(resumed, *layout, "--async-save"))
-    assert metrics_of(resumed) == metrics_of(whole)
+    assert metrics_of(resumed) == uninterrupted(*layout)
 
 
 def _train_with_slow_copies(argv: list[str]):
@@ -210,15 +217,14 @@ def _train_with_slow_copies(argv: list[str]):
 
 
 @pytest.mark.slow
-def test_no_weight_changes_before_it_is_copied(pool, tmp_path, inputs):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train(pool, 1, inputs.argv(whole, *ONE, *EVERY_STEP))
+def test_no_weight_changes_before_it_is_copied(pool, tmp_path, inputs, uninterrupted):
+    run = tmp_path / "run"
     (exit,) = pool.run(_train_with_slow_copies, 1, inputs.argv(run, *ONE, *EVERY_STEP, "--async-save"))
     assert exit.code == 0, exit.err
     resumed = shutil.copytree(run, tmp_path / "resumed")
     forget_steps_from(resumed, 6)
     train(pool, 1, inputs.argv(resumed, *ONE))
-    assert metrics_of(resumed) == metrics_of(whole)
+    assert metrics_of(resumed) == uninterrupted()
 
 
 def _run_with_small_files(argv: list[str]) -> Exit:
@@ -246,10 +252,9 @@ def _run_with_small_files(argv: list[str]) -> Exit:
 
 @pytest.mark.parametrize("background", [pytest.param((), id="waiting"), slow(("--async-save",), id="background")])
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_written_costs_no_other(pool, tmp_path, inputs, background):
-    whole, run = tmp_path / "whole", tmp_path / "run"
+def test_a_checkpoint_that_cannot_be_written_costs_no_other(pool, tmp_path, inputs, uninterrupted, background):
+    run = tmp_path / "run"
     flags = (*DIST_OPT, "--save-interval", "2", "--keep-last", "1")
-    train(pool, 2, inputs.argv(whole, *flags))
     exits = pool.run(_run_with_small_files, 2, inputs.argv(run, *flags, *background))
     assert {exit.code for exit in exits} == {4}, [exit.err for exit in exits]
     errors = [line for exit in exits for line in exit.err.splitlines() if line.startswith("error: ")]
@@ -257,7 +262,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_other(pool, tmp_path, inpu
     assert "Traceback" not in exits[0].err + exits[1].err
     assert [path.name for path in run.glob("step_*") if path.suffix != ".partial"] == ["step_0000002"]
     train(pool, 2, inputs.argv(run, *flags))
-    assert metrics_of(run) == metrics_of(whole)
+    assert metrics_of(run) == uninterrupted(*DIST_OPT)
 
 
 def _run_with_a_full_disk_on_rank_0(argv: list[str]) -> Exit:
@@ -298,8 +303,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a disk; the test above covers what a quota does")
 @pytest.mark.slow
-def test_a_full_disk_is_noticed_before_anything_is_written(pool, tmp_path, inputs):
-    train(pool, 1, inputs.argv(tmp_path / "whole"))
+def test_a_full_disk_is_noticed_before_anything_is_written(pool, tmp_path, inputs, uninterrupted):
     with small_disk(tmp_path / "disk", "12m") as disk:
         run = disk / "run"
         line = refuse(pool, inputs.argv(run, *EVERY_STEP), code=4)
@@ -312,7 +316,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(pool, tmp_path, input
         shutil.rmtree(before[0])
         said = train(pool, 1, inputs.argv(run, *EVERY_STEP, "--keep-last", "1"))
         assert f"resumed from {before[-1]}" in said
-        assert metrics_of(run) == metrics_of(tmp_path / "whole")
+        assert metrics_of(run) == uninterrupted()
 
 
 def _run_with_a_peer_that(fate: str, argv: list[str]) -> Exit:
@@ -379,12 +383,11 @@ def strike(pool, argv: list[str], run: Path, signum: int, rng: random.Random) ->
     ],
     ids=["SIGKILL", "SIGTERM", "SIGKILL-background", "SIGTERM-background"],
 )
-def test_a_run_survives_a_signal_at_any_moment(pool, tmp_path, inputs, signum, times, background):
+def test_a_run_survives_a_signal_at_any_moment(pool, tmp_path, inputs, uninterrupted, signum, times, background):
     """All ranks or one, in start-up, in a step, while files are written, in the export."""
     rng = random.Random(signum)
     flags = (*DIST_OPT, "--save-interval", "2", *background)
-    train(pool, 2, inputs.argv(tmp_path / "whole", *flags))
-    expected = metrics_of(tmp_path / "whole")
+    expected = uninterrupted(*DIST_OPT)
     assert [line["step"] for line in expected] == list(range(1, 9))
     for moment in range(times // 2):
         run = tmp_path / f"run-{moment}"
