@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.support.cli import REPOSITORY
+from tests.support.cli import REPOSITORY, importing
 
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -37,7 +37,7 @@ def checkout(tmp_path_factory):
 def test_the_commands_run_in_order_as_written(checkout):
     blocks = BLOCK.findall((checkout / "docs" / "tutorial.md").read_text(encoding="utf-8"))
     assert {language for language, _ in blocks} == {"sh", "python"}
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**importing(checkout), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [str(checkout / ".venv/bin/python"), "-c"]}
     for language, text in blocks:
         done = subprocess.run(
