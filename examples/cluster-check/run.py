@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(REPOSITORY / "examples" / "demo")]
 
 import digits  # noqa: E402
-from node import Node, Steps  # noqa: E402
+from node import STEPS, Node, Steps  # noqa: E402
 
 SAVED_STEP = 2
 GIB = 2**30
@@ -140,22 +140,26 @@ def fp8(node: Node, recipe: str) -> str:
 
 def save(node: Node) -> str:
     """Host memory is the processes' proportional share (PSS), which counts what they share once."""
-    plan = node.psft(
-        "plan", *node.flags(SAVED_IN, PRECISIONS["fp32"]), "--gpus", str(node.gpus), "--gpu-memory-gib", "1e6"
-    )
+    flags = node.flags(SAVED_IN, PRECISIONS["fp32"], f"--train-iters {STEPS} --gpus {node.gpus} --gpu-memory-gib 1e6")
+    plan = node.psft("plan", *flags)
     planned = float(re.findall(r"copied to (\S+) GiB of a node's host memory", plan)[0])
-    held: dict[bool, float] = {False: 0.0, True: 0.0}
+    before = peak = 0.0
 
     def look(process: psutil.Popen) -> None:
+        nonlocal before, peak
         total = 0
         for it in process.children(recursive=True):
             with suppress(psutil.Error):  # it has ended
                 total += it.memory_full_info().pss
-        is_saving = len(node.steps("save")) >= SAVED_STEP - 1  # whichever is written first
-        held[is_saving] = max(held[is_saving], total / GIB)
+        if len(node.steps("save")) < SAVED_STEP - 1:
+            before = total / GIB  # the last one counts: weights are read in the beginning
+        else:
+            peak = max(peak, total / GIB)
 
     node.train("save", SAVED_IN, PRECISIONS["fp32"], f"--save-interval {SAVED_STEP}", each=look)
-    return judge_memory(held[True] - held[False], planned, node.gpus)
+    if not (before and peak):
+        raise RuntimeError("no process's memory could be read before the save, or none during it")
+    return judge_memory(peak - before, planned, node.gpus)
 
 
 def resume(node: Node) -> str:

@@ -5,9 +5,12 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from megatron_psft.cli import plan
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import parse_config
 from tests.support.cli import REPOSITORY
@@ -122,6 +125,26 @@ def test_each_check_is_explained(check):
     for name in check.checks(8):
         explained = f"| `{name}`" in readme or f"`{' '.join(name.split()[:1])} " in readme
         assert explained, name
+
+
+def test_a_save_is_judged_by_what_the_plan_says(check, tmp_path, monkeypatch, capsys):
+    """The command that plans is run, the one that trains is not."""
+
+    def psft(node, name, *words):
+        assert (name, plan.main(words)) == ("plan", 0)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(check.Node, "psft", psft)
+
+    def train(node, name, *flags, each):
+        for num_steps in range(2):
+            monkeypatch.setattr(check.Node, "steps", lambda node, name, num=num_steps: [{}] * num)
+            each(SimpleNamespace(children=lambda recursive: [psutil.Process()]))
+
+    monkeypatch.setattr(check.Node, "train", train)
+    inputs = check.prepare(tmp_path, "cuda", None)
+    node = check.Node(gpus=8, device="cuda", folder=tmp_path, inputs=inputs)
+    assert "planned 2.4" in check.save(node)
 
 
 @pytest.mark.slow

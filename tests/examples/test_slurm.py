@@ -160,6 +160,13 @@ def as_torchrun_reads(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def test_no_job_number_leads_to_a_port_that_linux_hands_out():
+    line = next(line for line in SCRIPT.read_text().splitlines() if line.startswith("MASTER_PORT="))
+    loop = f'for SLURM_JOB_ID in {{1..40000}} 4294967295; do {line}; echo "$MASTER_PORT"; done'
+    ports = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, check=True).stdout.split()
+    assert (min(map(int, ports)), max(map(int, ports))) == (20000, 31999)  # from 32768 on they are Linux's
+
+
 def test_each_node_runs_a_command_that_torchrun_and_the_trainer_understand(start):
     recipe = "examples/recipes/qwen2.5-7b-instruct-8xh100.yaml"
     job = start("--config", recipe, "--data", "/shared/a b.jsonl", "--save", "/shared/run", "--global-batch-size", "16")
