@@ -82,7 +82,7 @@ def time_collectives(platform: Any) -> None:
 
 def run_toy_step(platform: Any, findings: list[doctor.Finding], *, bf16: bool) -> None:
     """Prints what is at work in a step, how long it takes, and whatever doctor has to say."""
-    from megatron_psft.diagnostics.toy_step import toy_step
+    from megatron_psft.train.toy_step import toy_step
 
     made_with: dict[str, str] = {}
     failures: list[doctor.Finding] = []

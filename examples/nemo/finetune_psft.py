@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from megatron_psft.cli.exit_code import leave, left_behind
 from megatron_psft.config.flags import run_command
 from megatron_psft.config.paths import PathText
 from megatron_psft.distributed.environment import prepare_environment
+from megatron_psft.distributed.exit_code import leave, left_behind
 from megatron_psft.errors import UserError
 
 if TYPE_CHECKING:  # it takes seconds to import, and `--help` answers at once

@@ -99,7 +99,7 @@ def examine_machine(environment: Mapping[str, str]) -> list[Finding]:
     findings += bf16 + doctor.check_shared_memory()
 
     def step() -> dict[str, str]:
-        from megatron_psft.diagnostics.toy_step import toy_step
+        from megatron_psft.train.toy_step import toy_step
 
         return toy_step(platform, bf16=platform.is_gpu and bf16[0].level == "ok")
 

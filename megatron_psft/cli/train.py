@@ -6,14 +6,12 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_psft.cli.exit_code import EXIT_BUG, EXIT_SIGNALLED, check_file, exit_code_of, leave, left_behind
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.paths import expand_path
@@ -21,8 +19,9 @@ from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.config.yaml_files import read_settings
 from megatron_psft.distributed.environment import prepare_environment
+from megatron_psft.distributed.exit_code import EXIT_BUG, EXIT_SIGNALLED, check_file, exit_code_of, leave, left_behind
 from megatron_psft.distributed.orphans import end_at_once, end_with_launcher
-from megatron_psft.errors import ExplainedError, InfrastructureError, RankError, UserError, first_line
+from megatron_psft.errors import ExplainedError, RankError, UserError
 from megatron_psft.hf.folder import check_apart
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def _train(config: Config, rank: int, world_size: int, local_rank: int, started_
     environment = [] if config.precision.device == "cpu" else prepare_environment()
     # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
     from megatron_psft.distributed.device_choice import has_hidden_gpu, survey
-    from megatron_psft.distributed.failure import FailureWatch
+    from megatron_psft.distributed.failure import FailureWatch, end_after
 
     minutes = config.parallel.distributed_timeout_minutes
     settled = _settle(survey(config.precision.device, rank, local_rank), rank, world_size, local_rank, minutes)
@@ -92,7 +91,7 @@ def _train(config: Config, rank: int, world_size: int, local_rank: int, started_
         log.warning("CUDA_VISIBLE_DEVICES hides the GPUs of this machine: they are not used")
     from megatron_psft.distributed.grid import process_group
 
-    with FailureWatch(meeting, partial(_end_after, rank)) as watch:
+    with FailureWatch(meeting, partial(end_after, rank)) as watch:
         try:
             with process_group(platform, world_size, minutes, meeting=meeting), left_behind(), ExitStack() as locks:
                 return _run(config, platform, locks, rank, local_rank, started_at)
@@ -175,16 +174,12 @@ def _explain(error: ExplainedError, rank: int) -> int:
 def _leave_alone(error: BaseException, rank: int, world_size: int, first: int, text: str | None) -> int:
     """Says what only this rank may know of, where rank `first` has not failed before. Returns the exit code where it
     has no peers; else ends the process at once, as what Python does at its end, and NCCL, may wait for them."""
-    code, is_interrupted = exit_code_of(error), isinstance(error, KeyboardInterrupt)
+    from megatron_psft.distributed.failure import report
+
     if world_size == 1 and text is None:
         raise error
-    if code == EXIT_BUG or isinstance(error, OSError):
-        traceback.print_exception(error)
-    line = text or f"rank {rank}: {type(error).__name__}: {first_line(error)}"
-    if first == rank:
-        print(line if is_interrupted else f"error: {line}", file=sys.stderr, flush=True)
-    elif not is_interrupted:
-        print(f"{line}; rank {first} has failed first", file=sys.stderr, flush=True)
+    report(error, rank, first, text)
+    code = exit_code_of(error)
     if world_size > 1:
         sys.stdout.flush()
         end_at_once(code)
@@ -205,14 +200,6 @@ def _describe(error: BaseException, config: Config, platform: "Platform", rank: 
     if isinstance(error, KeyboardInterrupt):
         return _interrupted(signal.SIGINT)
     return None
-
-
-def _end_after(rank: int, first: int) -> None:
-    """Ends this process, which waits for a rank that has failed."""
-    from megatron_psft.distributed.failure import end_after
-
-    leave(InfrastructureError.exit_code)
-    end_after(rank, first)
 
 
 def _config_file(argv: Sequence[str]) -> list[tuple[str, Path]]:

@@ -1,3 +1,3 @@
-"""Before a run: what it will need (plan), what this machine has (doctor), one step of a toy model (toy_step).
+"""Before a run: what it will need (plan), what this machine has (doctor); and what to say of one that is out of memory.
 
-May import config, objectives, distributed, data, head, model, metrics, scoring, checkpoint, hf, train."""
+May import config, distributed, head, model, metrics, checkpoint, hf."""

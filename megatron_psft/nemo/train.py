@@ -1,5 +1,6 @@
 """Megatron-Bridge's fine-tuning loop with PSFT."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ from megatron.bridge.training.state import GlobalState
 from megatron_psft.checkpoint.unpickle import DataReader
 from megatron_psft.distributed.collective import naming_lost_peers
 from megatron_psft.distributed.environment import prepare_environment
+from megatron_psft.distributed.failure import ending_together
 from megatron_psft.distributed.megatron_lines import read_with
 from megatron_psft.distributed.orphans import end_with_launcher
+from megatron_psft.distributed.rendezvous import Meeting, meet
 from megatron_psft.errors import DivergenceError
 from megatron_psft.nemo.config import PsftConfigContainer
 from megatron_psft.nemo.forward_step import BridgeStep, PsftForwardStep
@@ -32,9 +35,12 @@ def finetune(
             vision part.
         callbacks: further ones.
 
+    A rank of several that fails by itself ends all processes, with an error line and the exit codes of `psft train`:
+    once Bridge has aborted its process groups, the others within seconds.
+
     Raises:
         UserError: on every rank.
-        DivergenceError, RankError: on this rank, which does not wait for the others.
+        DivergenceError: in a single process.
         SystemExit: as Bridge's loop ends early; 128 plus the signal's number where a signal was the cause, for which
             Bridge has 0.
     """
@@ -45,8 +51,21 @@ def finetune(
     end_with_launcher()
     end = _EarlyEnd()
     callbacks = [end, OldPolicyCallback(config.psft, forward_step), *callbacks]
-    with read_with(DataReader), end.told_by_code(), _explained(), naming_lost_peers("training"):
+    with (
+        ending_together(_meet(config)),
+        read_with(DataReader),
+        end.told_by_code(),
+        _explained(),
+        naming_lost_peers("training"),
+    ):
         bridge_finetune(config, forward_step, callbacks=callbacks)
+
+
+def _meet(config: PsftConfigContainer) -> Meeting:
+    """The ranks that torchrun has started. Any other process, as one of Slurm's that Bridge itself finds the peers of,
+    counts as a single one."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "MASTER_ADDR" in os.environ else 1
+    return meet(int(os.environ.get("RANK", 0)), world_size, config.dist.distributed_timeout_minutes)
 
 
 _NOT_FINITE = re.compile(r"found (NaN|Inf) in ")

@@ -21,6 +21,7 @@ from megatron_psft.config.paths import escape_path, expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config, ParallelConfig
 from megatron_psft.distributed.environment import prepare_environment
+from megatron_psft.distributed.exit_code import exit_code_of, leave
 from megatron_psft.distributed.orphans import end_with_launcher
 from megatron_psft.errors import ExplainedError, UserError, is_shared
 
@@ -56,7 +57,8 @@ def finetune(
     **settings: Any,
 ) -> Finetuned:
     """Trains as `psft train` does, in this process, or in all of those in which torchrun runs the calling script. Where
-    one of several fails by itself it raises what it has met, and the others end within seconds, with exit code 4.
+    one of several fails by itself it raises what it has met, and the others end within seconds, with exit code 4. A
+    lack of memory has a note (`__notes__`), which a traceback ends with: the line that `psft train` prints.
 
     Records are written to the run folder, as `records-<sum>.jsonl`, rank 0's for all ranks. The same call again goes on
     from the newest checkpoint in `save`, or finds nothing to do. After a call on the CPU this process uses no GPU.
@@ -150,7 +152,8 @@ def _run(
     asked: _Call, meeting: "Meeting", platform: "Platform", local_rank: int, started_at: float
 ) -> tuple[list[dict[str, float]], "StopRequested | None"]:
     """All metrics, and why training has ended before its last step, if it has."""
-    from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
+    from megatron_psft.diagnostics.out_of_memory import explain
+    from megatron_psft.distributed.collective import is_out_of_memory, naming_lost_peers, on_rank_zero
     from megatron_psft.distributed.failure import FailureWatch, end_after
     from megatron_psft.distributed.grid import process_group
     from megatron_psft.metrics.run_log import METRICS_FILE
@@ -167,7 +170,11 @@ def _run(
                 return on_rank_zero(lambda: _read(Path(config.weights.save) / METRICS_FILE)), ended_early
         except BaseException as error:
             if not is_shared(error):  # the others may not know of it
+                if meeting.world_size > 1:
+                    leave(exit_code_of(error))  # they end, and with them the job, whatever the caller does
                 watch.announce()
+            if is_out_of_memory(error):
+                error.add_note(explain(error, config, platform, rank, meeting.world_size))
             raise
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_psft.cli.exit_code import FILE_VARIABLE
 from megatron_psft.distributed import failure
+from megatron_psft.distributed.exit_code import FILE_VARIABLE
 from megatron_psft.distributed.failure import FailureWatch
 from megatron_psft.distributed.rendezvous import Meeting
 from tests.support import tiny
@@ -139,6 +139,21 @@ def test_a_rank_in_a_wait_that_does_not_fail_is_ended(often):
         assert ended[0].wait(LIMIT_SECONDS)
     assert causes == [2]
     assert not ended[1].is_set(), "a rank that has failed itself goes its own way"
+
+
+def test_a_rank_that_has_lost_a_peer_hears_why(often, monkeypatch):
+    """Where the peer takes its groups down before it says that it has failed."""
+    monkeypatch.setattr(failure, "_GRACE_SECONDS", LIMIT_SECONDS)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store, ended = dist.PrefixStore("psft", server), []
+    lost, failing = (Meeting(rank=rank, world_size=2, store=store, timeout=timedelta(seconds=9)) for rank in (0, 1))
+    threading.Timer(0.5, FailureWatch(failing, ended.append).announce).start()
+    started = time.monotonic()
+    with FailureWatch(lost, ended.append) as watch:
+        watch.listen()
+        assert watch.announce() == 1
+    assert time.monotonic() - started < LIMIT_SECONDS / 2
+    assert ended == []
 
 
 def test_a_rank_that_has_left_is_not_ended_by_what_comes_after(often):

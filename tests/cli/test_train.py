@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_psft.cli.exit_code import FILE_VARIABLE
+from megatron_psft.distributed.exit_code import FILE_VARIABLE
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, run_cli, run_torchrun
 

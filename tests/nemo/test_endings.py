@@ -2,15 +2,18 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_psft.cli.exit_code import FILE_VARIABLE
+from megatron_psft.distributed.exit_code import FILE_VARIABLE
 from megatron_psft.errors import UserError
 from tests.nemo import cpu
 from tests.nemo.bridge import needs_bridge
 from tests.support.cli import Exit, call_main
+from tests.support.pool import WorkerError
 
 pytestmark = needs_bridge
 
@@ -45,11 +48,16 @@ def _end_as_bridge_does(how: str, callbacks) -> None:
         raise SystemExit(0)
 
 
+def _recipe() -> SimpleNamespace:
+    from megatron_psft.nemo.config import PsftConfig
+
+    return SimpleNamespace(psft=PsftConfig(), model=None, dist=SimpleNamespace(distributed_timeout_minutes=10))
+
+
 def _end(how: str, code_file: str) -> Exit:
     cpu.prepare()
     from examples.nemo import finetune_psft
     from megatron_psft.nemo import train
-    from megatron_psft.nemo.config import PsftConfig
 
     def loop(config, forward_step, callbacks):
         _end_as_bridge_does(how, callbacks)
@@ -57,7 +65,7 @@ def _end(how: str, code_file: str) -> Exit:
     with pytest.MonkeyPatch.context() as patch:  # the process runs other tests after this one
         patch.setenv(FILE_VARIABLE, code_file)
         patch.setattr(train, "bridge_finetune", loop)
-        patch.setattr(finetune_psft, "build_recipe", lambda config: SimpleNamespace(psft=PsftConfig(), model=None))
+        patch.setattr(finetune_psft, "build_recipe", lambda config: _recipe())
         try:
             return call_main(finetune_psft.main, ["--recipe", "qwen3_4b", "--pretrained-checkpoint", "x"])
         except RuntimeError as error:
@@ -72,3 +80,37 @@ def test_the_end_of_bridges_loop_is_told_by_the_code(bridge_pool, tmp_path, how)
     (exit,) = bridge_pool.run(_end, 1, how, str(file))
     assert exit.code == CODES[how], exit.err
     assert (file.read_text() if file.exists() else "0\n") == f"{CODES[how]}\n"
+
+
+def _fail_for_real(folder: Path) -> None:
+    """The example as a process's whole life: rank 1 fails while rank 0 waits, as for NCCL, for what does not end."""
+    cpu.prepare()
+    from examples.nemo import finetune_psft
+    from megatron_psft.distributed import failure
+    from megatron_psft.nemo import train
+
+    rank = int(os.environ["RANK"])
+    os.environ[FILE_VARIABLE] = str(folder / "code")
+    os.dup2(os.open(folder / f"err-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    failure._INTERVAL_SECONDS, failure._GRACE_SECONDS = 0.05, 0.5
+
+    def loop(config, forward_step, callbacks):
+        if rank == 0:
+            time.sleep(600)
+        raise KeyError("missing")
+
+    train.bridge_finetune, finetune_psft.build_recipe = loop, lambda config: _recipe()
+    finetune_psft.main(["--recipe", "qwen3_4b", "--pretrained-checkpoint", "x"])
+
+
+@pytest.mark.slow
+@pytest.mark.both
+def test_a_rank_that_fails_by_itself_ends_all(bridge_pool, tmp_path):
+    with pytest.raises(WorkerError) as caught:
+        bridge_pool.run(_fail_for_real, 2, tmp_path)
+    texts = [(tmp_path / f"err-{rank}").read_text() for rank in (0, 1)]
+    assert caught.value.failures == {0: "died with exit code 4", 1: "died with exit code 1"}, texts
+    errors = [line for text in texts for line in text.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: rank 1: KeyError: 'missing'"]
+    assert (tmp_path / "code").read_text() == "1\n"
+    assert "rank 0: ended, as rank 1 has failed" in texts[0]

@@ -14,6 +14,7 @@ import pytest
 
 import megatron_psft as psft
 from megatron_psft.distributed import rendezvous
+from megatron_psft.distributed.exit_code import FILE_VARIABLE
 from tests.support import tiny
 from tests.support.cli import REPOSITORY
 from tests.support.marks import slow
@@ -114,28 +115,41 @@ def test_calls_in_one_process_follow_each_other(pool, model, tmp_path, world_siz
     assert [json.loads(line) for line in file.read_text().splitlines()] == RECORDS
 
 
-def _call_in_which_a_rank_fails(folder: Path) -> None:
-    """Rank 1 fails by itself, while rank 0 waits, as it would for NCCL, for what does not end."""
+def _call_in_which_a_rank_fails(model: Path, folder: Path) -> None:
+    """The last rank fails by itself, while rank 0 of two waits, as it would for NCCL, for what does not end."""
+    import torch
+
     from megatron_psft.distributed import failure
     from megatron_psft.train import run
 
-    rank = int(os.environ["RANK"])
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    os.environ[FILE_VARIABLE] = str(folder / "code")
     failure._INTERVAL_SECONDS, failure._GRACE_SECONDS = 0.05, 0.5
 
     def fail(*_: object) -> None:
-        if rank == 0:
+        if not is_last:
             time.sleep(600)
-        raise KeyError("missing")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.32 GiB. GPU 0 has no more")
 
     run.run = fail
-    psft.finetune(RECORDS, load_hf=folder / "hf", save=folder / "run", device="cpu", **SMALL)
+    psft.finetune(RECORDS, load_hf=model, save=folder / "run", device="cpu", **SMALL)
 
 
-def test_a_rank_that_fails_by_itself_raises_and_ends_the_others(pool, tmp_path):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_rank_without_memory_says_what_takes_less_and_ends_the_others(pool, model, tmp_path, world_size):
     with pytest.raises(WorkerError) as caught:
-        pool.run(_call_in_which_a_rank_fails, 2, tmp_path)
-    assert "KeyError: 'missing'" in caught.value.failures[1]
-    assert caught.value.failures[0] == "died with exit code 4"
+        pool.run(_call_in_which_a_rank_fails, world_size, model, tmp_path)
+    text = caught.value.failures[world_size - 1]
+    note = text.splitlines()[-1]
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.32 GiB. " in text
+    assert note.startswith(f"rank {world_size - 1}: out of host memory, asked for 2.32 GiB; this process had ")
+    assert "; planned were 0.0 GiB, in the " in note
+    assert "; lower it by --use-distributed-optimizer, " in note
+    if world_size == 2:
+        assert caught.value.failures[0] == "died with exit code 4"
+        assert (tmp_path / "code").read_text() == "1\n"
+    else:
+        assert not (tmp_path / "code").exists(), "whoever calls may go on"
 
 
 def test_ranks_wait_for_each_other_as_long_as_asked(monkeypatch, tmp_path):

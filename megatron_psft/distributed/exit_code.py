@@ -49,7 +49,7 @@ def leave(code: int) -> None:
     except FileExistsError:
         pass
     except OSError as error:  # as on a full disk, which may be what has ended the run
-        print(f"{FILE_VARIABLE} ({path}) cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        print(f"{FILE_VARIABLE} ({path}) cannot be written: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 @contextmanager

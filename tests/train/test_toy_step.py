@@ -4,8 +4,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_psft.diagnostics.toy_step import toy_step
 from megatron_psft.distributed.device import detect
+from megatron_psft.train.toy_step import toy_step
 
 
 def _trial():

@@ -10,9 +10,9 @@ import pytest
 from safetensors import SafetensorError
 
 from megatron_psft.cli.convert import require_room
-from megatron_psft.cli.exit_code import FILE_VARIABLE, exit_code_of, leave, left_behind
 from megatron_psft.config.flags import run_command
 from megatron_psft.config.schema import Config
+from megatron_psft.distributed.exit_code import FILE_VARIABLE, exit_code_of, leave, left_behind
 from megatron_psft.errors import (
     DivergenceError,
     InfrastructureError,
