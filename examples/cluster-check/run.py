@@ -51,7 +51,7 @@ SAVED_IN, RESUMED_IN = "--use-distributed-optimizer", "--tensor-model-parallel-s
 PRECISIONS = {"fp32": "--no-bf16", "bf16": "--bf16"}
 RECIPES = ("tensorwise", "delayed", "blockwise")
 
-BOUNDS = {"fp32": 1e-4, "bf16": 1e-2, "fp8": 5e-2}
+BOUNDS = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 5e-2}
 """Relative difference of a step's NLL between two runs that should agree: tested for fp32 on CPUs, else guessed."""
 GRADIENT_FACTOR = 10
 """The same for the norm of its gradient, in which fewer errors cancel."""
