@@ -238,7 +238,7 @@ def test_config_to_yaml_keeps_several_files(tmp_path: Path) -> None:
         (["--no-bf16", "true"], "unknown argument true"),
         (["--seed", "1_0"], "seed ('1_0') must be an integer"),
         (["--seed", "0o10"], "seed ('0o10') must be an integer"),
-        (["--config", "missing.yaml"], "cannot read --config missing.yaml: [Errno 2] No such file or directory"),
+        (["--config", "missing.yaml"], "cannot read --config missing.yaml: No such file or directory"),
     ],
 )
 def test_a_bad_command_line_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
