@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="processes that tokenize; one per usable core if unset")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    data, cache = args.folder / f"records_{args.records}.jsonl", args.folder / "cache"
+    data, cache = args.folder / f"records_{args.records}.jsonl", args.folder / "cache_of_data_startup"
     if not data.exists():
         write_records(data, args.records)
     shutil.rmtree(cache, ignore_errors=True)

@@ -221,16 +221,27 @@ def prepare(folder: Path, device: str, model: str | None) -> list[str]:
     return [*named, "--data", str(files.base)]
 
 
+def empty(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Makes the folder, or removes what an earlier check has left in it; refuses one that holds anything else."""
+    marker = folder / ".cluster-check"
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        parser.error(f"--folder {folder} holds files of something else; name another")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    marker.touch()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, required=True, help="ranks, one per GPU (2 or more)")
     parser.add_argument("--device", choices=list(SIZES), default="cuda", help="cpu rehearses with a tiny model")
     parser.add_argument("--load-hf", type=Path, help="Hugging Face folder to train; a small random model if unset")
     parser.add_argument("--only", default="", help="regular expression: checks with such a name, not all")
-    parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "cluster-check", help="emptied first")
+    place = REPOSITORY / "runs" / "cluster-check"
+    parser.add_argument("--folder", type=Path, default=place, help="an earlier check in it is removed")
     flags = parser.parse_args(argv)
     folder = flags.folder.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
+    empty(parser, folder)
     inputs = prepare(folder, flags.device, str(flags.load_hf.resolve()) if flags.load_hf else None)
     node = Node(gpus=flags.gpus, device=flags.device, folder=folder, inputs=inputs)
     return run_checks(node, {name: it for name, it in checks(flags.gpus).items() if re.search(flags.only, name)})

@@ -155,3 +155,15 @@ def test_a_rehearsal_on_two_ranks_of_a_cpu(tmp_path):
     assert [line.split()[:2] for line in lines] == [["skip", "fp8"], ["ok", "kill"]], done.stdout + done.stderr
     assert "torchrun's code 1, the run's 4" in lines[1]
     assert done.returncode == 0
+
+
+def test_a_folder_of_something_else_is_left_alone(check, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit) as caught:
+        check.main(["--gpus", "2", "--device", "cpu", "--only", "nothing", "--folder", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "holds files of something else" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    for _ in range(2):  # its own, new and once more
+        assert check.main(["--gpus", "2", "--device", "cpu", "--only", "nothing", "--folder", f"{tmp_path}/own"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "thesis.txt"]
