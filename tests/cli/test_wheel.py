@@ -21,6 +21,11 @@ BUILD = "from setuptools import build_meta; build_meta.build_sdist('dist'); buil
 GIT = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org"]
 
 
+def elsewhere() -> dict[str, str]:
+    """The environment of somebody who has no checkout: pip would take ours for an installed package."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """Source distribution and wheel, made of a copy with a history of its own."""
@@ -41,7 +46,7 @@ def python(built, tmp_path_factory) -> Path:
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*install, str(built[1])], check=True)
+    subprocess.run([*install, str(built[1])], check=True, env=elsewhere())
     (site_packages,) = folder.glob("lib/python3*/site-packages")
     # A line of a .pth file is a folder whose own .pth files are not read: the tests' editable install stays out.
     (site_packages / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")) + "\n")
@@ -53,9 +58,8 @@ def run(python, tmp_path):
     """Runs a program of the fresh environment from a folder outside of the checkout; returns what it printed."""
 
     def run(program: str, *words: object) -> str:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = [python.parent / program, *map(str, words)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, cwd=tmp_path, env=elsewhere(), capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
