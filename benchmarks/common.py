@@ -60,6 +60,12 @@ def parse_size(description: str | None, sizes: Sequence[str] = ("cpu", "gpu", "t
     return parser.parse_args().size
 
 
+def importing(*folders: Path) -> dict[str, str]:
+    """The environment of a process that imports from these folders first, and then from where this one does."""
+    paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 class FailedError(Exception):
     """A measurement that could not be made; the text is the last line of its error."""
 
@@ -149,6 +155,32 @@ class Meter:
         self.seconds = time.perf_counter() - self._started
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
         self.peak_bytes = peak - self._before
+
+
+class Clock:
+    """Seconds from its making to `stop`, of a GPU's stream where there is one."""
+
+    def __init__(self) -> None:
+        self._marks = [self._mark()]
+
+    def stop(self) -> None:
+        self._marks.append(self._mark())
+
+    @property
+    def seconds(self) -> float:
+        first, last = self._marks
+        if isinstance(first, float):
+            return last - first
+        last.synchronize()
+        return first.elapsed_time(last) / 1000
+
+    @staticmethod
+    def _mark() -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _status_bytes(name: str) -> int:

@@ -7,13 +7,12 @@ import importlib
 import os
 import signal
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import emit, emit_machine, parse_size
+from common import Meter, emit, emit_machine, parse_size
 
 from megatron_psft.diagnostics import doctor
 from megatron_psft.distributed.environment import prepare_environment
@@ -45,11 +44,9 @@ def main() -> None:
 
 def seconds_of(action: Callable[[], Any]) -> float:
     """How long a call takes, with what it leaves the GPU to do."""
-    started = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    with Meter() as meter:
+        action()
+    return meter.seconds
 
 
 def time_collectives(platform: Any) -> None:

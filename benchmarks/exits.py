@@ -5,7 +5,6 @@ The runs go side by side, each a process of its own. Faults are planted in a ste
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from common import GIB, ROOT, emit, emit_machine, last_error, parse_size, reporting
+from common import GIB, ROOT, emit, emit_machine, importing, last_error, parse_size, reporting
 from toys import write_problems, write_tokenizer
 
 from megatron_psft.checkpoint.folders import step_folders
@@ -93,8 +92,7 @@ def _end_of(case: str, argv: Sequence[str], save: Path, deadline: float) -> _End
         case,
         json.dumps(argv),
     ]
-    paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = importing(ROOT, ROOT / "benchmarks")
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(call, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:

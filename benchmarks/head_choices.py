@@ -112,16 +112,9 @@ def sweep(case: Case, size: str) -> None:
     emit_error(case, exact, choice="logits in the dtype of hidden states")
     chunked._logits_dtype = kept
     added = chunked._add_product_
-    chunked._add_product_ = in_pieces
+    chunked._add_product_ = chunked._add_in_pieces_
     time_of(case, size, choice="weight's gradient in pieces")
     chunked._add_product_ = added
-
-
-def in_pieces(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """As on a CPU: products in the factors' dtype, then a sum."""
-    for rows in torch.arange(len(total)).split(16_384):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        total[part] += left[part] @ right
 
 
 def main(size: str) -> None:

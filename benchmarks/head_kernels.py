@@ -5,12 +5,11 @@ With `--size tiny`, under Triton's interpreter, it only shows that it runs.
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from common import emit, emit_machine, parse_size
+from common import Clock, emit, emit_machine, parse_size
 from torch import Tensor
 
 from megatron_psft.head.kernels import portable
@@ -63,27 +62,13 @@ def errors(block: Block, out_dtype: torch.dtype) -> dict[str, float]:
     for start in range(0, len(logits), _BLOCK):
         rows = slice(start, start + _BLOCK)
         values = block.logits[rows].double()
-        wanted = _sums_in_fp64(values, block.label_index[rows])
+        wanted = portable.shard_sums_(values, block.label_index[rows])  # in fp64, as its argument
         for name, one, other in zip(ShardSums._fields, sums, wanted, strict=True):
             worst[name] = max(worst[name], _relative(one[rows].double(), other))
         portable.shard_gradient_(values, GradientFactors(*(column[rows] for column in factors)))
         bound = torch.finfo(out_dtype).eps * values.abs() + torch.finfo(torch.float32).tiny
         worst["gradient"] = max(worst["gradient"], ((gradient[rows].double() - values).abs() / bound).max().item())
     return worst
-
-
-def _sums_in_fp64(values: Tensor, label_index: Tensor) -> ShardSums:
-    """`portable.shard_sums_` makes fp64 of fp64 where its results are not written to fp32 memory: they are here."""
-    width = values.shape[1]
-    owned = (label_index >= 0) & (label_index < width)
-    index = label_index.clamp(0, width - 1).unsqueeze(1)
-    maximum, label = values.amax(dim=1), values.gather(1, index).squeeze(1)
-    shifted = values - maximum.unsqueeze(1)
-    torch.exp(shifted, out=values)
-    weighted, every = (shifted * values).sum(dim=1), values.clone()
-    of_label = torch.where(owned, values.gather(1, index).squeeze(1), 0.0)
-    every.scatter_(1, index, torch.where(owned, 0.0, values.gather(1, index).squeeze(1)).unsqueeze(1))
-    return ShardSums(maximum, every.sum(dim=1), of_label, weighted, torch.where(owned, label, 0.0))
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
@@ -118,17 +103,10 @@ def times(work: Callable[[], object]) -> Iterator[float]:
     for _ in range(3):
         work()
     for _ in range(10):
-        if _DEVICE.type == "cpu":
-            started = time.perf_counter()
-            work()
-            yield time.perf_counter() - started
-            continue
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
+        clock = Clock()
         work()
-        last.record()
-        last.synchronize()
-        yield first.elapsed_time(last) / 1e3
+        clock.stop()
+        yield clock.seconds
 
 
 def measure(size: str) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from common import ROOT
+from common import ROOT, importing
 
 from megatron_psft.metrics.provenance import commit, installed_version
 
@@ -128,8 +128,7 @@ def run(name: str, size: str, code: str | None) -> Result:
 def follow(words: Sequence[str], figures: list[Figure], limit: float | None) -> str | None:
     """Runs a script, kills it with all it has started after `limit` seconds, and prints what it prints; its figures are
     added to `figures`. Returns why it failed, if it did."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = importing(ROOT)
     environment.pop("OMP_NUM_THREADS", None)  # each benchmark says itself how many threads it takes
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *words],

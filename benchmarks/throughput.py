@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import GIB, FailedError, emit, emit_machine, in_fresh_process, parse_size, reporting
+from common import GIB, Clock, FailedError, emit, emit_machine, in_fresh_process, parse_size, reporting
 from profiled import counted_waits, profile_of, short_name
 from toys import training_run, with_objective, write_texts, write_tokenizer
 
@@ -211,7 +211,7 @@ class _Measurements:
         head, clocks = end.fused_head, []
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            clock = _Clock()
+            clock = Clock()
             output = head(*args, **kwargs)
             clock.stop()
             clocks.append(clock)
@@ -245,32 +245,6 @@ class _Measurements:
             self._steps(run, 1)
         lines = dict(waits.most_common(_LINES))
         emit("host_waits", waits.total(), "per step", objective=name, lines=lines, **self._about)
-
-
-class _Clock:
-    """Seconds from its making to `stop`, of a GPU's stream where there is one."""
-
-    def __init__(self) -> None:
-        self._marks = [self._mark()]
-
-    def stop(self) -> None:
-        self._marks.append(self._mark())
-
-    @property
-    def seconds(self) -> float:
-        first, last = self._marks
-        if isinstance(first, float):
-            return last - first
-        last.synchronize()
-        return first.elapsed_time(last) / 1000
-
-    @staticmethod
-    def _mark() -> Any:
-        if not torch.cuda.is_available():
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 def _is_there(module: str) -> bool:

@@ -258,9 +258,14 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
-        for start in range(0, len(total), SUMMED_COLUMNS):
-            part = slice(start, start + SUMMED_COLUMNS)
-            total[part] += left[part] @ right
+        _add_in_pieces_(total, left, right)
+
+
+def _add_in_pieces_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """The same where products come in the dtype of their factors."""
+    for start in range(0, len(total), SUMMED_COLUMNS):
+        part = slice(start, start + SUMMED_COLUMNS)
+        total[part] += left[part] @ right
 
 
 def _added_to_main_grad(weight: Tensor) -> Tensor | None:
