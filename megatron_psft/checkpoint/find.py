@@ -12,7 +12,7 @@ import yaml
 
 from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
-from megatron_psft.checkpoint.identity import BASE, VERSION, WEIGHTS_ONLY_STEP, Identity
+from megatron_psft.checkpoint.identity import BASE, BEGAN_WITH_BASE, VERSION, WEIGHTS_ONLY_STEP, Identity
 from megatron_psft.config.resume import Change, Settings, changes_since, listed
 from megatron_psft.distributed.collective import damage_on_any_rank, on_every_rank, on_rank_zero
 from megatron_psft.errors import UserError
@@ -32,6 +32,8 @@ class StartPoint:
     """Settings that the run which wrote it had otherwise, and that may change."""
     not_compared: str | None
     """What of the settings could not be compared, and why; None for nothing."""
+    began_with_base: bool = False
+    """Whether its run has adapters and began with the model beside them, which it is again without them."""
 
     def resumes(self, save: Path) -> bool:
         """Whether it is a checkpoint of the run folder `save` itself, whose run has made these steps."""
@@ -187,6 +189,7 @@ def _start_point(checkpoint: Path, settings: Settings) -> StartPoint:
             step=int(content["step"]),
             changes=_changes(checkpoint, content, settings),
             not_compared=_not_compared(checkpoint, content),
+            began_with_base=content.get(BEGAN_WITH_BASE, False),
         )
 
     return on_rank_zero(read)

@@ -22,6 +22,9 @@ WEIGHTS_ONLY_STEP = 0
 BASE = "the weights that adapters stand beside"
 """Field of the identity of a checkpoint that holds adapters, and not the model."""
 
+BEGAN_WITH_BASE = "began with the model without adapters"
+"""Field of a checkpoint, not of its identity: `StartPoint.began_with_base`."""
+
 Identity = Mapping[str, Any]
 """What a run must share with the checkpoint it starts from, field by field; JSON values."""
 
@@ -79,12 +82,18 @@ def weights_identity(shape: ModelShape) -> dict[str, Any]:
     return {field: value for field, value in model_identity(shape).items() if field not in unrelated}
 
 
-def start_identity(checkpoint: Path | None, model_folder: Path, seed: int | None) -> dict[str, Any]:
+def start_identity(
+    checkpoint: Path | None, model_folder: Path, seed: int | None, adapter: Path | None = None
+) -> dict[str, Any]:
     """What tells the weights that a run starts from: those of a checkpoint, random ones of `seed`, or the files of
-    `model_folder` by size and time of change in nanoseconds. JSON values."""
+    `model_folder`, and beside them those of the folder `adapter`; files by size and time of change in nanoseconds. JSON
+    values."""
+    beside = {} if adapter is None else {"load_lora": _files(adapter)}
     if checkpoint is not None:
-        return {"checkpoint": sealed.marker_sum(checkpoint)}
-    if seed is not None:
-        return {"seed": seed}
-    stats = {path.name: path.stat() for path in sorted(model_folder.glob("*.safetensors"))}
+        return {"checkpoint": sealed.marker_sum(checkpoint), **beside}
+    return {**(_files(model_folder) if seed is None else {"seed": seed}), **beside}
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    stats = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

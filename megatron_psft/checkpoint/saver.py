@@ -24,7 +24,7 @@ from megatron_psft import sealed
 from megatron_psft.checkpoint import folders
 from megatron_psft.checkpoint.background import BackgroundCalls
 from megatron_psft.checkpoint.host_memory import check_room_for_saving, state_bytes
-from megatron_psft.checkpoint.identity import VERSION, Identity
+from megatron_psft.checkpoint.identity import BEGAN_WITH_BASE, VERSION, Identity
 from megatron_psft.checkpoint.replicas import share_out
 from megatron_psft.checkpoint.staging import with_own_storage
 from megatron_psft.checkpoint.state import (
@@ -62,6 +62,7 @@ class Saver:
         *,
         keep_last: int | None,
         in_background: bool,
+        began_with_base: bool = False,
     ) -> None:
         """Describes the checkpoints.
 
@@ -74,6 +75,7 @@ class Saver:
             parallel: this rank's place.
             keep_last: newest checkpoints to keep; all where None.
             in_background: whether `save` returns at once; `wait_for_copy` has to come before the state changes.
+            began_with_base: as in `StartPoint`.
 
         Raises:
             UserError: a node has no room in host memory for what its ranks copy there.
@@ -81,6 +83,7 @@ class Saver:
         self._folder, self._state = folder, state
         self._identity, self._settings = identity, settings
         self._loader, self._parallel, self._keep_last = loader, parallel, keep_last
+        self._began_with_base = began_with_base
         check_room_for_saving(state, parallel, in_background=in_background)
         with helpers_outlive_signals():
             self._queue = BackgroundCalls(parallel.device) if in_background else None
@@ -176,6 +179,7 @@ class Saver:
             "identity": dict(self._identity),
             "settings": dict(self._settings),
             "layout": _layout(self._parallel),
+            **({BEGAN_WITH_BASE: True} if self._began_with_base else {}),
         }
 
         def seal() -> None:

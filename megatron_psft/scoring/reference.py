@@ -79,7 +79,7 @@ class ReferencePass:
     identity: Mapping[str, Any]
     """What tells whose log-probabilities they are, and of what, and in which batches they are computed."""
     has_begun: bool
-    """Whether the run has made steps before, so that the weights are no longer those of its start."""
+    """Whether the run has made steps before, so that `policy` is no longer the model at its start."""
 
     def complete(self, *, between_batches: Callable[[], None] = lambda: None) -> None:
         """Makes `values` readable, with a pass where there has been none; zeros stand where no label counts.

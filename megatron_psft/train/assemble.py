@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from megatron_psft.scoring.packs import from_packs, to_packs
 from megatron_psft.scoring.reference import FOLDER, START, ReferencePass
 from megatron_psft.scoring.values import VALUES, RecordValues
 from megatron_psft.train.evaluate import Evaluation
-from megatron_psft.train.initial import adapter_base, fill_weights
+from megatron_psft.train.initial import adapter_base, fill_weights, starts_with_base
 from megatron_psft.train.inputs import Inputs
 from megatron_psft.train.optimizer import build_optimizer, build_scheduler
 from megatron_psft.train.pipeline import LabelledBatch, Observer, Pipeline
@@ -71,6 +71,8 @@ class Run:
     """What the training loader's `ref_log_probs` come from, where the objective needs them."""
     base: AdapterBase | None
     """The model beside which adapters are trained; None where the whole model is."""
+    began_with_base: bool
+    """As in `StartPoint`."""
     identity: Identity
     decode: Callable[[int], str]
     """A token's text from its id."""
@@ -111,7 +113,9 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     observers = _observers(config.objective, clipped_tokens, agreement)
     pipeline = Pipeline(chunks=chunks, parallel=parallel, observers=observers, sources=_sources(config))
     loader = _loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=True)
-    reference = _reference(config, inputs, pipeline, parallel, identity, start)
+    began_with_base = base is not None and starts_with_base(config, start)
+    initial = replace(pipeline, without_adapters=True) if began_with_base else None
+    reference = _reference(config, inputs, pipeline, initial, parallel, identity, start)
     state = TrainState(
         chunks=chunks,
         optimizer=optimizer,
@@ -131,8 +135,9 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         agreement=agreement,
         loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
         reference=reference,
-        evaluation=_evaluation(config, inputs, pipeline, parallel),
+        evaluation=_evaluation(config, inputs, pipeline, initial, parallel),
         base=base,
+        began_with_base=began_with_base,
         identity=identity,
         decode=lambda token_id: str(inputs.tokenizer.decode([token_id])),
         start=start,
@@ -225,22 +230,28 @@ def _reference(
     config: Config,
     inputs: Inputs,
     pipeline: Pipeline,
+    initial: Pipeline | None,
     parallel: Parallel,
     identity: Identity,
     start: StartPoint | None,
 ) -> ReferencePass | None:
+    """`initial` is the model at the start where it is at hand however far the run is."""
     if not config.objective.needs_reference:
         return None
     save, weights = Path(config.weights.save), config.weights
-    has_begun = start is not None and start.resumes(save)
-    checkpoint = None if start is None else start.checkpoint
-    seed = config.batch.seed if weights.random_init else None
-    start_sum = None if has_begun else on_rank_zero(lambda: start_identity(checkpoint, inputs.model_folder, seed))
+    has_begun = initial is None and start is not None and start.resumes(save)
+    start_sum = None
+    if initial is None and not has_begun:  # of `initial` the identity tells already
+        checkpoint, adapter = None if start is None else start.checkpoint, config.lora.load_lora
+        seed = config.batch.seed if weights.random_init else None
+        start_sum = on_rank_zero(
+            lambda: start_identity(checkpoint, inputs.model_folder, seed, None if adapter is None else Path(adapter))
+        )
     folder = Path(weights.load_hf)
     return ReferencePass(
         folder=save / FOLDER,
         values=RecordValues(save / FOLDER / VALUES, inputs.plan.lengths),
-        policy=pipeline,
+        policy=initial or pipeline,
         loader=_loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=False),
         parallel=parallel,
         identity={**identity, "load_hf": str(folder.resolve() if folder.is_dir() else folder), START: start_sum},
@@ -280,7 +291,9 @@ def _describe_resumption(start: StartPoint, train_iters: int, planned_lr: float,
         log.info("learning rate of step %d: %.4g, and %.4g by the earlier schedule", start.step + 1, lr, planned_lr)
 
 
-def _evaluation(config: Config, inputs: Inputs, pipeline: Pipeline, parallel: Parallel) -> Evaluation:
+def _evaluation(
+    config: Config, inputs: Inputs, pipeline: Pipeline, initial: Pipeline | None, parallel: Parallel
+) -> Evaluation:
     def loader(dataset: TokenizedDataset) -> BatchLoader:
         plan = plan_of(dataset.sequence_lengths, config.data, packs_each_step=config.packs_each_step)
         return _loader(config, inputs, dataset, plan, parallel, is_training=False)
@@ -290,6 +303,7 @@ def _evaluation(config: Config, inputs: Inputs, pipeline: Pipeline, parallel: Pa
         drift={name: (answers, loader(answers.dataset)) for name, answers in inputs.drift_sets.items()},
         eval_iters=config.data.eval_iters,
         pipeline=pipeline,
+        initial=initial,
         parallel=parallel,
         folder=Path(config.weights.save),
     )

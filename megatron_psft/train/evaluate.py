@@ -1,6 +1,6 @@
 """Evaluates a run: likelihood of its validation sets, and how far it has gone from the initial model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,8 @@ class Evaluation:
     parallel: Parallel
     folder: Path
     """Of the run, where what it says of drift sets before its first step is kept."""
+    initial: Pipeline | None = None
+    """The model at the start, where it is at hand later, too: beside adapters."""
 
     def __bool__(self) -> bool:
         return bool(self.valid or self.drift)
@@ -49,18 +51,38 @@ class Evaluation:
             UserError: a drift set that this model has not drawn.
         """
         self.pipeline.gather_parameters()
-        nll = self._nll_of_answers()
-        for name, (answers, _) in self.drift.items():
-            _check_start(name, answers, nll[name])
-        start = {answers.dataset.fingerprint(): nll[name] for name, (answers, _) in self.drift.items()}
+        nll = self._nll_of_answers(self.pipeline, self.drift)
+        start = self._checked(nll)
         if start:
             on_rank_zero(lambda: write_start(self.folder, start))
         return self._valid_values() | self._drift_values(nll, start)
 
+    def complete_start(self) -> None:
+        """Has the initial model, where it is at hand, say what it has not said before the first step, as of sets that
+        the run began without.
+
+        Raises:
+            UserError: a drift set that this model has not drawn.
+        """
+        if self.initial is None:
+            return
+        start = self._start
+        missing = [name for name, (answers, _) in self.drift.items() if answers.dataset.fingerprint() not in start]
+        if missing:
+            self.initial.gather_parameters()
+            start |= self._checked(self._nll_of_answers(self.initial, missing))
+            on_rank_zero(lambda: write_start(self.folder, start))
+
+    def _checked(self, nll: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+        """What the initial model says of drift sets, by their content."""
+        for name, values in nll.items():
+            _check_start(name, self.drift[name][0], values)
+        return {self.drift[name][0].dataset.fingerprint(): values for name, values in nll.items()}
+
     def __call__(self) -> dict[str, float]:
         """The metrics as the model is now."""
         self.pipeline.gather_parameters()
-        return self._valid_values() | self._drift_values(self._nll_of_answers(), self._start)
+        return self._valid_values() | self._drift_values(self._nll_of_answers(self.pipeline, self.drift), self._start)
 
     @cached_property
     def _start(self) -> dict[str, NDArray[np.float64]]:
@@ -91,13 +113,14 @@ class Evaluation:
             values |= {metric_of_set("drift", name): drift.value, metric_of_set("drift_stderr", name): drift.stderr}
         return values
 
-    def _nll_of_answers(self) -> dict[str, NDArray[np.float64]]:
-        """Of each drift set, by name: that of each answer."""
+    def _nll_of_answers(self, model: Pipeline, names: Iterable[str]) -> dict[str, NDArray[np.float64]]:
+        """Of each of the drift sets, by name: that of each answer."""
         found = {}
-        for name, (answers, loader) in self.drift.items():
+        for name in names:
+            answers, loader = self.drift[name]
             nll = AnswerNll(len(answers.dataset), self.parallel)
             for index in self._batches(name, loader.num_batches):
-                nll.add(self.pipeline.score(loader.micro_batches(index)), loader, index)
+                nll.add(model.score(loader.micro_batches(index)), loader, index)
             found[name] = nll.total()
         return found
 

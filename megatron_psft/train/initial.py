@@ -57,6 +57,14 @@ def fill_weights(
         fill_parameters(chunks, _adapters(config, inputs, base), inputs.shape, parallel, adapters=True)
 
 
+def starts_with_base(config: Config, start: StartPoint | None) -> bool:
+    """Whether a run of adapters has begun with the model beside them, and so has it at hand without them; not so after
+    `load_lora`, or from a checkpoint of another run's adapters."""
+    if start is None or start.step == WEIGHTS_ONLY_STEP:
+        return config.lora.load_lora is None
+    return start.resumes(Path(config.weights.save)) and start.began_with_base
+
+
 def _adapters(config: Config, inputs: Inputs, base: AdapterBase) -> WeightSource:
     folder, lora = config.lora.load_lora, config.lora
     if folder is None:

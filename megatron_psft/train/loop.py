@@ -94,6 +94,9 @@ def _begin(run: Run, stop: StopSignals, run_log: RunLog | None) -> str | None:
             values = run.evaluation.before_training()
         if run_log:
             run_log.record(0, values)
+    elif run.evaluation:
+        with naming_lost_peers("what the initial model says of drift sets"):
+            run.evaluation.complete_start()
     return _drift_before(run)
 
 
@@ -231,6 +234,7 @@ def _saver(run: Run) -> Saver:
         run.parallel,
         keep_last=weights.keep_last,
         in_background=weights.async_save,
+        began_with_base=run.began_with_base,
     )
 
 

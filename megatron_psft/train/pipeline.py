@@ -1,6 +1,7 @@
 """Runs a global batch through Megatron-Core's pipeline schedules, to train on it or only to score it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_psft.distributed.collective import sum_over_context
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.head.layer import HeadInputs, HeadOutput, label_positions, scatter_labels, select_labels
 from megatron_psft.metrics.sums import BatchSums, LabelSources, batch_sums
+from megatron_psft.model.adapters import adapters_off
 from megatron_psft.model.end import ask
 from megatron_psft.model.layers import packed_row_params
 from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
@@ -35,6 +37,8 @@ class Pipeline:
     observers: Sequence[Observer] = ()
     sources: Sequence[str] = ()
     """Names of the training set's, in order, where it has several: each has metrics of its own."""
+    without_adapters: bool = False
+    """Whether `score` and `score_labels` ask the model that adapters stand beside, which is in memory anyway."""
 
     def train(
         self, micro_batches: Sequence[MicroBatch], old_policy: OldPolicy, *, objective: Objective
@@ -94,7 +98,8 @@ class Pipeline:
             return kept(item, output.stats)
 
         items = [LabelledBatch.of(micro_batch, None, None) for micro_batch in micro_batches]
-        return self._run(items, keep, forward_only=True, collect_non_loss_data=True)
+        with adapters_off(self.chunks) if self.without_adapters else nullcontext():
+            return self._run(items, keep, forward_only=True, collect_non_loss_data=True)
 
     def _run(self, items: list["LabelledBatch"], on_output: Any, **options: bool) -> list[Any]:
         def forward_step(iterator: Iterator[LabelledBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_psft.checkpoint.folders import step_folders
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 from tests.support.layouts import LAYOUTS
@@ -162,11 +163,18 @@ def test_settings_that_contradict_each_other(pool, inputs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "sft-kl"])
 def test_other_objectives_of_adapters_follow_peft(pool, inputs, tmp_path, objective):
-    """The reference is the model at the start, with the adapter that the run starts from."""
+    """The reference is the model at the start, with the adapter that the run starts from; with another one, another."""
     wanted, _ = expected(inputs, "qwen2", objective=objective)
-    flags = [*LORA, "--load-lora", inputs / "qwen2-adapter", "--objective", objective]
-    found = train(pool, inputs, "qwen2", tmp_path, *flags)
+    flags = [*LORA, "--objective", objective, "--save-interval", 1, "--load-lora"]
+    found = train(pool, inputs, "qwen2", tmp_path, *flags, inputs / "qwen2-adapter")
     assert_same_run(found, wanted, has_old_policy=False)
+    for folder in step_folders(tmp_path):
+        shutil.rmtree(folder)
+    other = shutil.copytree(inputs / "qwen2-adapter", tmp_path / "adapter")
+    tensors = {name: 2 * tensor for name, tensor in adapter_of(other).items()}
+    save_file(tensors, other / "adapter_model.safetensors")
+    first, *_ = train(pool, inputs, "qwen2", tmp_path, *flags, other, "--train-iters", 1)
+    assert first["loss"] == pytest.approx(first["nll"], rel=1e-6), "no distance from the reference yet"
 
 
 @pytest.mark.slow

@@ -3,22 +3,33 @@
 import functools
 import json
 import random
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from megatron_psft.cli.rollout import main as rollout
+from megatron_psft.config.lora import LoraConfig
 from megatron_psft.config.schema import ObjectiveConfig
+from megatron_psft.hf.adapter import AdapterBase, RandomAdapters, write_adapter
+from megatron_psft.hf.mapping import Piece, adapter_tensors
+from megatron_psft.metrics.drift import START_FILE
+from megatron_psft.model.shape import read_shape
 from megatron_psft.objectives.builtin.dpo import dpo_loss, pair_metrics
 from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 from tests.support.layouts import LAYOUTS
+from tests.support.marks import slow
 from tests.support.parity import assert_same_logits
+from tests.support.runs import forget_steps_from, metrics_of
 
 STEPS, PAIRS, BETA = 4, 8, 0.3
 COMPARED = ("loss", "margin", "accuracy", "chosen_log_probs", "rejected_log_probs", "grad_norm")
@@ -100,19 +111,24 @@ def pairs_of(folder: Path) -> list[tuple[oracle.Example, oracle.Example]]:
 
 
 @functools.cache
-def expected(folder: Path) -> tuple[list[dict[str, float]], torch.nn.Module]:
-    """DPO from its formula, all pairs in each step."""
+def expected(
+    folder: Path, steps: int = STEPS, adapter: Path | None = None
+) -> tuple[list[dict[str, float]], torch.nn.Module]:
+    """DPO from its formula, all pairs in each step; of an `adapter` that `peft` trains, without which is the
+    reference."""
     pairs = pairs_of(folder)
-    model, initial = (oracle.load_model(folder / "model") for _ in range(2))
+    model = oracle.load_model(folder / "model")
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     optimizer = torch.optim.AdamW(oracle._parameter_groups(model, 0.1), betas=(0.9, 0.999), eps=1e-8)
 
     def sequence_log_probs(of: torch.nn.Module) -> Tensor:
         return torch.stack([torch.stack([oracle.label_statistics(of, *side)[0].sum() for side in p]) for p in pairs])
 
-    with torch.no_grad():
-        anchor = sequence_log_probs(initial)
+    with torch.no_grad(), nullcontext() if adapter is None else model.disable_adapter():
+        anchor = sequence_log_probs(model)
     history = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         log_probs = sequence_log_probs(model)
         ratio = log_probs - anchor
         margin = BETA * (ratio[:, 0] - ratio[:, 1])
@@ -144,6 +160,14 @@ ONE_PACK = ("--global-batch-size", "1", "--seq-length", "1024")
 RECORDS = ("--global-batch-size", str(PAIRS), "--global-batch-unit", "records")
 
 
+def assert_same_preferences(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    for line, oracle_line in zip(found, wanted, strict=True):
+        for name in COMPARED:
+            # Before the first update the margin is the rounding between two ways to compute one number.
+            if line["step"] > 1 or name not in ("margin", "accuracy"):
+                assert line[name] == pytest.approx(oracle_line[name], rel=1e-4), (line["step"], name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "flags"),
@@ -161,15 +185,54 @@ RECORDS = ("--global-batch-size", str(PAIRS), "--global-batch-unit", "records")
 def test_dpo_follows_the_oracle(pool, inputs, tmp_path, layout, flags):
     wanted, model = expected(inputs)
     found = train(pool, inputs, tmp_path, layout, "--train-iters", str(STEPS), *flags)
-    assert len(found) == STEPS
-    for line, oracle_line in zip(found, wanted, strict=True):
-        for name in COMPARED:
-            # Before the first update the margin is the rounding between two ways to compute one number.
-            if line["step"] > 1 or name not in ("margin", "accuracy"):
-                assert line[name] == pytest.approx(oracle_line[name], rel=1e-4), (line["step"], name)
+    assert_same_preferences(found, wanted)
     assert found[0]["margin"] == pytest.approx(0, abs=1e-4)
     assert found[-1]["accuracy"] > 0.5
     assert_same_logits(tmp_path / "hf", model)
+
+
+@pytest.fixture(scope="module")
+def new_adapter(inputs) -> Path:
+    """What a run of rank 6 starts from: A as it draws it, and no B."""
+    shape, config = read_shape(inputs / "model"), LoraConfig(lora_rank=6, lora_alpha=12.0)
+    source = RandomAdapters(shape, config, seed=1234)
+    dims = adapter_tensors(shape, config)
+    tensors = {name: source.read(Piece(name, (0, rows))) for name, (rows, _) in dims.items()}
+    (inputs / "adapter").mkdir()
+    write_adapter(inputs / "adapter", tensors, shape, config, AdapterBase(name=None, weights="the model"))
+    return inputs / "adapter"
+
+
+@pytest.fixture(scope="module")
+def own_answers(inputs) -> Path:
+    """Two answers of the model."""
+    (inputs / "prompts.jsonl").write_text('{"prompt": "one two"}\n{"prompt": "three"}\n')
+    given = {"model": inputs / "model", "tokenizer": inputs / "tokenizer", "prompts": inputs / "prompts.jsonl"}
+    given |= {"out": inputs / "own.jsonl", "max-new-tokens": 8, "engine": "transformers"}
+    assert rollout([*(str(part) for name, value in given.items() for part in (f"--{name}", value)), "--drift-set"]) == 0
+    return inputs / "own.jsonl"
+
+
+LORA = ("--lora-rank", "6", "--lora-alpha", "12")
+
+
+@pytest.mark.parametrize("layout", ["one", slow("TP2-SP-PP2-DP2-distopt")])
+def test_new_adapters_have_the_model_without_them_as_reference_at_any_time(
+    pool, inputs, tmp_path, layout, new_adapter, own_answers
+):
+    """DPO and drift; also in a run that goes on and has lost what the model at its start has said."""
+    wanted, _ = expected(inputs, 12, new_adapter)
+    flags = [*UNPACKED, *LORA, "--train-iters", "12", "--save-interval", "6", "--eval-interval", "6"]
+    run, drift = tmp_path / "run", f"own={own_answers}"
+    found = train(pool, inputs, run, layout, *flags, "--drift-data", drift)
+    assert found[0]["drift/own"] == 0 < found[-1]["drift/own"]
+    assert_same_preferences(found[1:], wanted)
+    whole = metrics_of(run)
+    forget_steps_from(run, 12)
+    shutil.rmtree(run / "ref_log_probs")
+    (run / START_FILE).unlink()
+    train(pool, inputs, run, layout, *flags, "--drift-data", drift)
+    assert metrics_of(run) == whole
 
 
 @pytest.mark.slow
