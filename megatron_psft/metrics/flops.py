@@ -22,14 +22,15 @@ _PEAK_FLOPS = {
 
 def forward_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
     """Operations of one forward pass over records of these lengths in tokens; causal attention costs half of length
-    squared."""
+    squared, without what is before a sliding window."""
     queries = shape.num_attention_heads * shape.head_dim
     weights = sum(_layer_weights(shape, layer) for layer in range(shape.num_layers))
     weights += shape.hidden_size * shape.vocab_size
     tokens = squares = 0
     for length in lengths:
         tokens += length
-        squares += length * length
+        unseen = 0 if shape.sliding_window is None else max(0, length - shape.sliding_window)
+        squares += length * length - unseen * unseen
     return 2.0 * weights * tokens + 2.0 * shape.num_layers * queries * squares
 
 

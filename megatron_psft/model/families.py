@@ -62,6 +62,9 @@ class Family:
     only_supported: Mapping[str, Any] = field(default_factory=dict)
     """Fields that change the maths, with the only value that is computed, as in `ONLY_SUPPORTED`; of both, this one
     counts."""
+    has_sliding_window: bool = False
+    """Whether every layer has the window that `sliding_window` says. Of other families, transformers reads that field
+    only where `use_sliding_window` is true."""
     names: Names = field(default_factory=Names)
 
 
@@ -92,6 +95,7 @@ FAMILIES: dict[str, Family] = {
         },
         experts=ExpertFields(count="num_experts", ffn_hidden_size="moe_intermediate_size", normalizes=None),
     ),
+    "mistral": Family(has_sliding_window=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family(
         defaults={
             "num_key_value_heads": 8,

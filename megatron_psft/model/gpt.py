@@ -1,6 +1,7 @@
 """Builds Megatron-Core's `GPTModel` for a shape, wrapped for data parallelism."""
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -32,6 +33,7 @@ from megatron_psft.model.end import attach
 from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts
 from megatron_psft.model.fp8 import check_dimensions, fp8_options
 from megatron_psft.model.layers import Attention, RMSNorm
+from megatron_psft.model.rope import Llama3RopeScaling, YarnRopeScaling
 from megatron_psft.model.shape import ModelShape
 
 # Each rank's part of the vocabulary is a multiple of 128, which matrix units like. Padding for 8 ranks even on fewer
@@ -67,6 +69,12 @@ def check_layout(shape: ModelShape, config: Config) -> None:
         raise UserError(
             f"num_layers_per_virtual_pipeline_stage ({per_chunk}) must be a proper divisor of the layers per stage "
             f"({per_stage}); change it or remove it"
+        )
+    if config.parallel.context_parallel_size > 1 and _needs_window(shape, config):
+        raise UserError(
+            f"context_parallel_size ({config.parallel.context_parallel_size}) must be 1 where seq_length "
+            f"({config.data.seq_length}) exceeds the sliding_window ({shape.sliding_window}) of this "
+            f"{shape.model_type} model, which is not computed across ranks; change either"
         )
     _check_recomputed(shape, config)
     check_expert_layout(shape, config)
@@ -106,6 +114,7 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         # Dropout would make the two passes of one policy disagree: the ratio after a sync must be 1.
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        **_attention_options(shape, config),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -134,6 +143,23 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         **expert_options(shape, config, platform),
         **fp8_options(config.precision),
     )
+
+
+def _attention_options(shape: ModelShape, config: Config) -> dict[str, Any]:
+    """Fields of `TransformerConfig` for what is not plain causal attention; none for most models."""
+    options: dict[str, Any] = {}
+    if _needs_window(shape, config):
+        assert shape.sliding_window is not None
+        options["window_size"] = (shape.sliding_window - 1, 0)  # positions before and behind its own
+    if isinstance(shape.rope_scaling, YarnRopeScaling):
+        # Queries and keys have the factor each; the fused rotation has no place for it.
+        options["softmax_scale"] = shape.rope_scaling.attention_factor**2 / math.sqrt(shape.head_dim)
+    return options
+
+
+def _needs_window(shape: ModelShape, config: Config) -> bool:
+    """Whether a record can be longer than what a position sees."""
+    return shape.sliding_window is not None and config.data.seq_length > shape.sliding_window
 
 
 def virtual_size(shape: ModelShape, config: Config) -> int | None:
@@ -208,7 +234,7 @@ def build_chunk(
     )
     _mark_sharded_weights(model)
     mark_experts(model)
-    _scale_rope(model, shape)
+    scale_rope(model, shape)
     return model
 
 
@@ -264,15 +290,18 @@ def _mark_sharded_weights(model: GPTModel) -> None:
                 set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
 
 
-def _scale_rope(model: GPTModel, shape: ModelShape) -> None:
-    """Applies Llama 3's frequency scaling with all its numbers; the model's own flag knows only the factor."""
-    if shape.rope_scaling is None:
-        return
+def scale_rope(model: GPTModel, shape: ModelShape) -> None:
+    """Applies a frequency scaling with all its numbers; of Llama 3's, the model's own flag knows only the factor."""
     rope, scaling = model.rotary_pos_emb, shape.rope_scaling
-    rope.inv_freq = rope._apply_scaling(
-        rope.inv_freq,
-        factor=scaling.factor,
-        low_freq_factor=scaling.low_freq_factor,
-        high_freq_factor=scaling.high_freq_factor,
-        original_max_position_embeddings=scaling.original_max_position_embeddings,
-    )
+    if isinstance(scaling, Llama3RopeScaling):
+        rope.inv_freq = rope._apply_scaling(
+            rope.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
+    elif scaling is not None:
+        first, last = scaling.blended(shape.head_dim, shape.rope_theta)
+        divided = ((torch.arange(len(rope.inv_freq), device=rope.inv_freq.device) - first) / (last - first)).clamp(0, 1)
+        rope.inv_freq = rope.inv_freq * (1 - divided) + rope.inv_freq / scaling.factor * divided

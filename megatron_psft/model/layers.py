@@ -91,6 +91,8 @@ class Attention(torch.nn.Module):
         assert (attention_type, attn_mask_type) == ("self", AttnMaskType.causal)
         assert config.attention_dropout == 0.0
         self.softmax_scale = softmax_scale
+        # As Megatron-Core has it: how many positions before its own a position sees.
+        self.window = None if config.window_size is None else config.window_size[0]
         self.context_size = config.context_parallel_size
         self.context_group = None if pg_collection is None else pg_collection.cp
 
@@ -151,9 +153,10 @@ class Attention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The queries are the last positions of the keys, `[s, b, heads, d]` against `[t, b, groups, d]`."""
         queries, keys = len(query), len(key)
+        before = keys if self.window is None else self.window
         mask = None
-        if queries < keys:
-            mask = query.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        if queries < keys or before < keys - 1:
+            mask = query.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries).triu(keys - queries - before)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             query,

@@ -8,18 +8,9 @@ from typing import Any
 
 from megatron_psft.errors import UserError, nearest_name_hint
 from megatron_psft.model.families import FAMILIES, ONLY_SUPPORTED, ExpertFields, Family
+from megatron_psft.model.rope import RopeScaling, YarnRopeScaling, read_rope
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """Llama 3.1's stretching of the slow rotary frequencies; field names as in `config.json`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +43,7 @@ class ModelShape:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3RopeScaling | None
+    rope_scaling: RopeScaling | None
     qkv_bias: bool
     qk_norm: bool
     tied_embeddings: bool
@@ -62,6 +53,8 @@ class ModelShape:
     """Of the published weights, as torch spells it, e.g. `bfloat16`."""
     experts: ExpertShape | None = None
     """None where every layer has a plain MLP."""
+    sliding_window: int | None = None
+    """Positions that one sees, itself included; None where it sees all before it."""
 
     @property
     def family(self) -> Family:
@@ -120,10 +113,16 @@ def read_max_positions(folder: Path, field: str = "load_hf") -> int | None:
     """Positions of the longest text that the model was made for, `max_position_embeddings` of `folder/config.json`;
     None where it does not say.
 
-    Of Llama 3's rotary scaling, the only one that `read_shape` takes, it counts what the scaling has added.
+    It counts what a rotary scaling has added, as Llama 3's files do; where those of a model with yarn do not, this is
+    added.
     """
     value = _read_config(folder, field).get("max_position_embeddings")
-    return value if isinstance(value, int) else None
+    scaling = read_shape(folder, field).rope_scaling
+    if not isinstance(value, int):
+        return None
+    if isinstance(scaling, YarnRopeScaling):
+        return max(value, int(scaling.factor * scaling.original_max_position_embeddings))
+    return value
 
 
 def _read_config(folder: Path, field: str) -> Any:
@@ -150,7 +149,7 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
             f"{source}: model_type ({model_type}) is not supported; supported are {', '.join(FAMILIES)}{hint}"
         )
     _refuse_other_maths(config, family, source)
-    rope_theta, rope_scaling = _rope(config, family.defaults.get("rope_theta", 10000.0), source)
+    rope_theta, rope_scaling = read_rope(config, family.defaults.get("rope_theta", 10000.0), source)
     hidden_size = _size(config, "hidden_size", source)
     heads = _size(config, "num_attention_heads", source)
     groups = _size(config, "num_key_value_heads", source, family.defaults.get("num_key_value_heads", heads))
@@ -177,7 +176,16 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
         initializer_range=config.get("initializer_range", 0.02),
         dtype=dtype,
         experts=None if family.experts is None else _experts(config, family.experts, family.defaults, source),
+        sliding_window=_sliding_window(config, family, source),
     )
+
+
+def _sliding_window(config: Mapping[str, Any], family: Family, source: str) -> int | None:
+    """Here null says that there is none, and a missing field what the family's class assumes."""
+    field = "sliding_window"
+    if not family.has_sliding_window or config.get(field, family.defaults.get(field)) is None:
+        return None
+    return _size(config, field, source, family.defaults.get(field))
 
 
 def _experts(config: Mapping[str, Any], fields: ExpertFields, defaults: Mapping[str, Any], source: str) -> ExpertShape:
@@ -226,38 +234,3 @@ def _refuse_other_maths(config: Mapping[str, Any], family: Family, source: str) 
     odd_layers = sorted(set(config.get("layer_types") or []) - {"full_attention"})
     if odd_layers:
         raise UserError(f"{source}: layer_types ({', '.join(odd_layers)}) is not supported; only full_attention is")
-
-
-def _rope(config: Mapping[str, Any], default_theta: float, source: str) -> tuple[float, Llama3RopeScaling | None]:
-    """Base and scaling of the rotary embedding, in the spelling of transformers 4 or 5; the older one wins, as it does
-    there."""
-    parameters: dict[str, Any] = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        value = config.get(name) or {}
-        if not isinstance(value, Mapping):
-            raise UserError(f"{source}: {name} ({value}) must be a JSON object")
-        parameters |= value
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or default_theta)
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{source}: partial_rotary_factor ({parameters['partial_rotary_factor']}) is not supported; only 1.0 is"
-        )
-    if rope_type == "default":
-        return theta, None
-    if rope_type != "llama3":
-        raise UserError(f"{source}: rope_type ({rope_type}) is not supported; supported are default, llama3")
-    try:
-        scaling = Llama3RopeScaling(
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position_embeddings=int(
-                config.get("original_max_position_embeddings") or parameters["original_max_position_embeddings"]
-            ),
-        )
-    except KeyError as error:
-        raise UserError(
-            f"{source}: the llama3 rope scaling has no {error.args[0]}; all four of its fields are needed"
-        ) from None
-    return theta, scaling

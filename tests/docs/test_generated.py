@@ -44,6 +44,7 @@ def test_a_page_names_all_model_families(page):
         "qwen2": "Qwen2/2.5",
         "qwen3": "Qwen3",
         "qwen3_moe": "Qwen3 and its mixtures of experts",
+        "mistral": "Mistral",
         "mixtral": "Mixtral",
     }
     assert names.keys() == FAMILIES.keys()

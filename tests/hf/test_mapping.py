@@ -191,7 +191,7 @@ def test_the_head_of_the_last_stage_is_the_embedding_where_they_are_tied(cut, ra
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MOE_FAMILIES])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MOE_FAMILIES, *tiny.VARIANTS])
 def test_names_and_dimensions_are_those_of_transformers(tmp_path, family, tied):
     folder = tiny.build_model(tmp_path, family, tied=tied)
     theirs = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())  # a tied one once

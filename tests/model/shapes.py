@@ -2,6 +2,7 @@
 
 from transformers import (
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -16,6 +17,7 @@ CLASSES: dict[str, type[PreTrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
+    "mistral": MistralConfig,
     "mixtral": MixtralConfig,
 }
 FAMILIES = tuple(CLASSES)

@@ -26,6 +26,7 @@ from tests.support.marks import slow
 MODEL_LAYOUTS = [LAYOUTS[name] for name in ("one", "PP2-VPP1", "TP2-SP-PP2")]
 MODEL_LAYOUTS += [slow(LAYOUTS[name]) for name in ("TP2-SP", "TP2", "PP2", "DP2")]
 MODELS = [(family, tied) for family in tiny.FAMILIES for tied in (False, True)]
+MODELS += [(variant, False) for variant in tiny.VARIANTS]
 MODEL_IDS = [f"{family}-{'tied' if tied else 'untied'}" for family, tied in MODELS]
 
 
@@ -141,6 +142,15 @@ def test_layouts_that_divide_the_model_are_accepted(layout):
 def test_layouts_that_do_not_divide_the_model_are_refused(changes, layout, message):
     with pytest.raises(UserError, match=message):
         check_layout(replace(TINY, **changes), make_config(layout))
+
+
+def test_a_window_is_not_cut_over_context_parallel_ranks():
+    """Unless no record is longer than it."""
+    shape, config = replace(TINY, sliding_window=4095), make_config(Layout(context=2))
+    with pytest.raises(UserError, match=r"context_parallel_size \(2\).*seq_length \(4096\).*sliding_window \(4095\)"):
+        check_layout(shape, config)
+    assert check_layout(shape, make_config(Layout())) is None
+    assert check_layout(replace(TINY, sliding_window=4096), config) is None
 
 
 @settings(deadline=None)

@@ -48,14 +48,14 @@ def test_norm_says_whether_its_gradient_is_of_a_part_of_the_sequence(sequence_pa
     assert make_norm(8, eps=1e-6, sequence_parallel=sequence_parallel).weight.sequence_parallel is sequence_parallel
 
 
-def make_attention(softmax_scale: float | None = None, context_group=None) -> Attention:
+def make_attention(softmax_scale: float | None = None, context_group=None, window=None) -> Attention:
     context_size = 1 if context_group is None else context_group.size()
-    config = SimpleNamespace(context_parallel_size=context_size, attention_dropout=0.0)
+    config = SimpleNamespace(context_parallel_size=context_size, attention_dropout=0.0, window_size=window)
     groups = SimpleNamespace(cp=context_group)
     return Attention(config, 1, AttnMaskType.causal, "self", softmax_scale=softmax_scale, pg_collection=groups)
 
 
-def attend_by_formula(query, key, value, scale):
+def attend_by_formula(query, key, value, scale, sees=None):
     """Every query head of every row on its own: `[s, b, heads, d]` to `[s, b, heads * d]`."""
     length, rows, heads, _ = query.shape
     heads_per_group = heads // key.shape[2]
@@ -65,7 +65,7 @@ def attend_by_formula(query, key, value, scale):
             group = head // heads_per_group
             outputs = []
             for position in range(length):
-                seen = slice(0, position + 1)
+                seen = slice(0 if sees is None else max(0, position + 1 - sees), position + 1)
                 weights = torch.softmax(key[seen, row, group] @ query[position, row, head] * scale, dim=0)
                 outputs.append(weights @ value[seen, row, group])
             rows_of_heads.append(torch.stack(outputs))
@@ -91,6 +91,22 @@ def test_attention_and_its_gradients_follow_the_formula(groups, softmax_scale):
         results.append([output.detach(), *(tensor.grad for tensor in own)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("before", [0, 2, 4, 9])
+def test_a_window_hides_what_is_further_back(before):
+    """Also from the segments of a packed row, each from its own start."""
+    torch.manual_seed(before)
+    query, key, value = (torch.randn(8, 1, heads, 4) for heads in (4, 2, 2))
+    attention = make_attention(window=(before, 0))
+    parts = [
+        attend_by_formula(*(x[rows] for x in (query, key, value)), 0.5, before + 1)
+        for rows in (slice(0, 3), slice(3, 8))
+    ]
+    torch.testing.assert_close(attention(query, key, value), attend_by_formula(query, key, value, 0.5, before + 1))
+    row = packed_row_params((3, 5), torch.device("cpu"))
+    packed = attention(*(x.squeeze(1) for x in (query, key, value)), packed_seq_params=row)
+    torch.testing.assert_close(packed, torch.cat(parts).squeeze(1))
 
 
 def test_attention_is_causal_in_value_and_gradient():

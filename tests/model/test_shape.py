@@ -1,20 +1,27 @@
 """Published configurations load with the numbers their authors gave them, in every spelling of them."""
 
 import dataclasses
+import json
+import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_psft.errors import UserError
-from megatron_psft.model.shape import ExpertShape, Llama3RopeScaling, ModelShape, read_shape
-from tests.model.shapes import CLASSES, SMALL, read
+from megatron_psft.model.gpt import scale_rope
+from megatron_psft.model.rope import Llama3RopeScaling, YarnRopeScaling
+from megatron_psft.model.shape import ExpertShape, ModelShape, read_max_positions, read_shape
+from tests.model.shapes import CLASSES, SMALL, make_config, read
 from tests.support import tiny
 
 
@@ -210,12 +217,86 @@ def test_llama3_scaling_needs_all_its_numbers(field):
         read(rope_scaling={**numbers, "rope_type": "llama3"})
 
 
+def test_yarn_has_the_numbers_of_transformers_where_few_are_given():
+    """As Qwen's model cards have it, with the positions of the file."""
+    scaling = read(rope_scaling={"type": "yarn", "factor": 4.0}, max_position_embeddings=32768).rope_scaling
+    assert scaling == YarnRopeScaling(
+        factor=4.0,
+        original_max_position_embeddings=32768,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        attention_factor=pytest.approx(0.1 * math.log(4.0) + 1.0),
+        truncate=True,
+    )
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"beta_fast": 8, "beta_slow": 2},
+        {"truncate": False},
+        {"attention_factor": 1.5},
+        {"mscale": 2.0, "mscale_all_dim": 0.5},
+        {"mscale": 2.0},
+        {"factor": 1.0},
+        {"original_max_position_embeddings": 8},  # all frequencies are divided
+        {"original_max_position_embeddings": 2**22},  # none is
+    ],
+)
+def test_yarn_stretches_frequencies_as_transformers_does(changes):
+    scaling = {**YARN, **changes}
+    theirs = Qwen3Config(head_dim=32, rope_parameters={**scaling, "rope_theta": 10000.0})
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    found = read(model_type="qwen3", num_key_value_heads=5, head_dim=32, rope_parameters=scaling)
+    plain = 1 / 10000 ** (torch.arange(0, 32, 2) / 32)
+    model = SimpleNamespace(rotary_pos_emb=SimpleNamespace(inv_freq=plain))
+    scale_rope(model, found)
+    torch.testing.assert_close(model.rotary_pos_emb.inv_freq, inv_freq)
+    assert found.rope_scaling.attention_factor == pytest.approx(attention_factor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factor": None}, "the yarn rope scaling has no factor"),
+        ({"factor": "4"}, r"factor \(4\) of the rope scaling must be a positive number"),
+        ({"beta_fast": -1}, r"beta_fast \(-1\)"),
+        ({"original_max_position_embeddings": None}, "the yarn rope scaling has no original_max_position_embeddings"),
+    ],
+)
+def test_yarn_with_a_number_that_is_none_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        read(rope_scaling={**YARN, **changes})
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(512, 2048), (2048, 2048), (4096, 4096)])
+def test_positions_that_yarn_adds_are_counted_once(tmp_path, stated, expected):
+    """Qwen's files state those before, others those after."""
+    config = make_config(rope_scaling=YARN, max_position_embeddings=stated)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert read_max_positions(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 1}, 1)],
+)
+def test_a_missing_window_of_mistral_is_that_of_its_class(changes, window):
+    theirs = MistralConfig(**SMALL, num_key_value_heads=5, **changes)
+    shape = read(model_type="mistral", num_key_value_heads=5, **changes)
+    assert shape.sliding_window == theirs.sliding_window == window
+
+
 @pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
 def test_both_spellings_of_the_dtype_are_read(spelling):
     assert read(**{spelling: "bfloat16"}).dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MOE_FAMILIES])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MOE_FAMILIES, *tiny.VARIANTS])
 def test_what_either_transformers_writes_is_read_alike(tmp_path, family):
     shapes = [
         read_shape(tiny.build_model(tmp_path / str(hub), family, hub_config=hub, dtype=torch.bfloat16))
@@ -223,7 +304,7 @@ def test_what_either_transformers_writes_is_read_alike(tmp_path, family):
     ]
     assert shapes[0] == shapes[1]
     assert shapes[0].dtype == "bfloat16"
-    assert (shapes[0].rope_scaling is not None) is (family == "llama")
+    assert (shapes[0].rope_scaling is not None) is (family == "llama" or family.endswith("-yarn"))
 
 
 def test_absent_fields_of_experts_have_transformers_defaults():

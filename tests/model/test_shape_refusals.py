@@ -40,7 +40,7 @@ def test_a_field_at_its_supported_value_is_no_reason_to_refuse(family):
         "mlp_bias": False,
         "attention_dropout": 0,
         "use_sliding_window": False,
-        "sliding_window": None if family == "mixtral" else 4096,
+        "sliding_window": None if family == "mixtral" else 4096,  # Mistral's class assumes this
         "max_window_layers": 2,
         "partial_rotary_factor": 1,
         "quantization_config": None,
@@ -49,11 +49,11 @@ def test_a_field_at_its_supported_value_is_no_reason_to_refuse(family):
     assert read(model_type=family, num_key_value_heads=5, **supported) == read(model_type=family, num_key_value_heads=5)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope", "mrope"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "longrope", "mrope"])
 @pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 def test_other_rotary_scalings_are_refused_by_name(kind, where, key):
-    with pytest.raises(UserError, match=rf"rope_type \({kind}\) is not supported; supported are default, llama3"):
+    with pytest.raises(UserError, match=rf"rope_type \({kind}\) is not supported; supported are default, llama3, yarn"):
         read(**{where: {key: kind, "factor": 4.0, "rope_theta": 10000.0}})
 
 
@@ -61,12 +61,18 @@ def test_a_scaling_written_beside_rope_parameters_is_not_overlooked():
     """Model cards ask to add `rope_scaling` for long contexts, and transformers lets it win over `rope_parameters`."""
     both = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
     }
     theirs = Qwen2Config(**both)
-    assert theirs.rope_parameters["rope_type"] == "yarn"
-    with pytest.raises(UserError, match="yarn"):
+    assert theirs.rope_parameters["rope_type"] == "dynamic"
+    with pytest.raises(UserError, match="dynamic"):
         read(model_type="qwen2", **both)
+
+
+def test_rotary_settings_of_kinds_of_layers_are_refused():
+    """Read as one for all layers, they would say nothing."""
+    with pytest.raises(UserError, match="rope_parameters with settings of its own for full_attention"):
+        read(rope_parameters={"full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}})
 
 
 def test_a_rotary_part_within_rope_parameters_is_refused():
@@ -123,7 +129,7 @@ def read_by(family: str) -> list[str]:
     """The fields of MATHS that change what the family's class computes; what no class declares may be read by all."""
     declared = {name: {field.name for field in dataclasses.fields(theirs)} for name, theirs in CLASSES.items()}
     own = declared[family] | (set(MATHS) - set().union(*declared.values()))
-    if family.startswith("qwen"):
+    if family.startswith("qwen"):  # the others heed it or refuse it
         own -= {"sliding_window"}
     return [field for field in MATHS if field in own]
 
@@ -155,7 +161,7 @@ def test_transformers_obeys_is_causal_although_its_classes_do_not_declare_it():
     assert not torch.allclose(causal(tokens).logits, both_ways(tokens).logits)
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen3_next", "LLAMA", None, 3])
+@pytest.mark.parametrize("model_type", ["mistral3", "qwen3_next", "LLAMA", None, 3])
 def test_another_model_type_is_refused(model_type):
     with pytest.raises(
         UserError, match=rf"model_type \({model_type}\) is not supported; supported are llama, qwen2, qwen3"

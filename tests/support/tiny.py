@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -22,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 FAMILIES = ("qwen2", "llama", "qwen3")
 MOE_FAMILIES = ("qwen3_moe", "mixtral")
+VARIANTS = ("mistral", "qwen2-yarn", "qwen3-yarn")
+"""What differs from one of the families in a part; `-yarn` is how a config.json says it, not a model_type."""
 VOCAB_SIZE = 211  # prime: no tensor-parallel size divides it, so the padded columns are there in every layout
 
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -53,6 +56,8 @@ _ROPE_THETA = 1000.0  # no library's default
 # Wavelengths at head_dim 16 are 6, 15, 35, 84 ... tokens: below 64 / 4 kept, above 64 / 1 times 8, in between blended.
 _LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
+_YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}
+
 
 def build_model(
     folder: Path,
@@ -73,7 +78,8 @@ def build_model(
     Args:
         folder: created.
         family: `qwen2` (QKV bias), `llama` (llama3 RoPE scaling), `qwen3` (QK norm, wide heads), `qwen3_moe` (the same
-            with 8 experts in all layers but the second, 3 for each token) or `mixtral` (4 experts, 2 for each token).
+            with 8 experts in all layers but the second, 3 for each token), `mixtral` (4 experts, 2 for each token), or
+            one of `VARIANTS`.
         tied: one matrix for embedding and output layer.
         dtype: of the file.
         shard_size: of one safetensors file, e.g. `100KB` for several files.
@@ -92,6 +98,11 @@ def build_model(
 
 def _config(family: str, **overrides):
     rope = {"rope_type": "default", "rope_theta": _ROPE_THETA}
+    if family == "mistral":
+        return MistralConfig(**{**_SHAPE, "rope_parameters": rope, "sliding_window": 12, **overrides})
+    if family.endswith("-yarn"):
+        yarn = _YARN_ROPE if family.startswith("qwen2") else {**_YARN_ROPE, "truncate": False, "attention_factor": 0.9}
+        return _config(family.removesuffix("-yarn"), **{"rope_parameters": {**rope, **yarn}, **overrides})
     if family == "qwen2":
         return Qwen2Config(**{**_SHAPE, "rope_parameters": rope, **overrides})
     if family == "qwen3":

@@ -59,7 +59,7 @@ PSFT = {"old_policy_interval": 4}
 def inputs(tmp_path_factory) -> Path:
     """One folder with a model per family, a tokenizer and records."""
     folder = tmp_path_factory.mktemp("parity")
-    for family in (*tiny.FAMILIES, *tiny.MOE_FAMILIES):
+    for family in (*tiny.FAMILIES, *tiny.MOE_FAMILIES, *tiny.VARIANTS):
         tiny.build_model(folder / family, family, tied=family == "qwen3")
     tiny.build_tokenizer(folder / "tokenizer")
     tiny.write_records(folder / "records.jsonl", 40)
@@ -145,6 +145,17 @@ def test_a_mixture_of_experts_follows_the_oracle(pool, inputs, tmp_path, family,
     wanted, model = expected(inputs, family, FEW_STEPS, **PSFT)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 3, "the clip must matter in this comparison"
     found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [slow("mistral", "one"), slow("mistral", "TP2-SP"), slow("qwen3-yarn", "PP2")]
+)
+def test_a_variant_follows_the_oracle(pool, inputs, tmp_path, family, layout):
+    wanted, model = expected(inputs, family, FEW_STEPS, old_policy_interval=2)
+    assert sum(line["clip_fraction"] > 0.02 for line in wanted) >= 2, "the clip must matter in this comparison"
+    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "2", layout=layout)
     assert_same_run(found, wanted)
     assert_same_logits(tmp_path / "hf", model)
 
