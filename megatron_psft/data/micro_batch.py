@@ -44,6 +44,9 @@ class MicroBatch:
     ref_log_probs: torch.Tensor | None = None
     """`[batch, seq]` fp32, log-probabilities of the labels under the initial model, zeros where no label counts; None
     where the objective has no use for them, and outside training."""
+    nll_z: torch.Tensor | None = None
+    """`[records]` fp32, by how many standard deviations each is less probable than the mean record of the global batch;
+    None where the objective has no use for it."""
     sources: torch.Tensor | None = None
     """`[records]` int64, which source of the data set each is of, from 0; None where it has one."""
 

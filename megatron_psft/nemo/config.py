@@ -14,7 +14,7 @@ from megatron_psft.objectives.registry import OBJECTIVES as BUILTIN
 from megatron_psft.objectives.registry import with_settings
 from megatron_psft.scoring.old_policy import objective_at
 
-_ABSENT: frozenset[Requirement] = frozenset({"reference", "records"})
+_ABSENT: frozenset[Requirement] = frozenset({"reference", "records", "nll_z"})
 """What Megatron-Bridge's batches do not carry."""
 
 OBJECTIVES = tuple(name for name in BUILTIN if not ObjectiveConfig(objective=name).needs & _ABSENT)
@@ -35,8 +35,8 @@ class PsftConfig:
     """
 
     objective: str = ObjectiveConfig.objective
-    """One of `OBJECTIVES`, or MODULE:FUNCTION for one of your own that needs neither the initial model nor whole
-    records."""
+    """One of `OBJECTIVES`, or MODULE:FUNCTION for one of your own that needs neither the initial model, nor whole
+    records, nor the rest of a batch."""
     clip_ratio_high: float = ObjectiveConfig.clip_ratio_high
     """PSFT: a token has no gradient once its probability exceeds the old policy's by more than this share."""
     old_policy_interval: int | str = ObjectiveConfig.old_policy_interval
@@ -57,7 +57,8 @@ class PsftConfig:
         if self.objective_config.needs & _ABSENT:
             raise UserError(
                 f"psft.objective ({self.objective}) must be one of {', '.join(OBJECTIVES)}: any other needs the "
-                "initial model or whole records, which Megatron-Bridge's batches do not carry; `psft train` has all"
+                "initial model, whole records or the rest of a batch, which Megatron-Bridge's batches do not carry; "
+                "`psft train` has all"
             )
         return objective_at(self.objective_config, step)
 

@@ -65,6 +65,9 @@ class LabelInputs:
     """Under the initial model."""
     advantages: Tensor | None = None
     """None where all are 1."""
+    nll_z: Tensor | None = None
+    """By how many standard deviations, over the records of the global batch, the mean negative log-likelihood of the
+    token's record is above theirs, under the weights before the step."""
     weights: Tensor | None = None
     """Factors of the token losses that aggregate them; None where all are 1."""
     records: Records | None = None

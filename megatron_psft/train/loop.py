@@ -21,6 +21,7 @@ from megatron_psft.metrics.provenance import versions
 from megatron_psft.metrics.reduce import reduce_metrics
 from megatron_psft.metrics.run_log import RunLog, line_of_step
 from megatron_psft.metrics.trackers import Trackers
+from megatron_psft.scoring.batch_nll import with_nll_z
 from megatron_psft.scoring.old_policy import objective_at
 from megatron_psft.train.assemble import Run, export_model
 from megatron_psft.train.evaluate import drift_reached
@@ -169,7 +170,7 @@ def train_step(
     `between_batches` is called between the batches that a sync scores, before anything has changed, `before_update`
     when weights and optimizer are about to.
     """
-    pipeline, state = run.pipeline, run.state
+    pipeline, state, needs = run.pipeline, run.state, run.config.objective.needs
     with _timer() as total:
         micro_batches = run.loader.micro_batches(step)
         pipeline.zero_grad()
@@ -180,9 +181,10 @@ def train_step(
                 state.window.sync(step, between_batches=between_batches)
                 if run.agreement is not None and run.agreement.is_due:
                     run.agreement.expect(state.window.score(step))
+            if "nll_z" in needs:
+                micro_batches = with_nll_z(micro_batches, pipeline, run.parallel)
         objective = objective_at(run.config.objective, step)
         sums = pipeline.train(micro_batches, state.window.at(step), objective=objective)
-        needs = run.config.objective.needs
         metrics = reduce_metrics(sums, micro_batches, run.parallel, step + 1, needs=needs, sources=pipeline.sources)
         metrics |= {} if run.agreement is None else run.agreement.report(step + 1)
         lr = state.optimizer.param_groups[0]["lr"]

@@ -161,7 +161,7 @@ class LabelledBatch:
             given = replace(_given_of(micro_batch, positions, objective.config), old_log_probs=old_log_probs)
         return cls(
             # Of what is given, the device needs no second copy.
-            micro_batch=replace(micro_batch, advantages=None, ref_log_probs=None),
+            micro_batch=replace(micro_batch, advantages=None, ref_log_probs=None, nll_z=None),
             label_positions=positions,
             objective=objective,
             given=given,
@@ -222,5 +222,6 @@ def _given_of(micro_batch: MicroBatch, positions: Tensor, config: ObjectiveConfi
     return LabelInputs(
         ref_log_probs=of_tokens(micro_batch.ref_log_probs),
         advantages=of_records(micro_batch.advantages),
+        nll_z=of_records(micro_batch.nll_z),
         weights=of_records(1.0 / micro_batch.label_counts.float()) if weighs_records else None,
     )

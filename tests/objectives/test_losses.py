@@ -152,7 +152,11 @@ BY_HAND = {
     "dppo-tv falling": ({}, 0.25, 0.5, 0.5 * 2 * LOG2, -0.5),
     "dppo-tv capped": ({"tv_ratio_cap": 1.5}, 0.25, 0.125, 1.5 * 2 * LOG2, -1.5),
     "deft": ({}, 0.0625, None, (1 - 0.25) / 0.5, -0.25),  # sum of squares 0.5
+    "cadft of a record like others": ({}, 0.25, None, 0.5 * LOG2, -0.25),
+    "cadft of an improbable record": ({"cadft_beta": LOG2}, 0.25, None, 0.25 * 0.5 * LOG2, -0.0625),  # 2^-2
+    "cadft of a probable record": ({}, 0.25, None, 0.5 * LOG2, -0.25),
 }
+RECORD_Z = {"cadft of an improbable record": 2.0, "cadft of a probable record": -2.0}
 
 
 def evaluate(config: ObjectiveConfig, stats: LabelStats, given: LabelInputs):
@@ -176,7 +180,8 @@ def test_each_loss_and_gradient_is_that_of_arithmetic_by_hand(case):
     double = {"dtype": torch.float64}
     stats = LabelStats(torch.tensor([prob], **double).log(), *torch.tensor([[9.0], [1.5], [0.5]], **double))
     ref = None if ref_prob is None else torch.tensor([ref_prob], **double).log()
-    given = LabelInputs(old_log_probs=ref, ref_log_probs=ref, records=one_record(1))
+    z = torch.tensor([RECORD_Z.get(case, 0.0)], **double)
+    given = LabelInputs(old_log_probs=ref, ref_log_probs=ref, records=one_record(1), nll_z=z)
     losses, gradient = evaluate(config, stats, given)
     assert losses.tolist() == pytest.approx([loss], rel=1e-12)
     assert gradient.tolist() == pytest.approx([derivative], rel=1e-12)
@@ -193,7 +198,9 @@ def test_each_loss_and_gradient_is_that_of_autograd_through_the_whole_softmax(na
     now = distribution.detach().gather(1, labels[:, None])[:, 0]
     old, ref = now + 0.5 * torch.randn(2, 40, generator=generator, dtype=torch.float64)
     settings = {"iw_level": ("sequence", "token")[seed % 2]} if name == "iw-sft" else {}
-    wanted = oracle.token_losses(name, distribution, labels, old_log_probs=old, ref_log_probs=ref, **settings)
+    nll_z = torch.randn(40, generator=generator, dtype=torch.float64)
+    known = {"old_log_probs": old, "ref_log_probs": ref, "nll_z": nll_z}
+    wanted = oracle.token_losses(name, distribution, labels, **known, **settings)
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), logits)
 
     fresh = logits.detach().requires_grad_()
@@ -206,7 +213,7 @@ def test_each_loss_and_gradient_is_that_of_autograd_through_the_whole_softmax(na
         torch.special.entr(top).sum(dim=1),
         probs.square().sum(dim=1),
     )
-    given = LabelInputs(old_log_probs=old, ref_log_probs=ref, records=one_record(40))
+    given = LabelInputs(old_log_probs=old, ref_log_probs=ref, records=one_record(40), nll_z=nll_z)
     found = Objective(config=ObjectiveConfig(objective=name, **settings)).token_loss(stats, given)
     (gradient,) = torch.autograd.grad(found.sum(), fresh)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
@@ -260,7 +267,7 @@ def test_weights_of_the_aggregation_multiply_any_loss(name):
     log_probs, old, entropy = random_batch(5, 8)
     weights = torch.linspace(0.1, 3, 8)
     stats = LabelStats(log_probs, entropy, entropy, 0.1 * entropy)
-    given = LabelInputs(old_log_probs=old, ref_log_probs=old, records=one_record(8))
+    given = LabelInputs(old_log_probs=old, ref_log_probs=old, records=one_record(8), nll_z=entropy - 2)
     config = ObjectiveConfig(objective=name, profit_threshold=0.0)
     plain, gradient = evaluate(config, stats, given)
     weighed, weighed_gradient = evaluate(config, stats, replace(given, weights=weights))

@@ -83,7 +83,7 @@ def test_what_an_objective_needs_is_one_fact(flags, needs):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pfst", "objective ('pfst') must be one of psft, sft, asft, deft, "),
+        ("pfst", "objective ('pfst') must be one of psft, sft, asft, cadft, deft, "),
         ("pfst", ", or MODULE:FUNCTION; did you mean psft?"),
         (":sft_again", "must be one of psft"),
         (f"{OWN}:", "must be one of psft"),

@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -103,7 +104,9 @@ def _accumulate_gradients(
     """Adds the gradient of the token mean of `loss_of` over the global batch to the parameters."""
     label_tokens = sum(sum(label_mask) for _, label_mask in batch)
     columns: dict[str, list[Tensor]] = {"loss": [], "nll": [], "entropy": [], "ratio": [], "clipped": [], "kl": []}
-    for ids, label_mask in batch:
+    with torch.no_grad():
+        nll_z = nll_z_of([label_statistics(model, *example)[0] for example in batch])
+    for (ids, label_mask), z in zip(batch, nll_z, strict=True):
         distribution, labels = label_distributions(model, ids, label_mask)
         log_probs, entropy = distribution.gather(1, labels[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
         old_log_probs, initial_log_probs = log_probs.detach(), None
@@ -113,7 +116,8 @@ def _accumulate_gradients(
             if initial_model is not None:
                 initial_log_probs, _ = label_statistics(initial_model, ids, label_mask)
         ratio = torch.exp(torch.clamp(log_probs - old_log_probs, -20, 20))
-        losses = loss_of(distribution, labels, old_log_probs=old_log_probs, ref_log_probs=initial_log_probs)
+        known = {"old_log_probs": old_log_probs, "ref_log_probs": initial_log_probs, "nll_z": z}
+        losses = loss_of(distribution, labels, **known)
         (losses.sum() / label_tokens).backward()
         exact = ratio.detach().double()  # near r = 1 the divergence is a small difference of large numbers
         values = (losses, -log_probs, entropy, exact, exact > 1 + clip_ratio_high, exact - 1 - torch.log(exact))
@@ -164,6 +168,7 @@ def token_losses(
     *,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
+    nll_z: float | Tensor = 0.0,
     advantage: float = 1.0,
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.28,
@@ -171,6 +176,7 @@ def token_losses(
     p_power_q: float = 1.0,
     tv_threshold: float = 0.15,
     tv_ratio_cap: float = 20.0,
+    cadft_beta: float = 1.0,
     **settings: object,
 ) -> Tensor:
     """The loss of each label token of one record, as papers have it, from [labels, vocabulary] log-probabilities."""
@@ -191,6 +197,9 @@ def token_losses(
         plain = -log_probs if objective == "sft-kl" else -probs.detach() * log_probs
         reverse_ratio = ref_log_probs.exp() / probs
         return plain + kl_coef * (reverse_ratio - 1 - torch.log(reverse_ratio))
+    if objective == "cadft":
+        incompatibility = torch.clamp(torch.as_tensor(nll_z), min=0)
+        return -torch.exp(-cadft_beta * incompatibility) * probs.detach() * log_probs
     if objective == "p-power":
         return (1 - probs**p_power_q) / p_power_q
     if objective == "deft":
@@ -227,6 +236,14 @@ def _token_weights(
         return torch.clamp(probs / ref_log_probs.exp(), 0.2, 1.8)
     mean = (probs.log() - ref_log_probs).sum() / max(len(probs), 1)
     return torch.clamp(torch.exp(2 * mean), 0, 16)
+
+
+def nll_z_of(log_probs: Sequence[Tensor]) -> list[float]:
+    """How far the mean NLL of each record lies above that of the batch, in standard deviations of these means."""
+    means = [float(-record.double().mean()) if len(record) else None for record in log_probs]
+    known = [mean for mean in means if mean is not None]
+    center, spread = statistics.fmean(known), statistics.pstdev(known)
+    return [0.0 if mean is None else (mean - center) / (spread + 1e-6) for mean in means]
 
 
 def aggregate(losses: Sequence[Tensor], loss_aggregation: str) -> Tensor:

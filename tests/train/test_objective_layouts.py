@@ -17,6 +17,7 @@ from megatron_psft.data.micro_batch import MicroBatch
 from megatron_psft.data.packing import PackPlan, best_fit
 from megatron_psft.objectives.objective import Objective
 from megatron_psft.objectives.registry import OBJECTIVES
+from megatron_psft.scoring.batch_nll import with_nll_z
 from megatron_psft.scoring.old_policy import NoOldPolicy
 from tests.support import oracle, tiny
 from tests.support.cli import REPOSITORY
@@ -46,6 +47,7 @@ CASES: dict[str, dict] = {
     "trsft": {"objective": "trsft", "trsft_alpha": 0.002},
     "profit": {"objective": "profit", "profit_threshold": 0.02, "loss_aggregation": SEQ_MEAN},
     "deft": {"objective": "deft"},
+    "cadft": {"objective": "cadft", "cadft_beta": 1.5, "loss_aggregation": SEQ_MEAN},
 }
 SETUPS = [
     # layout, packs per micro-batch, fused head
@@ -114,6 +116,7 @@ def by_autograd(
 ) -> tuple[dict[str, Tensor], float]:
     settings = dict(CASES[case])
     name, aggregation = settings.pop("objective"), settings.pop("loss_aggregation", TOKEN_MEAN)
+    nll_z = oracle.nll_z_of([every.detach().gather(1, labels[:, None])[:, 0] for every, labels, *_ in known])
     losses = [
         oracle.token_losses(
             name,
@@ -121,10 +124,11 @@ def by_autograd(
             labels,
             old_log_probs=old,
             ref_log_probs=ref,
+            nll_z=z,
             advantage=advantage if "advantages" in case else 1.0,
             **settings,
         )
-        for (distribution, labels, old, ref), advantage in zip(known, advantages, strict=True)
+        for (distribution, labels, old, ref), advantage, z in zip(known, advantages, nll_z, strict=True)
     ]
     loss = oracle.aggregate(losses, aggregation)
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -175,6 +179,8 @@ def _check_gradients(
             objective = Objective(config=ObjectiveConfig(**settings))
             has_old_policy = objective.config.needs_old_policy
             old_policy = scores_of(batches, old) if has_old_policy else NoOldPolicy()
+            if "nll_z" in objective.needs:
+                batches = with_nll_z(batches, run.pipeline, run.place)
             run.pipeline.zero_grad()
             sums = run.pipeline.train(batches, old_policy, objective=objective)
             found[case] = gradients_of(run)

@@ -248,7 +248,7 @@ def test_sft_follows_the_oracle(pool, inputs, tmp_path, layout):
 
 @pytest.mark.parametrize(
     ("objective", "layout"),
-    [slow("dft", "one"), slow("dft", "TP2-PP2"), slow("sft-kl", "one"), slow("sft-kl", "TP2-PP2")],
+    [slow("cadft", "DP2-overlap"), slow("dft", "TP2-PP2"), slow("sft-kl", "one"), slow("sft-kl", "TP2-PP2")],
 )
 def test_a_relative_follows_the_oracle(pool, inputs, tmp_path, objective, layout):
     wanted, model = expected(inputs, "llama", FEW_STEPS, objective=objective)
