@@ -2,7 +2,7 @@
 
 Megatron-Core is written against `torch.cuda`. On a CPU `adapt_to_cpu` answers those calls, so that the trainer's code
 is the same on a laptop and on a cluster. On a GPU nothing of that is touched. No other file of this package but
-megatron_lines.py patches another library.
+megatron_lines.py and megatron_import.py patches another library.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_psft.distributed.megatron_import import import_megatron
 from megatron_psft.distributed.megatron_lines import do_without_engine
 
 _TO_DEVICE = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory})
@@ -28,6 +29,7 @@ def adapt_to_cpu() -> None:
     this process nor those that it starts will see it.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import_megatron()  # which finds no GPU to look at
     _answer_device_queries()
     _answer_streams()
     _answer_random_state()

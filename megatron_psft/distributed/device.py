@@ -10,6 +10,7 @@ import torch
 from packaging.version import Version
 
 from megatron_psft.distributed.cpu_shims import adapt_to_cpu
+from megatron_psft.distributed.megatron_import import import_megatron
 from megatron_psft.distributed.megatron_lines import do_without_engine
 from megatron_psft.distributed.rendezvous import Meeting
 from megatron_psft.errors import UserError, counted, first_line
@@ -92,6 +93,7 @@ def prepare(device: Literal["cuda", "cpu"], local_rank: int) -> Platform:
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         has_engine = _has_engine()
+        import_megatron()
         if not has_engine:
             do_without_engine()
         return Platform(

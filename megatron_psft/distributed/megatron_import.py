@@ -1,0 +1,41 @@
+"""Imports Megatron-Core in two thirds of the time that it would take."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_compile = torch.compile
+_UNUSED = "wandb"
+"""Megatron-Core imports it, where it is installed, for timers and an inference engine that no run of ours starts."""
+
+
+def import_megatron() -> None:
+    """Imports Megatron-Core without what a run may never use: torch's compiler, which every function that it fuses
+    would load as it is defined, and Weights & Biases. Later imports find both as they are; a Megatron-Core that has
+    been imported before stays as it is."""
+    if hidden := _UNUSED not in sys.modules:
+        sys.modules[_UNUSED] = None  # type: ignore[assignment]  # which makes its import fail
+    torch.compile = compile_when_called
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = _compile
+        if hidden:
+            del sys.modules[_UNUSED]
+
+
+def compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """`torch.compile`, as a function or a decorator, whose work begins with the first call of what it returns."""
+    if function is None:
+        return functools.partial(compile_when_called, **options)
+    compiled = functools.cache(lambda: _compile(function, **options))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Where its caller is being compiled, it is a part of that.
+        return (function if torch.compiler.is_compiling() else compiled())(*args, **kwargs)
+
+    return call

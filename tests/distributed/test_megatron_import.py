@@ -1,0 +1,52 @@
+"""Megatron-Core without the compiler until something calls it."""
+
+import subprocess
+import sys
+
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from megatron_psft.distributed.megatron_import import compile_when_called
+
+IMPORT = """
+import sys
+import torch
+from megatron_psft.distributed.megatron_import import import_megatron
+
+compile = torch.compile
+import_megatron()
+assert not {"torch._dynamo", "torch._inductor", "wandb"} & set(sys.modules)
+assert torch.compile is compile
+import wandb  # a tracker of the run's
+
+torch.compiler.set_stance("force_eager")  # there may be no compiler of C++
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+
+gate, up = torch.randn(3, 8).chunk(2, -1)
+assert torch.equal(swiglu(torch.cat([gate, up], -1)), torch.nn.functional.silu(gate) * up)
+assert "torch._dynamo" in sys.modules
+"""
+
+
+def test_the_compiler_is_imported_when_a_fused_function_is_called():
+    subprocess.run([sys.executable, "-c", IMPORT], check=True)
+
+
+def test_functions_are_compiled_once_and_within_those_that_call_them():
+    counter = CompileCounter()
+
+    @compile_when_called(backend=counter)
+    def double(x):
+        return 2 * x
+
+    @compile_when_called(backend=counter, fullgraph=True)
+    def affine(x):
+        """Twice and one."""
+        return double(x) + 1
+
+    assert (affine.__name__, affine.__doc__, counter.frame_count) == ("affine", "Twice and one.", 0)
+    for value in (1.0, 2.0):
+        assert affine(torch.tensor([value])).item() == 2 * value + 1
+    assert counter.frame_count == 1
+    double(torch.ones(2))
+    assert counter.frame_count == 2
