@@ -16,7 +16,7 @@ AT_A_TIME = -n $(WORKERS) --dist worksteal $(DURATIONS)
 ONCE = benchmarks cli config docker docs evaluation examples metrics report
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-py312 demo miniature test test-slow test-py312 test-nemo test-gpu lint format docs bench bench-store gpu-acceptance clean
+.PHONY: help install packages-py312 install-py312 demo miniature test test-slow test-py312 test-nemo test-gpu lint format docs bench bench-store gpu-acceptance clean
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1: /p' Makefile
@@ -45,10 +45,16 @@ test-slow: install ## Run the CPU tests that take minutes
 	$(BIN)/python -m pytest $(AT_A_TIME) -m "slow and not alone and not gpu"
 	$(BIN)/python -m pytest $(DURATIONS) -m "alone and not gpu"
 
-$(VENV)312/.installed: tests/nemo/install.sh tests/nemo/constraints.txt tests/model/engine/requirements.txt
+$(VENV)312/.packages: tests/nemo/install.sh tests/nemo/constraints.txt tests/model/engine/requirements.txt
 	$(PYTHON312) -m venv $(VENV)312
 	tests/nemo/install.sh $(VENV)312/bin/python
 	touch $@
+
+$(VENV)312/.installed: $(VENV)312/.packages setup.py pyproject.toml
+	$(VENV)312/bin/python -m pip install --no-deps -e .
+	touch $@
+
+packages-py312: $(VENV)312/.packages # all that install-py312 installs but this package
 
 install-py312: $(VENV)312/.installed ## Create the environment of Python 3.12 with its Megatron-Core and Megatron-Bridge
 

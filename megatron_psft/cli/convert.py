@@ -169,6 +169,10 @@ def convert_or_check(config: ConvertConfig) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what only passes through needs no GPU
     import torch
 
+    from megatron_psft.distributed.megatron_import import import_megatron
+
+    import_megatron()
+
     from megatron_psft.hf.conversion import outline_of
     from megatron_psft.hf.hub import load_tokenizer
     from megatron_psft.model.shape import read_shape

@@ -96,6 +96,9 @@ def plan(config: PlanConfig) -> int:
     """Prints the plan; returns 1 where it does not fit. Raises UserError for what training would refuse."""
     import torch
 
+    from megatron_psft.distributed.megatron_import import import_megatron
+
+    import_megatron()
     from megatron_psft.diagnostics.layouts import smallest_layout
     from megatron_psft.diagnostics.plan import Plan
     from megatron_psft.distributed.device import Platform

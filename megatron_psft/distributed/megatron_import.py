@@ -18,7 +18,7 @@ def import_megatron() -> None:
     been imported before stays as it is."""
     if hidden := _UNUSED not in sys.modules:
         sys.modules[_UNUSED] = None  # type: ignore[assignment]  # which makes its import fail
-    torch.compile = compile_when_called
+    torch.compile = compile_when_called  # type: ignore[assignment]
     try:
         import megatron.core  # noqa: F401
     finally:

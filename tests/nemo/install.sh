@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what tests/nemo needs into a virtual environment of Python 3.12: tests/nemo/install.sh VENV/bin/python
+# Installs what tests/nemo needs, but this package, into a virtual environment of Python 3.12:
+#   tests/nemo/install.sh VENV/bin/python
 set -euo pipefail
 python=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -11,7 +12,6 @@ here=$(cd "$(dirname "$0")" && pwd)
 # Without what they require: Transformer Engine and nvidia-resiliency-ext have no build for a machine without CUDA, and
 # cpu.py has stand-ins for them.
 "$python" -m pip install --no-deps megatron-core==0.19.2 megatron-bridge==0.6.2
-"$python" -m pip install --no-deps -e "$here/../.."
 # In a folder that only the tests of its layers have on their path.
 "$python" -m pip install --upgrade --no-deps --target "$("$python" -c 'import sys; print(sys.prefix)')/engine" \
     -r "$here/../model/engine/requirements.txt"
