@@ -106,9 +106,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     chunks = build_model(shape, config, platform, parallel)
     fill_weights(chunks, config, inputs, start, base, parallel)
     optimizer = build_optimizer(config, chunks)
-    clipped_tokens = None
-    if config.logging.log_clipped_tokens is not None:
-        clipped_tokens = ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
+    clipped_tokens = _clipped_tokens(config, shape, first_step, parallel)
     agreement = _scoring_agreement(config, parallel)
     observers = _observers(config.objective, clipped_tokens, agreement)
     pipeline = Pipeline(chunks=chunks, parallel=parallel, observers=observers, sources=_sources(config))
@@ -165,6 +163,12 @@ def export_model(run: Run, target: Path) -> None:
         log.info(
             "the adapter goes with the weights that the run started from, which peft reads once written: %s", command
         )
+
+
+def _clipped_tokens(config: Config, shape: ModelShape, first_step: int, parallel: Parallel) -> ClippedTokens | None:
+    if config.logging.log_clipped_tokens is None:
+        return None
+    return ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
 
 
 def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement | None:
