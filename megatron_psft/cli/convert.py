@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megatron_psft.checkpoint.folders import is_step_folder, step_folders
 from megatron_psft.cli.output import configure_output
-from megatron_psft.config.flags import require_absent, require_positive, run_command
-from megatron_psft.config.paths import PathText
+from megatron_psft.config.conversion import ConvertConfig, TargetConfig
+from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.config.schema import Config, parse_config
 from megatron_psft.errors import InfrastructureError, UserError, counted, storage_error
 from megatron_psft.lock import lock_beside, sole_writer
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
 
     from megatron_psft.hf.conversion import Outline, Weights
     from megatron_psft.hf.side_files import SideFiles
+    from megatron_psft.hf.stored_adapters import StoredAdapters
     from megatron_psft.model.shape import ModelShape
 
 RUN_CONFIG = "config.yaml"
@@ -39,6 +40,9 @@ EXAMPLES = """examples:
   the newest checkpoint of a run, or an earlier one, as a Hugging Face folder:
     psft convert --from-megatron runs/first --to-hf runs/first/hf
     psft convert --from-megatron runs/first/step_0000100 --to-hf runs/first/hf-100
+  a run of adapters as a peft adapter, or as a model with them added:
+    psft convert --from-megatron runs/lora --to-hf runs/lora/adapter
+    psft convert --from-megatron runs/lora --to-hf runs/lora/merged --lora-merge
   its weights alone, which another run on other data can start from:
     psft convert --from-megatron runs/first --to-megatron models/first
   a model that only Megatron-Bridge knows, for a recipe of megatron_psft.nemo, and back:
@@ -52,85 +56,6 @@ There is no flag for a parallel layout, as a checkpoint has none: it keeps every
 loads with any tensor, pipeline, context and data-parallel size.
 
 Exit code: 0; 1 where --check finds a difference; 2 after a mistake; 4 where a disk is full or fails."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """What is read: `from_hf` or `from_megatron`."""
-
-    from_hf: PathText | None = None
-    """Hugging Face folder or hub ID with config, safetensors and, where there is one, the tokenizer."""
-    from_megatron: PathText | None = None
-    """Run folder, of which the newest checkpoint is read, or one step folder of it, or a folder that this command
-    wrote."""
-    load_hf: PathText | None = None
-    """Folder or hub ID whose config.json and generation config go with the weights of `from_megatron`; if unset,
-    those that it holds itself, or that its run was started with."""
-    tokenizer: PathText | None = None
-    """Folder or hub ID whose tokenizer goes with the weights; if unset, the run's where `load_hf` is, too, or the
-    one beside config.json."""
-
-    def __post_init__(self) -> None:
-        require_one(self, "from_hf", "from_megatron")
-        if self.load_hf is not None and self.from_megatron is None:
-            raise UserError(f"load_hf ({self.load_hf}) goes with from_megatron; remove it")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetConfig:
-    """What is written: `to_hf` or `to_megatron`."""
-
-    to_hf: PathText | None = None
-    """Hugging Face folder to write; it must not exist."""
-    to_megatron: PathText | None = None
-    """Folder to write a checkpoint of weights to; it must not exist. `psft train` takes it with --load."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of what is written; if unset, that of the source, but for `to_hf` of an fp32 checkpoint the one
-    that config.json names, as in its run's own export."""
-    max_shard_gb: float | None = None
-    """Size limit of one file of `to_hf`, in 10^9 bytes; 5 if unset. A tensor that is larger has its own file."""
-    via_bridge: bool = False
-    """Convert with Megatron-Bridge's AutoBridge, in its own checkpoint format, and so every family of models that it
-    knows. It has the whole model in memory; `from_megatron` needs `load_hf`."""
-    check: bool = False
-    """Write nothing, but compare what would be written with what is there, tensor by tensor by SHA-256, and say which
-    differ."""
-
-    def __post_init__(self) -> None:
-        name, path = self.place
-        if self.check and not path.is_dir():
-            raise UserError(f"{name} ({path}) must be an existing folder to be checked")
-        if not self.check:
-            require_absent(self, name, "folder")
-        for name in ("dtype", "max_shard_gb", "check"):
-            if self.via_bridge and getattr(self, name):
-                raise UserError(f"{name} ({getattr(self, name)}) has no effect with via_bridge; remove it")
-        if self.max_shard_gb is not None:
-            require_positive(self, "max_shard_gb")
-            if self.to_hf is None or self.check:
-                raise UserError(f"max_shard_gb ({self.max_shard_gb}) goes with writing to_hf; remove it")
-
-    @property
-    def place(self) -> tuple[str, Path]:
-        """The field that is set, and its folder."""
-        name = require_one(self, "to_hf", "to_megatron")
-        return name, Path(getattr(self, name))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """The whole command."""
-
-    source: SourceConfig
-    target: TargetConfig
-
-
-def require_one(section: object, *names: str) -> str:
-    """Returns the one of the named fields that is set. Raises UserError where it is not one."""
-    given = [name for name in names if getattr(section, name) is not None]
-    if len(given) != 1:
-        raise UserError(f"{' and '.join(given) or 'neither'} given; give one of {', '.join(names)}")
-    return given[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,17 +100,29 @@ def convert_or_check(config: ConvertConfig) -> int:
 
     from megatron_psft.hf.conversion import outline_of
     from megatron_psft.hf.hub import load_tokenizer
+    from megatron_psft.model.parameters import is_adapter
     from megatron_psft.model.shape import read_shape
     from megatron_psft.train.exported import resized_shape
 
-    folders = find_folders(config.source)
+    folders = find_folders(config)
     shape = read_shape(folders.model, "load_hf" if config.source.from_hf is None else "from_hf")
     if folders.run is not None and folders.run.weights.resize_vocab:
         shape = resized_shape(shape, load_tokenizer(folders.tokenizer))
-    outline = outline_of(shape)
-    weights = open_source(config, folders, shape, outline)
-    if config.target.dtype is not None:
-        dtype = export_dtype = getattr(torch, config.target.dtype)
+    adapters = find_adapters(config, folders)
+    outline = outline_of(shape, None if adapters is None else adapters.lora)
+    chosen_dtype = None if config.target.dtype is None else getattr(torch, config.target.dtype)
+    if adapters is not None and not config.target.lora_merge:
+        path = config.target.place[1]
+        written_dtype = adapters.write(path, shape, outline, chosen_dtype)
+        print(f"adapters of rank {adapters.lora.lora_rank} as {str(written_dtype).removeprefix('torch.')} in {path}")
+        return 0
+    if adapters is None:
+        weights = open_source(config, folders, shape, outline)
+    else:
+        weights = adapters.merged(shape, outline, folders.model)
+        outline = {name: entry for name, entry in outline.items() if not is_adapter(name)}
+    if chosen_dtype is not None:
+        dtype = export_dtype = chosen_dtype
     else:
         export_dtype = weights.export_dtype
         dtype = weights.dtype if config.target.to_hf is None else export_dtype
@@ -219,11 +156,28 @@ def convert_by_bridge(config: ConvertConfig) -> None:
     print(f"{target} by Megatron-Bridge")
 
 
-def find_folders(source: SourceConfig) -> Folders:
+def find_adapters(config: ConvertConfig, folders: Folders) -> "StoredAdapters | None":
+    """Those that the source holds, if it does. Raises UserError for what is not done with them, or without."""
+    from megatron_psft.hf.stored_adapters import stored_adapters
+
+    target, (field, path) = config.target, config.target.place
+    adapters = None if config.source.from_megatron is None else stored_adapters(folders.weights)
+    if adapters is None and target.lora_merge:
+        raise UserError(f"lora_merge (True) needs adapters, and {folders.weights} holds a model; remove it")
+    if adapters is not None and not target.lora_merge:
+        if target.to_hf is None or target.check:
+            raise UserError(f"{field} ({path}) is of a model, and {folders.weights} holds adapters; add --lora-merge")
+        if target.max_shard_gb is not None:
+            raise UserError(f"max_shard_gb ({target.max_shard_gb}) has no effect on an adapter; remove it")
+    return adapters
+
+
+def find_folders(config: ConvertConfig) -> Folders:
     """Raises UserError where a part is missing."""
     from megatron_psft.hf.hub import model_folder
 
-    tokenizer, run = source.tokenizer, None
+    source, run = config.source, None
+    tokenizer = source.tokenizer
     if source.from_hf is not None:
         weights = model = model_folder("from_hf", source.from_hf, with_weights=True)
     else:
@@ -237,7 +191,7 @@ def find_folders(source: SourceConfig) -> Folders:
                 path = weights.parent / RUN_CONFIG
                 raise UserError(f"load_hf must be given: {weights} holds no config.json, and there is no {path}")
             load_hf, tokenizer = run.weights.load_hf, tokenizer or run.weights.tokenizer
-        model = model_folder("load_hf", load_hf, with_weights=False)
+        model = model_folder("load_hf", load_hf, with_weights=config.target.lora_merge)
     tokenizer_folder = model if tokenizer is None else model_folder("tokenizer", tokenizer, with_weights=False)
     return Folders(weights=weights, model=model, tokenizer=tokenizer_folder, run=run)
 

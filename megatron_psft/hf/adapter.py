@@ -174,11 +174,20 @@ def write_adapter(
     save_tensors(tensors, folder / ADAPTER_WEIGHTS, {_BASE: base.weights})
 
 
-def merged(name: str, weight: Tensor, adapters: Mapping[str, Tensor], scale: float) -> Tensor:
-    """A Hugging Face tensor with its adapter added, in fp32; as it is where it has none. `adapters` by `peft`'s
-    names."""
+def merged(
+    name: str, weight: Tensor, adapters: Mapping[str, Tensor], scale: float, block: tuple[slice, ...] = ()
+) -> Tensor:
+    """A Hugging Face tensor with its adapter added, in fp32; as it is where it has none.
+
+    Args:
+        name: of the tensor.
+        weight: the tensor, or a block of it.
+        adapters: by `peft`'s names.
+        scale: of the adapters.
+        block: index of the block in the tensor; all of it if empty.
+    """
     module = name.removesuffix(".weight")
     a, b = (adapters.get(adapter_name(module, matrix)) for matrix in "AB")
     if a is None or b is None:
         return weight
-    return weight.float() + scale * (b.float() @ a.float())
+    return weight.float() + scale * (b.float() @ a.float())[block]

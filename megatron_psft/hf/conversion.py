@@ -38,13 +38,15 @@ from megatron_psft.checkpoint.identity import BASE, VERSION, WEIGHTS_ONLY_STEP, 
 from megatron_psft.checkpoint.state import sharded_weights
 from megatron_psft.checkpoint.unpickle import DataReader
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
+from megatron_psft.config.lora import LoraConfig
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import prepare
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError
-from megatron_psft.hf.mapping import Piece, hf_tensors, pieces, scatter
+from megatron_psft.hf.mapping import Piece, adapter_tensors, hf_tensors, pieces, scatter
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.weights import SafetensorsFolder, fill_shard
+from megatron_psft.model.adapters import add_adapters, targeted
 from megatron_psft.model.gpt import build_chunk, transformer_config
 from megatron_psft.model.parameters import is_expert, whole_name
 from megatron_psft.model.shape import ModelShape, read_shape
@@ -94,19 +96,23 @@ class HuggingFaceWeights:
 
 
 class MegatronWeights:
-    """The weights of a checkpoint."""
+    """The weights of a checkpoint, or its adapters."""
 
-    def __init__(self, folder: Path, field: str, shape: ModelShape, outline: Outline) -> None:
+    def __init__(
+        self, folder: Path, field: str, shape: ModelShape, outline: Outline, lora: LoraConfig | None = None
+    ) -> None:
         """Raises UserError, which names `field` of the configuration, for a checkpoint that is damaged or of a model
-        other than `shape`."""
-        _check_intact(folder, field, shape)
+        other than `shape`. `lora` is of its adapters, where they are what is read."""
+        _check_intact(folder, field, shape, has_adapters=lora is not None)
         self.shape, self._outline = shape, outline
+        self._dims = hf_tensors(shape) if lora is None else adapter_tensors(shape, lora)
         self._reader = DataReader(folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata.items()
         self._stored = {key: value for key, value in stored if isinstance(value, TensorStorageMetadata)}
-        self.dtype = self._stored[outline["embedding.word_embeddings.weight"].key].properties.dtype
+        # Of any tensor, which stands for all.
+        self.dtype = self._stored[next(iter(outline.values())).key].properties.dtype
         # As the export at the end of a run has it.
         self.export_dtype = self.dtype if self.dtype == torch.bfloat16 else getattr(torch, shape.dtype)
 
@@ -121,7 +127,7 @@ class MegatronWeights:
         self._reader.read_data(LoadPlan(items), _Reading(self._outline[name], parameter)).wait()
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        dims, dtype = hf_tensors(self.shape), dtype or self.dtype
+        dims, dtype = self._dims, dtype or self.dtype
         for name, entry in self._outline.items():
             parameter = torch.empty(entry.data.shape, dtype=dtype)
             self.fill(name, parameter)
@@ -132,18 +138,15 @@ class MegatronWeights:
             yield from tensors.items()
 
 
-def _check_intact(folder: Path, field: str, shape: ModelShape) -> None:
+def _check_intact(folder: Path, field: str, shape: ModelShape, *, has_adapters: bool) -> None:
     try:
         content = sealed.read_content(folder)
     except DamageError as error:
         raise UserError(f"{field} ({folder}) must be an intact checkpoint: {error}") from None
     if content["version"] != VERSION:
         raise UserError(f"{field} ({folder}): version ({content['version']}) must be {VERSION}; use its own release")
-    if BASE in content["identity"]:
-        raise UserError(
-            f"{field} ({folder}) holds adapters and not a model; start its run again with --export-hf, which writes "
-            "them as a peft adapter, or merged with --lora-merge"
-        )
+    if (BASE in content["identity"]) != has_adapters:
+        raise UserError(f"{field} ({folder}) holds {'a model' if has_adapters else 'adapters and not a model'}")
     _check_model(folder, field, content["identity"], shape)
     num_files = len(list(folder.iterdir()))
     for part in progress(range(num_files), "checksums", unit="file"):
@@ -161,16 +164,20 @@ def _check_model(folder: Path, field: str, identity: Identity, shape: ModelShape
             )
 
 
-def outline_of(shape: ModelShape) -> Outline:
-    """Builds the model in a world of one process, for as long as that takes; the process sees no GPU from then on."""
+def outline_of(shape: ModelShape, lora: LoraConfig | None = None) -> Outline:
+    """Builds the model, with the adapters that `lora` asks for, in a world of one process, for as long as that takes;
+    the process sees no GPU from then on."""
     # On a GPU, Megatron-Core's and Transformer Engine's layers name their device, which the meta device gives way to.
     platform = prepare("cpu", 0)
     unused = str(Path())  # on these parts of a run's configuration no parameter depends
-    config = Config(weights=WeightsConfig(load_hf=unused, save=unused), data=DataConfig(data=(unused,)))
+    weights, data = WeightsConfig(load_hf=unused, save=unused), DataConfig(data=(unused,))
+    config = Config(weights=weights, data=data, lora=lora or LoraConfig())
     with process_group(platform, 1):
         parallel = initialize_parallel(config.parallel, virtual_size=None, seed=0, device=platform.device)
         with torch.device("meta"):
             model = build_chunk(shape, config, transformer_config(shape, config, platform), platform, parallel, 0)
+            if chosen := targeted(config.lora, shape):
+                add_adapters(model, shape, config, chosen, tensor_size=1)
         return {whole_name(name, model): entry for name, entry in sharded_weights(model).items()}
 
 

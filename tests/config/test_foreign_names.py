@@ -6,7 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
-from megatron_psft.cli.convert import ConvertConfig
+from megatron_psft.config.conversion import ConvertConfig
 from megatron_psft.config.flags import parse_flags
 from megatron_psft.config.foreign_names import TRAINERS
 from megatron_psft.config.schema import Config

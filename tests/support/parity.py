@@ -27,9 +27,9 @@ def assert_same_run(
             assert line[name] == oracle_line[name]
 
 
-def assert_same_logits(exported: Path, model: torch.nn.Module) -> None:
+def assert_same_logits(exported: Path, model: torch.nn.Module, atol: float = 1e-3) -> None:
     tokens = torch.randint(0, tiny.VOCAB_SIZE, (2, 90), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)(tokens).logits
         wanted = model(tokens).logits
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=0)

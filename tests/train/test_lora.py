@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_psft.checkpoint.folders import step_folders
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
+from tests.support.converting import assert_refused, assert_same_tensors, convert, converted
 from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
 from tests.support.parity import COMPARED, assert_same_logits, assert_same_run
-from tests.support.runs import forget_steps_from
+from tests.support.runs import forget_steps_from, metrics_of
+
+__all__ = ["convert", "converted"]  # the fixtures
 
 STEPS, GLOBAL_BATCH_SIZE, RANK, ALPHA = 12, 8, 6, 12
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -107,20 +110,28 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_a_resumed_run_is_that_run_bit_for_bit_and_another_base_is_refused(pool, inputs, tmp_path):
+RUN = (*LORA, "--lora-targets", "q_proj,gate_proj,down_proj", "--old-policy-interval", 2, "--train-iters", 4)
+
+
+@pytest.fixture(scope="module")
+def finished(pool, inputs, tmp_path_factory) -> Path:
+    """A folder with a run, and its export."""
+    folder = tmp_path_factory.mktemp("finished")
+    export = ["--export-hf", folder / "adapter", "--save-interval", 2]
+    train(pool, inputs, "qwen2", folder / "run", *RUN, *export)
+    assert any(tensor.any() for name, tensor in adapter_of(folder / "adapter").items() if "lora_B" in name)
+    return folder
+
+
+def test_a_resumed_run_is_that_run_bit_for_bit_and_another_base_is_refused(pool, inputs, finished, tmp_path):
     """In another layout up to rounding; a checkpoint has the adapters alone."""
-    run = [*LORA, "--lora-targets", "q_proj,gate_proj,down_proj", "--old-policy-interval", 2, "--train-iters", 4]
-    export = ["--export-hf", tmp_path / "adapter", "--save-interval", 2]
-    whole = train(pool, inputs, "qwen2", tmp_path / "whole", *run, *export)
-    resumed = tmp_path / "resumed"
-    shutil.copytree(tmp_path / "whole", resumed)
+    run, resumed = RUN, tmp_path / "resumed"
+    shutil.copytree(finished / "run", resumed)
     forget_steps_from(resumed, 4)
-    again = train(pool, inputs, "qwen2", resumed, *run, "--export-hf", tmp_path / "again")
-    ours, theirs = adapter_of(tmp_path / "again"), adapter_of(tmp_path / "adapter")
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert [line["grad_norm"] for line in again] == [line["grad_norm"] for line in whole]
-    assert any(tensor.any() for name, tensor in theirs.items() if "lora_B" in name)
-    stored = sum(path.stat().st_size for path in (tmp_path / "whole" / "step_0000004").iterdir())
+    train(pool, inputs, "qwen2", resumed, *run, "--export-hf", tmp_path / "again")
+    assert_same_tensors(tmp_path / "again", finished / "adapter")
+    assert metrics_of(resumed) == metrics_of(finished / "run")
+    stored = sum(path.stat().st_size for path in (resumed / "step_0000004").iterdir())
     weights = (inputs / "qwen2" / "model.safetensors").stat().st_size
     assert stored < weights, "three numbers for each of an adapter, which is thin, beside none of the model"
     forget_steps_from(resumed, 4)
@@ -133,6 +144,38 @@ def test_a_resumed_run_is_that_run_bit_for_bit_and_another_base_is_refused(pool,
     assert "start from an export of its adapters: --load-lora" in message
     message = train(pool, inputs, "qwen2", tmp_path / "new", *run, "--init-from", resumed, code=2)
     assert "holds adapters and not a model" in message
+
+
+def test_a_checkpoint_is_converted_later_to_what_its_run_exports(converted, convert, inputs, finished, tmp_path):
+    """As an adapter, and merged, which a run can start from."""
+    source = ["--from-megatron", finished / "run", "--to-hf"]
+    adapter = tmp_path / "adapter"
+    result = convert(*source, adapter)
+    assert (result.code, result.out) == (0, f"adapters of rank {RANK} as float32 in {adapter}\n"), result.err
+    assert_same_tensors(adapter, finished / "adapter")
+    ours, theirs = ((folder / "adapter_config.json").read_text() for folder in (adapter, finished / "adapter"))
+    assert ours == theirs
+    merged = converted(*source, tmp_path / "merged", "--lora-merge")
+    base = AutoModelForCausalLM.from_pretrained(inputs / "qwen2", dtype=torch.float32)
+    assert_same_logits(merged, PeftModel.from_pretrained(base, adapter).merge_and_unload(), atol=1e-6)
+    checkpoint = converted(*source[:2], "--to-megatron", tmp_path / "checkpoint", "--lora-merge")
+    assert_same_tensors(converted("--from-megatron", checkpoint, "--to-hf", tmp_path / "back"), merged)
+    tiny.build_model(tmp_path / "other", "qwen2", seed=9)
+    for argv, message in (
+        (
+            [*source, tmp_path / "a", "--lora-merge", "--load-hf", tmp_path / "other"],
+            "name the model that they were trained on",
+        ),
+        ([*source[:2], "--to-megatron", tmp_path / "a"], "holds adapters; add --lora-merge"),
+        ([*source, adapter, "--check"], "holds adapters; add --lora-merge"),
+        ([*source, tmp_path / "a", "--max-shard-gb", "1"], "max_shard_gb (1.0) has no effect on an adapter"),
+        (
+            ["--from-megatron", checkpoint, "--to-hf", tmp_path / "a", "--lora-merge"],
+            "lora_merge (True) needs adapters",
+        ),
+    ):
+        assert_refused(convert(*argv), message)
+        assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.slow
@@ -178,12 +221,13 @@ def test_other_objectives_of_adapters_follow_peft(pool, inputs, tmp_path, object
 
 
 @pytest.mark.slow
-def test_adapters_beside_the_weights_of_a_checkpoint(pool, inputs, tmp_path):
+def test_adapters_beside_the_weights_of_a_checkpoint(pool, inputs, converted, tmp_path):
     """Which every start reads again, and a merged export has, as recomputed layers' adapters are trained too."""
     train(pool, inputs, "llama", tmp_path / "whole", "--train-iters", 2, "--export-hf", tmp_path / "hf")
     recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
     run = [*LORA, "--train-iters", 4, "--save-interval", 2, "--lora-merge", *recompute]
     first = [*run, "--init-from", tmp_path / "whole", "--export-hf", tmp_path / "merged"]
+    later = ["--from-megatron", tmp_path / "run", "--to-hf", tmp_path / "later", "--lora-merge"]
     lines = train(pool, inputs, "llama", tmp_path / "run", *first)
     forget_steps_from(tmp_path / "run", 4)
     again = train(pool, inputs, "llama", tmp_path / "run", *first)
@@ -191,6 +235,7 @@ def test_adapters_beside_the_weights_of_a_checkpoint(pool, inputs, tmp_path):
     for name in COMPARED:
         assert [line[name] for line in again] == [line[name] for line in lines]
         assert [line[name] for line in of_folder] == pytest.approx([line[name] for line in lines], rel=1e-5)
+    assert_same_tensors(converted(*later), tmp_path / "merged")
     merged, start = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "hf"))
     changed = {name for name, tensor in start.items() if not torch.equal(tensor, merged[name])}
     assert changed == {name for name in start if name.split(".")[-2] in TARGETS}
