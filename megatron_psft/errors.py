@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -77,6 +78,12 @@ def storage_error(error: OSError, text: str) -> UserError | InfrastructureError:
     """What to raise, with `text`, for a file that could not be read or written: `InfrastructureError` where the disk is
     full or fails, `UserError` where the path or the rights to it are wrong."""
     return InfrastructureError(text) if error.errno in _LOST_STORAGE else UserError(text)
+
+
+def folder_error(name: str, folder: Path, error: OSError) -> UserError | InfrastructureError:
+    """What to raise (`storage_error`) for a folder, the value of `name`, in which nothing can be written."""
+    reason = "a file has this name" if isinstance(error, FileExistsError) else error.strerror
+    return storage_error(error, f"{name} ({folder}) must be a folder that can be written: {reason}")
 
 
 def nearest_name_hint(name: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_psft.errors import InfrastructureError, UserError, counted, storage_error
+from megatron_psft.errors import InfrastructureError, UserError, counted, folder_error
 
 BEAT_SECONDS = 30.0
 """Between two touches. The first come sooner: they find out whether another has taken the lock at the same moment."""
@@ -64,8 +64,7 @@ def sole_writer(field: str, folder: Path, lock: Path, *, steal: bool | None = No
             lock.parent.mkdir(parents=True, exist_ok=True)
             held = _acquire(lock, steal=bool(steal))
         except OSError as error:
-            text = f"{field} ({folder}) must be a folder that can be written: {error.strerror}"
-            raise storage_error(error, text) from None
+            raise folder_error(field, folder, error) from None
         if isinstance(held, _Refusal):
             kind = UserError if held.idle_seconds is None else InfrastructureError
             raise kind(f"{field} ({folder}) is in use: {held.text(can_steal=steal is not None)}")

@@ -1,6 +1,7 @@
 """Finds the checkpoint that a run goes on from, and makes sure that it is whole and that run's own."""
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -159,7 +160,8 @@ def _check_settings(checkpoint: Path, content: Mapping[str, Any], settings: Sett
 
 def _way_on(checkpoint: Path, content: Mapping[str, Any]) -> str:
     has_adapters = BASE in content["identity"]
-    start = "an export of its adapters: --load-lora" if has_adapters else f"its weights: --init-from {checkpoint}"
+    weights = f"its weights: --init-from {shlex.quote(str(checkpoint))}"
+    start = "an export of its adapters: --load-lora" if has_adapters else weights
     return f"use its settings, or another save folder, where a new run can start from {start}"
 
 

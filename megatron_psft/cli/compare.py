@@ -12,7 +12,7 @@ from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, run_command
 from megatron_psft.config.inputs import TemplateConfig
 from megatron_psft.config.paths import PathText
-from megatron_psft.errors import UserError, storage_error
+from megatron_psft.errors import UserError, folder_error
 from megatron_psft.evaluation.compare import compare
 from megatron_psft.evaluation.results import ResultsFolder
 from megatron_psft.evaluation.tasks import Evaluation, EvaluationSampling, TaskConfig, evaluate
@@ -88,8 +88,7 @@ def run(config: CompareConfig) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(target, comparison.report(examples=sides.examples, max_characters=sides.max_characters))
     except OSError as error:
-        text = f"out ({sides.out}) must be a folder that can be written: {error.strerror}"
-        raise storage_error(error, text) from None
+        raise folder_error("out", Path(sides.out), error) from None
     print(comparison.table())
     print(f"\nfirst: {first.path}\nsecond: {second.path}\nwritten to {target}")
 

@@ -18,7 +18,7 @@ from megatron_psft.cli.output import configure_output
 from megatron_psft.config.conversion import ConvertConfig, TargetConfig
 from megatron_psft.config.flags import require_absent, run_command
 from megatron_psft.config.schema import Config, parse_config
-from megatron_psft.errors import InfrastructureError, UserError, counted, storage_error
+from megatron_psft.errors import InfrastructureError, UserError, counted, folder_error, storage_error
 from megatron_psft.lock import lock_beside, sole_writer
 from megatron_psft.sealed import read_content
 
@@ -306,8 +306,7 @@ def require_room(field: str, target: Path, needed_bytes: int) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(parent).free
     except OSError as error:
-        text = f"{field} ({target}) must be a folder that can be written: {error.strerror}"
-        raise storage_error(error, text) from None
+        raise folder_error(field, target, error) from None
     if free_bytes < needed_bytes:
         needed, free = (f"{size / 2**30:.2g} GiB" for size in (needed_bytes, free_bytes))
         text = f"{field} ({target}) must have room for {needed}, and has {free}; make room and start again"

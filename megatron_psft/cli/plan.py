@@ -4,7 +4,7 @@ Takes the flags, or the YAML file, of the training run, and the cluster's; `--he
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from megatron_psft.cli.output import configure_output
@@ -106,6 +106,8 @@ def plan(config: PlanConfig) -> int:
     from megatron_psft.model.shape import read_shape
 
     cluster = config.cluster
+    if config.batch.train_iters is None and config.batch.epochs is None:  # nothing here depends on the run's length
+        config = replace(config, batch=replace(config.batch, epochs=1))
     config = config.with_bf16(config.precision.bf16 is not False)  # as on the GPUs that it is planned for
     shape = read_shape(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))
     platform = Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=cluster.transformer_engine)

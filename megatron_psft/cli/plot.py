@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_psft.cli.output import configure_output
 from megatron_psft.config.flags import require_at_least, run_command
 from megatron_psft.config.paths import PathText
-from megatron_psft.errors import UserError, counted, storage_error
+from megatron_psft.errors import UserError, counted, folder_error
 
 EXAMPLES = """examples:
   one run, while it trains or after it:
@@ -79,6 +79,5 @@ def plot_run(config: PlotRunConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         page = write_report(runs, folder, smooth=config.drawn.smooth)
     except OSError as error:
-        text = f"out ({folder}) must be a folder that can be written to: {error.strerror}"
-        raise storage_error(error, text) from None
+        raise folder_error("out", folder, error) from None
     print(f"{counted(len(runs), 'run')}, {counted(sum(run.num_steps for run in runs), 'step')}: {page}")

@@ -71,7 +71,13 @@ def main(argv: Sequence[str]) -> int:
                 check_apart("export_hf", Path(config.weights.export_hf), _config_file(argv))
         except UserError as error:
             return refuse(error)
-        return _train(config, rank, world_size, local_rank, started_at)
+        try:
+            return _train(config, rank, world_size, local_rank, started_at)
+        except KeyboardInterrupt:  # before the ranks were together
+            leave(EXIT_SIGNALLED + signal.SIGINT)
+            if rank == 0:
+                print("ended by SIGINT before the run began", file=sys.stderr, flush=True)
+            return EXIT_SIGNALLED + signal.SIGINT
 
 
 def _train(config: Config, rank: int, world_size: int, local_rank: int, started_at: float) -> int:

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import signal
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,7 @@ def run_command(
 ) -> int:
     """Runs `command` with what `parse_flags` builds; returns its exit code (0 where it has none), or that of an error
     that is explained, as 2 after a user's mistake, which is printed as one `error:` line. So is a disk that fails or is
-    full, with 4."""
+    full, with 4. Ctrl-C ends it with 130."""
     try:
         return command(parse_flags(root, argv, prog=prog, epilog=epilog)) or 0
     except (ExplainedError, OSError) as error:
@@ -97,6 +98,9 @@ def run_command(
             raise  # nobody has said what the user's mistake is
         print(f"error: {explained}", file=sys.stderr)  # noqa: T201
         return explained.exit_code
+    except KeyboardInterrupt:
+        print("ended by SIGINT", file=sys.stderr)  # noqa: T201
+        return 128 + signal.SIGINT
 
 
 def parse_flags(root: type[_Root], argv: Sequence[str], *, prog: str | None = None, epilog: str | None = None) -> _Root:

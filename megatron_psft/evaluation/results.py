@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_psft.atomic import replace_file
-from megatron_psft.errors import UserError, reason_of, storage_error
+from megatron_psft.errors import UserError, folder_error, reason_of
 
 CORRECT = "correct"
 """The score that a verifier gives, 0 (wrong) to 1 (right)."""
@@ -174,8 +174,7 @@ class ResultsFolder:
                 _check_same(self.path, _read_object(self.path / _SETTINGS), settings)
             replace_file(self.path / _SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
-            text = f"out ({self.path}) must be a folder that can be written: {error.strerror}"
-            raise storage_error(error, text) from None
+            raise folder_error("out", self.path, error) from None
 
     def settings(self) -> dict[str, Any]:
         """Raises UserError where there are none."""

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from megatron_psft.atomic import aside, exchange, is_aside, sync
-from megatron_psft.errors import UserError, storage_error
+from megatron_psft.errors import UserError, folder_error
 from megatron_psft.sealed import MARKER, FileSums, file_sum
 
 MANIFEST = "psft_export.json"
@@ -96,8 +96,7 @@ def check_target(option: str, target: Path) -> None:
     try:
         target.resolve().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        text = f"{option} ({target}) must be a folder that can be written: {error.strerror}"
-        raise storage_error(error, text) from None
+        raise folder_error(option, target, error) from None
 
 
 def check_unchanged(option: str, target: Path) -> FileSums:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,7 +160,9 @@ def export_model(run: Run, target: Path) -> None:
         export(chunks, target, side_files=run.side_files, lora=merged, **options)
     log.info("exported %s", target)
     if run.base is not None and run.base.name is None and not lora.lora_merge:
-        command = f"psft convert --from-megatron {run.config.weights.init_from} --to-hf DIR"
+        command = shlex.join(
+            ["psft", "convert", "--from-megatron", str(run.config.weights.init_from), "--to-hf", "DIR"]
+        )
         log.info(
             "the adapter goes with the weights that the run started from, which peft reads once written: %s", command
         )

@@ -19,7 +19,7 @@ from megatron_psft.data.sources import place_of
 from megatron_psft.data.splits import SplitUse
 from megatron_psft.data.statistics import describe_packing, describe_passes
 from megatron_psft.distributed.collective import on_every_rank, patient_group
-from megatron_psft.errors import InfrastructureError, UserError, counted, storage_error
+from megatron_psft.errors import InfrastructureError, UserError, counted, folder_error
 from megatron_psft.hf import folder, hub
 from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.side_files import SideFiles
@@ -202,8 +202,7 @@ def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path,
     try:
         save.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        text = f"save ({config.weights.save}) must be a folder that can be written: {error.strerror}"
-        raise storage_error(error, text) from None
+        raise folder_error("save", save, error) from None
     if config.weights.export_hf is not None:
         target = Path(config.weights.export_hf)
         folder.check_apart("export_hf", target, _needed_by(config, model_folder, tokenizer_folder))

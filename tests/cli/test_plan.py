@@ -18,7 +18,7 @@ def show(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
 
     def run(*flags: str) -> Exit:
-        always = ["--load-hf", str(tmp_path), "--epochs", "1", "--gpus", "8", "--seq-length", "32768"]
+        always = ["--load-hf", str(tmp_path), "--gpus", "8", "--seq-length", "32768"]
         code = main([*always, "--global-batch-size", "8", *flags])
         return Exit(code, *capsys.readouterr())
 

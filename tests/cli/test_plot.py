@@ -138,7 +138,7 @@ def test_mistakes_are_one_line_and_code_2(plot, runs, tmp_path):
         ([good, tmp_path / "spoilt", *out], f"{tmp_path}/spoilt/metrics.jsonl:2 is not JSON"),
         ([good, good, *out], "is given 2 times"),
         ([*(tmp_path / f"{number}" for number in range(22)), *out], "runs (22) must be at most 21"),
-        ([good, "--out", tmp_path / "file"], f"out ({tmp_path}/file) must be a folder that can be written to"),
+        ([good, "--out", tmp_path / "file"], "must be a folder that can be written: a file has this name"),
         ([good], "missing --out"),
         (out, "missing --runs"),
         ([good, *out, "--smooth", 0], "smooth (0) must be at least 1"),

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 
+from megatron_psft.cli import train
 from megatron_psft.distributed.exit_code import FILE_VARIABLE
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, run_cli, run_torchrun
@@ -255,6 +257,18 @@ def test_interrupted_run_ends_quietly_and_resumes(pool, inputs, tmp_path):
     assert "resumed from" in exit.err
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 25))
+
+
+def test_a_run_that_is_interrupted_while_it_starts_says_so_in_a_line(inputs, tmp_path, monkeypatch, capsys):
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "prepare_environment", interrupt)
+    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "code"))
+    assert train.main(command_line(inputs, tmp_path / "run")) == 130
+    assert capsys.readouterr().err == "ended by SIGINT before the run began\n"
+    assert (tmp_path / "code").read_text() == "130\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -93,12 +93,19 @@ class NoFlags:
     """A command's configuration."""
 
 
-def test_other_commands_have_the_same_codes(capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InfrastructureError("the disk is full"), 4, "error: the disk is full"),
+        (KeyboardInterrupt(), 130, "ended by SIGINT"),
+    ],
+)
+def test_other_commands_have_the_same_codes(capsys, error, code, line):
     def fail(_config: NoFlags) -> None:
-        raise InfrastructureError("the disk is full")
+        raise error
 
-    assert run_command(NoFlags, fail, [], epilog="") == 4
-    assert capsys.readouterr().err == "error: the disk is full\n"
+    assert run_command(NoFlags, fail, [], epilog="") == code
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 @pytest.fixture(scope="module")
