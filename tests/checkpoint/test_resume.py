@@ -189,7 +189,12 @@ def test_a_start_that_takes_all_of_the_time_warns(pool, tmp_path, inputs):
     assert not step_folders(tmp_path / "run")
 
 
-@pytest.mark.parametrize("layout", [slow(ONE, id="one"), slow(DIST_OPT, id="DP2-distopt")])
+ADAPTERS = (*DIST_OPT, "--lora-rank", "4", "--bf16")
+
+
+@pytest.mark.parametrize(
+    "layout", [slow(ONE, id="one"), slow(DIST_OPT, id="DP2-distopt"), slow(ADAPTERS, id="adapters-bf16")]
+)
 def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inputs, uninterrupted, layout):
     world_size = 2 if layout else 1
     run = tmp_path / "run"

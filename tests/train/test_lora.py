@@ -221,6 +221,22 @@ def test_other_objectives_of_adapters_follow_peft(pool, inputs, tmp_path, object
 
 
 @pytest.mark.slow
+def test_adapters_in_bf16_add_up_steps_that_bf16_would_lose(pool, inputs, tmp_path):
+    """By their fp32 copies: from here on bf16 tells apart what differs by 2^-11, and a step is less than half of it."""
+    start, lr = adapter_of(inputs / "qwen2-adapter"), 1e-4
+    flags = [*LORA, "--load-lora", inputs / "qwen2-adapter", "--bf16", "--lr", lr, "--objective", "sft"]
+    train(pool, inputs, "qwen2", tmp_path / "run", *flags, "--export-hf", tmp_path / "hf")
+    changed = {"lora_A": [], "lora_B": []}
+    for name, found in adapter_of(tmp_path / "hf").items():
+        is_coarse = start[name].abs() >= 2**-4
+        assert found.dtype == torch.bfloat16
+        assert lr < 2**-12
+        changed[name.split(".")[-2]].append((found != start[name].bfloat16())[is_coarse])
+    shares = [torch.cat(of_matrix).float().mean().item() for of_matrix in changed.values()]
+    assert min(shares) > 0.2, shares
+
+
+@pytest.mark.slow
 def test_adapters_beside_the_weights_of_a_checkpoint(pool, inputs, converted, tmp_path):
     """Which every start reads again, and a merged export has, as recomputed layers' adapters are trained too."""
     train(pool, inputs, "llama", tmp_path / "whole", "--train-iters", 2, "--export-hf", tmp_path / "hf")
