@@ -94,7 +94,7 @@ def emit_error(case: Case, exact: Tensor, **details: Any) -> None:
 
 def sweep(case: Case, size: str) -> None:
     """Prints what each choice costs, one changed at a time."""
-    from megatron_psft.head import chunked
+    from megatron_psft.head import chunked, products
 
     exact = exact_log_probs(case)
     device = case.hidden.device.type
@@ -106,15 +106,15 @@ def sweep(case: Case, size: str) -> None:
         chunked.CHUNK_BYTES[device] = mib * 2**20
         time_of(case, size, choice="bytes of a chunk", chunk_mib=mib)
     chunked.CHUNK_BYTES[device] = default
-    kept = chunked._logits_dtype
-    chunked._logits_dtype = lambda hidden: hidden.dtype
+    kept = chunked.logits_dtype
+    chunked.logits_dtype = lambda hidden: hidden.dtype
     time_of(case, size, choice="logits in the dtype of hidden states")
     emit_error(case, exact, choice="logits in the dtype of hidden states")
-    chunked._logits_dtype = kept
-    added = chunked._add_product_
-    chunked._add_product_ = chunked._add_in_pieces_
+    chunked.logits_dtype = kept
+    added = chunked.add_product_
+    chunked.add_product_ = products.add_in_pieces_
     time_of(case, size, choice="weight's gradient in pieces")
-    chunked._add_product_ = added
+    chunked.add_product_ = added
 
 
 def main(size: str) -> None:

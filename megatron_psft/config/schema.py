@@ -6,7 +6,7 @@ documentation here and its `--help` text. Nothing is rewritten after parsing; de
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from megatron_psft.config.flags import as_given, parse_flags, require_at_least, require_positive, require_range
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
@@ -127,6 +127,12 @@ class ObjectiveConfig:
     def needs_reference(self) -> bool:
         """Whether the loss compares with the model that the run starts from."""
         return "reference" in self.needs
+
+    @property
+    def ref_top_k(self) -> int:
+        """How many of the initial model's most probable tokens the loss compares with."""
+        settings: Any = self  # no type checker sees the fields that declarations add
+        return int(settings.kl_top_k) if "ref_top" in self.needs else 0
 
 
 @dataclass(frozen=True, kw_only=True)

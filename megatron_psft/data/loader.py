@@ -103,12 +103,15 @@ class BatchLoader:
         self._orders: dict[int, EpochOrder] = {}
         self._dealt: dict[tuple[int, int], dealing.Dealt] = {}
         self._ref_log_probs: Callable[[int], NDArray[np.float32]] | None = None
+        self._ref_columns = 1
 
-    def with_ref_log_probs(self, ref_log_probs: Callable[[int], NDArray[np.float32]]) -> "BatchLoader":
+    def with_ref_log_probs(
+        self, ref_log_probs: Callable[[int], NDArray[np.float32]], columns: int = 1
+    ) -> "BatchLoader":
         """The same batches with `MicroBatch.ref_log_probs`, of which `ref_log_probs` gives those of a record: one for
-        each token that the model reads."""
+        each token that the model reads. Where it gives several `columns`, the others are `MicroBatch.ref_top`."""
         loader = copy.copy(self)
-        loader._ref_log_probs = ref_log_probs
+        loader._ref_log_probs, loader._ref_columns = ref_log_probs, columns
         return loader
 
     @property
@@ -202,7 +205,10 @@ class BatchLoader:
         if self._ref_log_probs is None:
             return batch
         values = [part for record in records for part in self._cut(record, self._ref_log_probs(record))]
-        return replace(batch, ref_log_probs=torch.from_numpy(layout.fill(values, padding=0.0)))
+        if self._ref_columns == 1:
+            return replace(batch, ref_log_probs=torch.from_numpy(layout.fill(values, padding=0.0)))
+        columns = torch.from_numpy(layout.fill(values, padding=0.0, of_token=(self._ref_columns,)))
+        return replace(batch, ref_log_probs=columns[..., 0], ref_top=columns[..., 1:])
 
     def _cut(self, record: int, values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """The values of a record, by sequence."""
@@ -214,15 +220,16 @@ class BatchLoader:
 
         Args:
             step: of the global batch.
-            values: per micro-batch, shaped as its tokens.
+            values: per micro-batch, shaped as its tokens, with further dimensions behind where each has several.
             micro_batch_size: of these micro-batches; the loader's where None.
 
         Returns:
-            `[packs, unpadded_length(step)]`, the tokens of each of `own_packs` without padding. Zero stands for what
-            other context-parallel ranks have, so that their sum is complete.
+            `[packs, unpadded_length(step), ...]`, the tokens of each of `own_packs` without padding. Zero stands for
+            what other context-parallel ranks have, so that their sum is complete.
         """
-        packs = torch.zeros(len(self.own_numbers(step)), self.unpadded_length(step), dtype=values[0].dtype)
-        flat = packs.view(-1)
+        size = (len(self.own_numbers(step)), self.unpadded_length(step))
+        packs = torch.zeros(*size, *values[0].shape[2:], dtype=values[0].dtype)
+        flat = packs.view(size[0] * size[1], *values[0].shape[2:])
         for places, part in zip(self._places(step, micro_batch_size), values, strict=True):
             flat[places[places >= 0]] = part.cpu()[places >= 0]
         return packs

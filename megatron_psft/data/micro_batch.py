@@ -44,6 +44,9 @@ class MicroBatch:
     ref_log_probs: torch.Tensor | None = None
     """`[batch, seq]` fp32, log-probabilities of the labels under the initial model, zeros where no label counts; None
     where the objective has no use for them, and outside training."""
+    ref_top: torch.Tensor | None = None
+    """`[batch, seq, columns]` fp32, what the reference keeps of each label besides its own log-probability
+    (scoring/top_tokens.py); None where the objective has no use for it."""
     nll_z: torch.Tensor | None = None
     """`[records]` fp32, by how many standard deviations each is less probable than the mean record of the global batch;
     None where the objective has no use for it."""

@@ -23,13 +23,14 @@ class RowLayout:
     held: NDArray[np.int64]
     """Positions of a row that this context-parallel rank has, in its order."""
 
-    def fill(self, arrays: Sequence[NDArray], *, padding: float | bool) -> NDArray:
-        """Lays one array per record, e.g. its labels, into the rows; returns this rank's part, `[rows, len(held)]`."""
+    def fill(self, arrays: Sequence[NDArray], *, padding: float | bool, of_token: tuple[int, ...] = ()) -> NDArray:
+        """Lays one array per record, e.g. its labels, into the rows; returns this rank's part, `[rows, len(held)]`, and
+        behind these the shape of what there is `of_token`."""
         dtype = arrays[0].dtype if arrays else np.asarray(padding).dtype
-        flat = np.full(self.rows * self.seq_length, padding, dtype=dtype)
+        flat = np.full((self.rows * self.seq_length, *of_token), padding, dtype=dtype)
         for start, values in zip(self.starts, arrays, strict=True):
             flat[start : start + len(values)] = values
-        return flat.reshape(self.rows, self.seq_length)[:, self.held]
+        return flat.reshape(self.rows, self.seq_length, *of_token)[:, self.held]
 
     def positions(self) -> NDArray[np.int64]:
         """Position of each token within its segment or row, of this rank's part."""

@@ -18,7 +18,8 @@ from megatron_psft.checkpoint.host_memory import saved_bytes
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
-from megatron_psft.head.chunked import CHUNK_BYTES, SUMMED_COLUMNS
+from megatron_psft.head.chunked import CHUNK_BYTES
+from megatron_psft.head.products import SUMMED_COLUMNS
 from megatron_psft.metrics.flops import forward_flops, passes_of_training
 from megatron_psft.model.adapters import targeted
 from megatron_psft.model.gpt import check_layout, padded_vocab_size, virtual_size

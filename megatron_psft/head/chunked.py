@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_psft.head.kernels import GradientFactors, ShardPasses, shard_passes
-from megatron_psft.head.shards import ShardExtras, ShardSoftmax, join_shards, shard_width
+from megatron_psft.head.products import add_product_, logits_dtype, product
+from megatron_psft.head.shards import ShardExtras, ShardSoftmax, ShardTokens, join_shards, shard_width
 from megatron_psft.objectives.declare import ExtraStat
 from megatron_psft.objectives.labels import LabelStats
 
@@ -30,10 +31,6 @@ tokens: the gradient of one log-probability is taken from its own loss."""
 # (docs/performance.md), and little beside the weight. CUDA (not measured): a chunk has to have some thousand rows for
 # the products to be worth more than the pass over the weight's gradient that each chunk makes.
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
-
-# Columns of the weight's gradient that are summed at a time on a CPU, where products of bf16 come in bf16 and sums are
-# kept in fp32: what lies between is small beside a chunk.
-SUMMED_COLUMNS = 16384
 
 
 class FusedLoss(NamedTuple):
@@ -54,6 +51,7 @@ def fused_loss(
     vocab_size: int,
     group: dist.ProcessGroup,
     extra_stats: AbstractSet[ExtraStat] = frozenset(),
+    top_ids: Tensor | None = None,
 ) -> FusedLoss:
     """The summed token loss of label tokens, its gradients formed on the way; collective over `group`.
 
@@ -70,10 +68,12 @@ def fused_loss(
         group: tensor-parallel group over which the vocabulary is split. The gradient of `hidden` is this rank's part of
             a sum over it.
         extra_stats: further statistics to compute.
+        top_ids: `[n, k]` int64, tokens whose log-probabilities, and that of all others together, `token_loss` may use,
+            too; of each label token k different ones.
     """
     shard = _Shard.of(weight, vocab_size, group, extra_stats)
     assert torch.is_grad_enabled(), "without gradients there is nothing to fuse: use fused_label_stats"
-    loss, *stats = _FusedLoss.apply(hidden, weight, labels, shard, token_loss)
+    loss, *stats = _FusedLoss.apply(hidden, weight, labels, shard, token_loss, top_ids)
     return FusedLoss(loss, LabelStats(*stats))
 
 
@@ -85,14 +85,16 @@ def fused_label_stats(
     vocab_size: int,
     group: dist.ProcessGroup,
     extra_stats: AbstractSet[ExtraStat] = frozenset(),
+    top_k: int = 0,
 ) -> LabelStats:
     """Statistics of label tokens, `[n]`: to score them, or for an objective that weighs a token by others; collective.
 
     `log_probs` is differentiable: the backward pass computes the logits again, chunk by chunk, at the price of a fourth
-    matrix product. Arguments are those of `fused_loss`.
+    matrix product. Arguments are those of `fused_loss`, and `top_k`: of how many of the most probable tokens to say
+    ids and log-probabilities.
     """
     shard = _Shard.of(weight, vocab_size, group, extra_stats)
-    return LabelStats(*_FusedLabelStats.apply(hidden, weight, labels, shard))
+    return LabelStats(*_FusedLabelStats.apply(hidden, weight, labels, shard, top_k))
 
 
 class _Chunk(NamedTuple):
@@ -105,6 +107,8 @@ class _Chunk(NamedTuple):
     label_index: Tensor
     stats: LabelStats
     softmax: ShardSoftmax
+    top_index: Tensor | None
+    """`[m, k]`, columns on this rank of the tokens that were named, as `label_index` of the label."""
     room: Tensor | None
     """`[m, columns]` of the dtype of the hidden states, where the gradient of the logits may be written: the place of
     the logits if that is theirs. None where none is asked for."""
@@ -142,23 +146,37 @@ class _Shard:
         )
 
     def chunks(
-        self, hidden: Tensor, labels: Tensor, *, with_extras: bool = True, with_gradients: bool = True
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        top_ids: Tensor | None = None,
+        top_k: int = 0,
+        with_extras: bool = True,
+        with_gradients: bool = True,
     ) -> Iterator[_Chunk]:
         """Computes logits and softmax of some rows at a time, all in the same memory; collective: every rank of the
         group has the same rows, and cuts them by a number of columns that is the same too."""
         size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * self.num_columns))
-        memory = self._memory(min(size, len(labels)), _logits_dtype(hidden))
+        memory = self._memory(min(size, len(labels)), logits_dtype(hidden))
         room = memory if memory.dtype == hidden.dtype else None
         if with_gradients and room is None:
             room = self._memory(len(memory), hidden.dtype)
         for start in range(0, len(labels), size):
             rows = slice(start, min(start + size, len(labels)))
-            logits = _product(hidden[rows], self.weight.t(), memory[: rows.stop - start])
+            logits = product(hidden[rows], self.weight.t(), memory[: rows.stop - start])
             label_index = labels[rows] - self.first_column
-            extras = ShardExtras.of(logits, self.extra_stats if with_extras else frozenset())
+            top_index = None if top_ids is None else top_ids[rows] - self.first_column
+            tokens = self._tokens(logits, top_index, top_k)
+            extras = ShardExtras.of(logits, self.extra_stats if with_extras else frozenset(), tokens)
             values, sums = self.passes.sums(logits, label_index)
             stats, softmax = join_shards(sums, self.group, extras)
-            yield _Chunk(rows, values, label_index, stats, softmax, room)
+            yield _Chunk(rows, values, label_index, stats, softmax, top_index, room)
+
+    def _tokens(self, logits: Tensor, top_index: Tensor | None, top_k: int) -> ShardTokens | None:
+        if top_index is not None:
+            return ShardTokens.named(logits, top_index)
+        return ShardTokens.most_probable(logits, top_k, self.first_column) if top_k else None
 
     def _memory(self, rows: int, dtype: torch.dtype) -> Tensor:
         """`[rows, columns]`, rows as far apart as with padding: matrix units want them aligned, and a true vocabulary
@@ -185,7 +203,9 @@ class _Gradients:
         zeros = torch.zeros(weight.shape, device=weight.device) if main_grad is None else main_grad
         return cls(hidden=torch.empty_like(hidden), weight=zeros, is_main_grad=main_grad is not None)
 
-    def add_chunk(self, shard: _Shard, chunk: _Chunk, hidden: Tensor, grad_log_probs: Tensor) -> None:
+    def add_chunk(
+        self, shard: _Shard, chunk: _Chunk, hidden: Tensor, grad_log_probs: Tensor, of_top: "_OfTop | None" = None
+    ) -> None:
         """Forms the gradient of a chunk's logits in their place, and both products with it.
 
         Args:
@@ -193,8 +213,14 @@ class _Gradients:
             chunk: used up.
             hidden: `[n, h]`, all rows.
             grad_log_probs: `[m]`, of the loss by the log-probabilities of the chunk.
+            of_top: of the loss by the others that were named, if any were.
         """
         hidden, grad_hidden = hidden[chunk.rows], self.hidden[chunk.rows]
+        if of_top is not None:
+            gradient = _logit_gradient_of_all(shard, chunk, grad_log_probs, of_top)
+            torch.mm(gradient, shard.weight, out=grad_hidden)
+            self._add_to_weight(shard, gradient, hidden)
+            return
         # The host has to know their number. A GPU waits for it, once a chunk, and saves two products for each row.
         active = grad_log_probs.nonzero().squeeze(1)
         if len(active) == len(grad_log_probs):
@@ -206,8 +232,11 @@ class _Gradients:
             hidden = hidden[order]
             grad_hidden.zero_()
             grad_hidden[order] = torch.mm(gradient, shard.weight)
+        self._add_to_weight(shard, gradient, hidden)
+
+    def _add_to_weight(self, shard: _Shard, gradient: Tensor, hidden: Tensor) -> None:
         if self.weight is not None:
-            _add_product_(self.weight[: len(shard.weight)], gradient.t(), hidden)
+            add_product_(self.weight[: len(shard.weight)], gradient.t(), hidden)
 
     def _logit_gradient(self, shard: _Shard, chunk: _Chunk, grad_log_probs: Tensor, order: Tensor | None) -> Tensor:
         factors = chunk.softmax.gradient_factors(grad_log_probs, chunk.label_index)
@@ -227,6 +256,43 @@ class _Gradients:
         return self.hidden, _added_to_main_grad(weight)
 
 
+class _OfTop(NamedTuple):
+    """Derivatives of the loss by a chunk's `top_log_probs` `[m, k]` and `rest_log_probs` `[m]`."""
+
+    top: Tensor
+    rest: Tensor
+
+
+def _logit_gradient_of_all(shard: _Shard, chunk: _Chunk, grad_log_probs: Tensor, of_top: _OfTop) -> Tensor:
+    """The gradient of a chunk's logits in their place, where it flows through the label and the named tokens.
+
+    With G the sum of all derivatives, that of a named token is its own derivative - p G, and that of another p (the
+    rest's derivative / the rest's probability - G); the label has its own besides. Named tokens' are written over what
+    the pass has made of them: added in bf16, what nearly cancels would be lost.
+    """
+    stats, softmax, top_index = chunk.stats, chunk.softmax, chunk.top_index
+    assert top_index is not None
+    assert chunk.room is not None
+    assert stats.top_log_probs is not None
+    assert stats.rest_log_probs is not None
+    others = of_top.top.sum(dim=1) + of_top.rest
+    of_rest = of_top.rest / stats.rest_log_probs.exp() - others
+    factors = GradientFactors(
+        softmax.maximum,
+        (of_rest - grad_log_probs) * softmax.share,
+        grad_log_probs * softmax.other_probs + of_rest * stats.log_probs.exp(),
+        chunk.label_index,
+    )
+    gradient = shard.passes.gradient(chunk.values, None, factors, chunk.room[: len(others)])
+    probs = stats.top_log_probs.exp()
+    is_label = top_index == chunk.label_index.unsqueeze(1)
+    by_label = torch.where(is_label, softmax.other_probs.unsqueeze(1), -probs) * grad_log_probs.unsqueeze(1)
+    of_named = of_top.top - probs * others.unsqueeze(1) + by_label
+    rows, places = ((top_index >= 0) & (top_index < gradient.shape[1])).nonzero(as_tuple=True)
+    gradient[rows, top_index[rows, places]] = of_named[rows, places].to(gradient.dtype)
+    return gradient
+
+
 def _close_gaps(active: Tensor) -> Tensor:
     """Which row comes to each of the first places, so that the active ones, ascending `[a]` int64, stand there without
     a gap, and none of them moves that has such a place already; `[a]` int64."""
@@ -236,36 +302,6 @@ def _close_gaps(active: Tensor) -> Tensor:
     is_free[active[: len(active) - len(movers)]] = False
     order[is_free] = movers
     return order
-
-
-def _logits_dtype(hidden: Tensor) -> torch.dtype:
-    """A GPU's matrix units sum in fp32 and can hand on what they have summed. Rounded to bf16 a logit of 16 is wrong by
-    up to 0.06, and so is its label's log-probability. A CPU's products come in the dtype of their factors."""
-    return torch.float32 if hidden.is_cuda else hidden.dtype
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """`left @ right` in `out`, which may be fp32 on a GPU whatever the factors are."""
-    if out.dtype == left.dtype:
-        return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=out.dtype, out=out)
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, where `total` may be fp32 and the factors bf16."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        _add_in_pieces_(total, left, right)
-
-
-def _add_in_pieces_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """The same where products come in the dtype of their factors."""
-    for start in range(0, len(total), SUMMED_COLUMNS):
-        part = slice(start, start + SUMMED_COLUMNS)
-        total[part] += left[part] @ right
 
 
 def _added_to_main_grad(weight: Tensor) -> Tensor | None:
@@ -278,33 +314,52 @@ def _added_to_main_grad(weight: Tensor) -> Tensor | None:
     return None if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
-def _differentiate(token_loss: ChunkLoss, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+def _differentiate(token_loss: ChunkLoss, chunk: _Chunk) -> tuple[Tensor, Tensor, _OfTop | None]:
     """Summed loss of the chunk, and its gradient by the chunk's log-probabilities."""
-    log_probs = chunk.stats.log_probs.requires_grad_()
+    stats = chunk.stats
+    leaves = [stats.log_probs]
+    if stats.top_log_probs is not None and stats.rest_log_probs is not None:
+        leaves += [stats.top_log_probs, stats.rest_log_probs]
+    for leaf in leaves:
+        leaf.requires_grad_()
     with torch.enable_grad():
-        loss = token_loss(chunk.stats, chunk.rows).sum()
-    (gradient,) = torch.autograd.grad(loss, log_probs)
-    log_probs.requires_grad_(False)
-    return loss.detach(), gradient
+        loss = token_loss(stats, chunk.rows).sum()
+    gradient, *of_top = torch.autograd.grad(loss, leaves, materialize_grads=len(leaves) > 1)
+    for leaf in leaves:
+        leaf.requires_grad_(False)
+    return loss.detach(), gradient, _OfTop(*of_top) if of_top else None
 
 
-def _join(stats: list[LabelStats], like: Tensor, extra_stats: AbstractSet[ExtraStat]) -> LabelStats:
-    def column(name: str) -> Tensor:
-        return torch.cat([like.new_zeros(0, dtype=torch.float32), *(getattr(chunk, name) for chunk in stats)])
+def _join(stats: list[LabelStats], like: Tensor, extra_stats: AbstractSet[ExtraStat], top_k: int = 0) -> LabelStats:
+    def column(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.cat([like.new_zeros(0, *shape, dtype=dtype), *(getattr(chunk, name) for chunk in stats)])
 
-    return LabelStats(column("log_probs"), column("entropy"), **{name: column(name) for name in sorted(extra_stats)})
+    joined = LabelStats(column("log_probs"), column("entropy"), **{name: column(name) for name in sorted(extra_stats)})
+    if not top_k:
+        return joined
+    return joined._replace(
+        top_ids=column("top_ids", top_k, dtype=torch.int64),
+        top_log_probs=column("top_log_probs", top_k),
+        rest_log_probs=column("rest_log_probs"),
+    )
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, token_loss: ChunkLoss
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        shard: _Shard,
+        token_loss: ChunkLoss,
+        top_ids: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         gradients = _Gradients.of(hidden, weight)
         loss, stats = hidden.new_zeros((), dtype=torch.float32), []
-        for chunk in shard.chunks(hidden, labels):
-            chunk_loss, grad_log_probs = _differentiate(token_loss, chunk)
-            gradients.add_chunk(shard, chunk, hidden, grad_log_probs)
+        for chunk in shard.chunks(hidden, labels, top_ids=top_ids):
+            chunk_loss, grad_log_probs, of_top = _differentiate(token_loss, chunk)
+            gradients.add_chunk(shard, chunk, hidden, grad_log_probs, of_top)
             loss += chunk_loss
             stats.append(chunk.stats)
         ctx.gradients, ctx.weight = gradients, weight
@@ -315,16 +370,16 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *ctx.gradients.returned(ctx.weight, grad_loss), None, None, None
+        return *ctx.gradients.returned(ctx.weight, grad_loss), None, None, None, None
 
 
 class _FusedLabelStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> LabelStats:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, top_k: int) -> LabelStats:
         ctx.save_for_backward(hidden, weight, labels)
         ctx.shard = shard
-        chunks = shard.chunks(hidden, labels, with_gradients=False)
-        stats = _join([chunk.stats for chunk in chunks], hidden, shard.extra_stats)
+        chunks = shard.chunks(hidden, labels, top_k=top_k, with_gradients=False)
+        stats = _join([chunk.stats for chunk in chunks], hidden, shard.extra_stats, top_k)
         ctx.mark_non_differentiable(*stats.non_differentiable)
         return stats
 
@@ -335,4 +390,4 @@ class _FusedLabelStats(torch.autograd.Function):
         gradients = _Gradients.of(hidden, weight)
         for chunk in ctx.shard.chunks(hidden, labels, with_extras=False):
             gradients.add_chunk(ctx.shard, chunk, hidden, grad_log_probs[chunk.rows])
-        return *gradients.returned(weight), None, None
+        return *gradients.returned(weight), None, None, None

@@ -33,6 +33,10 @@ class HeadInputs:
     """Whether `token_loss` must be asked of all label tokens at once. Only then it may mix tokens."""
     extra_stats: AbstractSet[ExtraStat] = frozenset()
     """Statistics that `token_loss` needs beyond log-probability and entropy."""
+    top_ids: Tensor | None = None
+    """`[n, k]` int64, tokens whose log-probabilities it needs, too."""
+    top_k: int = 0
+    """To score: of how many of the most probable tokens to say ids and log-probabilities."""
 
     @property
     def label_ids(self) -> Tensor:
@@ -61,16 +65,16 @@ def label_positions(label_mask: Tensor) -> Tensor:
 
 
 def select_labels(values: Tensor, positions: Tensor) -> Tensor:
-    """`[b, s]` to the label tokens' `[n]`."""
-    return values.t().flatten()[positions]
+    """`[b, s, ...]` to the label tokens' `[n, ...]`."""
+    return values.transpose(0, 1).flatten(0, 1)[positions]
 
 
 def scatter_labels(values: Tensor, positions: Tensor, label_mask: Tensor) -> Tensor:
-    """`[n]` back to `[b, s]`, with zeros where no label counts."""
+    """`[n, ...]` back to `[b, s, ...]`, with zeros where no label counts."""
     batch, seq = label_mask.shape
-    placed = values.new_zeros(seq * batch)
+    placed = values.new_zeros(seq * batch, *values.shape[1:])
     placed[positions] = values
-    return placed.view(seq, batch).t().contiguous()
+    return placed.unflatten(0, (seq, batch)).transpose(0, 1).contiguous()
 
 
 def loss_of_all(stats: LabelStats, token_loss: ChunkLoss) -> HeadOutput:
@@ -110,9 +114,10 @@ def fused_head(
         # The gradients are formed in this very call, that of the weight in `main_grad`, where no later factor reaches
         # it. So nothing may scale the loss on its way back: no loss scaling as for fp16, no division by micro-batches.
         # The backward pass refuses any gradient but 1.
-        loss, stats = fused_loss(rows, weight, labels, token_loss, **place)
+        loss, stats = fused_loss(rows, weight, labels, token_loss, top_ids=inputs.top_ids, **place)
         return HeadOutput(stats=stats, loss=loss)
-    stats = fused_label_stats(rows, weight, labels, **place)
+    assert inputs.top_ids is None or token_loss is None, "other tokens and whole records have no path in common"
+    stats = fused_label_stats(rows, weight, labels, top_k=inputs.top_k, **place)
     if token_loss is None or not torch.is_grad_enabled():
         return HeadOutput(stats=stats, loss=None)
     return loss_of_all(stats, token_loss)

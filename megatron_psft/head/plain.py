@@ -42,7 +42,10 @@ def label_stats(
 
 
 def plain_head(logits: Tensor, inputs: HeadInputs, *, vocab_size: int, group: dist.ProcessGroup) -> HeadOutput:
-    """What `fused_head` answers, from all logits: `[s, b, v]`, this rank's columns of them; collective over `group`."""
+    """What `fused_head` answers, but for tokens besides the label, from all logits: `[s, b, v]`, this rank's columns of
+    them; collective over `group`."""
+    assert inputs.top_ids is None
+    assert not inputs.top_k
     every = label_stats(logits, inputs.labels, vocab_size=vocab_size, group=group, extra_stats=inputs.extra_stats)
     stats = every.map(lambda values: select_labels(values, inputs.label_positions))
     if inputs.token_loss is None:

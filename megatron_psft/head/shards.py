@@ -2,6 +2,7 @@
 
 Dimension letters: n label tokens, v columns of the vocabulary on this rank, V columns of the true vocabulary."""
 
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ from torch import Tensor
 from megatron_psft.head.kernels.portable import GradientFactors, ShardSums, shard_squares, shard_top
 from megatron_psft.objectives.declare import ExtraStat
 from megatron_psft.objectives.labels import TOP_TOKENS, LabelStats
+
+LEAST_REST = 2.0**-23
+"""The least probability that is left for tokens outside of the k that were asked about: what 1 minus theirs is wrong by
+in fp32. Where k is the vocabulary it is the whole of it, for the initial model and the current one alike."""
 
 
 class ShardSoftmax(NamedTuple):
@@ -43,14 +48,59 @@ class ShardExtras(NamedTuple):
     """Its `TOP_TOKENS` largest logits, fp32 `[n, TOP_TOKENS]`."""
     squares: Tensor | None = None
     """Sum of exp(2 * (logit - maximum)), fp32 `[n]`."""
+    tokens: "ShardTokens | None" = None
 
     @classmethod
-    def of(cls, logits: Tensor, extra_stats: AbstractSet[ExtraStat]) -> "ShardExtras":
+    def of(
+        cls, logits: Tensor, extra_stats: AbstractSet[ExtraStat], tokens: "ShardTokens | None" = None
+    ) -> "ShardExtras":
         """Of logits `[n, v]` of any float dtype, before `shard_sums_` or a kernel has written to them."""
         return cls(
-            top=shard_top(logits, TOP_TOKENS) if "top_entropy" in extra_stats else None,
+            top=shard_top(logits, TOP_TOKENS).values if "top_entropy" in extra_stats else None,
             squares=shard_squares(logits) if "sum_squares" in extra_stats else None,
+            tokens=tokens,
         )
+
+
+class ShardTokens(NamedTuple):
+    """What one rank's columns say of k tokens of each row, of which `LabelStats.top_log_probs` are."""
+
+    logits: Tensor
+    """fp32 `[n, k]`; -inf where another rank has the token, or this one has fewer."""
+    ids: Tensor | None
+    """int64 `[n, k]`, which tokens they are: this rank's largest, of which the largest of all are to be found. None
+    where all ranks were asked for the same."""
+
+    @classmethod
+    def most_probable(cls, logits: Tensor, count: int, first_column: int) -> "ShardTokens":
+        """The `count` largest of this rank."""
+        top = shard_top(logits, count)
+        return cls(top.values, top.columns + first_column)
+
+    @classmethod
+    def named(cls, logits: Tensor, columns: Tensor) -> "ShardTokens":
+        """Those in `columns`, int64 `[n, k]`, as far as this rank has them."""
+        if logits.shape[1] == 0:
+            return cls(logits.new_full(columns.shape, -torch.inf, dtype=torch.float32), None)
+        owned = (columns >= 0) & (columns < logits.shape[1])
+        found = logits.gather(1, columns.clamp(0, logits.shape[1] - 1)).float()
+        return cls(found.masked_fill(~owned, -torch.inf), None)
+
+    def rows(self) -> list[Tensor]:
+        """As rows of fp32 `[n]`, in which any id of a vocabulary is exact."""
+        ids = () if self.ids is None else self.ids.float().unbind(dim=1)
+        return [*self.logits.unbind(dim=1), *ids]
+
+    def join(self, gathered: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Logits and, where they were to be found, ids of the tokens, `[n, k]`, from all ranks' `rows`, `[ranks, n]`
+        each."""
+        count = self.logits.shape[1]
+        logits = torch.stack([*gathered[:count]], dim=2)
+        if self.ids is None:
+            return logits.amax(dim=0), None
+        top = logits.transpose(0, 1).flatten(1).topk(count, dim=1)
+        ids = torch.stack([*gathered[count:]], dim=2).transpose(0, 1).flatten(1)
+        return top.values, ids.gather(1, top.indices).long()
 
 
 def join_shards(
@@ -65,6 +115,8 @@ def join_shards(
     rows = [*sums]
     rows += [] if extras.squares is None else [extras.squares]
     rows += [] if extras.top is None else extras.top.unbind(dim=1)
+    num_others = len(rows) - len(sums)
+    rows += [] if extras.tokens is None else extras.tokens.rows()
     own = gathered = torch.stack(rows)
     if size > 1:
         gathered = own.new_empty(size * own.shape[0], own.shape[1])
@@ -85,9 +137,18 @@ def join_shards(
     stats = LabelStats(
         log_probs,
         normalizer.log() - weighted / normalizer,
-        top_entropy=None if extras.top is None else _top_entropy(torch.cat(rest[-TOP_TOKENS:])),
+        top_entropy=None if extras.top is None else _top_entropy(torch.cat(rest[num_others - TOP_TOKENS : num_others])),
         sum_squares=None if extras.squares is None else (rest[0] * rebase**2).sum(dim=0) / normalizer**2,
     )
+    if extras.tokens is not None:
+        logits, ids = extras.tokens.join(rest[num_others:])
+        shifted = logits - top.unsqueeze(1)
+        top_probs = (shifted.exp() / normalizer.unsqueeze(1)).sum(dim=1)
+        stats = stats._replace(
+            top_ids=ids,
+            top_log_probs=shifted - normalizer.log().unsqueeze(1),
+            rest_log_probs=(1 - top_probs).clamp(min=LEAST_REST).log(),
+        )
     return stats, ShardSoftmax(sums.maximum, rebase[rank] / normalizer, others / normalizer)
 
 

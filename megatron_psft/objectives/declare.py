@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 ExtraStat = Literal["top_entropy", "sum_squares"]
 """Statistics of `LabelStats` that are computed only for objectives that need them."""
 
-Requirement = Literal["old", "reference", "records", "pairs", "nll_z", ExtraStat]
+Requirement = Literal["old", "reference", "records", "pairs", "nll_z", "ref_top", ExtraStat]
 """What an objective needs beyond log-probability and entropy: the old policy, the initial model's log-probabilities,
 the other tokens of a record, records that are preference pairs, how improbable a record is among those of its global
-batch, or a statistic (`ExtraStat`)."""
+batch, the initial model's most probable tokens (`kl_top_k` of them), or a statistic (`ExtraStat`)."""
 
 Range = Literal["positive", "non-negative", "probability", "positive probability"]
 """Values that a number may have."""

@@ -14,7 +14,7 @@ TOP_TOKENS = 20
 
 
 class LabelStats(NamedTuple):
-    """What the current policy says of each label; fp32, the same on every tensor-parallel rank."""
+    """What the current policy says of each label, `[n]`; fp32, the same on every tensor-parallel rank."""
 
     log_probs: Tensor
     """log pi(label | context), natural logarithm, normalized over the true vocabulary; differentiable."""
@@ -24,6 +24,12 @@ class LabelStats(NamedTuple):
     """Entropy of its 20 most probable tokens, their probabilities made to sum to 1, nats; without a gradient."""
     sum_squares: Tensor | None = None
     """Sum of its squared probabilities; without a gradient."""
+    top_ids: Tensor | None = None
+    """`[n, k]` int64, the k tokens that the next two are about: those that were asked for, or the most probable."""
+    top_log_probs: Tensor | None = None
+    """`[n, k]`, their log-probabilities; in a loss differentiable as `log_probs`."""
+    rest_log_probs: Tensor | None = None
+    """Log-probability of all other tokens together; in a loss differentiable."""
 
     @property
     def non_differentiable(self) -> list[Tensor]:
@@ -57,12 +63,18 @@ class Records:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelInputs:
-    """What is known of label tokens besides the current policy; `[n]` fp32 each, None where it is not there."""
+    """What is known of label tokens besides the current policy; `[n]` fp32 unless said, None where it is not there."""
 
     old_log_probs: Tensor | None = None
     """Under the old policy; None where that is the current one, so that the ratio is 1."""
     ref_log_probs: Tensor | None = None
     """Under the initial model."""
+    ref_top_ids: Tensor | None = None
+    """`[n, k]` int64, the most probable tokens under the initial model: `LabelStats.top_ids` of the policy."""
+    ref_top_log_probs: Tensor | None = None
+    """`[n, k]`, theirs under the initial model."""
+    ref_rest_log_probs: Tensor | None = None
+    """That of all other tokens together, under the initial model."""
     advantages: Tensor | None = None
     """None where all are 1."""
     nll_z: Tensor | None = None
@@ -78,7 +90,7 @@ class LabelInputs:
         return self.map(lambda values: values[rows])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "LabelInputs":
-        """Applies `change` to every `[n]` that is there."""
+        """Applies `change` to every tensor that is there."""
         changed: dict[str, Any] = {
             name: change(values) for name, values in vars(self).items() if isinstance(values, Tensor)
         }

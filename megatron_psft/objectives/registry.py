@@ -85,6 +85,8 @@ def needs_of(name: str, config: Settings) -> frozenset[Requirement]:
     needs = find_objective(name).needs(config)
     if unknown := unknown_requirements(needs):
         raise UserError(f"objective ({name}) needs {', '.join(unknown)}, which does not exist; see docs/extending.md")
+    if {"records", "ref_top"} <= needs:
+        raise UserError(f"objective ({name}) cannot need both records and ref_top; remove one of them")
     return needs
 
 

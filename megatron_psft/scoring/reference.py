@@ -1,5 +1,7 @@
 """The reference: the model that a run starts from, kept as its log-probabilities of the labels to be trained on.
 
+Beside the labels' it may keep those of the most probable tokens (`top_tokens.py`).
+
 It is never held as a second set of weights. Before the run's first step one forward-only pass over the training set
 stores what the weights of that moment say of every label, in `ref_log_probs` beside the checkpoints: whatever the run
 starts from is its reference, be it `load_hf` or the checkpoint that `load` names. The folder has a name only when the
@@ -38,6 +40,7 @@ from megatron_psft.distributed.signals import StopRequested
 from megatron_psft.errors import InfrastructureError, UserError, counted, storage_error
 from megatron_psft.objectives.labels import LabelStats
 from megatron_psft.progress import progress
+from megatron_psft.scoring.top_tokens import to_rows
 from megatron_psft.scoring.values import VALUES, RecordValues
 from megatron_psft.sealed import DamageError
 
@@ -55,8 +58,9 @@ log = logging.getLogger(__name__)
 class Scorer(Protocol):
     """Says what the weights of this moment make of a global batch; collective."""
 
-    def score(self, micro_batches: Sequence[MicroBatch]) -> list[LabelStats]:
-        """`[b, s]` for each micro-batch of this rank; none on ranks without the output layer."""
+    def score(self, micro_batches: Sequence[MicroBatch], *, top_k: int = 0) -> list[LabelStats]:
+        """`[b, s]`, with the `top_k` most probable tokens, for each micro-batch of this rank; none on ranks without
+        the output layer."""
         ...
 
     def gather_parameters(self) -> None:
@@ -78,6 +82,8 @@ class ReferencePass:
     parallel: Parallel
     identity: Mapping[str, Any]
     """What tells whose log-probabilities they are, and of what, and in which batches they are computed."""
+    top_k: int = 0
+    """How many of the most probable tokens are kept besides the label; `values` has the columns for them."""
     has_begun: bool
     """Whether the run has made steps before, so that `policy` is no longer the model at its start."""
 
@@ -184,7 +190,7 @@ class ReferencePass:
         return self._together(lambda: (self._partial / VALUES).open("r+b") if is_writer else nullcontext())
 
     def _score(self, batch: int, file: BinaryIO | None) -> None:
-        scored = [stats.log_probs for stats in self.policy.score(self.loader.micro_batches(batch))]
+        scored = [to_rows(stats) for stats in self.policy.score(self.loader.micro_batches(batch), top_k=self.top_k)]
         rows = sum_over_context(self.loader.to_packs(batch, scored), self.parallel).cpu() if scored else None
         self._together(lambda: self._write(batch, rows, file))
 

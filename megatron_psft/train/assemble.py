@@ -45,6 +45,7 @@ from megatron_psft.scoring.host_memory import check_host_memory
 from megatron_psft.scoring.old_policy import OldPolicyWindow
 from megatron_psft.scoring.packs import from_packs, to_packs
 from megatron_psft.scoring.reference import FOLDER, START, ReferencePass
+from megatron_psft.scoring.top_tokens import num_columns
 from megatron_psft.scoring.values import VALUES, RecordValues
 from megatron_psft.train.evaluate import Evaluation
 from megatron_psft.train.initial import adapter_base, fill_weights, starts_with_base
@@ -132,7 +133,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         pipeline=pipeline,
         state=state,
         agreement=agreement,
-        loader=loader if reference is None else loader.with_ref_log_probs(reference.values),
+        loader=loader if reference is None else loader.with_ref_log_probs(reference.values, reference.values.columns),
         reference=reference,
         evaluation=_evaluation(config, inputs, pipeline, initial, parallel),
         base=base,
@@ -245,7 +246,7 @@ def _reference(
     """`initial` is the model at the start where it is at hand however far the run is."""
     if not config.objective.needs_reference:
         return None
-    save, weights = Path(config.weights.save), config.weights
+    save, weights, top_k = Path(config.weights.save), config.weights, config.objective.ref_top_k
     has_begun = initial is None and start is not None and start.resumes(save)
     start_sum = None
     if initial is None and not has_begun:  # of `initial` the identity tells already
@@ -257,11 +258,17 @@ def _reference(
     folder = Path(weights.load_hf)
     return ReferencePass(
         folder=save / FOLDER,
-        values=RecordValues(save / FOLDER / VALUES, inputs.plan.lengths),
+        values=RecordValues(save / FOLDER / VALUES, inputs.plan.lengths, columns=num_columns(top_k)),
         policy=initial or pipeline,
         loader=_loader(config, inputs, inputs.dataset, inputs.plan, parallel, is_training=False),
         parallel=parallel,
-        identity={**identity, "load_hf": str(folder.resolve() if folder.is_dir() else folder), START: start_sum},
+        identity={
+            **identity,
+            "load_hf": str(folder.resolve() if folder.is_dir() else folder),
+            "kl_top_k": top_k or None,
+            START: start_sum,
+        },
+        top_k=top_k,
         has_begun=has_begun,
     )
 

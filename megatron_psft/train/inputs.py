@@ -111,6 +111,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
     own_shape = read_shape(model_folder)
     check_layout(own_shape, config)
+    _check_top_k(config, own_shape)
     _prepare_folders(config, model_folder, tokenizer_folder, is_main)
     files = SafetensorsFolder(model_folder, own_shape) if config.weights.reads_hf_weights else None
     tokenizer = hub.load_tokenizer(tokenizer_folder)
@@ -195,6 +196,14 @@ def beyond_positions(field: str, dataset: TokenizedDataset, max_positions: int |
         f"tokens): leave them out by --seq-length {max_positions + 1} --overlong drop, or raise "
         "max_position_embeddings there if the model is to learn such positions"
     )
+
+
+def _check_top_k(config: Config, shape: ModelShape) -> None:
+    top_k = config.objective.ref_top_k
+    if top_k > shape.vocab_size:
+        raise UserError(
+            f"kl_top_k ({top_k}) must not exceed the {shape.vocab_size} tokens of the model's vocabulary; lower it"
+        )
 
 
 def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path, is_main: bool) -> None:

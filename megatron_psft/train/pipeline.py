@@ -23,6 +23,7 @@ from megatron_psft.model.layers import packed_row_params
 from megatron_psft.objectives.labels import LabelInputs, LabelStats, Records
 from megatron_psft.objectives.objective import Objective
 from megatron_psft.scoring.old_policy import OldPolicy, Scores
+from megatron_psft.scoring.top_tokens import with_top
 
 Observer = Callable[["LabelledBatch", HeadOutput], None]
 """Told of each micro-batch that is trained on, as it is on the device, and of the head's answer; on the last stage."""
@@ -76,14 +77,14 @@ class Pipeline:
 
         return self._run(items, loss, forward_only=False)
 
-    def score(self, micro_batches: Sequence[MicroBatch]) -> list[LabelStats]:
+    def score(self, micro_batches: Sequence[MicroBatch], *, top_k: int = 0) -> list[LabelStats]:
         """Log-probabilities and entropy under the current weights, without gradients; `[b, s]`, zeros where no label
-        counts.
+        counts. With `top_k` the most probable tokens, too, `[b, s, top_k]`.
 
         Returns:
             One entry per micro-batch on the last pipeline stage, an empty list elsewhere.
         """
-        return self._score(micro_batches, _scattered)
+        return self._score(micro_batches, _scattered, top_k)
 
     def score_labels(self, micro_batches: Sequence[MicroBatch]) -> list[LabelStats]:
         """As `score`, but `[n]`, of the label tokens in the order of `HeadInputs.label_positions`."""
@@ -91,13 +92,16 @@ class Pipeline:
 
     @torch.no_grad()
     def _score(
-        self, micro_batches: Sequence[MicroBatch], kept: Callable[["LabelledBatch", LabelStats], LabelStats]
+        self,
+        micro_batches: Sequence[MicroBatch],
+        kept: Callable[["LabelledBatch", LabelStats], LabelStats],
+        top_k: int = 0,
     ) -> list[LabelStats]:
         def keep(item: LabelledBatch, output: HeadOutput, non_loss_data: bool) -> LabelStats:
             assert non_loss_data
             return kept(item, output.stats)
 
-        items = [LabelledBatch.of(micro_batch, None, None) for micro_batch in micro_batches]
+        items = [replace(LabelledBatch.of(batch, None, None), top_k=top_k) for batch in micro_batches]
         with adapters_off(self.chunks) if self.without_adapters else nullcontext():
             return self._run(items, keep, forward_only=True, collect_non_loss_data=True)
 
@@ -151,6 +155,8 @@ class LabelledBatch:
     """Complete once `to` has brought it to the device, which adds records where the objective needs them."""
     labelled_records: int
     """Records with a label on any context-parallel rank."""
+    top_k: int = 0
+    """As in `HeadInputs`."""
 
     @classmethod
     def of(cls, micro_batch: MicroBatch, old_log_probs: Tensor | None, objective: Objective | None) -> "LabelledBatch":
@@ -161,7 +167,7 @@ class LabelledBatch:
             given = replace(_given_of(micro_batch, positions, objective.config), old_log_probs=old_log_probs)
         return cls(
             # Of what is given, the device needs no second copy.
-            micro_batch=replace(micro_batch, advantages=None, ref_log_probs=None, nll_z=None),
+            micro_batch=replace(micro_batch, advantages=None, ref_log_probs=None, ref_top=None, nll_z=None),
             label_positions=positions,
             objective=objective,
             given=given,
@@ -195,13 +201,14 @@ class LabelledBatch:
         """What the head is asked."""
         objective, given, labels = self.objective, self.given, self.micro_batch.labels
         if objective is None:
-            return HeadInputs(labels=labels, label_positions=self.label_positions, token_loss=None)
+            return HeadInputs(labels=labels, label_positions=self.label_positions, token_loss=None, top_k=self.top_k)
         return HeadInputs(
             labels=labels,
             label_positions=self.label_positions,
             token_loss=lambda stats, part: objective.token_loss(stats, given.part(part)),
             needs_whole_records=objective.needs_whole_records,
             extra_stats=objective.extra_stats,
+            top_ids=given.ref_top_ids,
         )
 
 
@@ -219,9 +226,11 @@ def _given_of(micro_batch: MicroBatch, positions: Tensor, config: ObjectiveConfi
         return None if values is None else values[select_labels(micro_batch.record_ids, positions)]
 
     weighs_records = config.loss_aggregation == "seq-mean-token-mean"
-    return LabelInputs(
+    given = LabelInputs(
         ref_log_probs=of_tokens(micro_batch.ref_log_probs),
         advantages=of_records(micro_batch.advantages),
         nll_z=of_records(micro_batch.nll_z),
         weights=of_records(1.0 / micro_batch.label_counts.float()) if weighs_records else None,
     )
+    top = of_tokens(micro_batch.ref_top)
+    return given if top is None else with_top(given, top)

@@ -121,6 +121,8 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
             "--objective eaft --old-policy-micro-batch-size 2",
             "old_policy_micro_batch_size (2) has no effect with obj",
         ),
+        ("--objective sft-kl --kl-top-k 5 --no-fused-head", "kl_top_k (5) needs fused_head, which is off"),
+        ("--objective dft --kl-top-k 5", "kl_top_k (5) has no effect with objective dft"),
         ("--kl-coef 0.1", "kl_coef (0.1) has no effect with objective psft"),
         ("--tv-threshold 0.1", "tv_threshold (0.1) has no effect with objective psft"),
         (

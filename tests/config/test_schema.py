@@ -310,6 +310,7 @@ def test_all_missing_fields_are_named_at_once() -> None:
         ("--seed -1", "seed (-1) must be at least 0"),
         ("--clip-ratio-high 0", "clip_ratio_high (0.0) must be greater than 0"),
         ("--clip-ratio-low 0", "clip_ratio_low (0.0) must be greater than 0"),
+        ("--kl-top-k -1", "kl_top_k (-1) must be at least 0"),
         ("--kl-coef -1", "kl_coef (-1.0) must be at least 0"),
         ("--p-power-q 0", "p_power_q (0.0) must be greater than 0"),
         ("--eaft-alpha -1", "eaft_alpha (-1.0) must be at least 0"),

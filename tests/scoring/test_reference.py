@@ -90,7 +90,7 @@ def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, 
     calls: list[int] = []
     differences: list[float] = []
 
-    def counted(pipeline, micro_batches):
+    def counted(pipeline, micro_batches, **options):
         calls.append(len(micro_batches))
         assert all(batch.ref_log_probs is None for batch in micro_batches)
         if len(calls) == fail_at:
@@ -98,7 +98,7 @@ def run_with_reference(argv: list[str], *, per_mark: int = 1, fail_at: int = 0, 
                 raise RuntimeError("killed")
             if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
                 os.kill(os.getpid(), signum)
-        return score(pipeline, micro_batches)
+        return score(pipeline, micro_batches, **options)
 
     def compared(pipeline, micro_batches, *args, **kwargs):
         if not differences:
@@ -149,13 +149,36 @@ def forget_steps(save: Path) -> None:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("layout", [slow("one"), slow("TP2-SP"), "PP2", slow("CP2"), slow("DP2-overlap")])
-def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tmp_path, inputs, layout):
+@torch.no_grad()
+def top_of(inputs: Inputs, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probabilities of the most probable tokens at each label of the set, `[labels, top_k]`."""
+    hf_model, tokenizer = oracle.load_model(inputs.model), AutoTokenizer.from_pretrained(inputs.tokenizer)
+    records = [json.loads(line)["messages"] for line in inputs.data.read_text().splitlines()]
+    examples = [oracle.chatml_example(messages, tokenizer) for messages in records]
+    top = torch.cat([oracle.label_distributions(hf_model, *example)[0] for example in examples]).topk(top_k, dim=1)
+    return top.indices.numpy(), top.values.numpy()
+
+
+@pytest.mark.parametrize(
+    ("layout", "top_k"), [slow("one", 0), slow("TP2-SP", 3), ("PP2", 3), slow("CP2", 3), slow("DP2-overlap", 0)]
+)
+def test_every_record_has_the_log_probabilities_that_transformers_gives(pool, tmp_path, inputs, layout, top_k):
     """In the file in the order of the records; in a shuffled training batch of the layout at each label."""
     world_size, flags = LAYOUTS[layout].world_size, (*LAYOUTS[layout].flags, *PACKING[layout])
+    flags += ("--kl-top-k", str(top_k))
     done = train(pool, world_size, inputs.argv(tmp_path / "run", *flags))
     found = np.frombuffer(values_of(tmp_path / "run"), "<f4")
     expected = np.concatenate(inputs.expected)
+    if top_k:
+        found, rest, ids, log_probs = np.split(found.reshape(-1, 2 + 2 * top_k), [1, 2, 2 + top_k], axis=1)
+        found, is_label = found[:, 0], expected != 0
+        wanted_ids, wanted = top_of(inputs, top_k)
+        np.testing.assert_allclose(log_probs[is_label], wanted, atol=1e-4)
+        assert (ids[is_label] == wanted_ids).mean() > 0.99  # two tokens may be as probable as each other
+        mass = np.exp(wanted).sum(axis=1) + np.exp(rest[is_label][:, 0])
+        np.testing.assert_allclose(mass, 1, atol=1e-5)
+        first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(first["nll"], rel=1e-6), "the initial model is 0 from itself"
     assert found.shape == expected.shape
     assert ((found == 0) == (expected == 0)).all()
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -182,6 +205,12 @@ def test_the_sequences_of_a_pair_have_the_log_probabilities_that_they_have_alone
     expected = np.concatenate(list(log_probs_of(inputs.model, inputs.tokenizer, tmp_path / "sides.jsonl")))
     found = np.frombuffer(values_of(tmp_path / "run"), "<f4")
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_more_tokens_than_the_vocabulary_has_are_refused(pool, tmp_path, inputs):
+    line = refuse(pool, inputs.argv(tmp_path / "run", "--kl-top-k", str(tiny.VOCAB_SIZE + 1)))
+    assert f"kl_top_k ({tiny.VOCAB_SIZE + 1}) must not exceed the {tiny.VOCAB_SIZE} tokens of the" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -168,11 +168,13 @@ def token_losses(
     *,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
+    ref_distribution: Tensor | None = None,
     nll_z: float | Tensor = 0.0,
     advantage: float = 1.0,
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.28,
     kl_coef: float = 0.5,
+    kl_top_k: int = 0,
     p_power_q: float = 1.0,
     tv_threshold: float = 0.15,
     tv_ratio_cap: float = 20.0,
@@ -195,6 +197,8 @@ def token_losses(
         return torch.where(change <= tv_threshold, -advantage * capped * log_probs, 0.0 * log_probs)
     if objective in ("sft-kl", "asft"):
         plain = -log_probs if objective == "sft-kl" else -probs.detach() * log_probs
+        if kl_top_k:
+            return plain + kl_coef * _divergence(ref_distribution, log_distribution, kl_top_k)
         reverse_ratio = ref_log_probs.exp() / probs
         return plain + kl_coef * (reverse_ratio - 1 - torch.log(reverse_ratio))
     if objective == "cadft":
@@ -207,6 +211,16 @@ def token_losses(
         return (1 - probs**exponent) / exponent
     weights = _token_weights(objective, log_distribution.detach(), probs.detach(), ref_log_probs, **settings)
     return -weights * log_probs
+
+
+def _divergence(initial: Tensor, current: Tensor, top_k: int) -> Tensor:
+    """KL(initial || current) of [labels, vocabulary] log-probabilities, all but the initial `top_k` as one token."""
+    order = initial.argsort(dim=1, descending=True)
+    first, second = (
+        torch.cat([part[:, :top_k], part[:, top_k:].logsumexp(dim=1, keepdim=True)], dim=1)
+        for part in (initial.gather(1, order), current.gather(1, order))
+    )
+    return (first.exp() * (first - second)).sum(dim=1)
 
 
 def _token_weights(

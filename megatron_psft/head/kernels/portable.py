@@ -100,14 +100,25 @@ def shard_squares(logits: Tensor) -> Tensor:
     return squares
 
 
-def shard_top(logits: Tensor, count: int) -> Tensor:
-    """The `count` largest logits of each row, `[n, v]` of any float dtype to fp32 `[n, count]`; -inf stands in for
-    columns that the rank lacks."""
-    top = logits.new_full((len(logits), count), -torch.inf, dtype=torch.float32)
+class ShardTop(NamedTuple):
+    """Columns of each row."""
+
+    values: Tensor
+    """Their logits, fp32 `[n, count]`."""
+    columns: Tensor
+    """Which they are, int64 `[n, count]`."""
+
+
+def shard_top(logits: Tensor, count: int) -> ShardTop:
+    """The `count` largest logits of each row of `[n, v]`, of any float dtype; -inf stands in for columns that the rank
+    lacks."""
+    values = logits.new_full((len(logits), count), -torch.inf, dtype=torch.float32)
+    columns = torch.zeros_like(values, dtype=torch.int64)
     width = min(count, logits.shape[1])
     for part in _blocks(logits) if width else ():
-        top[part, :width] = logits[part].topk(width, dim=1).values.float()
-    return top
+        top = logits[part].topk(width, dim=1)
+        values[part, :width], columns[part, :width] = top.values.float(), top.indices
+    return ShardTop(values, columns)
 
 
 def _owned(label_index: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
