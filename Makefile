@@ -32,8 +32,8 @@ $(STAMP): setup.py pyproject.toml constraints/py311.txt constraints/py312.txt te
 	$(BIN)/python -m pip install --upgrade --no-deps --target $(VENV)/engine -r tests/model/engine/requirements.txt
 	touch $@
 
-demo: install ## Train a small model with SFT and PSFT and compare them
-	$(BIN)/python examples/demo/run.py
+demo: install ## Fine-tune a real small model with SFT and with PSFT and compare them; MODEL=DIR|ID takes another
+	$(BIN)/python examples/demo/run.py $(if $(MODEL),--model "$(MODEL)")
 
 miniature: install ## Compare SFT, PSFT and relatives on small models: target, general skills, entropy, then GRPO
 	$(BIN)/python examples/miniature/run.py

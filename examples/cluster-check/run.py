@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
 # The scripts of these folders are no packages.
-sys.path[:0] = [str(HERE), str(REPOSITORY / "examples" / "demo")]
+sys.path[:0] = [str(HERE), str(REPOSITORY / "examples" / "digits")]
 
 import digits  # noqa: E402
 from node import STEPS, Node, Steps  # noqa: E402

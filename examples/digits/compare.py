@@ -1,4 +1,4 @@
-"""Measures the demo's models: a table, a picture and one reply."""
+"""Measures the models on digits: a table, a picture and one reply."""
 
 import json
 from collections.abc import Sequence
