@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FOLDER = REPOSITORY / "runs" / "demo"
 PSFT = [sys.executable, "-m", "megatron_psft"]
-SEED, NUM_TRAINED, NUM_VALID = 0, 96, 16
+SEED, NUM_TRAINED, NUM_VALID = 0, 128, 16
 
 # The scripts of these folders are no packages; the trainer is imported from the repository's root.
 sys.path[:0] = [str(HERE), str(HERE.parent / "smollm2"), str(REPOSITORY)]
@@ -82,7 +82,7 @@ def compare(model: str) -> None:
     say(f"2. SFT on {NUM_TRAINED} mails and their tickets.")
     train("sft", model, data)
     say("3. PSFT on the same, from the same model, in the same order, at the same learning rate.")
-    train("psft", model, data, "--old-policy-interval", "4", "--log-clipped-tokens", "20")
+    train("psft", model, data, "--sft-warmup-iters", "8", "--old-policy-interval", "4", "--log-clipped-tokens", "20")
     say(f"4. {tickets.NUM_HELD_OUT} mails that were not trained on, and {len(general.REQUESTS)} general requests.")
     import findings
     import measure  # late, as it takes seconds to import

@@ -13,7 +13,7 @@ def _words(text: str) -> list[str]:
 
 
 FIRST_NAMES = _words("""
-    Aisha Alan Beatriz Boris Carmen Chidi Dana Dimitri Elif Emeka Farah Felix Greta Hana Hugo Ines Ivan Jamal Jun Karin
+    Aisha Alan Beatriz Boris Carmen Chidi Dana Dimitri Elif Emeka Farah Felix Greta Hana Hugo Irene Ivan Jamal Jun Karin
     Kofi Lars Leila Marta Mei Nadia Nils Olga Omar Petra Priya Quentin Rosa Samir Sofia Tariq Uma Viktor Wanda Yusuf Zoe
 """)
 LAST_NAMES = _words("""

@@ -72,7 +72,7 @@ def test_the_commands_run_in_order_as_written(checkout):
     assert (demo / "curves" / "report.html").is_file()
     for objective in ("sft", "psft"):  # no step is missing where it was interrupted, and none was made twice
         steps = [json.loads(line)["step"] for line in (demo / objective / "metrics.jsonl").read_text().splitlines()]
-        assert steps == list(range(25))
+        assert steps == list(range(33))
     lines = [json.loads(line) for line in (runs / "psft" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(13))  # the first is what validation says before any step
     assert lines[-1]["nll"] < lines[1]["nll"]
