@@ -127,7 +127,7 @@ def convert_or_check(config: ConvertConfig) -> int:
         export_dtype = weights.export_dtype
         dtype = weights.dtype if config.target.to_hf is None else export_dtype
     if config.target.check:
-        return compare(config.target, weights, outline, dtype)
+        return compare(config.target, weights, outline, dtype, folders)
     write(config.target, weights, outline, dtype, export_dtype, folders)
     return 0
 
@@ -239,10 +239,13 @@ def write(
     from megatron_psft.hf.conversion import write_checkpoint
     from megatron_psft.hf.export import MAX_SHARD_BYTES, write_folder
     from megatron_psft.hf.mapping import hf_tensors
+    from megatron_psft.hf.vision import vision_of
 
     field, path = target.place
     num_parameters = sum(map(math.prod, hf_tensors(weights.shape).values()))
-    require_room(field, path, num_parameters * dtype.itemsize)
+    vision = vision_of(folders.model, weights.shape)
+    vision_bytes = 0 if vision is None else sum(vision.nbytes.values())
+    require_room(field, path, num_parameters * dtype.itemsize + vision_bytes)
     side_files = side_files_of(folders, weights.shape)
     try:
         if target.to_hf is None:
@@ -313,9 +316,12 @@ def require_room(field: str, target: Path, needed_bytes: int) -> None:
         raise InfrastructureError(text)
 
 
-def compare(target: TargetConfig, weights: "Weights", outline: "Outline", dtype: "torch.dtype") -> int:
+def compare(
+    target: TargetConfig, weights: "Weights", outline: "Outline", dtype: "torch.dtype", folders: Folders
+) -> int:
     """Prints what differs, and returns the exit code."""
-    from megatron_psft.hf.conversion import HuggingFaceWeights, MegatronWeights, checksums
+    from megatron_psft.hf.conversion import HuggingFaceWeights, MegatronWeights, checksums, vision_checksums
+    from megatron_psft.hf.vision import VISION_FILE
 
     field, path = target.place
     found: Weights
@@ -324,14 +330,19 @@ def compare(target: TargetConfig, weights: "Weights", outline: "Outline", dtype:
     else:
         found = HuggingFaceWeights(path, field, weights.shape)
     ours, theirs = checksums(weights, "source", dtype), checksums(found, "target")
-    different = [name for name in ours if ours[name] != theirs[name]]
+    if target.to_hf is not None or (path / VISION_FILE).is_file():  # a run's own checkpoints have no vision tower
+        ours |= vision_checksums(folders.model, weights.shape, "load_hf")
+        theirs |= vision_checksums(path, weights.shape, field)
+    different = [name for name in ours if ours[name] != theirs.get(name)]
     for name in different:
-        print(f"differs: {name}: {describe(ours[name])}, in {path} {describe(theirs[name])}")
+        print(f"differs: {name}: {describe(ours[name])}, in {path} {describe(theirs.get(name))}")
     tensors = counted(len(ours), "tensor")
     print(f"{len(different)} of {tensors} differ" if different else f"{tensors}, all equal")
     return 1 if different else 0
 
 
-def describe(value: tuple["torch.dtype", str]) -> str:
+def describe(value: tuple["torch.dtype", str] | None) -> str:
+    if value is None:
+        return "missing"
     dtype, checksum = value
     return f"{str(dtype).removeprefix('torch.')} {checksum[:16]}"

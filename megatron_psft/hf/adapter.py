@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -166,12 +167,21 @@ def write_adapter(
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "use_rslora": config.lora_rank_stabilized,
         "lora_dropout": 0.0,
-        "target_modules": [it.target(shape) for it in targeted(config, shape)],
+        "target_modules": _target_modules(shape, config),
         "init_lora_weights": True,
         "inference_mode": True,
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_tensors(tensors, folder / ADAPTER_WEIGHTS, {_BASE: base.weights})
+
+
+def _target_modules(shape: ModelShape, config: LoraConfig) -> list[str] | str:
+    """The last parts of the modules' names; a pattern of all of them where a vision tower has modules of such names."""
+    names = [it.target(shape) for it in targeted(config, shape)]
+    if shape.family.vision is None:
+        return names
+    layer = re.escape(shape.family.names.layer).replace(re.escape("{}"), r"\d+")
+    return rf"{layer}\.\w+\.({'|'.join(names)})"
 
 
 def merged(

@@ -43,8 +43,9 @@ from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import prepare
 from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError
-from megatron_psft.hf.mapping import Piece, adapter_tensors, hf_tensors, pieces, scatter
+from megatron_psft.hf.mapping import Piece, adapter_tensors, hf_tensors, module_name, pieces, scatter
 from megatron_psft.hf.side_files import SideFiles
+from megatron_psft.hf.vision import VISION_FILE, vision_of
 from megatron_psft.hf.weights import SafetensorsFolder, fill_shard
 from megatron_psft.model.adapters import add_adapters, targeted
 from megatron_psft.model.gpt import build_chunk, transformer_config
@@ -52,6 +53,9 @@ from megatron_psft.model.parameters import is_expert, whole_name
 from megatron_psft.model.shape import ModelShape, read_shape
 from megatron_psft.progress import progress
 from megatron_psft.sealed import DamageError
+
+Checksums = dict[str, tuple[torch.dtype, str]]
+"""Dtype and SHA-256 of tensors by their names."""
 
 Outline = dict[str, ShardedBase]
 """Every parameter's parallel in a checkpoint, by its name in the whole model; it has no data."""
@@ -195,10 +199,13 @@ def write_checkpoint(
 
     The folder appears under its name only when it is complete.
     """
+    vision = vision_of(side_files.model_folder, source.shape)
     with aside(target.resolve().parent, target.name) as folder:
         staging = sealed.begin(folder / target.name)
         _write_parameters(staging, source, outline, dtype)
         side_files.write(staging, export_dtype)
+        if vision is not None:
+            vision.save(staging / VISION_FILE)
         content = {"version": VERSION, "step": WEIGHTS_ONLY_STEP, "identity": weights_identity(source.shape)}
         sealed.seal(folder / target.name, content)
         (folder / target.name).rename(target)
@@ -300,11 +307,18 @@ def _with_data(entry: ShardedBase, parameter: Tensor) -> Any:
     return replace(entry, data=parameter)
 
 
-def checksums(weights: Weights, name: str, dtype: torch.dtype | None = None) -> dict[str, tuple[torch.dtype, str]]:
-    """Dtype and SHA-256 of every Hugging Face tensor, in `dtype` or as it is stored; `name` of the weights is for the
-    progress bar."""
+def checksums(weights: Weights, name: str, dtype: torch.dtype | None = None) -> Checksums:
+    """Of every Hugging Face tensor, in `dtype` or as it is stored; `name` of the weights is for the progress bar."""
     total = len(hf_tensors(weights.shape))
-    return {
-        tensor_name: (tensor.dtype, sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest())
-        for tensor_name, tensor in progress(weights.tensors(dtype), name, unit="tensor", total=total)
-    }
+    tensors = progress(weights.tensors(dtype), name, unit="tensor", total=total)
+    return {tensor_name: _checksum(tensor) for tensor_name, tensor in tensors}
+
+
+def vision_checksums(folder: Path, shape: ModelShape, field: str) -> Checksums:
+    """Of the tensors that go with a model of `shape` from `folder`, which `field` names, if any do."""
+    vision = vision_of(folder, shape, field)
+    return {module_name(name, shape.family.vision): _checksum(tensor) for name, tensor in vision or ()}
+
+
+def _checksum(tensor: Tensor) -> tuple[torch.dtype, str]:
+    return tensor.dtype, sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()

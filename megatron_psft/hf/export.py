@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_psft.hf.adapter import AdapterBase, merged, write_adapter
 from megatron_psft.hf.folder import replacing
 from megatron_psft.hf.mapping import adapter_tensors, hf_tensors, pieces, scatter
 from megatron_psft.hf.side_files import SideFiles
+from megatron_psft.hf.vision import vision_of
 from megatron_psft.hf.weights import save_tensors
 from megatron_psft.model.parameters import is_adapter, own_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
@@ -124,11 +126,18 @@ def write_folder(
 ) -> None:
     """Writes what `export` does from all of the model's Hugging Face tensors; a file's are held until it is full, so
     they had better come in about the order of `hf_tensors`. `option` names `target` in errors."""
-    dims = hf_tensors(shape)
+    vision = vision_of(side_files.model_folder, shape)
+    spelled = str if vision is None else vision.name_in_files
+    sizes = {spelled(name): dtype.itemsize * prod(dims) for name, dims in hf_tensors(shape).items()}
+    total = len(sizes)
+    if vision is not None:
+        sizes |= vision.nbytes
     with replacing(target, option) as folder:
-        writer = _ShardWriter(folder, dims, dtype, max_shard_bytes)
-        for name, tensor in progress(tensors, "export", unit="tensor", total=len(dims)):
-            writer.add(name, tensor.to(dtype))
+        writer = _ShardWriter(folder, sizes, max_shard_bytes)
+        for name, tensor in progress(tensors, "export", unit="tensor", total=total):
+            writer.add(spelled(name), tensor.to(dtype))
+        for name, tensor in vision or ():
+            writer.add(name, tensor)
         writer.finish()
         side_files.write(folder, dtype)
 
@@ -217,11 +226,10 @@ def _to_main(shard: torch.nn.Parameter | None, rank: int, info: _ShardInfo, para
 class _ShardWriter:
     """Collects tensors in a planned order and writes each file as soon as it is full."""
 
-    def __init__(
-        self, folder: Path, dims: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
-    ) -> None:
+    def __init__(self, folder: Path, sizes: dict[str, int], max_shard_bytes: int) -> None:
+        """`sizes` has the bytes of every tensor."""
         self._folder = folder
-        self._plan = _plan_shards(dims, dtype.itemsize, max_shard_bytes)
+        self._plan = _plan_shards(sizes, max_shard_bytes)
         self._file_of = {name: file for file, names in self._plan.items() for name in names}
         self._pending: dict[str, Tensor] = {}
         self._bytes = 0
@@ -241,12 +249,11 @@ class _ShardWriter:
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _plan_shards(dims: dict[str, tuple[int, ...]], item_bytes: int, max_shard_bytes: int) -> dict[str, list[str]]:
+def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
     """File name to tensor names, in order, each file within the limit."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, size in dims.items():
-        tensor_bytes = item_bytes * torch.Size(size).numel()
+    for name, tensor_bytes in sizes.items():
         if shards[-1] and filled + tensor_bytes > max_shard_bytes:
             shards.append([])
             filled = 0

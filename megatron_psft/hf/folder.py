@@ -38,9 +38,12 @@ TOKENIZER_FILES = (
 )
 """What belongs to a tokenizer, as patterns."""
 
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+"""How a model that sees wants its pixels."""
+
 _LOADED = (
     *(MANIFEST, CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS),
-    *(*TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json"),
+    *(*TOKENIZER_FILES, *PROCESSOR_FILES, "model*.safetensors", "model.safetensors.index.json"),
 )
 """What an export may write, and whoever loads the folder may read."""
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_psft.config.lora import LoraConfig
 from megatron_psft.model.adapters import projections, targeted
-from megatron_psft.model.families import Names
+from megatron_psft.model.families import Names, VisionTower
 from megatron_psft.model.shape import ModelShape
 
 # Parameters that every tensor-parallel rank holds whole, and their names in a `Names`. Transformer Engine fuses two of
@@ -108,6 +108,16 @@ def embedding_name(shape: ModelShape) -> str:
 def head_name(shape: ModelShape) -> str:
     """The tensor of the output layer, which a checkpoint with tied embeddings need not have."""
     return f"{shape.family.names.head}.weight"
+
+
+def module_name(name: str, tower: VisionTower | None) -> str:
+    """What transformers' modules call a tensor of a file, which may have the spelling of published files."""
+    if tower is None or name.startswith(tuple(tower.published)):
+        return name
+    for ours, theirs in tower.published.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def _mlp_tensors(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""What belongs to a model besides its weights: config, generation config, tokenizer and chat templates."""
+"""What belongs to a model besides its weights: config, generation config, tokenizer, chat templates, processors."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_psft.hf.folder import CONFIG, GENERATION_CONFIG, NAMED_TEMPLATES, TOKENIZER_FILES
+from megatron_psft.hf.folder import CONFIG, GENERATION_CONFIG, NAMED_TEMPLATES, PROCESSOR_FILES, TOKENIZER_FILES
 from megatron_psft.hf.tokenizer import TOKENIZER_CONFIG, settle_class
 
 if TYPE_CHECKING:
@@ -42,15 +42,19 @@ class SideFiles:
         """Writes them into `folder`; config.json names `dtype`. Raises UserError where the tokenizer would load as
         another one."""
         config = json.loads((self.model_folder / CONFIG).read_text(encoding="utf-8"))
+        text = config if config.get("text_config") is None else config["text_config"]  # the language model's fields
         # transformers 5 spells it `dtype`, transformers 4 reads only `torch_dtype`; both read the latter.
+        for name in ("dtype", "torch_dtype"):
+            text.pop(name, None)
         config.pop("dtype", None)
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         if self.vocab_size is not None:
-            config["vocab_size"] = self.vocab_size
+            text["vocab_size"] = self.vocab_size
         _write_json(folder / CONFIG, config)
-        _copy_files(self.model_folder, GENERATION_CONFIG, folder)
+        for pattern in (GENERATION_CONFIG, *PROCESSOR_FILES):
+            _copy_files(self.model_folder, pattern, folder)
         if self.stop_id is not None:
-            self._add_stop(folder / GENERATION_CONFIG, config, self.stop_id)
+            self._add_stop(folder / GENERATION_CONFIG, {**text, **config}, self.stop_id)
         for pattern in TOKENIZER_FILES:
             _copy_files(self.tokenizer_folder, pattern, folder)
         if self.chat_template is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError, reason_of
-from megatron_psft.hf.mapping import Piece, embedding_name, head_name, hf_tensors, pieces
+from megatron_psft.hf.mapping import Piece, embedding_name, head_name, hf_tensors, module_name, pieces
 from megatron_psft.model.parameters import is_adapter, named_parameters, shard_place
 from megatron_psft.model.shape import ModelShape
 from megatron_psft.progress import progress
@@ -60,15 +60,24 @@ class SafetensorsFolder:
         self._folder, self._field = folder, field
         self._embedding, self._head = embedding_name(shape), head_name(shape)
         self._opened: tuple[str, safe_open] | None = None
+        self._vision, has_vision = shape.family.vision, False
+        self._stored: dict[str, str] = {}  # name of a module's tensor to the name in the file
         self._file_of: dict[str, str] = {}
         self._dims: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}  # as safetensors spells them
-        for name in _weight_files(folder, field):
+        for name in weight_files(folder, field):
             file = self._open(name)
-            for tensor in file.keys():  # noqa: SIM118 (this is no dictionary)
-                view = file.get_slice(tensor)
-                self._file_of[tensor] = name
+            for stored in file.keys():  # noqa: SIM118 (this is no dictionary)
+                view, tensor = file.get_slice(stored), module_name(stored, self._vision)
+                if self._vision is not None and tensor.startswith(self._vision.prefix):
+                    has_vision = True
+                    continue  # vision.py reads them
+                self._stored[tensor], self._file_of[tensor] = stored, name
                 self._dims[tensor], self._dtypes[tensor] = tuple(view.get_shape()), view.get_dtype()
+        if self._vision is not None and not has_vision:
+            raise UserError(
+                f"{field} ({folder}) lacks {self._vision.prefix}*; a {shape.model_type} checkpoint must have them"
+            )
         self._check(hf_tensors(shape), shape)
         self._check_tie(shape)
 
@@ -93,7 +102,9 @@ class SafetensorsFolder:
             raise UserError(
                 f"{self._field} ({self._folder}) lacks {_some(missing)}; a {shape.model_type} checkpoint must have them"
             )
-        unknown = [name for name in self._file_of if name not in expected and not _is_redundant(name, shape)]
+        unknown = [
+            self._stored[name] for name in self._file_of if name not in expected and not _is_redundant(name, shape)
+        ]
         if unknown:
             raise UserError(
                 f"{self._field} ({self._folder}) holds {_some(unknown)}, which a {shape.model_type} model does not use"
@@ -107,7 +118,7 @@ class SafetensorsFolder:
         """A head of its own under tie_word_embeddings is a contradiction, which transformers resolves by untying."""
         if shape.tied_embeddings and self._head in self._file_of:
             head, embedding = (
-                self._open(self._file_of[name]).get_tensor(name) for name in (self._head, self._embedding)
+                self._open(self._file_of[name]).get_tensor(self._stored[name]) for name in (self._head, self._embedding)
             )
             if not torch.equal(head, embedding):
                 raise UserError(
@@ -129,7 +140,7 @@ class SafetensorsFolder:
 
     def read(self, piece: Piece) -> Tensor:
         """Reads only the bytes of the block."""
-        return self._open(self._file_of[piece.name]).get_slice(piece.name)[piece.index]
+        return self._open(self._file_of[piece.name]).get_slice(self._stored[piece.name])[piece.index]
 
 
 class RandomWeights:
@@ -213,7 +224,7 @@ def fill_shard(
     shard[row:].zero_()
 
 
-def _weight_files(folder: Path, field: str) -> list[str]:
+def weight_files(folder: Path, field: str) -> list[str]:
     """Names of the safetensors files; like transformers, a single file goes before an index."""
     if (folder / _SINGLE).is_file():
         return [_SINGLE]

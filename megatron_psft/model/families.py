@@ -48,6 +48,18 @@ class ExpertFields:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionTower:
+    """Of a family whose models see: what of them is no language model. It is not trained, and passes through."""
+
+    prefix: str = "model.visual."
+    """Of its tensors, by the names of transformers' modules."""
+    published: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of tensors' names to how published files spell them, where they do it otherwise; either is read."""
+    has_flat_config: bool = False
+    """Whether a `config.json` without `text_config` has the language model's fields itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What the models of one `model_type` have in common."""
 
@@ -65,8 +77,17 @@ class Family:
     has_sliding_window: bool = False
     """Whether every layer has the window that `sliding_window` says. Of other families, transformers reads that field
     only where `use_sliding_window` is true."""
+    vision: VisionTower | None = None
+    """None for models of text."""
     names: Names = field(default_factory=Names)
 
+
+_LANGUAGE_MODEL = Names(
+    embedding="model.language_model.embed_tokens",
+    final_norm="model.language_model.norm",
+    layer="model.language_model.layers.{}",
+)
+"""Beside a vision tower."""
 
 # Fields that change the maths in several families, with the only value that is computed. Fields that transformers' own
 # classes do not read cannot change the maths, so they are not listed.
@@ -94,6 +115,20 @@ FAMILIES: dict[str, Family] = {
             "moe_intermediate_size": 768,
         },
         experts=ExpertFields(count="num_experts", ffn_hidden_size="moe_intermediate_size", normalizes=None),
+    ),
+    "qwen2_5_vl": Family(
+        qkv_bias=True,
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        vision=VisionTower(
+            published={"model.visual.": "visual.", "model.language_model.": "model."}, has_flat_config=True
+        ),
+        names=_LANGUAGE_MODEL,
+    ),
+    "qwen3_vl": Family(
+        qk_norm=True,
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "rope_theta": 5e5},
+        vision=VisionTower(),
+        names=_LANGUAGE_MODEL,
     ),
     "mistral": Family(has_sliding_window=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family(

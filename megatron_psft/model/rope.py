@@ -50,11 +50,14 @@ class YarnRopeScaling:
 
 RopeScaling = Llama3RopeScaling | YarnRopeScaling
 
+_SECTIONS = [16, 24, 24]
+"""Where a file does not say; what else transformers assumes has the same sum, which is all that text depends on."""
+
 _SUPPORTED = ("default", "llama3", "yarn")
 
 
 def read_rope(
-    config: Mapping[str, Any], default_theta: float, source: str, *, has_sections: bool = False
+    config: Mapping[str, Any], default_theta: float, source: str, *, sections_of: int | None = None
 ) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, in the spelling of transformers 4 or 5; the older one wins, as it does
     there.
@@ -63,8 +66,8 @@ def read_rope(
         config: the parsed `config.json` of a model of text.
         default_theta: base where it does not say.
         source: names it in errors.
-        has_sections: whether dimensions are dealt out to time, height and width (`mrope_section`), which are one and
-            the same on text.
+        sections_of: number of frequencies that are dealt out to time, height and width (`mrope_section`), which are one
+            and the same on text; None where they are not.
 
     Raises:
         UserError: a kind of scaling, or a field of one, that is not computed.
@@ -72,8 +75,9 @@ def read_rope(
     parameters = _parameters(config, source)
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or default_theta)
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if has_sections and rope_type == "mrope":
-        rope_type = "default"
+    if sections_of is not None:
+        _check_sections(parameters, sections_of, source)
+        rope_type = "default" if rope_type == "mrope" else rope_type
     if rope_type == "default":
         return theta, None
     if rope_type not in _SUPPORTED:
@@ -97,6 +101,16 @@ def _parameters(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"{source}: partial_rotary_factor ({parameters['partial_rotary_factor']}) is not supported; only 1.0 is"
         )
     return parameters
+
+
+def _check_sections(parameters: Mapping[str, Any], frequencies: int, source: str) -> None:
+    sections = parameters.get("mrope_section", _SECTIONS)
+    is_list = isinstance(sections, list) and all(isinstance(size, int) for size in sections)
+    if not is_list or len(sections) != 3 or sum(sections) != frequencies:
+        raise UserError(
+            f"{source}: mrope_section ({sections}) of rope_parameters must be three numbers that add up to "
+            f"{frequencies}, half of head_dim"
+        )
 
 
 class _Numbers:

@@ -116,8 +116,9 @@ def read_max_positions(folder: Path, field: str = "load_hf") -> int | None:
     It counts what a rotary scaling has added, as Llama 3's files do; where those of a model with yarn do not, this is
     added.
     """
-    value = _read_config(folder, field).get("max_position_embeddings")
-    scaling = read_shape(folder, field).rope_scaling
+    config, source = _read_config(folder, field), str(folder / "config.json")
+    scaling = shape_from_config(config, source).rope_scaling
+    value = _language_model(config, FAMILIES[config["model_type"]], source).get("max_position_embeddings")
     if not isinstance(value, int):
         return None
     if isinstance(scaling, YarnRopeScaling):
@@ -148,10 +149,14 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
         raise UserError(
             f"{source}: model_type ({model_type}) is not supported; supported are {', '.join(FAMILIES)}{hint}"
         )
+    config = _language_model(config, family, source)
     _refuse_other_maths(config, family, source)
-    rope_theta, rope_scaling = read_rope(config, family.defaults.get("rope_theta", 10000.0), source)
     hidden_size = _size(config, "hidden_size", source)
     heads = _size(config, "num_attention_heads", source)
+    head_dim = _size(config, "head_dim", source, family.defaults.get("head_dim", hidden_size // heads))
+    sections_of = None if family.vision is None else head_dim // 2
+    default_theta = family.defaults.get("rope_theta", 10000.0)
+    rope_theta, rope_scaling = read_rope(config, default_theta, source, sections_of=sections_of)
     groups = _size(config, "num_key_value_heads", source, family.defaults.get("num_key_value_heads", heads))
     if heads % groups:
         raise UserError(f"{source}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})")
@@ -165,7 +170,7 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
         ffn_hidden_size=_size(config, "intermediate_size", source),
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=_size(config, "head_dim", source, family.defaults.get("head_dim", hidden_size // heads)),
+        head_dim=head_dim,
         vocab_size=_size(config, "vocab_size", source),
         norm_eps=config.get("rms_norm_eps", family.defaults.get("rms_norm_eps", 1e-6)),
         rope_theta=rope_theta,
@@ -178,6 +183,23 @@ def shape_from_config(config: Any, source: str) -> ModelShape:
         experts=None if family.experts is None else _experts(config, family.experts, family.defaults, source),
         sliding_window=_sliding_window(config, family, source),
     )
+
+
+def _language_model(config: Mapping[str, Any], family: Family, source: str) -> Mapping[str, Any]:
+    """The fields of the language model, of a model with a vision tower too."""
+    if family.vision is None:
+        return config
+    text, model_type = config.get("text_config"), config["model_type"]
+    if text is None and family.vision.has_flat_config:
+        return config
+    if not isinstance(text, Mapping):
+        raise UserError(f"{source}: text_config ({text}) must be a JSON object")
+    if text.get("model_type") not in (None, model_type, f"{model_type}_text"):
+        raise UserError(f"{source}: model_type ({text['model_type']}) of text_config must be {model_type}_text")
+    # Either place has some of these, whatever wrote the file.
+    outer = {name: config[name] for name in ("dtype", "torch_dtype", "quantization_config") if config.get(name)}
+    is_tied = any(part.get("tie_word_embeddings", False) for part in (config, text))
+    return {**text, **outer, "model_type": model_type, "tie_word_embeddings": is_tied}
 
 
 def _sliding_window(config: Mapping[str, Any], family: Family, source: str) -> int | None:

@@ -218,10 +218,12 @@ class _TransformersEngine:
         self, model_folder: Path, end_tokens: list[int], config: SamplingConfig, _: int, with_log_probs: bool
     ) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            sees = hasattr(AutoConfig.from_pretrained(model_folder, trust_remote_code=False), "vision_config")
+            auto_class: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            model: Any = auto_class.from_pretrained(
                 model_folder, dtype="auto", trust_remote_code=False, use_safetensors=True
             )
         except (OSError, ValueError) as error:

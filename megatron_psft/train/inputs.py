@@ -23,6 +23,7 @@ from megatron_psft.errors import InfrastructureError, UserError, counted, folder
 from megatron_psft.hf import folder, hub
 from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.side_files import SideFiles
+from megatron_psft.hf.vision import vision_of
 from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, WeightSource, WithMeanRows
 from megatron_psft.model.gpt import check_layout
 from megatron_psft.model.shape import ModelShape, read_max_positions, read_shape
@@ -112,6 +113,9 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     own_shape = read_shape(model_folder)
     check_layout(own_shape, config)
     _check_top_k(config, own_shape)
+    if config.weights.exports and own_shape.family.vision is not None:
+        model_folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=True)
+        vision_of(model_folder, own_shape)
     _prepare_folders(config, model_folder, tokenizer_folder, is_main)
     files = SafetensorsFolder(model_folder, own_shape) if config.weights.reads_hf_weights else None
     tokenizer = hub.load_tokenizer(tokenizer_folder)

@@ -44,6 +44,8 @@ def test_a_page_names_all_model_families(page):
         "qwen2": "Qwen2/2.5",
         "qwen3": "Qwen3",
         "qwen3_moe": "Qwen3 and its mixtures of experts",
+        "qwen2_5_vl": "Qwen2.5-VL",
+        "qwen3_vl": "Qwen3-VL",
         "mistral": "Mistral",
         "mixtral": "Mixtral",
     }

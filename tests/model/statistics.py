@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.support import tiny
 from tests.support.layouts import Layout, make_config, rank_of
@@ -57,7 +56,7 @@ def make_batches(padding_seed: int, data_rank: int, data_size: int) -> list:
 
 def reference_numbers(folder: Path, family: str) -> dict:
     """What transformers computes, one record at a time: no padding, no batching."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = tiny.load_model(folder, dtype=torch.float32, attn_implementation="eager")
     log_probs, entropy, loss, label_count = [], [], torch.zeros(()), 0
     for ids, is_label in make_records():
         distribution = torch.log_softmax(model(ids[None, :-1]).logits[0], dim=-1)
@@ -67,8 +66,9 @@ def reference_numbers(folder: Path, family: str) -> dict:
         log_probs.append(label_log_probs.detach())
         entropy.append(-(distribution.exp() * distribution).sum(-1).detach())
     loss.backward()
-    gradients = {name: parameter.grad / label_count for name, parameter in model.named_parameters()}
-    return {"log_probs": log_probs, "entropy": entropy, "gradients": tiny.hub_tensors(gradients, family)}
+    gradients = tiny.hub_tensors({name: parameter.grad for name, parameter in model.named_parameters()}, family)
+    gradients = {name: gradient / label_count for name, gradient in gradients.items()}
+    return {"log_probs": log_probs, "entropy": entropy, "gradients": gradients}
 
 
 def measure(layout: Layout, folders: list[Path], bf16: bool) -> list[dict]:

@@ -26,7 +26,7 @@ from tests.support.marks import slow
 MODEL_LAYOUTS = [LAYOUTS[name] for name in ("one", "PP2-VPP1", "TP2-SP-PP2")]
 MODEL_LAYOUTS += [slow(LAYOUTS[name]) for name in ("TP2-SP", "TP2", "PP2", "DP2")]
 MODELS = [(family, tied) for family in tiny.FAMILIES for tied in (False, True)]
-MODELS += [(variant, False) for variant in tiny.VARIANTS]
+MODELS += [(family, family == "qwen3_vl") for family in (*tiny.VARIANTS, *tiny.VISION_FAMILIES)]
 MODEL_IDS = [f"{family}-{'tied' if tied else 'untied'}" for family, tied in MODELS]
 
 

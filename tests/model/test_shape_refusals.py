@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2_5_VLConfig, Qwen2Config
 
 from megatron_psft.errors import UserError
 from megatron_psft.model.shape import read_shape, shape_from_config
@@ -78,6 +78,43 @@ def test_rotary_settings_of_kinds_of_layers_are_refused():
 def test_a_rotary_part_within_rope_parameters_is_refused():
     with pytest.raises(UserError, match=r"partial_rotary_factor \(0.25\)"):
         read(rope_parameters={"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3_vl", {"text_config": None}, r"text_config \(None\) must be a JSON object"),
+        ("qwen2_5_vl", {"text_config": "a"}, r"text_config \(a\) must be a JSON object"),
+        (
+            "qwen3_vl",
+            {"text_config": {"model_type": "qwen3_vl_moe_text"}},
+            r"qwen3_vl_moe_text.* must be qwen3_vl_text",
+        ),
+        ("qwen2_5_vl", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    ],
+)
+def test_what_no_language_model_beside_a_vision_tower_says_is_refused(family, changes, message):
+    config = make_config(family, num_key_value_heads=5)
+    with pytest.raises(UserError, match=message):
+        shape_from_config({**config, **changes}, "here")
+
+
+@pytest.mark.parametrize("sections", [[1, 1, 1], [4], "a", None])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_sections_that_are_not_of_the_head_are_refused(family, sections):
+    rope = {} if sections is None else {"mrope_section": sections}
+    with pytest.raises(UserError, match=r"mrope_section \(.*\) of rope_parameters must be three numbers .* to 4,"):
+        read(model_type=family, num_key_value_heads=5, head_dim=8, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_tied_head_is_said_in_either_place(outer, inner):
+    """As transformers has it of what its earlier releases wrote."""
+    config = make_config("qwen2_5_vl", num_key_value_heads=5, tie_word_embeddings=inner)
+    config = {**config, "tie_word_embeddings": outer}
+    theirs = Qwen2_5_VLConfig(**{name: value for name, value in config.items() if name != "model_type"})
+    assert shape_from_config(config, "here").tied_embeddings is theirs.tie_word_embeddings is (outer or inner)
 
 
 # Fields of the configuration classes that say nothing of the maths of training: names, ids for generation, caches, and

@@ -15,7 +15,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from tests.support import tiny
 
 Example = tuple[list[int], list[bool]]
 """Token ids of a record, and which of them are labels: predicted from the tokens before them."""
@@ -74,7 +76,7 @@ def train(
 def load_model(hf_dir: Path) -> torch.nn.Module:
     """The checkpoint in fp32 with the attention that is written out in Python, and all of the gradient: transformers
     leaves out what the embedding of `pad_token_id` gets as an input, also where that token ends a turn."""
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager")
+    model = tiny.load_model(hf_dir, dtype=torch.float32, attn_implementation="eager")
     model.get_input_embeddings().padding_idx = None
     return model
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.support import tiny
 
@@ -30,6 +29,6 @@ def assert_same_run(
 def assert_same_logits(exported: Path, model: torch.nn.Module, atol: float = 1e-3) -> None:
     tokens = torch.randint(0, tiny.VOCAB_SIZE, (2, 90), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        found = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)(tokens).logits
+        found = tiny.load_model(exported, dtype=torch.float32)(tokens).logits
         wanted = model(tokens).logits
     torch.testing.assert_close(found, wanted, atol=atol, rtol=0)

@@ -10,14 +10,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +28,8 @@ FAMILIES = ("qwen2", "llama", "qwen3")
 MOE_FAMILIES = ("qwen3_moe", "mixtral")
 VARIANTS = ("mistral", "qwen2-yarn", "qwen3-yarn")
 """What differs from one of the families in a part; `-yarn` is how a config.json says it, not a model_type."""
+VISION_FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+"""Those of a language model beside a vision tower."""
 VOCAB_SIZE = 211  # prime: no tensor-parallel size divides it, so the padded columns are there in every layout
 
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -87,7 +92,8 @@ def build_model(
         seed: of the weights.
         shape: overrides of the config, e.g. `num_hidden_layers=2`.
     """
-    model = AutoModelForCausalLM.from_config(_config(family, tie_word_embeddings=tied, **shape))
+    auto_class = AutoModelForImageTextToText if family in VISION_FAMILIES else AutoModelForCausalLM
+    model = auto_class.from_config(_config(family, tie_word_embeddings=tied, **shape))
     _randomize(model, seed)
     transformers_logging.disable_progress_bar()
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
@@ -96,8 +102,17 @@ def build_model(
     return Path(folder)
 
 
+def load_model(folder: Path, **options) -> torch.nn.Module:
+    """What transformers makes of a checkpoint."""
+    sees = "vision_config" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return auto_class.from_pretrained(folder, **options)
+
+
 def _config(family: str, **overrides):
     rope = {"rope_type": "default", "rope_theta": _ROPE_THETA}
+    if family in VISION_FAMILIES:
+        return _vision_config(family, rope, **overrides)
     if family == "mistral":
         return MistralConfig(**{**_SHAPE, "rope_parameters": rope, "sliding_window": 12, **overrides})
     if family.endswith("-yarn"):
@@ -118,6 +133,23 @@ def _config(family: str, **overrides):
     return LlamaConfig(**{**_SHAPE, "rope_parameters": {**rope, **_LLAMA3_ROPE, "rope_type": "llama3"}, **overrides})
 
 
+def _vision_config(family: str, rope: dict, *, tie_word_embeddings: bool, **overrides):
+    """The sections of the rotary embedding are all different, so that one that mattered would be seen."""
+    text = {**_SHAPE, "rope_parameters": {**rope, "mrope_section": [1, 2, 5]}, **overrides}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
+    vision |= {"out_hidden_size": text["hidden_size"]}
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    # The ids of transformers' defaults are beyond this vocabulary.
+    outside = {name: VOCAB_SIZE - 1 - number for number, name in enumerate(ids)}
+    outside["tie_word_embeddings"] = tie_word_embeddings
+    if family == "qwen2_5_vl":
+        vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **outside)
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    text = {"head_dim": 16, **text, "tie_word_embeddings": tie_word_embeddings}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, **outside)
+
+
 @torch.no_grad()
 def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -134,9 +166,11 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
 
 def hub_tensors(tensors: Mapping[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
     """Parameters, or their gradients, as published checkpoints name and cut them: each expert of a family that has them
-    with matrices of its own, which transformers 5 holds as one tensor."""
+    with matrices of its own, which transformers 5 holds as one tensor; without a vision tower's."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
+        if name.startswith("model.visual."):
+            continue
         block, _, kind = name.rpartition(".experts.")
         if kind == "gate_up_proj":
             for expert, (gate, up) in enumerate(matrix.chunk(2) for matrix in tensor):
@@ -155,10 +189,18 @@ def hub_tensors(tensors: Mapping[str, torch.Tensor], family: str) -> dict[str, t
 
 def _respell_config(path: Path) -> None:
     config = json.loads(path.read_text())
-    rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    text = config.get("text_config", config)
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope.pop("rope_theta")
+    if "mrope_section" in rope:
+        if config["model_type"] == "qwen2_5_vl":
+            rope["type"] = rope.pop("rope_type").replace("default", "mrope")
+        text["rope_scaling"] = rope
+    else:
+        text["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config["torch_dtype"] = config.pop("dtype")
+    if config["model_type"] == "qwen2_5_vl":  # published in one level
+        config = {**config.pop("text_config"), **config}
     path.write_text(json.dumps(config, indent=2))
 
 

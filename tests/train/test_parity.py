@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from megatron_psft.data.packing import best_fit
 from tests.support import oracle, tiny
 from tests.support.cli import REPOSITORY, run_cli
+from tests.support.converting import tensors_of
 from tests.support.layouts import LAYOUTS
 from tests.support.marks import slow
 from tests.support.parity import assert_same_logits, assert_same_run
@@ -59,8 +60,8 @@ PSFT = {"old_policy_interval": 4}
 def inputs(tmp_path_factory) -> Path:
     """One folder with a model per family, a tokenizer and records."""
     folder = tmp_path_factory.mktemp("parity")
-    for family in (*tiny.FAMILIES, *tiny.MOE_FAMILIES, *tiny.VARIANTS):
-        tiny.build_model(folder / family, family, tied=family == "qwen3")
+    for family in (*tiny.FAMILIES, *tiny.MOE_FAMILIES, *tiny.VARIANTS, *tiny.VISION_FAMILIES):
+        tiny.build_model(folder / family, family, tied=family in ("qwen3", "qwen3_vl"))
     tiny.build_tokenizer(folder / "tokenizer")
     tiny.write_records(folder / "records.jsonl", 40)
     return folder
@@ -150,7 +151,8 @@ def test_a_mixture_of_experts_follows_the_oracle(pool, inputs, tmp_path, family,
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), [slow("mistral", "one"), slow("mistral", "TP2-SP"), slow("qwen3-yarn", "PP2")]
+    ("family", "layout"),
+    [slow("mistral", "one"), slow("mistral", "TP2-SP"), slow("qwen3-yarn", "PP2"), slow("qwen3_vl", "PP2")],
 )
 def test_a_variant_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, FEW_STEPS, old_policy_interval=2)
@@ -158,6 +160,20 @@ def test_a_variant_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "2", layout=layout)
     assert_same_run(found, wanted)
     assert_same_logits(tmp_path / "hf", model)
+
+
+@pytest.mark.slow
+@pytest.mark.both
+def test_the_language_model_of_one_that_sees_follows_the_oracle(pool, inputs, tmp_path):
+    """On text, where the positions of time, height and width are the same; what sees is as it was."""
+    wanted, model = expected(inputs, "qwen2_5_vl", **PSFT)
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
+    found = train(pool, inputs, "qwen2_5_vl", tmp_path, "--old-policy-interval", "4", layout="TP2-SP", steps=STEPS)
+    assert_same_run(found, wanted)
+    assert_same_logits(tmp_path / "hf", model)
+    before, after = (tensors_of(folder) for folder in (inputs / "qwen2_5_vl", tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], it) is name.startswith("visual.") for name, it in before.items())
 
 
 @pytest.mark.parametrize(
