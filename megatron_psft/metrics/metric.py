@@ -28,6 +28,8 @@ class ChartSpec:
     """Metric whose values are drawn; the one that the chart belongs to if None."""
     per: str | None = None
     """Metric to divide by; a mean over steps is of sum by sum."""
+    stderr: str | None = None
+    """Metric that is the standard error of the values, drawn as a band around them."""
     factor: float = 1.0
     over_steps: Literal["mean", "max", "none"] = "mean"
     """What is drawn of several steps: their mean or largest value, or each of them."""

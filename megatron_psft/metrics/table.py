@@ -51,7 +51,9 @@ _TABLE = (
         chart=ChartSpec(
             section="forgetting",
             title="Drift from the initial model",
-            note="KL(initial || current) on the initial model's own answers, which goes with how much is forgotten.",
+            note="KL(initial || current) on the initial model's own answers, which goes with how much is forgotten. "
+            "The band is a standard error to each side.",
+            stderr="drift_stderr",
             over_steps="none",
         ),
     ),

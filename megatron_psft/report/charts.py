@@ -81,8 +81,13 @@ def charts_of(section: Section, runs: Sequence[Run]) -> Iterator[Chart]:
     for chart in section.charts:
         yield chart
         for name in dict.fromkeys(name for run in runs for name in run.sets_of(chart.metric)):
-            metric = metric_of_set(chart.metric, name)
-            yield replace(chart, name=f"{chart.name}-{name}", title=f"{chart.title}, {name}", metric=metric)
+            yield replace(
+                chart,
+                name=f"{chart.name}-{name}",
+                title=f"{chart.title}, {name}",
+                metric=metric_of_set(chart.metric, name),
+                stderr=None if chart.stderr is None else metric_of_set(chart.stderr, name),
+            )
     if section.has_frontiers:
         yield from _frontiers(runs)
 

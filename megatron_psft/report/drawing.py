@@ -71,6 +71,8 @@ class Curve:
     """Each step's own; empty where a line of them would say less than that of `values`."""
     against: NDArray[np.float64] | None = None
     """Where each of `values` lies on the horizontal axis; at its step if None."""
+    stderr: NDArray[np.float64] | None = None
+    """Standard error of each of `values`; None where the chart has none."""
 
     @property
     def across(self) -> NDArray[Any]:
@@ -120,6 +122,7 @@ def _curve(chart: Chart, run: Run, place: int, window: int) -> Curve:
             raw_steps=steps[:0],
             raw=values[:0],
             against=None if against is None else against[shown],
+            stderr=run.metrics[chart.stderr][shown] if chart.stderr and chart.stderr in run.metrics else None,
         )
     around = sliding_window_view(values, window)
     means = around.sum(axis=1) / sliding_window_view(weights, window).sum(axis=1)
@@ -188,6 +191,9 @@ def _plot(axes: Axes, curve: Curve, span: float, style: Mapping[str, str]) -> Li
     some = thinned(curve.raw)
     axes.plot(curve.raw_steps[some], curve.raw[some], color=style["color"], linewidth=0.6, alpha=0.35, zorder=1.5)
     some = thinned(curve.values)
+    if curve.stderr is not None:
+        low, high = (curve.values[some] + side * curve.stderr[some] for side in (-1, 1))
+        axes.fill_between(curve.across[some], low, high, color=style["color"], alpha=0.2, linewidth=0, zorder=1.5)
     is_sparse = curve.against is not None or curve.steps[-1] - curve.steps[0] >= (len(some) - 1) * span / MAX_MARKERS
     (line,) = axes.plot(
         curve.across[some],

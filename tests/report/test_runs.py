@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_psft.config.schema import LoggingConfig
@@ -235,5 +237,10 @@ def test_the_frontier_has_a_mark_for_each_evaluation_at_its_drift(tmp_path):
     low, high = drawing.axes["x"]
     assert low <= 0 < 0.2 <= high < 0.3
     assert "drift/chat, nats per token" in drawing.svg
+    (curve,) = curves_of(charts["drift-chat"], runs, 9)
+    wide = replace(curve, stderr=np.array([0.0, 0.5, np.nan]))
+    low, high = draw(charts["drift-chat"], runs, [wide], [], tmp_path / "drift.png").axes["y"]
+    assert curve.stderr.tolist() == [0.01] * 3
+    assert (low <= 0.2 - 0.5, high >= 0.2 + 0.5) == (True, True), "the band lies within the picture"
     cells = {row.name: row.cells for row in summary_table(runs)}
     assert cells["chat: drift from the initial model, nats per token"] == ["0.15 ± 0.01", ABSENT]
