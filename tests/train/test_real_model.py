@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_psft.cli import rollout
 from megatron_psft.hf.export import export
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.weights import SafetensorsFolder
@@ -130,3 +131,61 @@ def test_heads_that_cannot_be_shared_out_are_named(pool, model, records, tmp_pat
     (line,) = [line for line in exits[0].err.splitlines() if line.startswith("error: ")]
     assert "9" in line
     assert "tensor_model_parallel_size (2)" in line
+
+
+@pytest.fixture(scope="module")
+def three_steps(pool, model, records, tmp_path_factory) -> tuple[list[dict[str, float]], Path]:
+    """One step of SFT, then two of PSFT, all of one batch, with exports and the drift meter: metrics, and the run."""
+    folder = tmp_path_factory.mktemp("three_steps")
+    (folder / "prompts.jsonl").write_text('{"prompt": "What is ice?"}\n{"prompt": "Name a colour."}\n')
+    own_answers = folder / "own_answers.jsonl"
+    argv = f"--model {model} --prompts {folder}/prompts.jsonl --drift-set --num-samples 1 --max-new-tokens 8"
+    assert rollout.main([*argv.split(), "--out", str(own_answers)]) == 0
+    argv = f"""
+        --load-hf {model} --data {records} --save {folder}/run --train-iters 3 --global-batch-size {len(CHATS)}
+        --lr {LR} --lr-decay-style constant --no-shuffle --no-packing --sft-warmup-iters 1
+        --save-interval 1 --export-interval 1 --keep-last 1 --drift-data {own_answers} --eval-interval 1
+    """
+    (exit,) = pool.run(run_cli, 1, argv.split())
+    assert exit.code == 0, exit.err
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()], folder / "run"
+
+
+def test_the_loss_of_sft_is_the_one_that_trl_trains_on(three_steps, model, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    (_, first, *_), _ = three_steps
+    rows = [{"input_ids": ids, "completion_mask": list(map(int, mask))} for ids, mask in examples(model)]
+    config = SFTConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=len(rows), completion_only_loss=True, max_length=None,
+        use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
+    )  # fmt: skip
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    trainer = SFTTrainer(model=network, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    (batch,) = trainer.get_train_dataloader()
+    assert int((batch["labels"][:, 1:] != -100).sum()) == first["label_tokens"]
+    with torch.no_grad():
+        assert first["loss"] == pytest.approx(float(trainer.compute_loss(trainer.model, batch)), rel=1e-5)
+
+
+def test_the_loss_of_psft_is_its_formula_on_the_logits_of_transformers(three_steps, model):
+    (*_, third), run = three_steps
+    old, current = (log_probs(run / f"step_{step:07}_hf", model) for step in (1, 2))
+    ratio = torch.exp(current - old)
+    assert third["clip_fraction"] == pytest.approx(float((ratio > 1.28).double().mean()))
+    assert 0.02 < third["clip_fraction"] < 0.98
+    assert third["loss"] == pytest.approx(-float(ratio.clamp(max=1.28).mean()), rel=1e-5)
+
+
+def log_probs(folder: Path, model: Path) -> torch.Tensor:
+    """Of all label tokens of the batch."""
+    network = oracle.load_model(folder)
+    with torch.no_grad():
+        return torch.cat([oracle.label_statistics(network, *example)[0] for example in examples(model)])
+
+
+def test_the_untouched_model_has_not_drifted(three_steps):
+    (start, *_, last), _ = three_steps
+    assert (start["step"], start["drift"]) == (0, 0)
+    assert last["drift"] > 0.01
