@@ -169,8 +169,18 @@ def _memory_lines(plan: "Plan", memory: "Memory") -> Iterator[str]:
 
 
 def _cost_lines(plan: "Plan") -> Iterator[str]:
+    from megatron_psft.diagnostics.plan import GIB
+    from megatron_psft.scoring.top_tokens import num_columns
+
     flops = plan.flops_per_step
     yield f"operations of a step: {flops / 1e15:.4g}e15, {flops / plan.world_size / 1e12:.4g}e12 per GPU"
+    objective = plan.config.objective
+    if "nll_z" in objective.needs:
+        yield f"a pass over each batch before its step: {1 + 1 / plan.passes:.3f} times the operations"
+    if objective.needs_reference:
+        each = 4 * num_columns(objective.ref_top_k)
+        size = f"{each} bytes on disk for each token of the data, {each * 1e6 / GIB:.3g} GiB for a million"
+        yield f"reference: a pass over the data before the first step, and {size}"
     if plan.scored_steps == 0:
         return
     yield f"PSFT over SFT: {plan.overhead_bound:.3f} times the operations at most"

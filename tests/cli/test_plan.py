@@ -82,6 +82,15 @@ def test_the_old_policy_is_left_out_where_there_is_none(show):
     out = show(*SPLIT, "--objective", "sft").out
     assert "PSFT over SFT" not in out
     assert "old log-probabilities" not in out
+    assert "reference" not in out
+
+
+def test_what_an_objective_computes_and_keeps_besides_is_said(show):
+    reference = "reference: a pass over the data before the first step, and"
+    assert f"{reference} 4 bytes on disk for each token of the" in show(*SPLIT, "--objective", "dpo").out
+    out = show(*SPLIT, "--objective", "sft-kl", "--kl-top-k", "64").out
+    assert f"{reference} 520 bytes on disk for each token of the data, 0.484 GiB for a million" in out
+    assert "before its step: 1.333 times the operations" in show(*SPLIT, "--objective", "cadft").out
 
 
 def test_what_a_fixed_old_policy_keeps_grows_with_the_run(show):
