@@ -48,14 +48,20 @@ LR, WEIGHT_DECAY, ADAM_BETA2 = 1e-4, 0.1, 0.999
 
 def prepare(spec: dict[str, Any]) -> dict[str, Any]:
     """Writes model, tokenizer, records and the records' tokens into the folder that `spec` names."""
-    from megatron_psft.config.schema import parse_config
-    from megatron_psft.train.inputs import read_inputs
-
     folder = Path(spec["folder"])
     sizes = {name: spec[name] for name in ("hidden_size", "num_layers", "vocab_size")}
     write_model(folder / "model", **sizes)
     write_tokenizer(folder / "tokenizer")
     write_problems(folder / "problems.jsonl", spec["records"])
+    return tokenize(spec)
+
+
+def tokenize(spec: dict[str, Any]) -> dict[str, Any]:
+    """Writes the tokens of the folder's records; returns how many packs they make."""
+    from megatron_psft.config.schema import parse_config
+    from megatron_psft.train.inputs import read_inputs
+
+    folder = Path(spec["folder"])
     argv = [*_argv(spec), "--global-batch-size", 1]
     inputs = read_inputs(parse_config([str(value) for value in argv]), is_main=False)
     examples = [inputs.dataset[index] for index in range(len(inputs.dataset))]
@@ -107,7 +113,7 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
     trainer = _trl_trainer(spec, gradient_accumulation_steps=packs)
     trainer.add_callback(Clock())
     trainer.train()
-    rows = _read_tokens(spec)
+    rows = read_tokens(spec)
     return {
         "seconds": marks[-1] - marks[0],
         "tokens": spec["steps"] * sum(len(row["input_ids"]) - 1 for row in rows),
@@ -117,7 +123,7 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_tokens(spec: dict[str, Any]) -> list[dict[str, list[int]]]:
+def read_tokens(spec: dict[str, Any]) -> list[dict[str, list[int]]]:
     text = (Path(spec["folder"]) / "tokens.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -155,7 +161,7 @@ def _trl_trainer(spec: dict[str, Any], *, gradient_accumulation_steps: int) -> A
     return SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype),
         args=config,
-        train_dataset=Dataset.from_list(_read_tokens(spec)),
+        train_dataset=Dataset.from_list(read_tokens(spec)),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
     )
 
