@@ -274,6 +274,8 @@ def _validate_objective(objective: ObjectiveConfig) -> None:
     _refuse_if_set(objective, reason, *(name for name, setting in SETTINGS.items() if setting not in own))
     if objective.old_policy_interval == 1:
         _refuse_if_set(objective, "with old_policy_interval 1", "old_policy_micro_batch_size")
+    if "ref_top" in objective.needs and not objective.ref_top_k:
+        raise UserError(f"objective ({objective.objective}) needs kl_top_k; set it")
     if objective.ref_top_k and not objective.fused_head:
         raise UserError(f"kl_top_k ({objective.ref_top_k}) needs fused_head, which is off; change one of them")
     if objective.needs_pairs:

@@ -71,9 +71,11 @@ class Declaration:
     """Its trust region; None for PPO's clip of the ratio, by `clip_ratio_high` and `clip_ratio_low`."""
 
     def needs(self, config: Settings) -> frozenset[Requirement]:
-        """What it needs under the run's settings; pairs are made of whole records."""
+        """What it needs under the run's settings; pairs are made of whole records, and one reference says all."""
         needs = frozenset(self.requirements(config) if callable(self.requirements) else self.requirements)
-        return needs | {"records"} if "pairs" in needs else needs
+        if "pairs" in needs:
+            needs |= {"records"}
+        return needs | {"reference"} if "ref_top" in needs else needs
 
 
 def objective(

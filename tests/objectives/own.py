@@ -2,7 +2,9 @@
 
 from megatron_psft.objectives.builtin.iw_sft import IW_LEVEL, iw_sft_loss
 from megatron_psft.objectives.builtin.psft import psft_loss
+from megatron_psft.objectives.builtin.sft_kl import KL_TOP_K
 from megatron_psft.objectives.declare import Setting, objective
+from megatron_psft.objectives.ratio import top_divergence
 
 
 @objective(needs={"old"}, takes_advantages=True)
@@ -17,6 +19,16 @@ def sft_again(stats, given, config):
 @objective(needs={"reference", "records"}, settings=(IW_LEVEL,))
 def iw_sft_again(stats, given, config):
     return iw_sft_loss(stats, given, config)
+
+
+@objective(needs={"ref_top"}, settings=(KL_TOP_K,))
+def from_top(stats, given, config):
+    return top_divergence(stats, given)
+
+
+@objective(needs={"ref_top", "records"}, settings=(KL_TOP_K,))
+def from_top_of_records(stats, given, config):
+    return top_divergence(stats, given)
 
 
 @objective(needs={"crystal ball"})

@@ -60,6 +60,8 @@ def test_declarations_are_read_without_torch():
         ("--objective psft", {"old"}),
         ("--objective sft", set()),
         ("--objective asft", {"reference"}),
+        ("--objective asft --kl-top-k 8", {"reference", "ref_top"}),
+        ("--objective cadft", {"nll_z"}),
         ("--objective iw-sft", {"reference", "records"}),
         ("--objective iw-sft --iw-level token", {"reference"}),
         ("--objective dpo", {"reference", "records", "pairs"}),
@@ -94,6 +96,7 @@ def test_what_an_objective_needs_is_one_fact(flags, needs):
         (f"{OWN}:missing", f"objective ({OWN}:missing) does not exist in "),
         (f"{OWN}:no_function", f"objective ({OWN}:no_function) is not a function in "),
         (f"{OWN}:needs_too_much", f"objective ({OWN}:needs_too_much) needs crystal ball, which does not exist"),
+        (f"{OWN}:from_top_of_records", f"objective ({OWN}:from_top_of_records) cannot need both records and ref_top"),
         (
             f"{OWN}:has_a_flag",
             f"objective ({OWN}:has_a_flag) has a setting gamma that is no flag; remove it",
@@ -120,6 +123,9 @@ def test_rules_follow_from_what_an_own_objective_declares():
 
     check(f"{OWN}:psft_again --clip-ratio-high 0.3 --old-policy-interval 4 --log-clipped-tokens 3")
     check(f"{OWN}:iw_sft_again --iw-level token")
+    check(f"{OWN}:from_top --kl-top-k 8")
+    with pytest.raises(UserError, match="needs kl_top_k; set it"):
+        check(f"{OWN}:from_top")
     for name, flag in (("sft_again", "clip_ratio_high"), ("psft_again", "kl_coef")):
         with pytest.raises(UserError) as error:
             check(f"{OWN}:{name} --{flag.replace('_', '-')} 0.3")

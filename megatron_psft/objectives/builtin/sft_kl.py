@@ -29,7 +29,7 @@ KL_TOP_K = Setting(
 
 def anchor_needs(config: Settings) -> frozenset[Requirement]:
     """What `anchor` needs."""
-    return frozenset({"reference", "ref_top"} if config.kl_top_k else {"reference"})
+    return frozenset({"ref_top"} if config.kl_top_k else {"reference"})
 
 
 def anchor(stats: LabelStats, given: LabelInputs, config: Settings) -> Tensor:
