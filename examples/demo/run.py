@@ -59,7 +59,7 @@ def smollm2() -> str:
 
 def claim(model: str) -> None:
     """Empties the folder, unless the very same demo has left something there."""
-    sources = [HERE / name for name in ("tickets.py", "general.py", "train.yaml")]
+    sources = [HERE / name for name in ("run.py", "tickets.py", "general.py", "train.yaml")]
     digest = hashlib.sha256(b"".join([model.encode(), *(source.read_bytes() for source in sources)])).hexdigest()
     mark, shown = FOLDER / "demo.sha256", FOLDER.relative_to(REPOSITORY)
     if mark.is_file() and mark.read_text() == digest:
