@@ -11,6 +11,7 @@ from pathlib import Path
 from docs.draw_rooms import draw
 from docs.figures import TABLES, figures_of
 from docs.gpu_figures import NAMES, gpu_figures_of
+from docs.model_table import model_table
 from docs.scaling_tables import scaling_tables, speed_table
 from megatron_psft.config.foreign_names import TRAINERS, table_of
 from megatron_psft.config.resume import FREE, SAME, TOLD
@@ -33,6 +34,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "resume": lambda: resume_table(),
     "files": lambda: file_tables(),
     "objectives": lambda: objective_table(),
+    "models": model_table,
     "speeds": speed_table,
     "scaling": scaling_tables,
     **{f"figures of {name}": (lambda name=name: figures_of(name)) for name in TABLES},

@@ -161,7 +161,8 @@ class Sampler:
         )
 
     def _check_length(self, longest_prompt: int) -> None:
-        positions = _read_json(self._model_folder / "config.json").get("max_position_embeddings")
+        config = _read_json(self._model_folder / "config.json")
+        positions = config.get("text_config", config).get("max_position_embeddings")
         if positions is not None and longest_prompt + self._config.max_new_tokens > positions:
             raise UserError(
                 f"max_new_tokens ({self._config.max_new_tokens}) and the longest prompt "

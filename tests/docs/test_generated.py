@@ -5,6 +5,7 @@ import json
 import pytest
 
 from docs import generate
+from docs.model_table import MODEL_NAMES
 from megatron_psft.data.files import Row
 from megatron_psft.data.formats import PAIR_FORMATS, RECORD_FORMATS, RecordKeys
 from megatron_psft.data.pairs import Pair, parse_pair
@@ -39,16 +40,6 @@ def test_the_example_of_a_pair_format_is_a_pair_in_it(format):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_a_page_names_all_model_families(page):
-    names = {
-        "llama": "Llama 3.x",
-        "qwen2": "Qwen2/2.5",
-        "qwen3": "Qwen3",
-        "qwen3_moe": "Qwen3 and its mixtures of experts",
-        "qwen2_5_vl": "Qwen2.5-VL",
-        "qwen3_vl": "Qwen3-VL",
-        "mistral": "Mistral",
-        "mixtral": "Mixtral",
-    }
-    assert names.keys() == FAMILIES.keys()
+    assert MODEL_NAMES.keys() == FAMILIES.keys()
     text = (REPOSITORY / page).read_text(encoding="utf-8")
-    assert [name for name in names.values() if name not in text] == []
+    assert [name for name in MODEL_NAMES.values() if name not in text] == []

@@ -119,6 +119,23 @@ def test_the_model_is_loaded_once_until_the_sampler_is_closed(inputs, monkeypatc
     assert len(loads) == 2
 
 
+def test_a_model_that_sees_answers_in_text(inputs, tmp_path):
+    """Also where a shorter prompt is padded; its positions are those of its language model."""
+    (tmp_path / "tokenizer").symlink_to(inputs / "tokenizer")
+    folder = tiny.build_model(tmp_path / "model", "qwen3_vl", num_hidden_layers=1, vocab_size=200)
+    rendered, tokenizer = (
+        [render(inputs, prompt) for prompt in PROMPTS],
+        AutoTokenizer.from_pretrained(tmp_path / "tokenizer"),
+    )
+    groups = build_sampler(tmp_path, num_samples=1, temperature=1e-4, max_new_tokens=2).sample(rendered)
+    model = tiny.load_model(folder)
+    for prompt, (answer,) in zip(rendered, groups, strict=True):
+        tokens = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+        assert answer.tokens[0] == int(model(tokens).logits[0, -1].argmax())
+    with pytest.raises(UserError, match=r"max_position_embeddings \(512\)"):
+        build_sampler(tmp_path, max_new_tokens=500).sample(rendered)
+
+
 def test_prompt_and_answer_have_to_fit_into_the_model(inputs):
     sampler = build_sampler(inputs, max_new_tokens=500)
     with pytest.raises(UserError, match=r"max_new_tokens \(500\).*\d+ tokens.*max_position_embeddings \(512\)"):

@@ -119,10 +119,18 @@ ON_BOTH_LINES = {("qwen3", layout) for layout in ("one", "DP2-distopt", "DP2-ove
 QUICK_PACKED_LAYOUTS = ("CP2",)
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [case if case in QUICK else slow(*case, both=case in ON_BOTH_LINES) for case in CASES],
-)
+DENSE_CASES = [case if case in QUICK else slow(*case, both=case in ON_BOTH_LINES) for case in CASES]
+EXPERT_CASES = [
+    ("qwen3_moe", QUICK_EXPERT_LAYOUT),
+    *(slow("qwen3_moe", layout) for layout in SLOW_EXPERT_LAYOUTS),
+    slow("mixtral", "one"),
+    slow("mixtral", "TP2-SP-DP2-EP2"),
+]
+VARIANT_CASES = [slow("mistral", "TP2-SP", both=True), slow("qwen3-yarn", "PP2"), slow("qwen3_vl", "PP2", both=True)]
+VISION_CASES = [slow("qwen2_5_vl", "TP2-SP", both=True)]
+
+
+@pytest.mark.parametrize(("family", "layout"), DENSE_CASES)
 def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, **PSFT)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
@@ -133,15 +141,7 @@ def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
         assert (line["ratio_mean"], line["ratio_max"], line["clip_fraction"], line["approx_kl"]) == (1.0, 1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [
-        ("qwen3_moe", QUICK_EXPERT_LAYOUT),
-        *(slow("qwen3_moe", layout) for layout in SLOW_EXPERT_LAYOUTS),
-        slow("mixtral", "one"),
-        slow("mixtral", "TP2-SP-DP2-EP2"),
-    ],
-)
+@pytest.mark.parametrize(("family", "layout"), EXPERT_CASES)
 def test_a_mixture_of_experts_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, FEW_STEPS, **PSFT)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 3, "the clip must matter in this comparison"
@@ -150,10 +150,7 @@ def test_a_mixture_of_experts_follows_the_oracle(pool, inputs, tmp_path, family,
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [slow("mistral", "one"), slow("mistral", "TP2-SP"), slow("qwen3-yarn", "PP2"), slow("qwen3_vl", "PP2")],
-)
+@pytest.mark.parametrize(("family", "layout"), VARIANT_CASES)
 def test_a_variant_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, FEW_STEPS, old_policy_interval=2)
     assert sum(line["clip_fraction"] > 0.02 for line in wanted) >= 2, "the clip must matter in this comparison"
@@ -162,16 +159,15 @@ def test_a_variant_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.slow
-@pytest.mark.both
-def test_the_language_model_of_one_that_sees_follows_the_oracle(pool, inputs, tmp_path):
+@pytest.mark.parametrize(("family", "layout"), VISION_CASES)
+def test_the_language_model_of_one_that_sees_follows_the_oracle(pool, inputs, tmp_path, family, layout):
     """On text, where the positions of time, height and width are the same; what sees is as it was."""
-    wanted, model = expected(inputs, "qwen2_5_vl", **PSFT)
+    wanted, model = expected(inputs, family, **PSFT)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
-    found = train(pool, inputs, "qwen2_5_vl", tmp_path, "--old-policy-interval", "4", layout="TP2-SP", steps=STEPS)
+    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout, steps=STEPS)
     assert_same_run(found, wanted)
     assert_same_logits(tmp_path / "hf", model)
-    before, after = (tensors_of(folder) for folder in (inputs / "qwen2_5_vl", tmp_path / "hf"))
+    before, after = (tensors_of(folder) for folder in (inputs / family, tmp_path / "hf"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], it) is name.startswith("visual.") for name, it in before.items())
 

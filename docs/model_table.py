@@ -1,0 +1,41 @@
+"""The table of model families: what of each is compared with transformers, from the tests' own cases."""
+
+from megatron_psft.model.families import FAMILIES
+from tests.train import test_parity as parity
+
+MODEL_NAMES = {
+    "llama": "Llama 3.x",
+    "qwen2": "Qwen2/2.5",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3 and its mixtures of experts",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+}
+"""As pages write them."""
+
+_CASES = (*parity.DENSE_CASES, *parity.EXPERT_CASES, *parity.VARIANT_CASES, *parity.VISION_CASES)
+
+
+def model_table() -> str:
+    lines = [
+        "| models | `model_type` | trained on | trajectories, with both lines of Megatron-Core | with 0.16.1 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for model_type, family in FAMILIES.items():
+        both, first = (_layouts(model_type, on_both) for on_both in (True, False))
+        trained = "text; the vision tower passes through" if family.vision else "text"
+        lines.append(f"| {MODEL_NAMES[model_type]} | `{model_type}` | {trained} | {both} | {first} |")
+    return "\n".join(lines)
+
+
+def _layouts(model_type: str, on_both: bool) -> str:
+    """Of the family's trajectories; those of a variant of it, which has a part of its own, bear its name."""
+    found = []
+    for case in _CASES:
+        (family, layout), marks = (case.values, case.marks) if hasattr(case, "marks") else (case, ())
+        of, _, variant = family.partition("-")
+        if of == model_type and on_both is ([mark.name for mark in marks] != ["slow"]):
+            found.append(f"{layout} ({variant})" if variant else layout)
+    return ", ".join(found) or "-"
