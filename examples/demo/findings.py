@@ -9,8 +9,9 @@ from measure import Answered, Measured
 
 NAMES = {"base": "base", "sft": "SFT", "psft": "PSFT"}
 DRIFT, NLL = "drift/general", "valid_nll/target"
-CHANCE = 0.05
-"""Two models of which one does better on a question more often than this by chance alone count as equal."""
+CHANCE = 0.01
+"""Two models are told apart where equal ones would differ as much with a probability of at most this. It is of the
+questions alone, and another seed changes both models; hence no larger."""
 
 
 def text(found: Sequence[Measured]) -> str:
@@ -48,7 +49,7 @@ def verdicts(found: Sequence[Measured]) -> list[str]:
         _compared("tickets", sft.tickets, psft.tickets),
         _compared("general requests", sft.general, psft.general),
         _drifts_compared(sft, psft),
-        "One seed and one learning rate: SFT with a smaller one drifts less, too.",
+        "One run each: another seed may turn a difference round. SFT with a smaller learning rate drifts less, too.",
     ]
 
 
@@ -68,10 +69,12 @@ def _compared(what: str, sft: Sequence[Answered], psft: Sequence[Answered]) -> s
     better, worse = better_and_worse(sft, psft)
     if not better + worse:
         return f"{what}: PSFT and SFT are equal on every one."
-    counts = f"{what}: PSFT does better on {better}, worse on {worse}"
-    if probability_by_chance(better, worse) > CHANCE:
-        return f"{counts}: no difference, that is what chance makes of equal models."
-    return f"{counts}: more than chance, {'PSFT' if better > worse else 'SFT'} is better here."
+    by_chance = probability_by_chance(better, worse)
+    winner = "PSFT" if better > worse else "SFT"
+    verdict = "no clear difference" if by_chance > CHANCE else f"{winner} is better here"
+    return (
+        f"{what}: PSFT better on {better}, worse on {worse} (probability {by_chance:.1g} if they are equal): {verdict}."
+    )
 
 
 def better_and_worse(sft: Sequence[Answered], psft: Sequence[Answered]) -> tuple[int, int]:

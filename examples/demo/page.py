@@ -35,7 +35,7 @@ def write(found: Sequence[Measured], folder: Path) -> Path:
     encoded = base64.b64encode(picture.read_bytes()).decode()
     header, *rows = table(found)
     parts = [
-        "<h1>SFT and PSFT on a real model: what it has learned and lost</h1>",
+        "<h1>A real model, by SFT and by PSFT: what each has learned and lost</h1>",
         f"<table><tr>{''.join(map(_header, header))}</tr>{''.join(map(_row, rows))}</table>",
         "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in verdicts(found)) + "</ul>",
         f'<img alt="Scores of all models, and drift over held-out NLL" src="data:image/png;base64,{encoded}">',
@@ -63,7 +63,7 @@ def draw(found: Sequence[Measured], path: Path) -> Path:
         if model.metrics:
             drift, nll = ([value for _, value in model.evaluated(name)] for name in (DRIFT, NLL))
             course.plot(drift, nll, marker="o", markersize=4, color=COLOURS[model.name], label=NAMES[model.name])
-    scores.set(title="What each can do", ylabel="right, %", ylim=(0, 112), xticks=[0, 1])
+    scores.set(title="What each can do", ylabel="right, %", ylim=(0, 119), yticks=range(0, 101, 20), xticks=[0, 1])
     scores.set_xticklabels(["fields of tickets\n(trained)", "general requests\n(to be kept)"])
     scores.legend(frameon=False, ncols=3, loc="upper center")
     course.set(

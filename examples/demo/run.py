@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     given, started = parser.parse_args(argv).model, time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", str(min(len(os.sched_getaffinity(0)), 16)))
     try:
-        model = given or smollm2()
+        model = smollm2() if given is None else str(Path(given).resolve()) if Path(given).is_dir() else given
         claim(model)
         compare(model)
     except KeyboardInterrupt:
@@ -81,11 +81,11 @@ def compare(model: str) -> None:
         call([*PSFT, "rollout", "--drift-set", "--model", model, *paths, *sampling])
     say(f"2. SFT on {NUM_TRAINED} mails and their tickets.")
     train("sft", model, data)
-    say("3. PSFT on the same, from the same model, in the same order, at the same learning rate.")
+    say("3. PSFT on the same, from the same model, in the same order, at the same learning rate, after 8 steps of SFT.")
     train("psft", model, data, "--sft-warmup-iters", "8", "--old-policy-interval", "4", "--log-clipped-tokens", "20")
     say(f"4. {tickets.NUM_HELD_OUT} mails that were not trained on, and {len(general.REQUESTS)} general requests.")
-    import findings
-    import measure  # late, as it takes seconds to import
+    import findings  # late, as all three take seconds to import
+    import measure
     import page
 
     trained = tickets.records(NUM_TRAINED + NUM_VALID, seed=SEED)

@@ -73,9 +73,14 @@ def measured(name, *, points, drift):
     ("sft", "psft", "drifts", "said"),
     [
         ([1] * 20, [1] * 20, (0.1, 0.11), ("requests: PSFT and SFT are equal", "no difference beyond")),
-        ([0, 0, 1] + [1] * 17, [1] * 20, (0.1, 0.05), ("better on 2, worse on 0: no difference", "PSFT has stayed")),
-        ([0] * 12 + [1] * 8, [1] * 20, (0.1, 0.2), ("more than chance, PSFT is better", "SFT has stayed nearer")),
-        ([1] * 20, [0] * 9 + [1] * 11, (0.1, 0.1), ("more than chance, SFT is better", "no difference beyond")),
+        (
+            [0, 0, 1] + [1] * 17,
+            [1] * 20,
+            (0.1, 0.05),
+            ("PSFT better on 2, worse on 0 (probability 0.5 if", "no clear difference", "PSFT has stayed"),
+        ),
+        ([0] * 12 + [1] * 8, [1] * 20, (0.1, 0.2), ("PSFT is better here", "SFT has stayed nearer")),
+        ([1] * 20, [0] * 9 + [1] * 11, (0.1, 0.1), ("SFT is better here", "no difference beyond")),
     ],
 )
 def test_a_difference_is_claimed_where_chance_does_not_make_it(sft, psft, drifts, said):
