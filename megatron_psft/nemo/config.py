@@ -120,6 +120,7 @@ def _rules(config: PsftConfigContainer) -> list[tuple[str, Any, Any, str]]:
         ),
         ("model.hidden_dropout", config.model.hidden_dropout, 0.0, one_policy),
         ("model.attention_dropout", config.model.attention_dropout, 0.0, one_policy),
+        ("peft.dropout", getattr(config.peft, "dropout", 0.0), 0.0, one_policy),
         ("model.mtp_num_layers", config.model.mtp_num_layers or 0, 0, "PSFT has one loss, of the next token"),
         (
             "model.overlap_moe_expert_parallel_comm",

@@ -55,7 +55,8 @@ def psft_recipe(sft: ConfigContainer, tokenizer: str | None = None) -> PsftConfi
     """Turns a recipe of Bridge's into one for PSFT, with the optimizer's settings of the paper.
 
     Args:
-        sft: what `megatron.bridge.recipes` returns for full fine-tuning.
+        sft: what `megatron.bridge.recipes` returns for full fine-tuning, or for LoRA, which wants a higher
+            `optimizer.lr` than the paper's.
         tokenizer: hub ID or folder of the tokenizer with the chat template; the recipe's if unset.
     """
     recipe = PsftConfigContainer.of(sft)

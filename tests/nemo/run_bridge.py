@@ -6,15 +6,19 @@ to `<save>/bridge_<rank>.jsonl`.
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.data.builders import GPTSFTDatasetConfig
 from megatron.bridge.data.sft_processing import ChatSFTPreprocessingConfig
-from megatron.bridge.recipes.common import _sft_common
+from megatron.bridge.peft import utils as peft_utils
+from megatron.bridge.peft.lora import LoRA
+from megatron.bridge.recipes.common import _peft_common, _sft_common
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+from safetensors.torch import load_file
 
 from megatron_psft.distributed.device import Platform
 from megatron_psft.model import gpt
@@ -22,6 +26,8 @@ from megatron_psft.model.shape import read_shape
 from megatron_psft.nemo.config import PsftConfigContainer
 from megatron_psft.nemo.recipes import psft_recipe
 from megatron_psft.nemo.train import finetune
+
+peft_utils.HAVE_TE = False  # Transformer Engine's layers are stand-ins here, and no classes
 
 FP32 = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32, "autocast_dtype": torch.float32}
 FUSIONS = ("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion")
@@ -49,6 +55,28 @@ class Recorder(Callback):
             file.write(json.dumps(line) + "\n")
 
 
+@dataclass
+class LoadedLoRA(LoRA):
+    """Bridge's own, of the layers that Megatron-Core does not fuse, from a `peft` adapter."""
+
+    folder: str = ""
+
+    def __call__(self, model, training=True):
+        model = super().__call__(model, training)
+        tensors = load_file(Path(self.folder) / "adapter_model.safetensors")
+        hf_names = {"self_attention.linear_proj": "self_attn.o_proj", "mlp.linear_fc2": "mlp.down_proj"}
+        matrices = {"linear_in": "lora_A", "linear_out": "lora_B"}
+        for chunk in model:
+            for name, parameter in chunk.named_parameters():
+                module, _, matrix = name.removeprefix("decoder.").removesuffix(".weight").partition(".adapter.")
+                if matrix:
+                    _, layer, module = module.split(".", 2)
+                    hf_name = f"base_model.model.model.layers.{layer}.{hf_names[module]}.{matrices[matrix]}.weight"
+                    parameter.data.copy_(tensors.pop(hf_name))
+        assert not tensors
+        return model
+
+
 def portable_model(model_folder: Path, seq_length: int):
     """Bridge's provider of the model, in fp32 and with the layers that pretrain_psft.py has on a CPU."""
     provider = AutoBridge.from_hf_pretrained(str(model_folder)).to_megatron_provider(load_weights=False)
@@ -64,7 +92,10 @@ def portable_model(model_folder: Path, seq_length: int):
 
 def build_config(job: dict) -> PsftConfigContainer:
     """What a user would get from a recipe, of a size and kind for this machine."""
-    recipe = _sft_common()
+    recipe = _peft_common() if "adapter" in job else _sft_common()
+    if "adapter" in job:
+        settings = {"target_modules": ["linear_proj", "linear_fc2"], "dim": 4, "alpha": 8}
+        recipe.peft = LoadedLoRA(folder=job["adapter"], dropout=job.get("dropout", 0.0), **settings)
     recipe.model = portable_model(Path(job["model"]), job["seq_length"])
     recipe = psft_recipe(recipe, tokenizer=job["tokenizer"])
     recipe.mixed_precision, recipe.optimizer.bf16 = None, False

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from megatron_psft.scoring.agreement import BOUNDS
 from tests.nemo.bridge import SEQ_LENGTH, needs_bridge, run_bridge
@@ -93,7 +95,7 @@ def expected(pool, inputs, tmp_path_factory):
 def bridge_run(bridge_pool, inputs, tmp_path):
     """What Bridge says of each step, of a run that saves below `tmp_path`."""
 
-    def train(family: str, *overrides: str, layout: str = "one", **planted: float) -> list[dict[str, float]]:
+    def train(family: str, *overrides: str, layout: str = "one", **planted: float | str) -> list[dict[str, float]]:
         own = [f"train.train_iters={STEPS}", f"train.global_batch_size={GLOBAL_BATCH_SIZE}", "train.micro_batch_size=2"]
         own += ["psft.old_policy_interval=4", f"optimizer.lr={oracle.PARITY_LR}", "checkpoint.save=null"]
         paths = {"model": inputs / family, "tokenizer": inputs / "tokenizer", "data": inputs / "data"}
@@ -126,6 +128,22 @@ def test_bridge_follows_the_trainer(bridge_run, expected, family, layout):
     wanted = expected(family)
     assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
     assert_same_run(bridge_run(family, layout=layout), wanted)
+
+
+def test_bridge_trains_adapters_of_its_own_as_the_trainer_does(bridge_run, expected, inputs):
+    """LoRA, from the same A and B."""
+    torch.manual_seed(5)
+    targets = ["o_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(inputs / "qwen2", dtype=torch.float32)
+    adapter = str(inputs / "adapter")
+    get_peft_model(model, config).save_pretrained(adapter)
+    flags = ("--lora-rank", "4", "--lora-alpha", "8", "--lora-targets", *targets, "--load-lora", adapter)
+    wanted = expected("qwen2", *flags)
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 4, "the clip must matter in this comparison"
+    assert_same_run(bridge_run("qwen2", adapter=adapter), wanted)
+    with pytest.raises(WorkerError, match=r"peft.dropout \(0.1\) must be 0.0: the two passes of one policy must agree"):
+        bridge_run("qwen2", adapter=adapter, dropout=0.1)
 
 
 OTHERS = {
