@@ -1,6 +1,7 @@
 """What all benchmarks share: fresh processes for every measurement, and one JSON line per figure."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -155,6 +156,14 @@ class Meter:
         self.seconds = time.perf_counter() - self._started
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
         self.peak_bytes = peak - self._before
+
+
+def give_memory_back_at_once() -> None:
+    """Has large tensors go back to the system when they are freed, and not lie about as glibc would have it."""
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    libc = ctypes.CDLL(None)
+    for option in (trim_threshold, mmap_threshold):
+        libc.mallopt(option, 64 * 2**10)
 
 
 class Clock:

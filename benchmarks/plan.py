@@ -4,14 +4,13 @@ On the CPU peak memory is the growth of the peak resident set since before the m
 the rank that takes most; records fill their rows, and every token is a label.
 """
 
-import ctypes
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import GIB, Meter, emit, emit_machine, in_fresh_process, parse_size
+from common import GIB, Meter, emit, emit_machine, give_memory_back_at_once, in_fresh_process, parse_size
 from toys import write_texts, write_tokenizer
 
 STEPS = 2  # the first brings Adam's state to life and scores the second
@@ -93,7 +92,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     def resident_bytes() -> int:
         return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
-    _give_memory_back_at_once()
+    give_memory_back_at_once()
     config, place = parse_config([str(value) for value in spec["argv"]]), detect(int(os.environ["LOCAL_RANK"]))
     with process_group(place, spec["ranks"]):
         inputs = read_inputs(config, is_main=False)
@@ -107,14 +106,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         planned = Plan(config=config, shape=inputs.shape, world_size=spec["ranks"], platform=place).peak
     return {"measured": peak.item(), "planned": planned.total, "moment": planned.moment}
-
-
-def _give_memory_back_at_once() -> None:
-    """Has large tensors go back to the system when they are freed, and not lie about as glibc would have it."""
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    libc = ctypes.CDLL(None)
-    for option in (trim_threshold, mmap_threshold):
-        libc.mallopt(option, 64 * 2**10)
 
 
 def prepared(spec: dict[str, Any], shape: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def tokenize(spec: dict[str, Any]) -> dict[str, Any]:
     from megatron_psft.train.inputs import read_inputs
 
     folder = Path(spec["folder"])
-    argv = [*_argv(spec), "--global-batch-size", 1]
+    argv = [*argv_of(spec), "--global-batch-size", 1]
     inputs = read_inputs(parse_config([str(value) for value in argv]), is_main=False)
     examples = [inputs.dataset[index] for index in range(len(inputs.dataset))]
     rows = [
@@ -73,7 +73,8 @@ def tokenize(spec: dict[str, Any]) -> dict[str, Any]:
     return {"packs": len(inputs.plan)}
 
 
-def _argv(spec: dict[str, Any]) -> list[Any]:
+def argv_of(spec: dict[str, Any]) -> list[Any]:
+    """Flags of our run, but for the size of its batch."""
     folder = Path(spec["folder"])
     argv = ["--load-hf", folder / "model", "--tokenizer", folder / "tokenizer", "--data", folder / "problems.jsonl"]
     argv += ["--save", folder / "run", "--objective", "sft", "--no-shuffle", "--lr", LR, "--lr-decay-style", "constant"]
@@ -84,7 +85,7 @@ def _argv(spec: dict[str, Any]) -> list[Any]:
 def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     from megatron_psft.train.loop import train_step
 
-    with training_run([*_argv(spec), "--global-batch-size", spec["packs"]]) as run:
+    with training_run([*argv_of(spec), "--global-batch-size", spec["packs"]]) as run:
         lines, marks = [], []
         for step in range(spec["steps"] + 1):
             lines.append(train_step(run, step))
@@ -109,8 +110,8 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
                 torch.cuda.synchronize()
             marks.append(time.perf_counter())
 
-    packs = len(_trl_trainer(spec, gradient_accumulation_steps=1).train_dataset)
-    trainer = _trl_trainer(spec, gradient_accumulation_steps=packs)
+    packs = len(trl_trainer(spec, gradient_accumulation_steps=1).train_dataset)
+    trainer = trl_trainer(spec, gradient_accumulation_steps=packs)
     trainer.add_callback(Clock())
     trainer.train()
     rows = read_tokens(spec)
@@ -128,7 +129,8 @@ def read_tokens(spec: dict[str, Any]) -> list[dict[str, list[int]]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _trl_trainer(spec: dict[str, Any], *, gradient_accumulation_steps: int) -> Any:
+def trl_trainer(spec: dict[str, Any], *, gradient_accumulation_steps: int, **options: Any) -> Any:
+    """TRL's trainer of the same, which gets `options`, too."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -163,6 +165,7 @@ def _trl_trainer(spec: dict[str, Any], *, gradient_accumulation_steps: int) -> A
         args=config,
         train_dataset=Dataset.from_list(read_tokens(spec)),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        **options,
     )
 
 

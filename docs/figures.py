@@ -130,6 +130,25 @@ def _trl(figures: list[Figure]) -> str:
     return table(["", "this trainer", "TRL"], *rows)
 
 
+def _lora(figures: list[Figure]) -> str:
+    rows = []
+    for name, what in (("adapters", "adapters"), ("trl", "adapters, TRL and peft"), ("whole_model", "the whole model")):
+        peak, seconds = (_value(figures, f"{kind}_{name}") for kind in ("peak", "step_seconds"))
+        if peak and seconds:
+            planned = number(peak["planned_gib"]) if "planned_gib" in peak else ""
+            rows.append([what, number(peak["value"]), planned, number(seconds["value"])])
+    lines = []
+    for name, what in (
+        ("saved_over_planned", "What adapters save of memory, over what the plan says"),
+        ("peak_over_trl", "Peak memory of adapters over TRL's"),
+        ("step_seconds_over_trl", "Time of a step of adapters over TRL's"),
+        ("step_seconds_over_whole_model", "over that of the whole model"),
+    ):
+        one = _value(figures, name)
+        lines += [f"{what}: {one['value']:.2f}"] if one else []
+    return f"{table(['', 'peak, GiB', 'planned, GiB', 'seconds per step'], *rows)}\n\n{'; '.join(lines)}."
+
+
 def _checkpoint(figures: list[Figure]) -> str:
     rows = []
     for name, what in (
@@ -178,6 +197,7 @@ TABLES: dict[str, Callable[[list[Figure]], str]] = {
     "psft_overhead": _overhead,
     "scaling": _scaling,
     "vs_trl": _trl,
+    "lora": _lora,
     "plan": _plan,
     "checkpoint": _checkpoint,
     "convert": _convert,
