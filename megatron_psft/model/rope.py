@@ -59,8 +59,7 @@ _SUPPORTED = ("default", "llama3", "yarn")
 def read_rope(
     config: Mapping[str, Any], default_theta: float, source: str, *, sections_of: int | None = None
 ) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary embedding, in the spelling of transformers 4 or 5; the older one wins, as it does
-    there.
+    """Base and scaling of the rotary embedding, in the spelling of transformers 4 or 5.
 
     Args:
         config: the parsed `config.json` of a model of text.
@@ -86,21 +85,32 @@ def read_rope(
     return theta, _llama3(numbers) if rope_type == "llama3" else _yarn(numbers, config)
 
 
-def _parameters(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    parameters: dict[str, Any] = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        value = config.get(name) or {}
-        if not isinstance(value, Mapping):
-            raise UserError(f"{source}: {name} ({value}) must be a JSON object")
-        of_layers = next((key for key, inner in value.items() if isinstance(inner, Mapping)), None)
-        if of_layers is not None:
-            raise UserError(f"{source}: {name} with settings of its own for {of_layers} is not supported")
-        parameters |= value
+def _parameters(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    newer, older = (_object(config, name, source) for name in ("rope_parameters", "rope_scaling"))
+    for name, value in newer.items() if older else ():
+        # transformers leaves all of `rope_parameters` out then, its base too.
+        kept = older.get(name, config.get(name))
+        if kept != value:
+            raise UserError(
+                f"{source}: rope_parameters and rope_scaling ({older}) are both given and have other values of {name} "
+                f"({value} and {kept}); write all into rope_parameters and remove rope_scaling"
+            )
+    parameters = older or newer
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
             f"{source}: partial_rotary_factor ({parameters['partial_rotary_factor']}) is not supported; only 1.0 is"
         )
     return parameters
+
+
+def _object(config: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{source}: {name} ({value}) must be a JSON object")
+    of_layers = next((key for key, inner in value.items() if isinstance(inner, Mapping)), None)
+    if of_layers is not None:
+        raise UserError(f"{source}: {name} with settings of its own for {of_layers} is not supported")
+    return value
 
 
 def _check_sections(parameters: Mapping[str, Any], frequencies: int, source: str) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from megatron_psft.config.lora import LoraConfig
 from megatron_psft.errors import UserError
@@ -104,6 +106,21 @@ def test_the_vision_tower_keeps_its_dtype_where_the_rest_is_rounded(pool, tmp_pa
         assert (after[name].dtype is torch.float32) is is_of_vision(name)
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert (config["torch_dtype"], config["text_config"].get("dtype")) == ("bfloat16", None)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("hub_config", [False, True])
+def test_added_rows_and_stops_are_those_of_the_language_model(tmp_path, family, hub_config):
+    source = tiny.build_model(tmp_path / "source", family, hub_config=hub_config, num_hidden_layers=1)
+    (source / "generation_config.json").unlink()
+    target = tmp_path / "target"
+    target.mkdir()
+    files = SideFiles(model_folder=source, tokenizer_folder=source, vocab_size=300, stop_id=7)
+    files.write(target, torch.bfloat16)
+    before, after = read_shape(source), read_shape(target)
+    assert after == replace(before, vocab_size=300, dtype="bfloat16")
+    assert AutoConfig.from_pretrained(target).text_config.vocab_size == 300
+    assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "modules"])

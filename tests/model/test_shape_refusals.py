@@ -1,5 +1,6 @@
 """Maths that this version does not have is refused by field and value, and a config that cannot be read by its path."""
 
+import copy
 import dataclasses
 import json
 
@@ -58,15 +59,20 @@ def test_other_rotary_scalings_are_refused_by_name(kind, where, key):
 
 
 def test_a_scaling_written_beside_rope_parameters_is_not_overlooked():
-    """Model cards ask to add `rope_scaling` for long contexts, and transformers lets it win over `rope_parameters`."""
+    """Model cards ask to add `rope_scaling` for long contexts, and transformers reads it alone: not the base either."""
     both = {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     }
-    theirs = Qwen2Config(**both)
-    assert theirs.rope_parameters["rope_type"] == "dynamic"
-    with pytest.raises(UserError, match="dynamic"):
+    theirs = Qwen2Config(**copy.deepcopy(both))
+    assert (theirs.rope_parameters["rope_type"], theirs.rope_parameters["rope_theta"]) == ("yarn", 1e4)
+    with pytest.raises(UserError, match=r"rope_parameters and rope_scaling .* rope_type \(default and yarn\)"):
         read(model_type="qwen2", **both)
+    both["rope_parameters"] = {"rope_theta": 1e6}
+    with pytest.raises(UserError, match=r"other values of rope_theta \(1000000.0 and None\)"):
+        read(model_type="qwen2", num_key_value_heads=5, **both)
+    shape = read(model_type="qwen2", num_key_value_heads=5, **both, rope_theta=1e6)
+    assert (shape.rope_theta, shape.rope_scaling.factor) == (1e6, 4.0)
 
 
 def test_rotary_settings_of_kinds_of_layers_are_refused():
