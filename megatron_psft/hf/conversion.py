@@ -45,7 +45,7 @@ from megatron_psft.distributed.grid import initialize_parallel, process_group
 from megatron_psft.errors import UserError
 from megatron_psft.hf.mapping import Piece, adapter_tensors, hf_tensors, module_name, pieces, scatter
 from megatron_psft.hf.side_files import SideFiles
-from megatron_psft.hf.vision import VISION_FILE, vision_of
+from megatron_psft.hf.vision import vision_of
 from megatron_psft.hf.weights import SafetensorsFolder, fill_shard
 from megatron_psft.model.adapters import add_adapters, targeted
 from megatron_psft.model.gpt import build_chunk, transformer_config
@@ -205,7 +205,7 @@ def write_checkpoint(
         _write_parameters(staging, source, outline, dtype)
         side_files.write(staging, export_dtype)
         if vision is not None:
-            vision.save(staging / VISION_FILE)
+            vision.save(staging)
         content = {"version": VERSION, "step": WEIGHTS_ONLY_STEP, "identity": weights_identity(source.shape)}
         sealed.seal(folder / target.name, content)
         (folder / target.name).rename(target)

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_psft.errors import UserError, reason_of
+from megatron_psft.hf.folder import CONFIG
 from megatron_psft.hf.mapping import module_name
 from megatron_psft.hf.weights import save_tensors, weight_files
 from megatron_psft.model.families import VisionTower
@@ -26,7 +27,9 @@ class VisionTensors:
         self._file_of: dict[str, str] = {}
         self.nbytes: dict[str, int] = {}
         """By their names in the files."""
-        files = [VISION_FILE] if (folder / VISION_FILE).is_file() else weight_files(folder, field)
+        files = [VISION_FILE] if (folder / VISION_FILE).is_file() else []
+        if not files and any(folder.glob("*.safetensors")):
+            files = weight_files(folder, field)
         for file in files:
             with self._open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 (this is no dictionary)
@@ -63,9 +66,10 @@ class VisionTensors:
                 return theirs + name.removeprefix(ours)
         return name
 
-    def save(self, path: Path) -> None:
-        """Writes all of them as one file."""
-        save_tensors(dict(self), path)
+    def save(self, folder: Path) -> None:
+        """Writes all of them as one file beside a config.json, which is read by whoever reads that."""
+        save_tensors(dict(self), folder / VISION_FILE)
+        (folder / VISION_FILE).chmod((folder / CONFIG).stat().st_mode & 0o777)  # safetensors': for the owner alone
 
 
 def vision_of(folder: Path, shape: ModelShape, field: str = "load_hf") -> VisionTensors | None:

@@ -134,6 +134,7 @@ def test_a_checkpoint_of_weights_has_the_vision_tower(convert, converted, tmp_pa
     assert convert("--from-megatron", checkpoint, "--to-hf", target, "--check").code == 0
     tensors = load_file(checkpoint / VISION_FILE)
     assert all(map(is_of_vision, tensors))
+    assert len({(checkpoint / name).stat().st_mode for name in (VISION_FILE, "config.json")}) == 1
     changed = next(name for name in tensors if name.endswith("qkv.bias"))
     file = next(path for path in target.glob("*.safetensors") if changed in load_file(path))
     save_file({**load_file(file), changed: tensors[changed] + 1}, file, metadata={"format": "pt"})
@@ -167,7 +168,7 @@ def test_random_weights_have_no_vision_tower_to_export(pool, tmp_path, sources, 
     shutil.copy(sources["qwen3_vl"] / "config.json", model)
     argv = inputs.argv(model, tmp_path / "run", "--random-init", "--export-hf", tmp_path / "hf")
     (result,) = pool.run(run_cli, 1, argv)
-    assert_refused(result, "load_hf", "holds no model.safetensors")
+    assert_refused(result, "load_hf", "lacks the vision tower", "name a folder that has all of the model")
 
 
 def write_adapters(layout: str, source: Path, target: Path) -> None:
