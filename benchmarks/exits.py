@@ -43,12 +43,12 @@ def main() -> None:
     # On a CPU an allocation that cannot be may stop the machine instead.
     cases = [case for case in EXPECTED if size == "gpu" or case != "out of memory"]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as threads:
-        argv = argv_of(Path(name))
+        argv = _argv(Path(name))
         deadline = time.monotonic() + _SECONDS[size]
         list(threads.map(lambda case: _measure(case, argv, Path(name) / case.replace(" ", "_"), deadline), cases))
 
 
-def argv_of(folder: Path) -> list[str]:
+def _argv(folder: Path) -> list[str]:
     from tests.support import tiny
 
     model = tiny.build_model(folder / "model", "qwen2", vocab_size=512, num_hidden_layers=2, **_SIZES)

@@ -50,7 +50,7 @@ def measure(spec: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """Seconds per step of both objectives for each interval, of each round."""
     from megatron_psft.train.loop import train_step
 
-    with tempfile.TemporaryDirectory() as folder, training_run(argv_of(spec, Path(folder))) as run:
+    with tempfile.TemporaryDirectory() as folder, training_run(_argv(spec, Path(folder))) as run:
         train_step(with_objective(run, "psft"), 0)  # threads, buffers and Adam's state come to life
         seconds: dict[str, dict[str, list[float]]] = {str(k): {"sft": [], "psft": []} for k in spec["intervals"]}
         for _ in range(spec["rounds"]):
@@ -65,7 +65,7 @@ def measure(spec: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     return seconds
 
 
-def argv_of(spec: dict[str, Any], folder: Path) -> list[Any]:
+def _argv(spec: dict[str, Any], folder: Path) -> list[Any]:
     model = write_model(
         folder / "model",
         hidden_size=spec["hidden_size"],

@@ -44,14 +44,14 @@ def measure_step(spec: dict[str, Any]) -> dict[str, float]:
     """Seconds and tokens of a training step over `rows` records of about `length` tokens."""
     from megatron_psft.train.loop import train_step
 
-    with tempfile.TemporaryDirectory() as name, training_run(argv_of(spec, Path(name))) as run:
+    with tempfile.TemporaryDirectory() as name, training_run(_argv(spec, Path(name))) as run:
         train_step(run, 0)
         started = time.perf_counter()
         tokens = sum(train_step(run, step)["tokens"] for step in range(1, 1 + spec["steps"]))
         return {"seconds": (time.perf_counter() - started) / spec["steps"], "tokens": tokens / spec["steps"]}
 
 
-def argv_of(spec: dict[str, Any], folder: Path) -> list[Any]:
+def _argv(spec: dict[str, Any], folder: Path) -> list[Any]:
     sizes = {name: spec[name] for name in ("hidden_size", "num_layers", "vocab_size")}
     model, tokenizer = write_model(folder / "model", **sizes), write_tokenizer(folder / "tokenizer")
     data = write_texts(folder / "texts.jsonl", spec["rows"], words=spec["length"])
