@@ -1,6 +1,7 @@
 """Adapters as `peft` has them: a folder with adapter_config.json and adapter_model.safetensors, read and written."""
 
 import json
+import logging
 import math
 import re
 import zlib
@@ -16,11 +17,14 @@ from torch import Tensor
 from megatron_psft.checkpoint.find import StartPoint
 from megatron_psft.config.lora import LoraConfig
 from megatron_psft.errors import UserError, reason_of
+from megatron_psft.hf.fingerprint import weights_fingerprint
 from megatron_psft.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_psft.hf.mapping import Piece, adapter_name, adapter_tensors
 from megatron_psft.hf.weights import save_tensors
 from megatron_psft.model.adapters import targeted
 from megatron_psft.model.shape import ModelShape
+
+log = logging.getLogger(__name__)
 
 _BASE = "base_model_weights"
 """Field in the file's metadata that tells the base; `peft` does not read it."""
@@ -88,18 +92,30 @@ class AdapterFolder:
             UserError: a missing or damaged file, or an adapter of another kind, shape, scale or base.
         """
         self._folder = folder
-        _check_config(folder, shape, config)
+        named = _check_config(folder, config)
         path = folder / ADAPTER_WEIGHTS
         try:
             self._file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"load_lora: {path} must be a readable safetensors file: {reason_of(error)}") from None
         self._check_tensors(adapter_tensors(shape, config))
+        if base is not None:
+            self._check_base(base, named)
+
+    def _check_base(self, base: AdapterBase, named: str | None) -> None:
+        """Compares the base with what this trainer has written of it, or with the folder that `peft` has `named`."""
         weights = (self._file.metadata() or {}).get(_BASE)
-        if base is not None and weights not in (None, base.weights):
+        if weights is None and base.name is not None and named is not None and any(Path(named).glob("*.safetensors")):
+            weights = weights_fingerprint(Path(named), "load_lora: base_model_name_or_path")
+        if weights not in (None, base.weights):
             raise UserError(
-                f"load_lora ({folder}) is an adapter of other weights ({weights}) than those that the run starts from "
-                f"({base.weights}); name the model that it was trained on"
+                f"load_lora ({self._folder}) is an adapter of other weights ({weights}) than those that the run starts "
+                f"from ({base.weights}); name the model that it was trained on"
+            )
+        if weights is None and named not in (None, base.name):
+            log.warning(
+                "WARNING: load_lora (%s) is an adapter of %s, as its %s says; it is taken to be of this run's model",
+                *(self._folder, named, ADAPTER_CONFIG),
             )
 
     def _check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -127,7 +143,8 @@ class AdapterFolder:
         return self._file.get_slice(piece.name)[piece.index]  # type: ignore[no-any-return]
 
 
-def _check_config(folder: Path, shape: ModelShape, config: LoraConfig) -> None:
+def _check_config(folder: Path, config: LoraConfig) -> str | None:
+    """Returns what it calls the model that the adapter is of."""
     path = folder / ADAPTER_CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -152,6 +169,8 @@ def _check_config(folder: Path, shape: ModelShape, config: LoraConfig) -> None:
             raise UserError(
                 f"load_lora: {path}: {name} ({found.get(name, False)}) must be {field} ({value}); change the latter"
             )
+    named = found.get("base_model_name_or_path")
+    return str(named) if named else None
 
 
 def write_adapter(

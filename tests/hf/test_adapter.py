@@ -16,6 +16,7 @@ from megatron_psft.config.lora import LoraConfig
 from megatron_psft.errors import UserError
 from megatron_psft.hf.adapter import AdapterBase, AdapterFolder
 from megatron_psft.hf.export import export, export_adapter
+from megatron_psft.hf.fingerprint import weights_fingerprint
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.hf.weights import fill_parameters
 from megatron_psft.model.shape import read_shape
@@ -149,3 +150,16 @@ def test_a_file_of_ours_names_its_base(pool, folder):
     AdapterFolder(folder / "one-False", shape, LORA, BASE)
     with pytest.raises(UserError, match="other weights"):
         AdapterFolder(folder / "one-False", shape, LORA, AdapterBase(name=None, weights="another"))
+
+
+def test_a_file_of_peft_is_told_by_the_folder_that_it_names(folder, tmp_path, caplog):
+    """Where that is no folder, nobody can tell, and a line says so."""
+    shape = read_shape(folder / "model")
+    own = AdapterBase(name=str(folder / "model"), weights=weights_fingerprint(folder / "model", "load_hf"))
+    AdapterFolder(folder / "peft", shape, LORA, own)
+    AdapterFolder(folder / "peft", shape, LORA, AdapterBase(name=None, weights="a checkpoint that was converted"))
+    with pytest.raises(UserError, match=rf"other weights \({own.weights}\) than .* \(another\); name the model"):
+        AdapterFolder(folder / "peft", shape, LORA, AdapterBase(name="copy", weights="another"))
+    assert "org/model" not in caplog.text
+    AdapterFolder(other(folder, tmp_path / "hub", base_model_name_or_path="org/model"), shape, LORA, own)
+    assert "is an adapter of org/model, as its adapter_config.json says" in caplog.text
