@@ -89,9 +89,9 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
         lines, marks = [], []
         for step in range(spec["steps"] + 1):
             lines.append(train_step(run, step))
-            marks.append(time.perf_counter())
+            marks.append(now())
     return {
-        "seconds": marks[-1] - marks[0],
+        **between(marks[0], marks[-1]),
         "tokens": sum(line["tokens"] for line in lines[1:]),
         "label_tokens": sum(line["label_tokens"] for line in lines[1:]),
         "losses": [line["nll"] for line in lines],
@@ -102,13 +102,13 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import TrainerCallback
 
-    marks: list[float] = []
+    marks: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            marks.append(time.perf_counter())
+            marks.append(now())
 
     packs = len(trl_trainer(spec, gradient_accumulation_steps=1).train_dataset)
     trainer = trl_trainer(spec, gradient_accumulation_steps=packs)
@@ -116,12 +116,22 @@ def train_trl(spec: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     rows = read_tokens(spec)
     return {
-        "seconds": marks[-1] - marks[0],
+        **between(marks[0], marks[-1]),
         "tokens": spec["steps"] * sum(len(row["input_ids"]) - 1 for row in rows),
         "label_tokens": spec["steps"] * sum(sum(row["completion_mask"][1:]) for row in rows),
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
         "packs": packs,
     }
+
+
+def now() -> tuple[float, float]:
+    """Seconds of the clock, and those that this process has had a CPU."""
+    return time.perf_counter(), time.process_time()
+
+
+def between(first: tuple[float, float], last: tuple[float, float]) -> dict[str, float]:
+    """What lies between two results of `now`."""
+    return {"seconds": last[0] - first[0], "cpu_seconds": last[1] - first[1]}
 
 
 def read_tokens(spec: dict[str, Any]) -> list[dict[str, list[int]]]:

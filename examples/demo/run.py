@@ -124,6 +124,8 @@ def train(objective: str, model: str, data: dict[str, Path], *flags: str) -> Non
     command += ["--load-hf", model, "--data", str(data["train"]), "--valid-data", f"target={data['valid']}"]
     command += ["--drift-data", f"general={data['drift']}", "--save", str(run), "--export-hf", str(run / "hf")]
     call([*command, *flags])
+    for checkpoint in run.glob("step_*"):  # 1.6 GB, which only a run that goes on would need
+        shutil.rmtree(checkpoint)
 
 
 def call(command: Sequence[str]) -> None:
