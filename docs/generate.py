@@ -23,6 +23,7 @@ from megatron_psft.metrics.metric import Metric, Over
 from megatron_psft.metrics.table import METRICS
 from megatron_psft.objectives.declare import Requirement
 from megatron_psft.objectives.registry import OBJECTIVES
+from tests.diagnostics.dry_run_bytes import dry_run_table
 from tests.support.rooms import PACKAGE, SHARED, allowed_imports, imports_of
 
 DOCS = Path(__file__).parent
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "models": model_table,
     "speeds": speed_table,
     "scaling": scaling_tables,
+    "dry run": dry_run_table,
     **{f"figures of {name}": (lambda name=name: figures_of(name)) for name in TABLES},
     **{f"gpu {name}": (lambda name=name: gpu_figures_of(name)) for name in NAMES},
     **{f"names of {trainer}": (lambda trainer=trainer: table_of(trainer)) for trainer in TRAINERS},

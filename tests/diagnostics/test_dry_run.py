@@ -7,6 +7,7 @@ import pytest
 
 from megatron_psft.config.schema import parse_config
 from tests.diagnostics.dry_run import complaints, cut, distinct_ranks, steps_of
+from tests.diagnostics.dry_run_bytes import row_of, stored
 from tests.support.cli import REPOSITORY
 from tests.support.marks import slow
 from tests.support.recipes import RECIPES, plan_of
@@ -32,6 +33,7 @@ def test_a_recipe_takes_what_is_planned_and_its_ranks_agree(pool, name):
     plan = cut(plan_of(PATHS[name]))
     (steps,) = pool.run(steps_of, 1, plan, distinct_ranks(plan))
     check_bytes(plan, steps)
+    assert row_of(plan, steps) == pytest.approx(stored()[name], rel=0.001, abs=1e-4), "write docs/dry_run.csv anew"
     assert complaints(plan, steps) == []
     groups = {call.ranks for step in steps for call in step.calls}
     assert tuple(range(plan.world_size)) in groups  # they stop together
