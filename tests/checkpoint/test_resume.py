@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM
 from types import SimpleNamespace
 
 import pytest
@@ -130,7 +130,7 @@ def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Ex
 
 
 @pytest.mark.parametrize("moment", [slow("in training"), "in the old policy's pass", slow("in evaluation")])
-@pytest.mark.parametrize(("signum", "rank"), [(signal.SIGTERM, "1"), slow(signal.SIGINT, "0")])
+@pytest.mark.parametrize(("signum", "rank"), [(SIGTERM, "1"), slow(SIGINT, "0")])
 @pytest.mark.slow
 def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, uninterrupted, moment, signum, rank):
     flags = (*DIST_OPT, *evaluated(inputs))
@@ -334,7 +334,7 @@ def _run_with_a_peer_that(fate: str, argv: list[str]) -> Exit:
         calls.append(fate)
         if os.environ["RANK"] == "1" and len(calls) == 3:
             if fate == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), SIGKILL)
             time.sleep(40)
         return original(*args, **kwargs)
 
@@ -380,12 +380,7 @@ def strike(pool, argv: list[str], run: Path, signum: int, rng: random.Random) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "times", "background"),
-    [
-        (signal.SIGKILL, 12, ()),
-        (signal.SIGTERM, 6, ()),
-        (signal.SIGKILL, 4, ("--async-save",)),
-        (signal.SIGTERM, 4, ("--async-save",)),
-    ],
+    [(SIGKILL, 12, ()), (SIGTERM, 6, ()), (SIGKILL, 4, ("--async-save",)), (SIGTERM, 4, ("--async-save",))],
     ids=["SIGKILL", "SIGTERM", "SIGKILL-background", "SIGTERM-background"],
 )
 def test_a_run_survives_a_signal_at_any_moment(pool, tmp_path, inputs, uninterrupted, signum, times, background):
