@@ -19,6 +19,7 @@ OF_OTHERS = {
     "comparison.md": {"use_cpu"},
     "limits.md": {"ChildFailedError"},
     "miniature.md": {"_sd"},
+    "models.md": {"Qwen2_5_VLForConditionalGeneration", "mistral3"},
     "resume.md": {"TORCH_FR_BUFFER_SIZE", "pytorch_model.bin"},
     "tutorial.md": {".venv"},
 }
