@@ -19,7 +19,10 @@ OF_OTHERS = {
     "comparison.md": {"use_cpu"},
     "limits.md": {"ChildFailedError"},
     "miniature.md": {"_sd"},
-    "models.md": {"Qwen2_5_VLForConditionalGeneration", "mistral3"},
+    "models.md": {
+        *("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
+        *("longrope", "mistral3", "ministral"),
+    },
     "resume.md": {"TORCH_FR_BUFFER_SIZE", "pytorch_model.bin"},
     "tutorial.md": {".venv"},
 }
