@@ -10,8 +10,8 @@ from measure import Answered, Measured
 NAMES = {"base": "base", "sft": "SFT", "psft": "PSFT"}
 DRIFT, NLL = "drift/general", "valid_nll/target"
 CHANCE = 0.01
-"""Two models are told apart where equal ones would differ as much with a probability of at most this. It is of the
-questions alone, and another seed changes both models; hence no larger."""
+"""Models are told apart where equal ones would differ as much with at most this probability. That is of the choice of
+questions alone and not of another seed of training, which is why it is so low."""
 
 
 def text(found: Sequence[Measured]) -> str:
@@ -26,19 +26,15 @@ def text(found: Sequence[Measured]) -> str:
 def table(found: Sequence[Measured]) -> list[list[str]]:
     """Rows of cells, the first the header."""
     per_model = len(found[0].tickets)
-
-    def row(label: str, cells: Sequence[str]) -> list[str]:
-        return [label, *cells]
-
     return [
-        row("", [NAMES[model.name] for model in found]),
-        row(f"tickets all right, of {per_model}", [str(model.whole_tickets) for model in found]),
-        row(f"fields right, of {per_model * len(tickets.FIELDS)}", [str(model.right_fields) for model in found]),
-        row(f"general requests right, of {len(general.REQUESTS)}", [str(model.right_answers) for model in found]),
-        row("drift, nats per token", [_drift(model) for model in found]),
-        row("NLL of held-out tickets, nats per token", [_nll(model, found) for model in found]),
-        row("tokens clipped, %", [_mean(model, "clip_fraction", 100, ".1f") for model in found]),
-        row("tokens per second", [_mean(model, "tokens_per_second", 1, ".0f") for model in found]),
+        ["", *(NAMES[model.name] for model in found)],
+        [f"tickets all right, of {per_model}", *(str(model.whole_tickets) for model in found)],
+        [f"fields right, of {per_model * len(tickets.FIELDS)}", *(str(model.right_fields) for model in found)],
+        [f"general requests right, of {len(general.REQUESTS)}", *(str(model.right_answers) for model in found)],
+        ["drift, nats per token", *map(_drift, found)],
+        ["NLL of held-out tickets, nats per token", *(_nll(model, found) for model in found)],
+        ["tokens clipped, %", *(_mean(model, "clip_fraction", 100, ".1f") for model in found)],
+        ["tokens per second", *(_mean(model, "tokens_per_second", 1, ".0f") for model in found)],
     ]
 
 

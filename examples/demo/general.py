@@ -72,3 +72,4 @@ REQUESTS = (
     Request("Is ice warm? Answer yes or no.", matches(r"(?i)^\W*no\b")),
     Request("Write the word hello in capital letters.", matches("HELLO")),
 )
+"""Such as SmolLM2-135M-Instruct answers for the most part: what it cannot do, it cannot lose."""
