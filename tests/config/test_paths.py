@@ -1,7 +1,7 @@
 """`~` and environment variables mean the same in every path of every command, and hub IDs stay what they are."""
 
 import ast
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -11,7 +11,7 @@ import pytest
 from megatron_psft.cli.main import COMMANDS
 from megatron_psft.config.flags import is_path, parse_flags
 from megatron_psft.config.paths import escape_path, expand_path
-from megatron_psft.config.schema import Config, config_to_yaml, parse_config
+from megatron_psft.config.schema import config_to_yaml, parse_config
 from megatron_psft.errors import UserError
 from tests.support.configs import flag, parse, write_yaml
 
@@ -23,15 +23,11 @@ TEXTS = {
 
 
 def root_of(command: str) -> type:
-    """The dataclass that a command reads its flags into: the module's last one whose fields are sections."""
+    """The dataclass that a command reads its flags into."""
     module = import_module(f"megatron_psft.cli.{command}")
-    names = [node.name for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
-    roots = [
-        getattr(module, name)
-        for name in names
-        if all(map(is_dataclass, get_type_hints(getattr(module, name)).values()))
-    ]
-    return roots[-1] if roots else Config
+    calls = (node for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.Call))
+    (name,) = {call.args[0].id for call in calls if ast.unparse(call.func) in ("run_command", "parse_flags")}
+    return getattr(module, name)
 
 
 def is_text(field: Field) -> bool:

@@ -13,6 +13,7 @@ from megatron_psft.train.inputs import beyond_positions
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
 from tests.support.datasets import dataset_of
+from tests.support.recipes import SHAPES
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +147,23 @@ def test_records_beyond_the_positions_of_the_model_are_named():
     [
         ({}, 512),
         ({"max_position_embeddings": None}, None),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}}, 512),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}}, 2048),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}, 512),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            512,
+        ),
     ],
 )
 def test_positions_are_those_that_config_json_counts(tmp_path, change, positions):
-    """`max_position_embeddings` is what a scaled model reaches, as transformers and vLLM have it of Llama 3's."""
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 512} | change))
+    """`max_position_embeddings` is what a scaled model reaches, as transformers and vLLM have it of Llama 3's, or what
+    one with yarn had before."""
+    shape = SHAPES["Qwen/Qwen2.5-7B-Instruct"] | {"max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(shape | change))
     assert read_max_positions(tmp_path) == positions
