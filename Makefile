@@ -7,9 +7,10 @@ STAMP := $(VENV)/.installed
 # Megatron-Core has one line for Python 3.11 and one for 3.12, and the pins go with them.
 PINS = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
 CONSTRAINTS = constraints/$(PINS).txt
-# For two cores; more have room for more, at up to 3 GB each. Two tests per core were slower than one after the other: the
-# ranks of each share the core already, and their messages then wait for another test's turn.
-WORKERS ?= 2
+# For two cores: a test for each, whose ranks share it, and one with what these leave (tests/conftest.py). Two tests that
+# shared a core evenly were slower than one after the other: messages of each waited for the other's turn. More cores
+# have room for more, at up to 3 GB each.
+WORKERS ?= 3
 DURATIONS = --durations=50 --durations-min=1
 AT_A_TIME = -n $(WORKERS) --dist worksteal $(DURATIONS)
 # Tests for one Python: of what is no part of the package, and of rooms that call no library that changes with it.
