@@ -134,7 +134,8 @@ def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, loca
 
 
 def _interrupted(signum: int) -> str:
-    return f"ended by {signal.Signals(signum).name}: the same command resumes from the newest checkpoint"
+    name = signal.Signals(signum).name
+    return f"ended by {name}: the same command resumes from the newest checkpoint, if there is one"
 
 
 def refuse(mistake: UserError) -> int:

@@ -232,7 +232,7 @@ def _argument_options(field: Field[Any], docs: dict[str, str]) -> dict[str, Any]
     if kinds == [bool]:
         return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kinds[0]) is tuple:
-        options["help"] += ". Given several times, it adds up"
+        options["help"] = f"{options['help'].removesuffix('.')}. Given several times, it adds up."
         return options | {"nargs": "+", "metavar": "TEXT", "action": "extend"}
     choices = [_METAVARS[kind] if kind in _METAVARS else "|".join(get_args(kind)) for kind in kinds]
     return options | {"metavar": "|".join(choices)}

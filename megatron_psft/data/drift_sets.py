@@ -99,7 +99,9 @@ def _problem(value: object, sampled_from: Mapping[str, str], vocab_size: int) ->
         return f"has {LOG_PROBS} that are not finite and at most 0"
     found: Any = value.get(SAMPLED_FROM)
     for part, wanted in sampled_from.items():
-        if not isinstance(found, dict) or found.get(part) != wanted:
+        if not isinstance(found, dict) or part not in found:
+            return f"has no {SAMPLED_FROM} with {part}"
+        if found[part] != wanted:
             return f"was sampled from another {part} than the run's"
     return None
 

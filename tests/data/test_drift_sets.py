@@ -41,8 +41,8 @@ def test_the_answers_tokens_are_the_labels(tmp_path):
         ({"log_probs": [-1.0, float("-inf"), -1]}, "has log_probs that are not finite"),
         ({"log_probs": [-1.0, "x", -1]}, "has log_probs that are not finite"),
         ({"sampled_from": {"model": "other", "tokenizer": "t"}}, "was sampled from another model than"),
-        ({"sampled_from": {"model": "m"}}, "was sampled from another tokenizer than"),
-        ({"sampled_from": "m"}, "was sampled from another model than"),
+        ({"sampled_from": {"model": "m"}}, "has no sampled_from with tokenizer"),
+        ({"sampled_from": "m"}, "has no sampled_from with"),
     ],
 )
 def test_the_first_row_that_does_not_fit_is_named(tmp_path, change, message):
