@@ -73,11 +73,12 @@ def main(argv: Sequence[str]) -> int:
             return refuse(error)
         try:
             return _train(config, rank, world_size, local_rank, started_at)
-        except KeyboardInterrupt:  # before the ranks were together
-            leave(EXIT_SIGNALLED + signal.SIGINT)
+        except KeyboardInterrupt as error:  # before the ranks were together
+            code = exit_code_of(error)
+            leave(code)
             if rank == 0:
                 print("ended by SIGINT before the run began", file=sys.stderr, flush=True)
-            return EXIT_SIGNALLED + signal.SIGINT
+            return code
 
 
 def _train(config: Config, rank: int, world_size: int, local_rank: int, started_at: float) -> int:
