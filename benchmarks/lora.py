@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import vs_trl
 from common import (
     GIB,
     FailedError,
@@ -33,16 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "bf16": False,
         "rank": 16,
     },
-    "tiny": {
-        "hidden_size": 64,
-        "num_layers": 1,
-        "vocab_size": 512,
-        "records": 4,
-        "seq_length": 512,
-        "steps": 1,
-        "bf16": False,
-        "rank": 4,
-    },
+    "tiny": {**vs_trl.SIZES["tiny"], "rank": 4},
 }
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

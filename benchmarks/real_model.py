@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from common import ROOT, emit, emit_machine, in_fresh_process, parse_size
-from vs_trl import ADAM_BETA2, LR, WEIGHT_DECAY, between, now, read_tokens, tokenize, train_ours, train_trl
+from vs_trl import ADAM_BETA2, LR, WEIGHT_DECAY, between, largest_gap, now, read_tokens, tokenize, train_ours, train_trl
 
 sys.path[:0] = [str(ROOT / "examples" / name) for name in ("smollm2", "demo")]
 
@@ -95,8 +95,7 @@ if __name__ == "__main__":
     emit("tokens_per_second", ours["tokens"] / ours["seconds"], "tokens/s", losses=ours["losses"], **details)
     for name, theirs in found.items():
         assert theirs["tokens"] == ours["tokens"]
-        gap = max(abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-        details |= {"largest_loss_gap": round(gap, 7)}
+        details |= {"largest_loss_gap": round(largest_gap(ours["losses"], theirs["losses"]), 7)}
         emit(f"tokens_per_second_over_{name}", theirs["seconds"] / ours["seconds"], f"ours / {name}", **details)
         if not torch.cuda.is_available():  # tells more where others use the machine, too
             emit(

@@ -8,6 +8,7 @@ are no padding. Each trains in a process of its own; the first step warms up and
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,11 @@ def trl_trainer(spec: dict[str, Any], *, gradient_accumulation_steps: int, **opt
     )
 
 
+def largest_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Of the losses of a step, relative."""
+    return max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+
+
 if __name__ == "__main__":
     size = parse_size(__doc__)
     emit_machine()
@@ -196,6 +202,6 @@ if __name__ == "__main__":
             speed = theirs["tokens"] / theirs["seconds"]
             emit("tokens_per_second_trl", speed, "tokens/s", losses=theirs["losses"], packs=theirs["packs"])
             assert (ours["tokens"], ours["label_tokens"]) == (theirs["tokens"], theirs["label_tokens"])
-            gap = max(abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+            gap = largest_gap(ours["losses"], theirs["losses"])
             ratio = theirs["seconds"] / ours["seconds"]
             emit("tokens_per_second_over_trl", ratio, "ours / TRL", largest_loss_gap=round(gap, 7), **details)
