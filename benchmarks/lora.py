@@ -58,7 +58,7 @@ def train_ours(spec: dict[str, Any]) -> dict[str, Any]:
             run = build_run(config, inputs, place)
             for step in range(spec["steps"] + 1):
                 found.add(train_step(run, step)["nll"])
-    planned = Plan(config=config, shape=inputs.shape, world_size=1, platform=place).peak
+    planned = Plan(config=config, shape=inputs.source.shape, world_size=1, platform=place).peak
     return {**found.values(), "planned_gib": planned.total / GIB, "moment": planned.moment}
 
 

@@ -104,7 +104,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
                 train_step(run, step)
         peak = torch.tensor(float(built - before + meter.peak_bytes), device=place.device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        planned = Plan(config=config, shape=inputs.shape, world_size=spec["ranks"], platform=place).peak
+        planned = Plan(config=config, shape=inputs.source.shape, world_size=spec["ranks"], platform=place).peak
     return {"measured": peak.item(), "planned": planned.total, "moment": planned.moment}
 
 

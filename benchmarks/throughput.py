@@ -152,7 +152,6 @@ class _Measurements:
 
     def _steps(self, run: Any, count: int) -> tuple[float, list[dict[str, float]], float]:
         """Seconds of some steps, their lines of metrics, and operations of their training."""
-        from megatron_psft.metrics import flops
         from megatron_psft.train.loop import train_step
 
         steps = range(self._next_step, self._next_step + count)
@@ -163,7 +162,7 @@ class _Measurements:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         lengths = [length for step in steps for length in run.loader.lengths(step).tolist()]
-        return seconds, lines, self._passes * flops.forward_flops(run.shape, lengths)
+        return seconds, lines, self._passes * run.source.forward_flops(lengths)
 
     @property
     def _passes(self) -> int:
@@ -198,7 +197,7 @@ class _Measurements:
         from megatron_psft.distributed.device import detect
 
         measured = torch.cuda.max_memory_allocated()
-        plan = Plan(config=self._run.config, shape=self._run.shape, world_size=1, platform=detect(0)).peak
+        plan = Plan(config=self._run.config, shape=self._run.source.shape, world_size=1, platform=detect(0)).peak
         reserved = torch.cuda.max_memory_reserved()
         emit("peak_memory", measured / GIB, "GiB", reserved_gib=round(reserved / GIB, 2), **self._about)
         emit("planned_peak_memory", plan.total / GIB, "GiB", moment=plan.moment, **self._about)

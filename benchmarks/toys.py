@@ -92,7 +92,8 @@ def training_run(argv: Sequence[Any], *, draws_on_device: bool = False) -> Itera
     with process_group(place, 1):
         inputs = read_inputs(config, is_main=False)
         if draws_on_device:
-            inputs = replace(inputs, weights=_DrawnOnDevice(inputs.shape, place.device))
+            drawn = _DrawnOnDevice(inputs.source.shape, place.device)
+            inputs = replace(inputs, source=replace(inputs.source, weights=drawn))
         yield build_run(config, inputs, place)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron_psft import sealed
 from megatron_psft.config.schema import Config
-from megatron_psft.model.gpt import padded_vocab_size
 from megatron_psft.model.shape import ModelShape
 
 VERSION = 2
@@ -30,26 +29,19 @@ Identity = Mapping[str, Any]
 
 
 def run_identity(
-    config: Config,
-    shape: ModelShape,
-    *,
-    data_fingerprint: str,
-    train_iters: int,
-    tensor_size: int,
-    base: str | None = None,
+    config: Config, model: Identity, *, data_fingerprint: str, train_iters: int, base: str | None = None
 ) -> Identity:
     """What must not change between a checkpoint of a run and the run that resumes from it.
 
     Args:
         config: of the run.
-        shape: of its model.
+        model: of its model, with what a checkpoint's parameters depend on besides.
         data_fingerprint: of the training set.
         train_iters: steps of the run.
-        tensor_size: tensor-parallel ranks, by which the vocabulary is padded.
         base: what tells the weights beside which adapters are trained; None without adapters.
     """
-    identity = model_identity(shape) | {
-        "padded vocabulary": padded_vocab_size(shape.vocab_size, tensor_size),
+    identity = {
+        **model,
         "training data": data_fingerprint,
         "global_batch_size": config.batch.global_batch_size,
         "shuffle": config.data.shuffle,

@@ -151,6 +151,10 @@ class RandomWeights:
         self._std, self._seed = shape.initializer_range, seed
         self.dtype: torch.dtype = getattr(torch, shape.dtype)
 
+    def of_shape(self, shape: ModelShape) -> "RandomWeights":
+        """Those of another shape, from the same seed."""
+        return RandomWeights(shape, self._seed)
+
     def read(self, piece: Piece) -> Tensor:
         """Draws the whole tensor and returns the block; norms are one, biases zero, the rest normal."""
         dims = self._tensors[piece.name]

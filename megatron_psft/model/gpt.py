@@ -1,23 +1,17 @@
-"""Builds Megatron-Core's `GPTModel` for a shape, wrapped for data parallelism."""
+"""Builds Megatron-Core's `GPTModel` for a shape."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,8 +22,8 @@ from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
+from megatron_psft.model import build
 from megatron_psft.model.adapters import add_adapters, targeted
-from megatron_psft.model.end import attach
 from megatron_psft.model.experts import check_expert_layout, expert_options, mark_experts
 from megatron_psft.model.fp8 import check_dimensions, fp8_options
 from megatron_psft.model.layers import Attention, RMSNorm
@@ -174,39 +168,33 @@ def build_model(
     shape: ModelShape, config: Config, platform: Platform, parallel: Parallel
 ) -> list[DistributedDataParallel]:
     """Returns this rank's model chunks, one without interleaving; their weights are still to be filled."""
-    megatron_config = transformer_config(shape, config, platform)
-    chunks: list[DistributedDataParallel] = []
-    for index in range(parallel.virtual_size):
-        model: torch.nn.Module = build_chunk(shape, config, megatron_config, platform, parallel, index)
+    return build.build_model(ShapedChunks(shape), config, platform, parallel)
+
+
+@dataclass(frozen=True)
+class ShapedChunks:
+    """What the chunks of a shape's model are built by."""
+
+    shape: ModelShape
+
+    @property
+    def vocab_size(self) -> int:
+        return self.shape.vocab_size
+
+    def transformer_config(self, config: Config, platform: Platform) -> TransformerConfig:
+        return transformer_config(self.shape, config, platform)
+
+    def build_chunk(
+        self, config: Config, megatron_config: TransformerConfig, platform: Platform, parallel: Parallel, index: int
+    ) -> GPTModel:
+        """With the run's adapters, where it has any."""
+        model = build_chunk(self.shape, config, megatron_config, platform, parallel, index)
         if config.lora.has_adapters:
-            chosen = targeted(config.lora, shape)
-            add_adapters(model, shape, config, chosen, tensor_size=parallel.tensor_size)
+            chosen = targeted(config.lora, self.shape)
+            add_adapters(model, self.shape, config, chosen, tensor_size=parallel.tensor_size)
         else:
-            _fuse_weight_gradients(model)
-        attach(model, vocab_size=shape.vocab_size, fused=config.objective.fused_head)
-        model.to(platform.device)
-        if config.precision.bf16:
-            model = Float16Module(megatron_config, model)
-        chunks.append(
-            DistributedDataParallel(
-                megatron_config,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True,
-                    average_in_collective=False,
-                    use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-                    overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-                    overlap_param_gather=config.parallel.overlap_param_gather,
-                ),
-                model,
-                # Only the chunk that is needed first is worth cutting into buckets; see Megatron-LM's get_model.
-                disable_bucketing=index > 0,
-            )
-        )
-    if config.parallel.overlap_grad_reduce:
-        # The schedules hold the reduction back until the last micro-batch.
-        syncs = [chunk.no_sync for chunk in chunks]
-        megatron_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-    return chunks
+            build.fuse_weight_gradients(model)
+        return model
 
 
 def build_chunk(
@@ -232,7 +220,7 @@ def build_chunk(
         rotary_base=shape.rope_theta,
         vp_stage=vp_stage,
     )
-    _mark_sharded_weights(model)
+    build.mark_sharded_weights(model)
     mark_experts(model)
     scale_rope(model, shape)
     return model
@@ -265,29 +253,6 @@ def _portable_layer(shape: ModelShape, *, has_experts: bool) -> ModuleSpec:
         # As in Transformer Engine's layers, whose norm is part of a plain MLP only: checkpoints are read by either.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return spec
-
-
-def _fuse_weight_gradients(model: torch.nn.Module) -> None:
-    """Has Transformer Engine's products add to `main_grad` themselves, without a gradient in bf16 and a pass over it.
-
-    Module by module, as Megatron-Core's own flag asks the same of its output layer, which needs Apex for it; there our
-    head does so.
-    """
-    for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010 (no attribute of every Module)
-
-
-def _mark_sharded_weights(model: GPTModel) -> None:
-    """Says which weights are cut over the tensor-parallel group, so that the gradient norm counts every shard.
-
-    Megatron-Core does it along with its own draw of the weights, which is switched off here.
-    """
-    for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
-            weight, dimension = module.weight, int(isinstance(module, RowParallelLinear))
-            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
 
 
 def scale_rope(model: GPTModel, shape: ModelShape) -> None:

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_psft.checkpoint.find import StartPoint, find_checkpoint, find_weights
-from megatron_psft.checkpoint.identity import (
-    WEIGHTS_ONLY_STEP,
-    Identity,
-    run_identity,
-    start_identity,
-    weights_identity,
-)
+from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, run_identity, start_identity
 from megatron_psft.checkpoint.state import TrainState, load_checkpoint
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, ObjectiveConfig
@@ -33,12 +27,10 @@ from megatron_psft.distributed.grid import Parallel, initialize_parallel
 from megatron_psft.errors import UserError, counted
 from megatron_psft.head.layer import HeadOutput
 from megatron_psft.hf.adapter import AdapterBase
-from megatron_psft.hf.export import export, export_adapter
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.metrics.clipped_tokens import ClippedTokens
 from megatron_psft.model import fp8
-from megatron_psft.model.gpt import build_model, virtual_size
-from megatron_psft.model.shape import ModelShape
+from megatron_psft.model.build import build_model
 from megatron_psft.objectives.objective import Objective
 from megatron_psft.scoring.agreement import ScoringAgreement, precision_of
 from megatron_psft.scoring.host_memory import check_host_memory
@@ -47,6 +39,7 @@ from megatron_psft.scoring.packs import from_packs, to_packs
 from megatron_psft.scoring.reference import FOLDER, START, ReferencePass
 from megatron_psft.scoring.top_tokens import num_columns
 from megatron_psft.scoring.values import VALUES, RecordValues
+from megatron_psft.sources.source import ModelSource
 from megatron_psft.train.evaluate import Evaluation
 from megatron_psft.train.initial import adapter_base, fill_weights, starts_with_base
 from megatron_psft.train.inputs import Inputs
@@ -61,7 +54,7 @@ class Run:
     """A run, ready to train."""
 
     config: Config
-    shape: ModelShape
+    source: ModelSource
     parallel: Parallel
     pipeline: Pipeline
     state: TrainState
@@ -90,25 +83,24 @@ class Run:
 def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
     """Builds model, optimizer and loaders, and fills them from the newest checkpoint or from Hugging Face weights;
     collective."""
-    shape = inputs.shape
+    source = inputs.source
     parallel = initialize_parallel(
-        config.parallel, virtual_size=virtual_size(shape, config), seed=config.batch.seed, device=platform.device
+        config.parallel, virtual_size=source.virtual_size(config), seed=config.batch.seed, device=platform.device
     )
     base = adapter_base(config, inputs)
     identity = run_identity(
         config,
-        shape,
+        source.identity(parallel.tensor_size),
         data_fingerprint=inputs.dataset.fingerprint(),
         train_iters=inputs.train_iters,
-        tensor_size=parallel.tensor_size,
         base=None if base is None else base.weights,
     )
-    start = _start_point(config, shape, identity, inputs.train_iters, base)
+    start = _start_point(config, source, identity, inputs.train_iters, base)
     first_step = 0 if start is None else start.step
-    chunks = build_model(shape, config, platform, parallel)
+    chunks = build_model(source, config, platform, parallel)
     fill_weights(chunks, config, inputs, start, base, parallel)
     optimizer = build_optimizer(config, chunks)
-    clipped_tokens = _clipped_tokens(config, shape, first_step, parallel)
+    clipped_tokens = _clipped_tokens(config, source.vocab_size, first_step, parallel)
     agreement = _scoring_agreement(config, parallel)
     observers = _observers(config.objective, clipped_tokens, agreement)
     pipeline = Pipeline(chunks=chunks, parallel=parallel, observers=observers, sources=_sources(config))
@@ -128,7 +120,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         _describe_resumption(start, inputs.train_iters, planned_lr, state.optimizer.param_groups[0]["lr"])
     return Run(
         config=config,
-        shape=shape,
+        source=source,
         parallel=parallel,
         pipeline=pipeline,
         state=state,
@@ -144,7 +136,7 @@ def build_run(config: Config, inputs: Inputs, platform: Platform) -> Run:
         first_step=first_step,
         train_iters=inputs.train_iters,
         side_files=inputs.side_files,
-        export_dtype=torch.bfloat16 if config.precision.bf16 else inputs.weights.dtype,
+        export_dtype=torch.bfloat16 if config.precision.bf16 else source.dtype,
     )
 
 
@@ -153,12 +145,12 @@ def export_model(run: Run, target: Path) -> None:
     assert run.side_files is not None, "the run was told that it exports"
     run.pipeline.gather_parameters()
     lora, chunks = run.config.lora, run.state.chunks
-    options: dict[str, Any] = {"shape": run.shape, "dtype": run.export_dtype, "parallel": run.parallel}
+    options: dict[str, Any] = {"dtype": run.export_dtype, "parallel": run.parallel}
     if run.base is not None and not lora.lora_merge:
-        export_adapter(chunks, target, lora=lora, base=run.base, **options)
+        run.source.adapters.export(chunks, target, lora=lora, base=run.base, **options)
     else:
         merged = lora if lora.has_adapters else None
-        export(chunks, target, side_files=run.side_files, lora=merged, **options)
+        run.source.export(chunks, target, side_files=run.side_files, merged=merged, **options)
     log.info("exported %s", target)
     if run.base is not None and run.base.name is None and not lora.lora_merge:
         command = shlex.join(
@@ -169,10 +161,10 @@ def export_model(run: Run, target: Path) -> None:
         )
 
 
-def _clipped_tokens(config: Config, shape: ModelShape, first_step: int, parallel: Parallel) -> ClippedTokens | None:
+def _clipped_tokens(config: Config, vocab_size: int, first_step: int, parallel: Parallel) -> ClippedTokens | None:
     if config.logging.log_clipped_tokens is None:
         return None
-    return ClippedTokens(vocab_size=shape.vocab_size, first_step=first_step + 1, parallel=parallel)
+    return ClippedTokens(vocab_size=vocab_size, first_step=first_step + 1, parallel=parallel)
 
 
 def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement | None:
@@ -274,14 +266,14 @@ def _reference(
 
 
 def _start_point(
-    config: Config, shape: ModelShape, identity: Identity, train_iters: int, base: AdapterBase | None
+    config: Config, source: ModelSource, identity: Identity, train_iters: int, base: AdapterBase | None
 ) -> StartPoint | None:
     """The checkpoint to start from, if any; collective."""
     save, load, init_from = config.weights.save, config.weights.load, config.weights.init_from
     start = find_checkpoint(Path(save), None if load is None else Path(load), identity, settings_of(config))
     if start is None and init_from is not None:
         known = None if base is None else base.checkpoint
-        return known or find_weights(Path(init_from), weights_identity(shape))
+        return known or find_weights(Path(init_from), source.weights_identity)
     if start is not None and start.step == WEIGHTS_ONLY_STEP and base is not None:
         raise UserError(f"load ({load}) holds weights alone, which adapters are put beside with --init-from; use that")
     if start is not None and start.step > train_iters:

@@ -55,16 +55,21 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, settings: RenderSettings)
 
 def resized_shape(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> ModelShape:
     """The shape with a row of the embedding for each id of the tokenizer."""
+    return replace(shape, vocab_size=max(shape.vocab_size, needed_rows(tokenizer)))
+
+
+def needed_rows(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of the embedding, for each id of the tokenizer."""
     _, number = highest_id(tokenizer)
-    return shape if number < shape.vocab_size else replace(shape, vocab_size=number + 1)
+    return number + 1
 
 
-def check_rows(tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     """Raises UserError where an id has no row in the embedding."""
     token, number = highest_id(tokenizer)
-    if number >= shape.vocab_size:
+    if number >= rows:
         raise UserError(
             f"tokenizer ({tokenizer.name_or_path}) has ids up to {number} ({token}), but the model's embedding has "
-            f"{shape.vocab_size} rows (vocab_size); name the tokenizer that belongs to the model, or add rows with "
+            f"{rows} rows (vocab_size); name the tokenizer that belongs to the model, or add rows with "
             "--resize-vocab"
         )

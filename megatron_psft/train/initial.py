@@ -7,14 +7,13 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_psft import sealed
 from megatron_psft.checkpoint.find import StartPoint, find_weights
-from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, weights_identity
+from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP
 from megatron_psft.checkpoint.state import load_weights
 from megatron_psft.config.schema import Config
-from megatron_psft.distributed.collective import on_every_rank, on_rank_zero
+from megatron_psft.distributed.collective import on_rank_zero
 from megatron_psft.distributed.grid import Parallel
-from megatron_psft.hf.adapter import AdapterBase, AdapterFolder, RandomAdapters
+from megatron_psft.hf.adapter import AdapterBase
 from megatron_psft.hf.fingerprint import weights_fingerprint
-from megatron_psft.hf.weights import WeightSource, fill_parameters
 from megatron_psft.train.inputs import Inputs
 
 
@@ -27,7 +26,7 @@ def adapter_base(config: Config, inputs: Inputs) -> AdapterBase | None:
     if not config.lora.has_adapters:
         return None
     if weights.init_from is not None:
-        start = find_weights(Path(weights.init_from), weights_identity(inputs.shape))
+        start = find_weights(Path(weights.init_from), inputs.source.weights_identity)
         found = on_rank_zero(lambda: sealed.marker_sum(start.checkpoint))
         return AdapterBase(name=None, weights=f"checkpoint {found}", checkpoint=start)
     if weights.random_init:
@@ -52,9 +51,9 @@ def fill_weights(
     if weights is not None:
         load_weights(weights.checkpoint, chunks, parallel)
     elif base is not None or not goes_on:
-        fill_parameters(chunks, inputs.weights, inputs.shape, parallel)
+        inputs.source.fill(chunks, parallel)
     if base is not None and not goes_on:
-        fill_parameters(chunks, _adapters(config, inputs, base), inputs.shape, parallel, adapters=True)
+        inputs.source.adapters.fill(chunks, config, base, parallel)
 
 
 def starts_with_base(config: Config, start: StartPoint | None) -> bool:
@@ -63,10 +62,3 @@ def starts_with_base(config: Config, start: StartPoint | None) -> bool:
     if start is None or start.step == WEIGHTS_ONLY_STEP:
         return config.lora.load_lora is None
     return start.resumes(Path(config.weights.save)) and start.began_with_base
-
-
-def _adapters(config: Config, inputs: Inputs, base: AdapterBase) -> WeightSource:
-    folder, lora = config.lora.load_lora, config.lora
-    if folder is None:
-        return RandomAdapters(inputs.shape, lora, config.batch.seed)
-    return on_every_rank(lambda: AdapterFolder(Path(folder), inputs.shape, lora, base))

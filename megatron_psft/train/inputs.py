@@ -23,11 +23,9 @@ from megatron_psft.errors import InfrastructureError, UserError, counted, folder
 from megatron_psft.hf import folder, hub
 from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.side_files import SideFiles
-from megatron_psft.hf.vision import vision_of
-from megatron_psft.hf.weights import RandomWeights, SafetensorsFolder, WeightSource, WithMeanRows
-from megatron_psft.model.gpt import check_layout
-from megatron_psft.model.shape import ModelShape, read_max_positions, read_shape
-from megatron_psft.train.exported import check_rows, resized_shape, side_files_of
+from megatron_psft.sources.native import NativeSource
+from megatron_psft.sources.source import ModelSource
+from megatron_psft.train.exported import check_rows, needed_rows, side_files_of
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +37,7 @@ class Inputs:
     """Everything a run reads, checked, before anything is built."""
 
     model_folder: Path
-    shape: ModelShape
-    weights: WeightSource
+    source: ModelSource
     dataset: TokenizedDataset
     plan: PackPlan
     valid_sets: Mapping[str, TokenizedDataset]
@@ -49,8 +46,6 @@ class Inputs:
     """As `valid_sets`."""
     tokenizer: PreTrainedTokenizerBase
     train_iters: int
-    max_positions: int | None
-    """Of the longest text that the model was made for; None where it does not say."""
     side_files: SideFiles | None
     """Of an export, if there will be one."""
 
@@ -110,21 +105,20 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     """
     model_folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=config.weights.reads_hf_weights)
     tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
-    own_shape = read_shape(model_folder)
-    check_layout(own_shape, config)
-    _check_top_k(config, own_shape)
-    if config.weights.exports and own_shape.family.vision is not None:
+    source: ModelSource = NativeSource.of(model_folder)
+    own_rows = source.vocab_size
+    source.check(config)
+    _check_top_k(config, own_rows)
+    if config.weights.exports and source.passes_tensors_on:
         model_folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=True)
-        vision_of(model_folder, own_shape)
+        source.check_export(model_folder)
     _prepare_folders(config, model_folder, tokenizer_folder, is_main)
-    files = SafetensorsFolder(model_folder, own_shape) if config.weights.reads_hf_weights else None
+    source = source.with_weights(model_folder, config)
     tokenizer = hub.load_tokenizer(tokenizer_folder)
-    shape = resized_shape(own_shape, tokenizer) if config.weights.resize_vocab else own_shape
-    check_rows(tokenizer, shape)
-    weights: WeightSource = RandomWeights(shape, config.batch.seed)
-    if files is not None:
-        weights = files if shape == own_shape else WithMeanRows(files, own_shape)
-    drift_sets = _read_drift_sets(config, model_folder, tokenizer, own_shape)
+    if config.weights.resize_vocab:
+        source = source.with_rows(needed_rows(tokenizer))
+    check_rows(tokenizer, source.vocab_size)
+    drift_sets = _read_drift_sets(config, model_folder, tokenizer, own_rows)
     dataset = _read_dataset(config, config.data.data, "training", tokenizer, is_main)
     valid_sets = {
         name: _read_dataset(config, paths, "other", tokenizer, is_main)
@@ -138,21 +132,19 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     validate_train_iters(config, train_iters)
     side_files = None
     if config.weights.exports:
-        rows = None if shape == own_shape else shape.vocab_size
+        rows = None if source.vocab_size == own_rows else source.vocab_size
         side_files = side_files_of(config.data, model_folder, tokenizer_folder, tokenizer, dataset, vocab_size=rows)
         if is_main:
             side_files.check()
     return Inputs(
         model_folder=model_folder,
-        shape=shape,
-        weights=weights,
+        source=source,
         dataset=dataset,
         plan=plan,
         valid_sets=valid_sets,
         drift_sets=drift_sets,
         tokenizer=tokenizer,
         train_iters=train_iters,
-        max_positions=read_max_positions(model_folder),
         side_files=side_files,
     )
 
@@ -176,7 +168,7 @@ def describe(inputs: Inputs, config: Config) -> None:
         log.info("validation data%s:\n%s", f" {name}" if name else "", valid.statistics())
     sets = [("data", inputs.dataset), *(("valid_data", valid) for valid in inputs.valid_sets.values())]
     sets += [("drift_data", answers.dataset) for answers in inputs.drift_sets.values()]
-    for text in (beyond_positions(field, dataset, inputs.max_positions) for field, dataset in sets):
+    for text in (beyond_positions(field, dataset, inputs.source.max_positions) for field, dataset in sets):
         if text is not None:
             log.warning("%s", text)
     for sequence in inputs.dataset[0].sequences:
@@ -202,11 +194,11 @@ def beyond_positions(field: str, dataset: TokenizedDataset, max_positions: int |
     )
 
 
-def _check_top_k(config: Config, shape: ModelShape) -> None:
+def _check_top_k(config: Config, vocab_size: int) -> None:
     top_k = config.objective.ref_top_k
-    if top_k > shape.vocab_size:
+    if top_k > vocab_size:
         raise UserError(
-            f"kl_top_k ({top_k}) must not exceed the {shape.vocab_size} tokens of the model's vocabulary; lower it"
+            f"kl_top_k ({top_k}) must not exceed the {vocab_size} tokens of the model's vocabulary; lower it"
         )
 
 
@@ -239,7 +231,7 @@ def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> It
 
 
 def _read_drift_sets(
-    config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase, shape: ModelShape
+    config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> dict[str, DriftSet]:
     sets = config.data.drift_sets
     if not sets:
@@ -249,7 +241,7 @@ def _read_drift_sets(
         sampled_from["model"] = weights_fingerprint(model_folder, "load_hf")
     return {
         name: read_drift_set(
-            name, paths, sampled_from=sampled_from, vocab_size=shape.vocab_size, seq_length=config.data.seq_length
+            name, paths, sampled_from=sampled_from, vocab_size=vocab_size, seq_length=config.data.seq_length
         )
         for name, paths in sets.items()
     }

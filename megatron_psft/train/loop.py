@@ -268,7 +268,7 @@ def _gpu_values(run: Run, step: int, seconds: float) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     passes = flops.passes_of_training(has_adapters=run.config.lora.has_adapters)
-    of_step = passes * flops.forward_flops(run.shape, run.loader.lengths(step).tolist())
+    of_step = passes * run.source.forward_flops(run.loader.lengths(step).tolist())
     per_second = of_step / seconds / run.parallel.world_size
     values = {"tflops_per_gpu": per_second / 1e12, "max_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
     peak = flops.peak_flops(device)

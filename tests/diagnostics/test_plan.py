@@ -134,7 +134,7 @@ def _saved_bytes(folder: Path, layers: int) -> tuple[float, int]:
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             train_step(run, 0)
-        plan = Plan(config=run.config, shape=run.shape, world_size=1, platform=CPU)
+        plan = Plan(config=run.config, shape=run.source.shape, world_size=1, platform=CPU)
         return sum(sizes.values()), plan._layer_activations(0)
 
 
