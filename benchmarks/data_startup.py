@@ -50,7 +50,7 @@ def start(data: Path, tokenizer_name: str, cache: Path, workers: int | None) -> 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     before, started = memory(), time.perf_counter()
     config = DataConfig(data=(str(data),), data_cache_dir=str(cache), data_workers=workers)
-    dataset = build_dataset(config.data, tokenizer, config, seed=0, show_progress=True)
+    dataset = build_dataset(config.data, tokenizer, config, field="data", seed=0, show_progress=True)
     opened = time.perf_counter()
     dataset.fingerprint()
     statistics = dataset.statistics()

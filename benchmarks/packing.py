@@ -104,7 +104,7 @@ def tokenized(paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_leng
     """The records, tokenized anew into a cache that nobody else has, on all cores."""
     with tempfile.TemporaryDirectory() as cache:
         config = DataConfig(data=tuple(paths), seq_length=seq_length, overlong="truncate", data_cache_dir=cache)
-        return build_dataset(paths, tokenizer, config, seed=0, show_progress=False)
+        return build_dataset(paths, tokenizer, config, field="data", seed=0, show_progress=False)
 
 
 def trl_figures(

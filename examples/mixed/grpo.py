@@ -96,7 +96,7 @@ def run_rounds(config: Config) -> int:
 def read_rows(paths: Sequence[str]) -> list[object]:
     """The rows as they are: `psft rollout` says which keys are wanted."""
     rows = []
-    for row in (row for path in paths for row in open_rows(path)):
+    for row in (row for path in paths for row in open_rows(path, field="prompts")):
         if not isinstance(row, Row):
             raise UserError(f"prompts must hold usable rows only; the first that is not is {row}")
         rows.append(row.value)

@@ -78,8 +78,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def mix(config: MixConfig) -> None:
-    demonstrations, bad = read_records(config.demonstrations, RecordKeys(system_prompt=config.system_prompt))
-    raise_or_report(bad, Counter(record.reason for record in bad), len(bad) + len(demonstrations), False)
+    field, keys = "demonstrations", RecordKeys(system_prompt=config.system_prompt)
+    demonstrations, bad = read_records(config.demonstrations, keys, field=field)
+    counts, total = Counter(record.reason for record in bad), len(bad) + len(demonstrations)
+    raise_or_report(field, bad, counts, total, skip_bad_records=None)
     groups = read_groups(config.rollouts)
     matched = sum(key_of(record.messages) in groups for record in demonstrations)
     if config.method != "all" and not matched:
@@ -103,7 +105,7 @@ def mix(config: MixConfig) -> None:
 def read_groups(paths: Sequence[str]) -> dict[str, list[RolloutRow]]:
     """Rollouts by prompt, with their source noted. Raises UserError for rows that `psft rollout` has not written."""
     groups: dict[str, list[RolloutRow]] = defaultdict(list)
-    for row in (row for path in paths for row in open_rows(path)):
+    for row in (row for path in paths for row in open_rows(path, field="rollouts")):
         if (
             not isinstance(row, Row)
             or not isinstance(row.value, dict)

@@ -88,7 +88,8 @@ def prepare(config: PrepareConfig) -> None:
                     bad.append(item)
                 elif verdict == "kept":
                     file.write(json.dumps({"messages": item.messages}, ensure_ascii=False) + "\n")
-        raise_or_report(bad, Counter(record.reason for record in bad), counts.total(), skip_bad_records=False)
+        reasons = Counter(record.reason for record in bad)
+        raise_or_report("source", bad, reasons, counts.total(), skip_bad_records=None)
         if not counts["kept"]:
             raise UserError(f"source ({config.source}) must have a record that is short enough; raise the limits")
         partial.rename(out)
@@ -105,9 +106,8 @@ def judged(config: PrepareConfig) -> Iterator[tuple[Record | BadRecord, Verdict]
     """The records of the source in order, and what becomes of each."""
     tokenizer = load_tokenizer(model_folder("tokenizer", config.tokenizer, with_weights=False))
     renderer = ChatRenderer(tokenizer, "assistant")
-    items = iter_records(
-        [config.source], RecordKeys(completion=config.completion_key, system_prompt=config.system_prompt)
-    )
+    keys = RecordKeys(completion=config.completion_key, system_prompt=config.system_prompt)
+    items = iter_records([config.source], keys, field="source")
     with Progress("prepare", total=None, unit="record") as progress:
         while batch := list(islice(items, _AT_A_TIME)):
             for item, prompt_tokens, answer_tokens in measured(batch, renderer):

@@ -52,7 +52,7 @@ class Config:
 def read_pairs(paths: Sequence[str]) -> list[dict[str, list[Message]]]:
     """Rows of prompt, chosen and rejected as lists of messages. Raises UserError that names the first bad row."""
     pairs = []
-    for row in (row for path in paths for row in open_rows(path)):
+    for row in (row for path in paths for row in open_rows(path, field="pairs")):
         pair = parse_pair(row, RecordKeys(are_pairs=True))
         if isinstance(pair, BadRecord):
             raise UserError(f"pairs must hold usable rows only; the first that is not is {pair}")

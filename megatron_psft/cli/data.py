@@ -182,6 +182,7 @@ def show_data(config: ShowDataConfig) -> None:
         config.data.data,
         tokenizer,
         config.data,
+        field="data",
         seed=config.batch.seed,
         show_progress=True,
         are_pairs=config.objective.needs_pairs,

@@ -167,7 +167,7 @@ class DataCache:
                     found = _open_folder(folder, source.name)
         except OSError as error:
             text = (
-                f"data_cache_dir ({self._root}) cannot be written, or data ({source.name}) not read: "
+                f"data_cache_dir ({self._root}) cannot be written, or {source.given} not read: "
                 f"{error.strerror or error}; make room or name another folder with --data-cache-dir"
             )
             raise storage_error(error, text) from error
@@ -192,7 +192,7 @@ class DataCache:
             chunks = tokenize_chunks(source.chunks(), self._tokenize, self._num_workers)
             manifest = _write_chunks(staging, stack.enter_context(closing(chunks)), shown)
             if _identity(source) != key["files"]:
-                raise UserError(f"data ({source.name}) changed while it was read; start again when it is complete")
+                raise UserError(f"{source.given} changed while it was read; start again when it is complete")
             # Last, so that a folder without it is nothing, whatever a file system made of the order of writes.
             (staging / MANIFEST).write_text(json.dumps({**manifest, "key": key}, indent=1))
             if folder.exists():

@@ -20,6 +20,7 @@ from megatron_psft.data.cache import DataCache, TokenizedSource
 from megatron_psft.data.chat import RenderSettings
 from megatron_psft.data.example import Example, Notes
 from megatron_psft.data.formats import DEFAULT_COMPLETION_KEY, RecordKeys
+from megatron_psft.data.given import GivenPath
 from megatron_psft.data.records import TEXT_REFUSED, raise_or_report
 from megatron_psft.data.sources import open_source
 from megatron_psft.data.splits import SplitUse
@@ -38,9 +39,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedPath:
-    """One `--data` value: `PATH` or `PATH=WEIGHT`. `weight` is in passes over the source per epoch."""
+    """A value of `--data`, `PATH` or `PATH=WEIGHT`. `weight` is in passes over the source per epoch."""
 
-    path: str
+    given: GivenPath
     weight: float
 
 
@@ -120,21 +121,23 @@ class TokenizedDataset:
         return digest.hexdigest()
 
 
-def parse_weighted_path(text: str) -> WeightedPath:
-    """`PATH=WEIGHT`, or `PATH` with weight 1. A file or folder whose whole name is `text` is meant by it.
+def parse_weighted_path(text: str, *, field: str) -> WeightedPath:
+    """`PATH=WEIGHT`, or `PATH` with weight 1, of the setting `field`. A file or folder whose whole name is `text` is
+    meant by it.
 
     Raises UserError where the weight is not positive and finite.
     """
+    given = GivenPath(field, text)
     path, equals, number = text.rpartition("=")
     try:
         weight = float(number)
     except ValueError:
-        return WeightedPath(path=text, weight=1.0)
+        return WeightedPath(given=given, weight=1.0)
     if not equals or os.path.exists(os.path.expanduser(text)):
-        return WeightedPath(path=text, weight=1.0)
+        return WeightedPath(given=given, weight=1.0)
     if not (weight > 0 and math.isfinite(weight)):
-        raise UserError(f"data ({text}) must have a weight above 0, in passes per epoch; change or leave out ={number}")
-    return WeightedPath(path=path, weight=weight)
+        raise UserError(f"{given} must have a weight above 0, in passes per epoch; change or leave out ={number}")
+    return WeightedPath(given=GivenPath(field, path), weight=weight)
 
 
 def build_dataset(
@@ -142,13 +145,14 @@ def build_dataset(
     tokenizer: "PreTrainedTokenizerBase",
     config: DataConfig,
     *,
+    field: str,
     seed: int,
     show_progress: bool,
     are_pairs: bool = False,
     use: SplitUse = "training",
 ) -> TokenizedDataset:
     """The records of `paths` (see `parse_weighted_path`), source after source, tokenized or taken from the cache. Bad
-    records that are skipped are logged.
+    records that are skipped are logged. Errors name `field`, the setting that `paths` are of.
 
     A record of more than `config.seq_length` tokens is over-long: "drop" leaves it out, "truncate" cuts it on the right
     and leaves it out where no label remains, "error" refuses the data. A weight's fraction is a random part of the
@@ -160,8 +164,9 @@ def build_dataset(
     """
     if are_pairs:
         _refuse_for_pairs(config)
-    weighted = [parse_weighted_path(path) for path in paths]
-    opened = [open_source(item.path, use=use) for item in weighted]  # all of them before the first is tokenized
+    weighted = [parse_weighted_path(path, field=field) for path in paths]
+    # All of them before the first is tokenized.
+    opened = [open_source(item.given.path, field=field, use=use) for item in weighted]
     keys = RecordKeys(
         prompt=config.prompt_key,
         completion=config.completion_key,
@@ -179,13 +184,13 @@ def build_dataset(
         settings=RenderSettings.of_data(config),
     )
     sources = [cache.open(source, show_progress=show_progress) for source in opened]
-    _check_bad_records(sources, paths, config.skip_bad_records)
+    _check_bad_records(sources, GivenPath(field, ", ".join(paths)), config.skip_bad_records)
     if config.overlong == "error":
-        _refuse_overlong(sources, config.seq_length, are_pairs=are_pairs)
+        _refuse_overlong(sources, config.seq_length, field=field, are_pairs=are_pairs)
     parts = []
     for number, (source, item, read) in enumerate(zip(sources, weighted, opened, strict=True)):
-        usable = _select_usable(source, seq_length=config.seq_length, overlong=config.overlong)
-        part = _repeat_by_weight(source, usable, weight=item.weight, seed=[seed, number])
+        usable = _select_usable(source, read.given, seq_length=config.seq_length, overlong=config.overlong)
+        part = _repeat_by_weight(source, read.given, usable, weight=item.weight, seed=[seed, number])
         parts.append(replace(part, statistics=replace(part.statistics, selection=read.selection)))
     return TokenizedDataset(parts)
 
@@ -210,21 +215,21 @@ def _usable_cores() -> int:
     return min(cores, _MAX_WORKERS)
 
 
-def _check_bad_records(sources: Sequence[TokenizedSource], paths: Sequence[str], skip_bad_records: bool) -> None:
+def _check_bad_records(sources: Sequence[TokenizedSource], given: GivenPath, skip_bad_records: bool) -> None:
     counts = sum((Counter(source.bad_counts) for source in sources), Counter[str]())
     total = counts.total() + sum(source.num_rows for source in sources)
     if not total:
-        raise UserError(f"data ({', '.join(paths)}) holds no record; name files that hold at least one")
+        raise UserError(f"{given} holds no record; name files that hold at least one")
     bad = list(islice((record for source in sources for record in source.bad_records()), _LISTED_BAD_RECORDS))
     if (texts := counts[TEXT_REFUSED]) and not skip_bad_records:
         first = next(record for source in sources for record in source.bad_records() if record.reason == TEXT_REFUSED)
         raise UserError(
-            "data must hold conversations only with loss_on assistant or last, found "
+            f"{given.field} must hold conversations only with loss_on assistant or last, found "
             f"{counted(texts, 'plain text')} in {counted(total, 'record')}, the first is {first.source}; "
             "train on every token of both with --loss-on all, or remove them"
         )
     lists = [f"{source.folder}/bad.jsonl" for source in sources if source.bad_counts]
-    if report := raise_or_report(bad, counts, total, skip_bad_records, lists):
+    if report := raise_or_report(given.field, bad, counts, total, skip_bad_records=skip_bad_records, lists=lists):
         logger.warning(report)
 
 
@@ -239,7 +244,7 @@ class _UsableRecords:
     dropped: Mapping[str, int]
 
 
-def _select_usable(source: TokenizedSource, *, seq_length: int, overlong: str) -> _UsableRecords:
+def _select_usable(source: TokenizedSource, given: GivenPath, *, seq_length: int, overlong: str) -> _UsableRecords:
     """The records that fit into `seq_length`; the others are cut, counted in `dropped`, or refused."""
     lengths = source.index["length"].astype(np.int64)
     is_long = _longest_sequences(source) > seq_length
@@ -254,12 +259,10 @@ def _select_usable(source: TokenizedSource, *, seq_length: int, overlong: str) -
     dropped = Counter({reason: count for reason, count in dropped.items() if count})
     records = np.flatnonzero(~is_dropped & ~has_no_label)
     if not len(source.index) and not source.bad_counts:
-        raise UserError(f"data ({source.name}) holds no record; name files that hold at least one")
+        raise UserError(f"{given} holds no record; name files that hold at least one")
     if not len(records):
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
-        raise UserError(
-            f"data ({source.name}) holds no usable record: {reasons}; seq_length ({seq_length}) may be too small"
-        )
+        raise UserError(f"{given} holds no usable record: {reasons}; seq_length ({seq_length}) may be too small")
     labels = source.index["labels"].astype(np.int64)[records]
     for place in np.flatnonzero(is_long[records]):  # few: only those that are cut
         labels[place] = np.count_nonzero(source.example(int(records[place]), seq_length).label_mask)
@@ -279,7 +282,7 @@ def _longest_sequences(source: TokenizedSource) -> NDArray[np.int64]:
     return np.maximum(second_start, lengths - second_start)
 
 
-def _refuse_overlong(sources: Sequence[TokenizedSource], seq_length: int, *, are_pairs: bool) -> None:
+def _refuse_overlong(sources: Sequence[TokenizedSource], seq_length: int, *, field: str, are_pairs: bool) -> None:
     """Raises UserError where a record does not fit; it names the first ones, and the longest."""
     lengths = [_longest_sequences(source) for source in sources]
     found = [
@@ -293,7 +296,7 @@ def _refuse_overlong(sources: Sequence[TokenizedSource], seq_length: int, *, are
     first = ", ".join(_with_length(sources, each) for each in found[:_NAMED_RECORDS])
     last = "" if longest in found[:_NAMED_RECORDS] else f"; the longest is {_with_length(sources, longest)}"
     raise UserError(
-        f"data must hold no record of more than seq_length ({seq_length}) tokens with --overlong error, found "
+        f"{field} must hold no record of more than seq_length ({seq_length}) tokens with --overlong error, found "
         f"{len(found):,} in {sum(map(len, lengths)):,}: {first}{last}; raise --seq-length to {longest[0]}, or choose "
         f"--overlong drop{'' if are_pairs else ' or truncate'}"
     )
@@ -305,7 +308,7 @@ def _with_length(sources: Sequence[TokenizedSource], record: tuple[int, int, int
 
 
 def _repeat_by_weight(
-    source: TokenizedSource, usable: _UsableRecords, *, weight: float, seed: Sequence[int]
+    source: TokenizedSource, given: GivenPath, usable: _UsableRecords, *, weight: float, seed: Sequence[int]
 ) -> SourceRecords:
     """As many passes over the records as `weight` says, in order, and a random part of them for its fraction."""
     count = len(usable.records)
@@ -314,7 +317,7 @@ def _repeat_by_weight(
     taken = np.concatenate([np.tile(np.arange(count), passes), drawn])
     if not len(taken):
         records = counted(count, "record")
-        raise UserError(f"data ({source.name}) takes none of {records} with weight {weight:g}; raise it")
+        raise UserError(f"{given} takes none of {records} with weight {weight:g}; raise it")
     lengths = usable.lengths[taken]
     return SourceRecords(
         source=source,

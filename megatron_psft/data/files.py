@@ -18,6 +18,7 @@ from typing import BinaryIO, Protocol, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_psft.data.given import GivenPath
 from megatron_psft.errors import UserError, first_line
 
 MAX_LINE_BYTES = 64 * 2**20
@@ -68,8 +69,9 @@ class Chunk(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What one `--data` path stands for. `files` hold its content: if they have not changed, neither has it."""
+    """What one path of records stands for. `files` hold its content: if they have not changed, neither has it."""
 
+    given: GivenPath
     name: str
     files: tuple[Path, ...]
     chunks: Callable[[], Iterator[Chunk]]
@@ -84,19 +86,28 @@ class Source:
         return sum(file.stat().st_size for file in self.files)
 
 
-def file_source(name: str, files: tuple[Path, ...]) -> Source:
+def file_source(given: GivenPath, name: str, files: tuple[Path, ...]) -> Source:
     """The rows of the files, one file after the other. Raises UserError for one of unknown type or not readable."""
-    for file in files:
-        if not is_known(file.name):
-            raise UserError(f"data ({file}) must be a {KNOWN_FILES} file; convert or rename it")
+    each = [given.at(file) for file in files]
+    for file in each:
+        if not is_known(file.path):
+            raise UserError(f"{file} must be a {KNOWN_FILES} file; convert or rename it")
         check_readable(file)
-    return Source(name=name, files=files, chunks=lambda: itertools.chain.from_iterable(map(_read_file, files)))
+    return Source(
+        given=given,
+        name=name,
+        files=files,
+        chunks=lambda: itertools.chain.from_iterable(map(_read_file, each)),
+    )
 
 
-def dataset_source(rows: Sequence[object], name: str, files: tuple[Path, ...], version: str = "") -> Source:
+def dataset_source(
+    rows: Sequence[object], given: GivenPath, name: str, files: tuple[Path, ...], version: str = ""
+) -> Source:
     """Rows that the library `datasets` has loaded, from `files`."""
     size_of_row = sum(file.stat().st_size for file in files) // max(len(rows), 1)
     return Source(
+        given=given,
         name=name,
         files=files,
         version=version,
@@ -104,10 +115,10 @@ def dataset_source(rows: Sequence[object], name: str, files: tuple[Path, ...], v
     )
 
 
-def check_readable(path: Path) -> None:
+def check_readable(given: GivenPath) -> None:
     """Raises UserError where this process may not read a file or folder, or it is a link to nothing."""
-    if not os.access(path, os.R_OK):
-        raise UserError(f"data ({path}) must be readable; change its permissions, or fix the link")
+    if not os.access(given.path, os.R_OK):
+        raise UserError(f"{given} must be readable; change its permissions, or fix the link")
 
 
 def is_known(name: str) -> bool:
@@ -129,18 +140,18 @@ def _endings(name: str) -> tuple[str, str]:
     return (inner if inner in _COMPRESSED else "", ending)
 
 
-def _read_file(path: Path) -> Iterator[Chunk]:
-    return _READERS[_endings(path.name)[0]](path)
+def _read_file(given: GivenPath) -> Iterator[Chunk]:
+    return _READERS[_endings(given.path)[0]](given)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+def _opened(given: GivenPath) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """The file's content, decompressed while it is read, and a function that says how many bytes of the file are read.
 
     Raises UserError where it cannot be decompressed.
     """
-    compression = _COMPRESSIONS.get(_endings(path.name)[1])
-    with path.open("rb") as file:
+    compression = _COMPRESSIONS.get(_endings(given.path)[1])
+    with open(given.path, "rb") as file:
         if compression is None:
             yield file, file.tell
             return
@@ -149,7 +160,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
                 yield cast(BinaryIO, io.BufferedReader(stream)), file.tell
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"data ({path}) cannot be read as {compression}: {first_line(error)}; compress it again"
+                f"{given} cannot be read as {compression}: {first_line(error)}; compress it again"
             ) from error
 
 
@@ -171,12 +182,12 @@ class _Lines:
                 yield _parse_line(line, source, encoding="utf-8-sig" if number == 1 else "utf-8")
 
 
-def _read_json_lines(path: Path) -> Iterator[Chunk]:
-    with _opened(path) as (file, position):
+def _read_json_lines(given: GivenPath) -> Iterator[Chunk]:
+    with _opened(given) as (file, position):
         lines = _iter_lines(file)
         first, read = 1, 0
         while chunk := _take_chunk(lines):
-            yield _Lines(name=str(path), size=position() - read, first=first, lines=[line for line, _ in chunk])
+            yield _Lines(name=given.path, size=position() - read, first=first, lines=[line for line, _ in chunk])
             first, read = first + len(chunk), position()
 
 
@@ -240,22 +251,22 @@ class _Values:
         return (Row(source=f"{self.name}:{number}", value=row) for number, row in enumerate(self.values, self.first))
 
 
-def _read_json_array(path: Path) -> Iterator[Chunk]:
+def _read_json_array(given: GivenPath) -> Iterator[Chunk]:
     try:
-        with _opened(path) as (file, _):
+        with _opened(given) as (file, _):
             rows = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=_object_of)
     except UnicodeDecodeError as error:
-        raise UserError(f"data ({path}) must be UTF-8, byte {error.start + 1} is not; re-encode the file") from error
+        raise UserError(f"{given} must be UTF-8, byte {error.start + 1} is not; re-encode the file") from error
     except json.JSONDecodeError as error:
         raise UserError(
-            f"data ({path}) must be one JSON array: {error.msg} at line {error.lineno}, column {error.colno}; "
+            f"{given} must be one JSON array: {error.msg} at line {error.lineno}, column {error.colno}; "
             "a file with one object per line is named .jsonl"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data ({path}) must be one JSON array: {first_line(error)}; use .jsonl") from error
+        raise UserError(f"{given} must be one JSON array: {first_line(error)}; use .jsonl") from error
     if not isinstance(rows, list):
-        raise UserError(f"data ({path}) must be a JSON array of objects, found {type(rows).__name__}; put it in [ ]")
-    return _chunks_of_values(rows, str(path), path.stat().st_size // max(len(rows), 1))
+        raise UserError(f"{given} must be a JSON array of objects, found {type(rows).__name__}; put it in [ ]")
+    return _chunks_of_values(rows, given.path, os.path.getsize(given.path) // max(len(rows), 1))
 
 
 def _chunks_of_values(rows: Iterable[object], name: str, size_of_row: int) -> Iterator[Chunk]:
@@ -296,19 +307,19 @@ def _without_nulls(value: object) -> object:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _read_parquet(path: Path) -> Iterator[Chunk]:
+def _read_parquet(given: GivenPath) -> Iterator[Chunk]:
     first = 1
     try:
-        with pq.ParquetFile(path) as file:
-            size_of_row = path.stat().st_size // max(file.metadata.num_rows, 1)
+        with pq.ParquetFile(given.path) as file:
+            size_of_row = os.path.getsize(given.path) // max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=_CHUNK_ROWS):
-                yield _Table(name=str(path), size=size_of_row * batch.num_rows, first=first, batch=batch)
+                yield _Table(name=given.path, size=size_of_row * batch.num_rows, first=first, batch=batch)
                 first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data ({path}) cannot be read as Parquet: {first_line(error)}; write it again") from error
+        raise UserError(f"{given} cannot be read as Parquet: {first_line(error)}; write it again") from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Chunk]]] = {
+_READERS: dict[str, Callable[[GivenPath], Iterator[Chunk]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json_array,
     ".parquet": _read_parquet,

@@ -71,21 +71,24 @@ def parse_with(parse: Callable[[object, str], Parsed], row: Row | BadRecord) -> 
         return BadRecord(source=row.source, reason=error.reason, detail=error.detail)
 
 
-def iter_records(paths: Sequence[str], keys: RecordKeys) -> Iterator[Record | BadRecord]:
+def iter_records(paths: Sequence[str], keys: RecordKeys, *, field: str) -> Iterator[Record | BadRecord]:
     """Streams the records of `paths` (see `open_source`) in order. All paths are checked before the first record.
 
-    Raises UserError where a path, or a whole JSON or Parquet file, cannot be read.
+    Raises UserError, which names `field`, the setting that `paths` are of, where a path, or a whole JSON or Parquet
+    file, cannot be read.
     """
-    for rows in [open_rows(path) for path in paths]:
+    for rows in [open_rows(path, field=field) for path in paths]:
         for row in rows:
             yield parse_row(row, keys)
 
 
-def read_records(paths: Sequence[str], keys: RecordKeys | None = None) -> tuple[list[Record], list[BadRecord]]:
+def read_records(
+    paths: Sequence[str], keys: RecordKeys | None = None, *, field: str
+) -> tuple[list[Record], list[BadRecord]]:
     """All of `iter_records` in memory: (records, bad records), each in file order."""
     records: list[Record] = []
     bad: list[BadRecord] = []
-    for item in iter_records(paths, keys or RecordKeys()):
+    for item in iter_records(paths, keys or RecordKeys(), field=field):
         if isinstance(item, Record):
             records.append(item)
         else:
@@ -94,13 +97,19 @@ def read_records(paths: Sequence[str], keys: RecordKeys | None = None) -> tuple[
 
 
 def raise_or_report(
-    bad: Sequence[BadRecord], counts: Mapping[str, int], total: int, skip_bad_records: bool, lists: Sequence[str] = ()
+    field: str,
+    bad: Sequence[BadRecord],
+    counts: Mapping[str, int],
+    total: int,
+    *,
+    skip_bad_records: bool | None,
+    lists: Sequence[str] = (),
 ) -> str:
     """The first 20 bad records by where, then counts by reason; an empty text without bad records.
 
     `bad` are the first ones at least, `counts` all of them by reason, `lists` the files that name each; `total` counts
-    good and bad records. Raises UserError with that text unless `skip_bad_records`, and in any case if no good one is
-    left.
+    good and bad records. Raises UserError, which names the setting `field`, with that text unless `skip_bad_records`
+    (None where no flag says so), and in any case if no good one is left.
     """
     number = sum(counts.values())
     head = f"{number:,} of {counted(total, 'record')} {'is' if number == 1 else 'are'} bad"
@@ -110,9 +119,10 @@ def raise_or_report(
     lines += [f"  {count} x {reason}" for reason, count in Counter(counts).most_common()]
     report = "\n".join(lines)
     if number == total:
-        raise UserError(f"data holds no usable record; check the files and the keys of their records: {report}")
+        raise UserError(f"{field} holds no usable record; check the files and the keys of their records: {report}")
     if number and not skip_bad_records:
-        raise UserError(f"data must hold no bad record; fix them or pass --skip-bad-records: {report}")
+        remedy = "fix them" if skip_bad_records is None else "fix them or pass --skip-bad-records"
+        raise UserError(f"{field} must hold no bad record; {remedy}: {report}")
     return report if number else ""
 
 

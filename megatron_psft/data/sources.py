@@ -1,4 +1,4 @@
-"""What a `--data` path stands for: a file, the files of a folder or pattern, or a dataset on disk or on the hub."""
+"""What a path of records stands for: a file, the files of a folder or pattern, or a dataset on disk or on the hub."""
 
 import glob
 import itertools
@@ -22,6 +22,7 @@ from megatron_psft.data.files import (
     is_known,
     stem_of,
 )
+from megatron_psft.data.given import GivenPath
 from megatron_psft.data.splits import SplitUse, choose, kind_of, label_of
 from megatron_psft.errors import UserError, counted, first_line
 
@@ -34,15 +35,14 @@ _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 class _Place:
     """A path or ID with what is said of it: `ID[:CONFIG][@SPLIT]`."""
 
-    text: str
-    """As the user has written it, for errors."""
+    given: GivenPath
     base: str
     config: str | None = None
     split: str | None = None
 
 
-def open_source(path: str, *, use: SplitUse = "training") -> Source:
-    """One `--data` path, without its weight:
+def open_source(path: str, *, field: str, use: SplitUse = "training") -> Source:
+    """One path of `--data` or of another setting that names records, without its weight:
 
     * a `.jsonl`, `.json` (array) or `.parquet` file, the first two also compressed as `.gz` or `.zst`;
     * a folder of such files, also in its sub-folders `data` and `train`, `test` and so on, or the files that a pattern
@@ -52,15 +52,17 @@ def open_source(path: str, *, use: SplitUse = "training") -> Source:
     `:CONFIG` behind a folder or ID names a sub-folder or a configuration, `@SPLIT` a split; `splits.choose` says which
     one is taken without. A file, or a folder, whose whole name has such a character is meant by it.
 
-    Whether `path` can be read is checked now; rows are read when the iterator of chunks is advanced.
+    Whether `path` can be read is checked now; rows are read when the iterator of chunks is advanced. Errors name
+    `field`, the setting that `path` is of.
 
     Raises UserError: no such file, unknown file type, empty folder, no split or several that may be meant, hub dataset
     that cannot be loaded; while iterating over chunks: a JSON or Parquet file that is broken as a whole.
     """
     # os.path and not pathlib: its answers stay False, and its text unchanged, for what cannot be a path at all.
+    given = GivenPath(field, path)
     if "://" in path:
-        raise UserError(f"data ({path}) must not be an address; download it and give the file")
-    place = _parse(path)
+        raise UserError(f"{given} must not be an address; download it and give the file")
+    place = _parse(given)
     local = Path(os.path.expanduser(place.base))
     if os.path.isdir(local):
         if place.config is not None:
@@ -71,35 +73,35 @@ def open_source(path: str, *, use: SplitUse = "training") -> Source:
     if glob.has_magic(place.base) and "\0" not in path:
         return _open_pattern(place, use)
     if _looks_like_path(place.base) or not _HUB_ID.fullmatch(place.base):
-        raise UserError(f"data ({path}) does not exist; give a file, a folder or the ID of a dataset on the hub")
+        raise UserError(f"{given} does not exist; give a file, a folder or the ID of a dataset on the hub")
     return _open_hub(place, use)
 
 
-def open_rows(path: str, *, use: SplitUse = "training") -> Iterator[Row | BadRecord]:
+def open_rows(path: str, *, field: str, use: SplitUse = "training") -> Iterator[Row | BadRecord]:
     """The rows of `open_source`, one after the other."""
-    source = open_source(path, use=use)
+    source = open_source(path, field=field, use=use)
     return (row for chunk in source.chunks() for row in chunk.rows())
 
 
-def place_of(path: str) -> Path:
-    """The file or folder that a `--data` path reads from if it is local; of a pattern, the folder of its matches."""
-    place = Path(os.path.expanduser(_parse(path).base))
+def place_of(given: GivenPath) -> Path:
+    """The file or folder that is read from if it is local; of a pattern, the folder of its matches."""
+    place = Path(os.path.expanduser(_parse(given).base))
     if os.path.exists(place) or not glob.has_magic(str(place)):
         return place
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), place.parts)
     return Path(*fixed)
 
 
-def _parse(text: str) -> _Place:
+def _parse(given: GivenPath) -> _Place:
     """A name that exists is taken whole, from the longest on."""
-    base, split, config = text, None, None
+    base, split, config = given.path, None, None
     if not _exists(base) and "@" in base:
         base, _, split = base.rpartition("@")
     if not _exists(base) and ":" in base:
         base, _, config = base.rpartition(":")
     if not base or split == "" or config == "":
-        raise UserError(f"data ({text}) must have a name before and after : and @; give PATH or ID[:CONFIG][@SPLIT]")
-    return _Place(text=text, base=base, config=config, split=split)
+        raise UserError(f"{given} must have a name before and after : and @; give PATH or ID[:CONFIG][@SPLIT]")
+    return _Place(given=given, base=base, config=config, split=split)
 
 
 def _exists(path: str) -> bool:
@@ -115,17 +117,17 @@ def _sub_folder(folder: Path, place: _Place) -> Path:
     found = folder / place.config
     if not found.is_dir():
         names = ", ".join(sorted(item.name for item in folder.iterdir() if item.is_dir())) or "none"
-        raise UserError(f"data ({place.text}) names the sub-folder {place.config}, but {folder} has {names}")
+        raise UserError(f"{place.given} names the sub-folder {place.config}, but {folder} has {names}")
     return found
 
 
 def _open_file(path: Path, place: _Place, use: SplitUse) -> Source:
     if place.split is not None or place.config is not None:
-        raise UserError(f"data ({place.text}) names a part of {place.base}, which is a file and read whole; remove it")
+        raise UserError(f"{place.given} names a part of {place.base}, which is a file and read whole; remove it")
     label = label_of(stem_of(path))
     is_odd = use == "training" and kind_of(label) in ("test", "validation")
     note = f"{path}: read whole, though its name is that of the split {label}" if is_odd else ""
-    return replace(file_source(str(path), (path,)), selection=note)
+    return replace(file_source(place.given, str(path), (path,)), selection=note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,17 +146,15 @@ class _Found:
 
 
 def _open_folder(folder: Path, place: _Place, use: SplitUse) -> Source:
-    check_readable(folder)
+    check_readable(place.given.at(folder))
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         files = tuple(sorted(file for file in folder.rglob("*") if file.is_file()))
-        return _split_source(_load_from_disk(folder), place, files, use, name=str(folder))
+        return _split_source(_load_from_disk(folder, place.given), place, files, use, name=str(folder))
     found = _look_into(folder, folder, label="")
     if not found.files:
         there = f"; it has {', '.join(found.others[:_NAMED_FILES])}" if found.others else ""
-        raise UserError(
-            f"data ({place.text}) is a folder without any {KNOWN_FILES} file{there}; name one that has some"
-        )
-    return _selected(found, place, use, name=str(folder) if place.split is None else place.text)
+        raise UserError(f"{place.given} is a folder without any {KNOWN_FILES} file{there}; name one that has some")
+    return _selected(found, place, use, name=str(folder) if place.split is None else place.given.path)
 
 
 def _look_into(top: Path, folder: Path, *, label: str) -> _Found:
@@ -185,24 +185,24 @@ def _look_into(top: Path, folder: Path, *, label: str) -> _Found:
 
 def _open_pattern(place: _Place, use: SplitUse) -> Source:
     if place.config is not None:
-        raise UserError(f"data ({place.text}) names a part of a pattern, :{place.config}; put it into the pattern")
+        raise UserError(f"{place.given} names a part of a pattern, :{place.config}; put it into the pattern")
     matches = sorted(map(Path, glob.glob(os.path.expanduser(place.base), recursive=True)))
     files = tuple((path, label_of(stem_of(path))) for path in matches if path.is_file() and is_known(path.name))
     others = tuple(f"{path} (not {KNOWN_FILES})" for path in matches if not (path.is_file() and is_known(path.name)))
     if not files:
         there = f" {', '.join(others[:_NAMED_FILES])}" if others else " nothing"
-        raise UserError(f"data ({place.text}) is a pattern that matches{there}; check it, or name files")
+        raise UserError(f"{place.given} is a pattern that matches{there}; check it, or name files")
     if place.split is None and len({label for _, label in files}) == 1:  # the pattern itself says which
-        return _source_of(_Found(files=files, others=others), {files[0][1]}, name=place.text)
-    return _selected(_Found(files=files, others=others), place, use, name=place.text)
+        return _source_of(_Found(files=files, others=others), {files[0][1]}, place.given, name=place.given.path)
+    return _selected(_Found(files=files, others=others), place, use, name=place.given.path)
 
 
 def _selected(found: _Found, place: _Place, use: SplitUse, *, name: str) -> Source:
     labels = list(dict.fromkeys(label for _, label in found.files))
-    return _source_of(found, choose(place.text, labels, place.split, use), name=name)
+    return _source_of(found, choose(place.given, labels, place.split, use), place.given, name=name)
 
 
-def _source_of(found: _Found, chosen: set[str], *, name: str) -> Source:
+def _source_of(found: _Found, chosen: set[str], given: GivenPath, *, name: str) -> Source:
     files = tuple(path for path, label in found.files if label in chosen)
     left = [
         f"{found.name_of(path)} ({f'split {label}' if label else 'no split in its name'})"
@@ -212,7 +212,7 @@ def _source_of(found: _Found, chosen: set[str], *, name: str) -> Source:
     count = counted(len(found.files) + len(found.others), "file")
     read = _listed([found.name_of(path) for path in files])
     note = f"{name}: {len(files)} of {count} read: {read}; left out: {_listed([*left, *found.others]) or 'none'}"
-    return replace(file_source(name, files), selection=note)
+    return replace(file_source(given, name, files), selection=note)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -226,52 +226,52 @@ def _split_source(
     """The rows of what the library has loaded, all splits or one. `files` are those of its arrow files if None."""
     note = ""
     if isinstance(loaded, dict):
-        (label,) = choose(place.text, list(loaded), place.split, use)
+        (label,) = choose(place.given, list(loaded), place.split, use)
         left = [split for split in loaded if split != label]
         note = f"{name}: split {label} read; left out: {_listed(left) or 'none'}"
         loaded = loaded[label]
     elif place.split is not None:
-        raise UserError(f"data ({place.text}) names the split {place.split}, but it was saved without; remove it")
+        raise UserError(f"{place.given} names the split {place.split}, but it was saved without; remove it")
     if files is None:
         files = tuple(Path(file["filename"]) for file in getattr(loaded, "cache_files", ()))
-    version = f"{place.text} {getattr(loaded, '_fingerprint', '')}" if is_hub else ""
+    version = f"{place.given.path} {getattr(loaded, '_fingerprint', '')}" if is_hub else ""
     if hasattr(loaded, "with_format"):
         loaded = loaded.with_format(None)  # a saved numpy or torch format would come back as arrays
-    return replace(dataset_source(loaded, name, files, version), selection=note)
+    return replace(dataset_source(loaded, place.given, name, files, version), selection=note)
 
 
-def _load_from_disk(folder: Path) -> Any:
-    datasets = _import_datasets(str(folder))
+def _load_from_disk(folder: Path, given: GivenPath) -> Any:
+    datasets = _import_datasets(given)
     try:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"data ({folder}) cannot be loaded by datasets: {first_line(error)}; save it again") from error
+        raise UserError(f"{given} cannot be loaded by datasets: {first_line(error)}; save it again") from error
 
 
 def _open_hub(place: _Place, use: SplitUse) -> Source:
-    datasets = _import_datasets(place.text)
+    datasets = _import_datasets(place.given)
     try:
         # All splits, which the library prepares in any case.
         loaded = datasets.load_dataset(place.base, place.config)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if configs := re.search(r"available configs: \[(.*?)\]", str(error)):
             raise UserError(
-                f"data ({place.text}) has several configurations, {configs[1]}; name one, as {place.base}:CONFIG"
+                f"{place.given} has several configurations, {configs[1]}; name one, as {place.base}:CONFIG"
             ) from error
         raise UserError(
-            f"data ({place.text}) is not a local file or folder, and the hub does not have it: {first_line(error)}; "
+            f"{place.given} is not a local file or folder, and the hub does not have it: {first_line(error)}; "
             "check the name, or download it and give the folder"
         ) from error
-    return _split_source(loaded, place, None, use, name=place.text, is_hub=True)
+    return _split_source(loaded, place, None, use, name=place.given.path, is_hub=True)
 
 
-def _import_datasets(path: str) -> Any:
+def _import_datasets(given: GivenPath) -> Any:
     """The library, a second's import that plain files do not need."""
     try:
         import datasets
     except ModuleNotFoundError:
         raise UserError(
-            f"data ({path}) is no file and no folder of files, and needs the package datasets, which is not there; "
+            f"{given} is no file and no folder of files, and needs the package datasets, which is not there; "
             "pip install datasets, or check the path"
         ) from None
     return datasets

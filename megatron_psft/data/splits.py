@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from megatron_psft.data.given import GivenPath
 from megatron_psft.errors import UserError, nearest_name_hint
 
 _KINDS = {
@@ -40,11 +41,11 @@ def kind_of(label: str) -> str | None:
     return kinds[0] if kinds else None
 
 
-def choose(where: str, labels: Sequence[str], wanted: str | None, use: SplitUse) -> set[str]:
+def choose(given: GivenPath, labels: Sequence[str], wanted: str | None, use: SplitUse) -> set[str]:
     """The labels that are read of those that there are; the empty one stands for files that tell no split.
 
     Args:
-        where: the path or ID, as the user has written it.
+        given: the path or ID.
         labels: distinct ones.
         wanted: the split that the user has named.
         use: what for.
@@ -54,37 +55,37 @@ def choose(where: str, labels: Sequence[str], wanted: str | None, use: SplitUse)
     """
     named = [label for label in labels if label]
     if wanted is not None:
-        return {_find(where, named, wanted)}
+        return {_find(given, named, wanted)}
     known = [label for label in named if kind_of(label)]
     if use == "other":
         if len(named) > 1 or (known and "" in labels):
             unnamed = " and files whose names tell none" if "" in labels else ""
-            raise UserError(f"data ({where}) has the splits {', '.join(named)}{unnamed}; {_say_which(where, named)}")
+            raise UserError(f"{given} has the splits {', '.join(named)}{unnamed}; {_say_which(given.path, named)}")
         return set(labels)
     training = [label for label in known if kind_of(label) == "train"]
     if len(training) > 1:
         there = ", ".join(training)
-        raise UserError(f"data ({where}) has several training splits, {there}; {_say_which(where, training)}")
+        raise UserError(f"{given} has several training splits, {there}; {_say_which(given.path, training)}")
     if training:
         # As the hub does: where names tell splits, what tells none is something else, such as a list of the files.
         return {*training} if len(known) > 1 else {*training, *({""} & {*labels})}
     others = [label for label in labels if label not in known]
     if not others:
-        raise UserError(f"data ({where}) has no training split, only {', '.join(known)}; {_say_which(where, known)}")
+        raise UserError(f"{given} has no training split, only {', '.join(known)}; {_say_which(given.path, known)}")
     if len(others) > 1:
-        raise UserError(f"data ({where}) has several splits, {', '.join(others)}; {_say_which(where, others)}")
+        raise UserError(f"{given} has several splits, {', '.join(others)}; {_say_which(given.path, others)}")
     return {*others}
 
 
-def _find(where: str, labels: Sequence[str], wanted: str) -> str:
+def _find(given: GivenPath, labels: Sequence[str], wanted: str) -> str:
     found = [label for label in labels if label.lower() == wanted.lower()]
     if not found and kind_of(wanted):  # such as validation, where it is called val
         found = [label for label in labels if kind_of(label) == kind_of(wanted)]
     if not found:
         there = f"has the splits {', '.join(labels)}" if labels else "has no splits in the names of its files"
-        raise UserError(f"data ({where}) names the split {wanted}, but it {there}{nearest_name_hint(wanted, labels)}")
+        raise UserError(f"{given} names the split {wanted}, but it {there}{nearest_name_hint(wanted, labels)}")
     if len(found) > 1:
-        raise UserError(f"data ({where}) may mean {', '.join(found)}; {_say_which(where.rpartition('@')[0], found)}")
+        raise UserError(f"{given} may mean {', '.join(found)}; {_say_which(given.path.rpartition('@')[0], found)}")
     return found[0]
 
 

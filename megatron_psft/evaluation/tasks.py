@@ -193,7 +193,9 @@ def read_questions(path: str, tasks: TaskConfig, num_samples: int | None, verifi
     where questions are repeated unequally and `num_samples` does not say how many answers are wanted.
     """
     _check_exists(path)
-    rows = list(open_rows(path, use="other"))
+    rows = list(open_rows(path, field="tasks", use="other"))
+    if not rows:
+        raise UserError(f"tasks ({path}) must hold at least one question")
     keys = _find_keys(path, rows, tasks)
     counts = Counter(_identity(row, keys) for row in rows)
     distinct = {_identity(row, keys): row for row in reversed(rows)}  # the first of each
@@ -256,9 +258,9 @@ def _find_keys(path: str, rows: Sequence[Row | BadRecord], tasks: TaskConfig) ->
     """Keys of question and known answer."""
     if tasks.prompt_key is not None and tasks.answer_key is not None:
         return tasks.prompt_key, tasks.answer_key
-    if not rows:
-        raise UserError(f"tasks ({path}) must hold at least one question")
-    first = rows[0].value if isinstance(rows[0], Row) else None
+    if isinstance(rows[0], BadRecord):
+        raise UserError(f"tasks ({path}) must hold usable questions only; the first row is {rows[0]}")
+    first = rows[0].value
     for prompt_key, answer_key in _LAYOUTS:
         if isinstance(first, dict) and prompt_key in first and find_answer(first, answer_key) is not None:
             return prompt_key, answer_key

@@ -57,7 +57,7 @@ def read_prompts(config: PromptConfig, verifier: Verifier | None) -> list[Prompt
     prompts: list[Prompt] = []
     bad: list[BadRecord] = []
     for path in config.prompts:
-        for row in open_rows(path):
+        for row in open_rows(path, field="prompts"):
             prompt = parse_prompt(row, config, verifier)
             if isinstance(prompt, Prompt):
                 prompts.append(prompt)

@@ -183,7 +183,7 @@ def _scoring_agreement(config: Config, parallel: Parallel) -> ScoringAgreement |
 
 def _sources(config: Config) -> Sequence[str]:
     """Names of the training set's sources, where it has several."""
-    names = source_names([parse_weighted_path(path).path for path in config.data.data])
+    names = source_names([parse_weighted_path(path, field="data").given.path for path in config.data.data])
     return names if len(names) > 1 else ()
 
 

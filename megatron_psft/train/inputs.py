@@ -85,16 +85,25 @@ def _wait_for_all(has_failed: bool) -> bool:
 
 def _check_same_data(inputs: Inputs) -> None:
     """Nodes may have copies of their own of the data; raises UserError on all ranks where these differ."""
-    mine = (len(inputs.dataset), inputs.dataset.fingerprint())
-    found: list[tuple[int, str] | None] = [None] * dist.get_world_size()
+    mine = [(field, len(dataset), dataset.fingerprint()) for field, dataset in _datasets_of(inputs)]
+    found: list[list[tuple[str, int, str]]] = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
-    if other is not None:
-        counts = [theirs and counted(theirs[0], "record") for theirs in (found[0], found[other])]
-        raise UserError(
-            f"data must be the same on all nodes, but rank 0 has {counts[0]} and rank {other} has {counts[1]}, "
-            "or the same number of others; copy the same files to all, or give the tokenizer that all have"
-        )
+    for rank, theirs in enumerate(found):
+        for first, other in zip(found[0], theirs, strict=True):
+            if first != other:
+                field, *counts = first[0], counted(first[1], "record"), counted(other[1], "record")
+                raise UserError(
+                    f"{field} must be the same on all nodes, but rank 0 has {counts[0]} and rank {rank} has "
+                    f"{counts[1]}, or the same number of others; copy the same files to all, or "
+                    "give the tokenizer that all have"
+                )
+
+
+def _datasets_of(inputs: Inputs) -> Iterator[tuple[str, TokenizedDataset]]:
+    """All that a run reads, each with the setting that names it."""
+    yield "data", inputs.dataset
+    yield from (("valid_data", valid) for valid in inputs.valid_sets.values())
+    yield from (("drift_data", answers.dataset) for answers in inputs.drift_sets.values())
 
 
 def read_inputs(config: Config, *, is_main: bool) -> Inputs:
@@ -119,9 +128,9 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
         source = source.with_rows(needed_rows(tokenizer))
     check_rows(tokenizer, source.vocab_size)
     drift_sets = _read_drift_sets(config, model_folder, tokenizer, own_rows)
-    dataset = _read_dataset(config, config.data.data, "training", tokenizer, is_main)
+    dataset = _read_dataset(config, "data", config.data.data, tokenizer, is_main)
     valid_sets = {
-        name: _read_dataset(config, paths, "other", tokenizer, is_main)
+        name: _read_dataset(config, "valid_data", paths, tokenizer, is_main)
         for name, paths in config.data.valid_sets.items()
     }
     validate_advantages(config, has_advantages=dataset.has_advantages)
@@ -166,9 +175,8 @@ def describe(inputs: Inputs, config: Config) -> None:
         log.info("drift data%s:\n%s", f" {name}" if name else "", answers.dataset.statistics())
     for name, valid in inputs.valid_sets.items():
         log.info("validation data%s:\n%s", f" {name}" if name else "", valid.statistics())
-    sets = [("data", inputs.dataset), *(("valid_data", valid) for valid in inputs.valid_sets.values())]
-    sets += [("drift_data", answers.dataset) for answers in inputs.drift_sets.values()]
-    for text in (beyond_positions(field, dataset, inputs.source.max_positions) for field, dataset in sets):
+    for field, dataset in _datasets_of(inputs):
+        text = beyond_positions(field, dataset, inputs.source.max_positions)
         if text is not None:
             log.warning("%s", text)
     for sequence in inputs.dataset[0].sequences:
@@ -227,7 +235,7 @@ def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> It
     valid, drift = ([path for paths in sets.values() for path in paths] for sets in (data.valid_sets, data.drift_sets))
     for name, paths in (("data", data.data), ("valid_data", valid), ("drift_data", drift)):
         for path in paths:
-            yield name, place_of(parse_weighted_path(path).path)
+            yield name, place_of(parse_weighted_path(path, field=name).given)
 
 
 def _read_drift_sets(
@@ -248,12 +256,14 @@ def _read_drift_sets(
 
 
 def _read_dataset(
-    config: Config, paths: Sequence[str], use: SplitUse, tokenizer: PreTrainedTokenizerBase, show_progress: bool
+    config: Config, field: str, paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, show_progress: bool
 ) -> TokenizedDataset:
+    use: SplitUse = "training" if field == "data" else "other"
     return build_dataset(
         paths,
         tokenizer,
         config.data,
+        field=field,
         seed=config.batch.seed,
         show_progress=show_progress,
         are_pairs=config.objective.needs_pairs,

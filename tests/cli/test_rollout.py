@@ -132,7 +132,7 @@ def test_records_are_what_training_takes(sample, inputs, tmp_path):
     sample("--keep-flat-groups")
     written = read_lines(tmp_path / "new" / "out.jsonl")
     write_lines(tmp_path / "plain.jsonl", [{"messages": record["messages"]} for record in written])
-    records, bad = read_records([str(tmp_path / "plain.jsonl")])
+    records, bad = read_records([str(tmp_path / "plain.jsonl")], field="data")
     assert (len(records), bad) == (24, [])
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
     example = render_record(records[0], tokenizer, "assistant")
@@ -171,7 +171,7 @@ def assert_refused(exit: Exit, *parts: str) -> None:
     [
         (["--num-sample", "4"], "unknown argument --num-sample; did you mean --num-samples?"),
         (["--verifier", "code"], "verifier ('code') must be one of math, exact"),
-        (["--prompts", "none.jsonl"], "data (none.jsonl) does not exist"),
+        (["--prompts", "none.jsonl"], "prompts (none.jsonl) does not exist"),
         (["--model", "./none"], "model (./none) must be an existing folder"),
         (["--max-new-tokens", "4096"], "max_position_embeddings (512)"),
         (["--out", "/dev/null/out.jsonl"], "out (/dev/null/out.jsonl) must be a file that can be written"),

@@ -20,4 +20,4 @@ def write_data(path: Path, count: int, *, bad_every: int = 10**9) -> Path:
 
 def build(data: Path, tokenizer=TOKENIZER, **changes: object) -> TokenizedDataset:
     config = DataConfig(data=(str(data),), **({"data_cache_dir": str(data.parent / "cache")} | changes))
-    return build_dataset(config.data, tokenizer, config, seed=0, show_progress=False)
+    return build_dataset(config.data, tokenizer, config, seed=0, show_progress=False, field="data")

@@ -35,13 +35,13 @@ def pair(prompt_length: int, completion_length: int) -> dict[str, str]:
 def build(path: str, **changes: object) -> TokenizedDataset:
     show_progress = bool(changes.pop("show_progress", False))
     config = DataConfig(data=(path,), **({"seq_length": 20} | changes))
-    return build_dataset([path], TOKENIZER, config, seed=7, show_progress=show_progress)
+    return build_dataset([path], TOKENIZER, config, seed=7, show_progress=show_progress, field="data")
 
 
 def test_the_dataset_is_the_rendered_records_in_order(tmp_path):
     path = write_rows(tmp_path, *(pair(1 + i % 5, 1 + i % 7) for i in range(600)))
     dataset = build(path)
-    records, _ = read_records([path])
+    records, _ = read_records([path], field="data")
     assert len(dataset) == len(records) == 600
     for index, record in enumerate(records):
         example = render_record(record, TOKENIZER, "assistant")
@@ -82,7 +82,9 @@ def test_the_longest_record_is_named_wherever_it_is(tmp_path):
     (tmp_path / "other").mkdir()
     paths = [write_rows(tmp_path, *[pair(5, 12)] * 6), write_rows(tmp_path / "other", pair(1, 1), pair(5, 31))]
     with pytest.raises(UserError) as error:
-        build_dataset(paths, TOKENIZER, DataConfig(data=tuple(paths), seq_length=20), seed=7, show_progress=False)
+        build_dataset(
+            paths, TOKENIZER, DataConfig(data=tuple(paths), seq_length=20), seed=7, show_progress=False, field="data"
+        )
     message = str(error.value)
     assert "found 7 in 8: " in message
     assert f"{paths[0]}:5 (22 tokens); the longest is {paths[1]}:2 (41 tokens); raise --seq-length to 41, or" in message
@@ -214,7 +216,7 @@ def test_progress_is_shown_only_when_asked_for(tmp_path, capsys, monkeypatch):
 
 def build_many(*paths: str, seed: int = 7, **changes: object) -> TokenizedDataset:
     config = DataConfig(data=paths, **({"seq_length": 99} | changes))
-    return build_dataset(config.data, TOKENIZER, config, seed=seed, show_progress=False)
+    return build_dataset(config.data, TOKENIZER, config, seed=seed, show_progress=False, field="data")
 
 
 def test_weights_are_passes_over_a_source(tmp_path):

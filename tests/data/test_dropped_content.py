@@ -84,10 +84,10 @@ def test_a_key_that_comes_twice_in_an_object_is_an_error(tmp_path):
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    records, bad = read_records([str(path)])
+    records, bad = read_records([str(path)], field="data")
     assert records == []
     wanted = "not JSON (key {!r} comes twice in an object)"
     assert [str(one) for one in bad] == [f"{path}:{n}: {wanted.format(k)}" for n, k in ((1, "prompt"), (2, "role"))]
     path.with_suffix(".json").write_text(f"[{lines[0]}]", encoding="utf-8")
     with pytest.raises(UserError, match="key 'prompt' comes twice"):
-        read_records([str(path.with_suffix(".json"))])
+        read_records([str(path.with_suffix(".json"))], field="data")

@@ -32,7 +32,7 @@ def write_parquet(path: Path, rows: list[dict]) -> str:
 
 
 def values(path: str | Path) -> list[object]:
-    rows = list(open_rows(str(path)))
+    rows = list(open_rows(str(path), field="data"))
     assert all(isinstance(row, Row) for row in rows), rows
     return [row.value for row in rows]
 
@@ -44,7 +44,7 @@ def test_every_format_gives_the_same_rows_with_their_place(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     for name in ("a.jsonl", "a.json", "a.parquet", "saved"):
         expected = [Row(source=f"{tmp_path / name}:{i}", value=row) for i, row in enumerate(ROWS, 1)]
-        assert list(open_rows(str(tmp_path / name))) == expected
+        assert list(open_rows(str(tmp_path / name), field="data")) == expected
 
 
 @pytest.mark.parametrize(("ending", "compression"), [("gz", "gzip"), ("zst", "zstd"), ("GZ", "gzip")])
@@ -77,12 +77,12 @@ def test_a_compressed_file_that_is_damaged_is_a_user_error(tmp_path, ending, nam
     content = {"truncated": whole[: len(whole) // 2], "other": text, "changed": whole[:20] + b"\xff" * 20 + whole[40:]}
     path = write(tmp_path / f"{name}.{ending}", content[harm])
     with pytest.raises(UserError, match=rf"{name}\.{ending}\) cannot be read as (gzip|zstd): .+; compress it again"):
-        list(open_rows(path))
+        list(open_rows(path, field="data"))
 
 
 def test_chunks_of_a_compressed_file_add_up_to_its_size(tmp_path):
     text = b"".join(b'{"a": "%d"}\n' % random.Random(number).getrandbits(400) for number in range(5000))
-    source = open_source(write(tmp_path / "a.jsonl.gz", gzip.compress(text)))
+    source = open_source(write(tmp_path / "a.jsonl.gz", gzip.compress(text)), field="data")
     sizes = [chunk.size for chunk in source.chunks()]
     assert sum(sizes) == source.size
     assert sizes.count(0) < len(sizes) * 0.8  # a bar that moves
@@ -90,7 +90,7 @@ def test_chunks_of_a_compressed_file_add_up_to_its_size(tmp_path):
 
 def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path):
     path = write(tmp_path / "a.jsonl", '\ufeff{"a": 1}\r\n\n  \n{"a": "\u2028"}')
-    assert list(open_rows(path)) == [
+    assert list(open_rows(path, field="data")) == [
         Row(source=f"{path}:1", value={"a": 1}),
         Row(source=f"{path}:4", value={"a": "\u2028"}),
     ]
@@ -113,7 +113,7 @@ def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path):
 )
 def test_a_broken_line_is_a_bad_record_and_the_next_line_is_read(tmp_path, line, reason, detail):
     path = write(tmp_path / "a.jsonl", line + b'\n{"a": 2}\n')
-    bad, good = open_rows(path)
+    bad, good = open_rows(path, field="data")
     assert isinstance(bad, BadRecord)
     assert (bad.source, bad.reason) == (f"{path}:1", reason)
     assert detail in bad.detail
@@ -124,7 +124,7 @@ def test_a_broken_line_is_a_bad_record_and_the_next_line_is_read(tmp_path, line,
 def test_a_line_over_the_limit_is_a_bad_record_and_the_next_line_is_read(tmp_path, monkeypatch, length):
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 10)
     path = write(tmp_path / "a.jsonl", b'{"a": 1}\n' + b"x" * length + b'\n{"a": 3}')
-    assert list(open_rows(path)) == [
+    assert list(open_rows(path, field="data")) == [
         Row(source=f"{path}:1", value={"a": 1}),
         BadRecord(source=f"{path}:2", reason="line too long", detail="more than 10 bytes"),
         Row(source=f"{path}:3", value={"a": 3}),
@@ -135,7 +135,7 @@ def test_a_line_over_the_limit_is_a_bad_record_and_the_next_line_is_read(tmp_pat
 def test_no_bytes_crash_the_reading_of_lines(tmp_path_factory, content):
     path = write(tmp_path_factory.mktemp("fuzz") / "a.jsonl", content)
     lines = [number for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-    assert [row.source for row in open_rows(path)] == [f"{path}:{number}" for number in lines]
+    assert [row.source for row in open_rows(path, field="data")] == [f"{path}:{number}" for number in lines]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_no_bytes_crash_the_reading_of_lines(tmp_path_factory, content):
 def test_a_json_file_that_is_broken_as_a_whole_is_a_user_error(tmp_path, content, message):
     path = write(tmp_path / "a.json", content)
     with pytest.raises(UserError, match=message) as error:
-        list(open_rows(path))
+        list(open_rows(path, field="data"))
     assert path in str(error.value)
 
 
@@ -160,7 +160,7 @@ def test_a_json_file_that_is_broken_as_a_whole_is_a_user_error(tmp_path, content
 def test_a_broken_parquet_file_is_a_user_error(tmp_path, content):
     path = write(tmp_path / "a.parquet", content)
     with pytest.raises(UserError, match=r"a\.parquet\) cannot be read as Parquet"):
-        list(open_rows(path))
+        list(open_rows(path, field="data"))
 
 
 def test_a_parquet_row_that_is_no_unicode_is_a_bad_record(tmp_path):
@@ -168,7 +168,7 @@ def test_a_parquet_row_that_is_no_unicode_is_a_bad_record(tmp_path):
     broken = pa.StringArray.from_buffers(3, *pa.array([b"a", b"\xff", b"c"], pa.binary()).buffers()[1:])
     path = str(tmp_path / "a.parquet")
     pq.write_table(pa.table({"a": broken}), path)
-    assert list(open_rows(path)) == [
+    assert list(open_rows(path, field="data")) == [
         Row(source=f"{path}:1", value={"a": "a"}),
         BadRecord(source=f"{path}:2", reason="not UTF-8"),
         Row(source=f"{path}:3", value={"a": "c"}),
@@ -177,7 +177,9 @@ def test_a_parquet_row_that_is_no_unicode_is_a_bad_record(tmp_path):
 
 def test_parquet_rows_are_numbered_through_batches(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [{"a": i} for i in range(1000)])
-    assert [(row.source, row.value) for row in open_rows(path)] == [(f"{path}:{i + 1}", {"a": i}) for i in range(1000)]
+    assert [(row.source, row.value) for row in open_rows(path, field="data")] == [
+        (f"{path}:{i + 1}", {"a": i}) for i in range(1000)
+    ]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -185,4 +187,4 @@ def test_an_unreadable_file_is_a_user_error(tmp_path):
     path = write(tmp_path / "a.jsonl", "{}")
     os.chmod(path, 0)
     with pytest.raises(UserError, match="must be readable"):
-        open_rows(path)
+        open_rows(path, field="data")

@@ -320,7 +320,9 @@ def test_the_report_counts_records_once_per_key_and_the_flag_is_the_way_on(tmp_p
 
     def build(**settings: object) -> TokenizedDataset:
         config = DataConfig(data=(str(path),), data_cache_dir=str(tmp_path / "cache"), **settings)
-        return build_dataset(config.data, byte_tokenizer(toys.CHATML), config, seed=0, show_progress=False)
+        return build_dataset(
+            config.data, byte_tokenizer(toys.CHATML), config, seed=0, show_progress=False, field="data"
+        )
 
     with pytest.raises(UserError, match="no usable record") as error:
         build()

@@ -76,7 +76,7 @@ def malformed_lines() -> list[bytes]:
 def build(data: Path, **changes: object) -> TokenizedDataset:
     settings = {"seq_length": 10**5, "data_cache_dir": str(data.parent / "cache"), "skip_bad_records": True}
     config = DataConfig(data=(str(data),), **(settings | changes))
-    return build_dataset(config.data, TOKENIZER, config, seed=0, show_progress=False)
+    return build_dataset(config.data, TOKENIZER, config, seed=0, show_progress=False, field="data")
 
 
 def reported_places(data: Path) -> list[str]:
@@ -188,7 +188,7 @@ rows = st.dictionaries(
 def test_whatever_json_says_is_a_record_or_a_bad_record(tmp_path, values):
     data = tmp_path / "a.jsonl"
     data.write_text("".join(json.dumps(value) + "\n" for value in values))
-    records, bad = read_records([str(data)])
+    records, bad = read_records([str(data)], field="data")
     assert sorted(item.source for item in [*records, *bad]) == [f"{data}:{i + 1}" for i in range(len(values))]
     assert all(isinstance(record, Record) for record in records)
     assert all(isinstance(record, BadRecord) and record.reason for record in bad)
@@ -218,6 +218,6 @@ def test_columns_of_other_types_are_bad_records_by_their_row(tmp_path, kind, col
     if column == "messages":
         columns = {"messages": TYPES[kind]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    records, bad = read_records([str(tmp_path / "a.parquet")])
+    records, bad = read_records([str(tmp_path / "a.parquet")], field="data")
     assert not records
     assert [record.source for record in bad] == [f"{tmp_path}/a.parquet:1"]

@@ -1,6 +1,7 @@
 """Preference rows: what is a pair, which of its tokens are labels, and where its two sequences lie in batches."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,7 @@ def build(folder: Path, *rows: object, **changes: object) -> TokenizedDataset:
     path = folder / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = DataConfig(data=(str(path),), **changes)
-    return build_dataset(config.data, TOKENIZER, config, seed=7, show_progress=False, are_pairs=True)
+    return build_dataset(config.data, TOKENIZER, config, seed=7, show_progress=False, are_pairs=True, field="data")
 
 
 def test_malformed_pairs_are_reported_by_file_and_line(tmp_path):
@@ -235,11 +236,9 @@ def test_the_cache_keeps_pairs_and_records_apart(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(FORMS["Alpaca"]) + "\n")
     config = DataConfig(data=(str(path),), data_cache_dir=str(tmp_path / "cache"))
+    read = partial(build_dataset, config.data, TOKENIZER, config, field="data", seed=0, show_progress=False)
     for _ in range(2):
-        found = [
-            build_dataset(config.data, TOKENIZER, config, seed=0, show_progress=False, are_pairs=are_pairs)
-            for are_pairs in (False, True)
-        ]
+        found = [read(are_pairs=are_pairs) for are_pairs in (False, True)]
         assert [len(dataset[0].sequences) for dataset in found] == [1, 2]
         assert found[0].fingerprint() != found[1].fingerprint()
     assert len([folder for folder in (tmp_path / "cache").iterdir() if folder.is_dir()]) == 2

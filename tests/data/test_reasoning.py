@@ -239,7 +239,7 @@ def test_a_side_of_a_pair_stays_one_sequence(tmp_path):
 
     def read(published: templates.Published) -> TokenizedDataset:
         tokenizer = published.tokenizer()
-        return build_dataset(config.data, tokenizer, config, seed=0, show_progress=False, are_pairs=True)
+        return build_dataset(config.data, tokenizer, config, seed=0, show_progress=False, are_pairs=True, field="data")
 
     path.write_text(json.dumps(sides))
     tokenizer = templates.R1.tokenizer()

@@ -29,7 +29,7 @@ def write_rows(folder: Path, *rows: object) -> str:
 
 
 def read_one(folder: Path, row: object, **keys: str) -> Record | BadRecord:
-    records, bad = read_records([write_rows(folder, row)], RecordKeys(**keys))
+    records, bad = read_records([write_rows(folder, row)], RecordKeys(**keys), field="data")
     (item,) = [*records, *bad]
     return item
 
@@ -112,7 +112,7 @@ def test_columns_of_parquet_keep_the_arguments_of_each_call_apart(tmp_path):
     calls = [{"function": {"name": "f", "arguments": {name: 1}}} for name in ("x", "y")]
     rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]} for call in calls]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    records, bad = read_records([str(tmp_path / "a.parquet")])
+    records, bad = read_records([str(tmp_path / "a.parquet")], field="data")
     assert not bad
     found = [record.messages[1]["tool_calls"][0]["function"]["arguments"] for record in records]
     assert found == [{"x": 1}, {"y": 1}]
@@ -262,7 +262,7 @@ def test_a_row_that_is_no_record_is_named_with_its_reason(tmp_path, row, reason,
 def test_columns_of_the_reference_parquet_are_read(tmp_path):
     rows = [{"data_source": "limo", "prompt": [USER], "demonstration": "Yes."}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    records, bad = read_records([str(tmp_path / "train.parquet")])
+    records, bad = read_records([str(tmp_path / "train.parquet")], field="data")
     assert records == [Record(messages=CHAT, source=f"{tmp_path}/train.parquet:1", prompt_length=1)]
     assert not bad
 
@@ -271,7 +271,7 @@ def test_good_and_bad_rows_stay_in_order_over_several_files(tmp_path):
     (tmp_path / "b").mkdir()
     good = {"messages": [USER, ASSISTANT]}
     paths = [write_rows(tmp_path, good, {}, good), write_rows(tmp_path / "b", 1, good)]
-    items = list(iter_records(paths, RecordKeys()))
+    items = list(iter_records(paths, RecordKeys(), field="data"))
     assert [(type(item), item.source) for item in items] == [
         (Record, f"{paths[0]}:1"),
         (BadRecord, f"{paths[0]}:2"),
@@ -279,13 +279,15 @@ def test_good_and_bad_rows_stay_in_order_over_several_files(tmp_path):
         (BadRecord, f"{paths[1]}:1"),
         (Record, f"{paths[1]}:2"),
     ]
-    records, bad = read_records(paths)
+    records, bad = read_records(paths, field="data")
     assert [*records, *bad] == [items[0], items[2], items[4], items[1], items[3]]
 
 
 def test_a_missing_file_stops_before_the_first_record(tmp_path):
     items = iter_records(
-        [write_rows(tmp_path, {"messages": [USER, ASSISTANT]}), str(tmp_path / "gone.jsonl")], RecordKeys()
+        [write_rows(tmp_path, {"messages": [USER, ASSISTANT]}), str(tmp_path / "gone.jsonl")],
+        RecordKeys(),
+        field="data",
     )
     with pytest.raises(UserError, match=r"gone\.jsonl\) does not exist"):
         next(items)
@@ -306,22 +308,23 @@ REPORT = "\n".join(
 def test_the_report_lists_twenty_records_and_counts_reasons():
     bad = [*BAD, BadRecord(source="b:1", reason="no assistant turn")]
     counts = {"no assistant turn": 1, "not JSON": 22}
-    assert raise_or_report(bad, counts, 40, skip_bad_records=True) == REPORT
-    with pytest.raises(UserError, match="pass --skip-bad-records") as error:
-        raise_or_report(bad, counts, 40, skip_bad_records=False)
-    assert str(error.value).endswith(REPORT)
+    assert raise_or_report("data", bad, counts, 40, skip_bad_records=True) == REPORT
+    for skip, remedy in ((False, "fix them or pass --skip-bad-records"), (None, "fix them")):
+        with pytest.raises(UserError) as error:
+            raise_or_report("demonstrations", bad, counts, 40, skip_bad_records=skip)
+        assert str(error.value) == f"demonstrations must hold no bad record; {remedy}: {REPORT}"
 
 
-@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("skip", [True, False, None])
 def test_no_usable_record_is_an_error_even_when_bad_ones_are_skipped(skip):
-    with pytest.raises(UserError, match=r"holds no usable record.*22 of 22"):
-        raise_or_report(BAD, {"not JSON": 22}, 22, skip)
+    with pytest.raises(UserError, match=r"^valid_data holds no usable record.*22 of 22"):
+        raise_or_report("valid_data", BAD, {"not JSON": 22}, 22, skip_bad_records=skip)
     with pytest.raises(UserError, match=r"holds no usable record.*0 of 0"):
-        raise_or_report([], {}, 0, skip)
+        raise_or_report("data", [], {}, 0, skip_bad_records=skip)
 
 
 def test_good_records_alone_give_an_empty_report():
-    assert raise_or_report([], {}, 3, skip_bad_records=False) == ""
+    assert raise_or_report("data", [], {}, 3, skip_bad_records=False) == ""
 
 
 @pytest.mark.parametrize(
@@ -334,12 +337,12 @@ def test_good_records_alone_give_an_empty_report():
     ],
 )
 def test_real_files_are_records_throughout(real_data, name, keys, count):
-    records, bad = read_records([str(real_data / name)], RecordKeys(**keys))
+    records, bad = read_records([str(real_data / name)], RecordKeys(**keys), field="data")
     assert (len(records), bad) == (count, [])
 
 
 def test_prompts_without_completions_are_bad_records(real_data):
-    records, bad = read_records([str(real_data / "eval/amc.parquet")])
+    records, bad = read_records([str(real_data / "eval/amc.parquet")], field="data")
     assert not records
     assert {record.reason for record in bad} == {"no known keys"}
     assert len(bad) == 1280

@@ -73,10 +73,10 @@ def test_messages_are_read_from_other_shapes_of_columns(tmp_path, shape, column)
     messages = [{**turn, "weight": int(turn is not WRONG), "zzz": "x"} for turn in CHAT]
     messages = sharegpt(messages) if column == "conversations" else messages
     pq.write_table(pa.Table.from_pylist([{column: SHAPES[shape](messages)}]), tmp_path / "a.parquet")
-    (record,), bad = read_records([str(tmp_path / "a.parquet")], RecordKeys(ignored=("zzz",)))
+    (record,), bad = read_records([str(tmp_path / "a.parquet")], RecordKeys(ignored=("zzz",)), field="data")
     assert not bad
     assert (record.messages, record.unlearned) == (tuple(CHAT), {1})
-    records, (bad_record,) = read_records([str(tmp_path / "a.parquet")])
+    records, (bad_record,) = read_records([str(tmp_path / "a.parquet")], field="data")
     assert not records
     assert "message key zzz is not known" in bad_record.reason
 

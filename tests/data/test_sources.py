@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_psft.data.files import Row
+from megatron_psft.data.given import GivenPath
 from megatron_psft.data.sources import open_rows, open_source, place_of
 from megatron_psft.errors import UserError
 
@@ -34,7 +35,7 @@ def fill(folder: Path, *names: str) -> Path:
 
 def read(path: str | Path, **options) -> list[str]:
     """The files that are read, which `fill` has written."""
-    return [row.value["file"] for row in open_rows(str(path), **options)]
+    return [row.value["file"] for row in open_rows(str(path), **options, field="data")]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def read(path: str | Path, **options) -> list[str]:
     ],
 )  # fmt: skip
 def test_a_folder_of_several_splits_gives_its_training_split(tmp_path, names, wanted):
-    source = open_source(str(fill(tmp_path, *names)))
+    source = open_source(str(fill(tmp_path, *names)), field="data")
     assert read(tmp_path) == wanted
     assert [str(file.relative_to(tmp_path)) for file in source.files] == wanted
     listed, left = source.selection.split("; left out: ")
@@ -93,7 +94,7 @@ def test_a_folder_of_several_splits_gives_its_training_split(tmp_path, names, wa
 )  # fmt: skip
 def test_a_folder_that_does_not_say_what_to_train_on_is_refused(tmp_path, names, message):
     with pytest.raises(UserError) as error:
-        open_source(str(fill(tmp_path, *names)))
+        open_source(str(fill(tmp_path, *names)), field="data")
     assert message.format(tmp_path) in str(error.value)
 
 
@@ -120,7 +121,7 @@ def test_a_part_of_a_folder_is_named(tmp_path, place, wanted):
     )
     fill(tmp_path, "set/sub/train.jsonl", "set/sub/test.jsonl")
     assert read(tmp_path / place) == wanted
-    assert ": 1 of " in open_source(str(tmp_path / place)).selection
+    assert ": 1 of " in open_source(str(tmp_path / place), field="data").selection
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_a_part_of_a_folder_is_named(tmp_path, place, wanted):
 def test_a_part_that_is_not_there_is_a_user_error(tmp_path, place, message):
     fill(tmp_path / "set", "train.jsonl", "test.jsonl", "a.csv")
     with pytest.raises(UserError) as error:
-        open_source(str(tmp_path / place))
+        open_source(str(tmp_path / place), field="data")
     assert message in str(error.value)
 
 
@@ -156,16 +157,21 @@ def test_a_name_that_exists_is_meant_whole(tmp_path):
 def test_explicit_files_are_read_whatever_their_names_say(tmp_path):
     fill(tmp_path, "test.jsonl", "train.jsonl", "a.jsonl")
     assert read(tmp_path / "test.jsonl") == ["test.jsonl"]
-    notes = [open_source(str(tmp_path / name)).selection for name in ("test.jsonl", "train.jsonl", "a.jsonl")]
+    notes = [
+        open_source(str(tmp_path / name), field="data").selection for name in ("test.jsonl", "train.jsonl", "a.jsonl")
+    ]
     assert notes == [f"{tmp_path}/test.jsonl: read whole, though its name is that of the split test", "", ""]
-    assert open_source(str(tmp_path / "test.jsonl"), use="other").selection == ""
+    assert open_source(str(tmp_path / "test.jsonl"), use="other", field="data").selection == ""
 
 
 def test_a_pattern_is_its_matches_in_order_of_name(tmp_path):
     fill(tmp_path, "b.jsonl", "a.jsonl", "c.csv", "deep/er/d.jsonl")
     assert read(tmp_path / "*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert read(tmp_path / "?.*") == ["a.jsonl", "b.jsonl"]
-    assert f"left out: {tmp_path}/c.csv (not .jsonl, .json or .parquet)" in open_source(str(tmp_path / "?.*")).selection
+    assert (
+        f"left out: {tmp_path}/c.csv (not .jsonl, .json or .parquet)"
+        in open_source(str(tmp_path / "?.*"), field="data").selection
+    )
     assert read(tmp_path / "**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/er/d.jsonl"]
 
 
@@ -190,7 +196,7 @@ def test_a_pattern_over_several_splits_is_as_a_folder(tmp_path):
 )
 def test_where_a_path_reads_from(tmp_path, text, place):
     fill(tmp_path / "set", "a*b.jsonl")
-    assert place_of(str(tmp_path / text)) == tmp_path / place
+    assert place_of(GivenPath("data", str(tmp_path / text))) == tmp_path / place
 
 
 def test_what_a_folder_holds_besides_is_named(tmp_path):
@@ -199,7 +205,7 @@ def test_what_a_folder_holds_besides_is_named(tmp_path):
     (tmp_path / "._a.jsonl").write_bytes(b"\0\5\26\7")
     assert read(tmp_path) == ["b.jsonl"]
     unknown = "(not .jsonl, .json or .parquet)"
-    assert open_source(str(tmp_path)).selection == (
+    assert open_source(str(tmp_path), field="data").selection == (
         f"{tmp_path}: 1 of 8 files read: b.jsonl; left out: a.csv {unknown}, c.gz {unknown}, d.csv.gz {unknown}, "
         f"d.jsonl/ (a sub-folder), dataset_infos.json (describes the set), e.ndjson {unknown}, sub/ (a sub-folder)"
     )
@@ -207,7 +213,7 @@ def test_what_a_folder_holds_besides_is_named(tmp_path):
 
 def test_a_line_names_a_few_of_many_files(tmp_path):
     fill(tmp_path, *(f"{number:02}.jsonl" for number in range(20)), *(f"{number:02}.csv" for number in range(30)))
-    line = open_source(str(tmp_path)).selection
+    line = open_source(str(tmp_path), field="data").selection
     assert "20 of 50 files read: 00.jsonl, 01.jsonl, " in line
     assert " and 12 more; left out: 00.csv" in line
     assert line.endswith(" and 22 more")
@@ -219,9 +225,9 @@ def test_outside_of_training_no_split_is_guessed(tmp_path):
     fill(tmp_path / "odd", "test.jsonl", "b.jsonl")
     fill(tmp_path / "none", "a.jsonl", "b.jsonl")
     with pytest.raises(UserError, match=r"has the splits test, train; say which by its name, as .*/both@test or"):
-        open_source(str(tmp_path / "both"), use="other")
+        open_source(str(tmp_path / "both"), use="other", field="data")
     with pytest.raises(UserError, match=r"has the splits test and files whose names tell none; say which"):
-        open_source(str(tmp_path / "odd"), use="other")
+        open_source(str(tmp_path / "odd"), use="other", field="data")
     assert read(tmp_path / "both@test", use="other") == ["test.jsonl"]
     assert read(tmp_path / "one", use="other") == ["validation-00000-of-00001.parquet"]
     assert read(tmp_path / "none", use="other") == ["a.jsonl", "b.jsonl"]
@@ -235,8 +241,10 @@ def save_splits(folder: Path, *splits: str) -> Path:
 
 def test_a_saved_dataset_with_splits_is_as_a_folder(tmp_path):
     saved = save_splits(tmp_path / "saved", "test", "train")
-    assert [row.value for row in open_rows(str(saved))] == [{"file": "train", "a": [1, 2]}]  # plain values
-    assert open_source(str(saved)).selection == f"{saved}: split train read; left out: test"
+    assert [row.value for row in open_rows(str(saved), field="data")] == [
+        {"file": "train", "a": [1, 2]}
+    ]  # plain values
+    assert open_source(str(saved), field="data").selection == f"{saved}: split train read; left out: test"
     assert read(f"{saved}@test") == ["test"]
     assert read(save_splits(tmp_path / "other", "train_sft", "test_sft")) == ["train_sft"]
     assert read(save_splits(tmp_path / "single", "aime24")) == ["aime24"]
@@ -247,16 +255,16 @@ def test_a_saved_dataset_with_splits_is_as_a_folder(tmp_path):
     }.items():
         folder = save_splits(tmp_path / "-".join(splits), *splits)
         with pytest.raises(UserError, match=message):
-            open_source(str(folder))
+            open_source(str(folder), field="data")
     with pytest.raises(UserError, match="has the splits test, train"):
-        open_source(str(saved), use="other")
+        open_source(str(saved), use="other", field="data")
 
 
 def test_a_saved_dataset_without_splits_has_none_to_name(tmp_path):
     datasets.Dataset.from_list([{"file": "x"}]).save_to_disk(tmp_path / "saved")
     assert read(tmp_path / "saved") == ["x"]
     with pytest.raises(UserError, match="names the split test, but it was saved without; remove it"):
-        open_source(str(tmp_path / "saved@test"))
+        open_source(str(tmp_path / "saved@test"), field="data")
 
 
 @pytest.mark.parametrize("path", ["/no/such", "./no_such", "../no_such", "~/no_such", "no/such.jsonl", "none.parquet",
@@ -264,42 +272,42 @@ def test_a_saved_dataset_without_splits_has_none_to_name(tmp_path):
 def test_a_path_that_does_not_exist_is_a_user_error_and_no_hub_id(path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=r"does not exist; give a file, a folder or the ID"):
-        open_rows(path)
+        open_rows(path, field="data")
 
 
 def test_an_address_is_a_user_error():
     with pytest.raises(UserError, match=r"must not be an address; download it"):
-        open_source("https://example.org/train.jsonl")
+        open_source("https://example.org/train.jsonl", field="data")
 
 
 def test_an_id_without_the_library_of_the_hub_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"data \(some/set\) is no file .* pip install datasets, or check the path"):
-        open_rows("some/set")
+        open_rows("some/set", field="data")
 
 
 def test_other_files_and_empty_folders_are_user_errors(tmp_path):
     (tmp_path / "a.csv").write_text("a,b")
     with pytest.raises(UserError, match=r"must be a \.jsonl, \.json or \.parquet file; convert or rename it"):
-        open_rows(str(tmp_path / "a.csv"))
+        open_rows(str(tmp_path / "a.csv"), field="data")
     with pytest.raises(UserError, match=r"is a folder without any .* file; it has a\.csv \(not .*\); name one"):
-        open_rows(str(tmp_path))
+        open_rows(str(tmp_path), field="data")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"is a folder without any \.jsonl, \.json or \.parquet file; name one"):
-        open_rows(str(tmp_path / "empty"))
+        open_rows(str(tmp_path / "empty"), field="data")
 
 
 def test_a_dangling_link_in_a_folder_is_not_passed_over(tmp_path):
     fill(tmp_path, "a.jsonl")
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(UserError, match=r"b\.jsonl\) must be readable"):
-        list(open_rows(str(tmp_path)))
+        list(open_rows(str(tmp_path), field="data"))
 
 
 def test_a_folder_that_datasets_cannot_load_is_a_user_error(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded by datasets"):
-        open_rows(str(tmp_path))
+        open_rows(str(tmp_path), field="data")
 
 
 def on_the_hub(monkeypatch, *splits: str) -> None:
@@ -315,16 +323,16 @@ def on_the_hub(monkeypatch, *splits: str) -> None:
 
 def test_a_dataset_on_the_hub_is_as_a_folder(monkeypatch):
     on_the_hub(monkeypatch, "train", "test")
-    assert list(open_rows("org/set")) == [Row(source="org/set:1", value={"file": "org/set None train"})]
-    assert open_source("org/set").selection == "org/set: split train read; left out: test"
+    assert list(open_rows("org/set", field="data")) == [Row(source="org/set:1", value={"file": "org/set None train"})]
+    assert open_source("org/set", field="data").selection == "org/set: split train read; left out: test"
     assert read("org/set@test") == ["org/set None test"]
     assert read("org/set:main") == ["org/set main train"]
     assert read("set:main@test") == ["set main test"]
     with pytest.raises(UserError, match="names the split tset, but it has the splits train, test; did you mean test"):
-        open_source("org/set@tset")
+        open_source("org/set@tset", field="data")
     on_the_hub(monkeypatch, "train_sft", "train_gen", "test_sft")
     with pytest.raises(UserError, match=r"several training splits, train_sft, train_gen; .* as org/set@train_sft or"):
-        open_source("org/set")
+        open_source("org/set", field="data")
 
 
 def test_a_hub_dataset_of_several_configurations_names_them(monkeypatch):
@@ -335,7 +343,7 @@ def test_a_hub_dataset_of_several_configurations_names_them(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match="has several configurations, 'main', 'socratic'; name one, as org/set:CONFIG"):
-        open_source("org/set@train")
+        open_source("org/set@train", field="data")
 
 
 def test_a_hub_dataset_has_a_version_of_its_content(monkeypatch):
@@ -343,7 +351,7 @@ def test_a_hub_dataset_has_a_version_of_its_content(monkeypatch):
     found = []
     for dataset in loaded:
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, dataset=dataset: datasets.DatasetDict(train=dataset))
-        source = open_source("org/set")
+        source = open_source("org/set", field="data")
         found.append(source.version)
         assert [row for chunk in source.chunks() for row in chunk.rows()] == [
             Row(source=f"org/set:{i}", value=row) for i, row in enumerate(dataset, 1)
@@ -361,5 +369,5 @@ def test_a_hub_that_fails_is_a_user_error_of_one_line(monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=r"\(org/set\) is not a local .* no network; check the name") as raised:
-        open_rows("org/set")
+        open_rows("org/set", field="data")
     assert "\n" not in str(raised.value)

@@ -80,7 +80,7 @@ def test_the_table_has_a_line_for_each_folder(tmp_path):
         (tmp_path / name).write_text(json.dumps({"prompt": name, "completion": "c"}) + "\n")
     paths = [str(tmp_path / "set"), f"{tmp_path}/set@test=2", str(tmp_path / "one.jsonl")]
     config = DataConfig(data=tuple(paths), seq_length=40, data_cache_dir=str(tmp_path / "cache"))
-    dataset = build_dataset(paths, TOKENIZER, config, seed=1, show_progress=False)
+    dataset = build_dataset(paths, TOKENIZER, config, seed=1, show_progress=False, field="data")
     assert [dataset.location(index).rpartition("/")[2] for index in range(4)] == [
         *("train.jsonl:1", "test.jsonl:1", "test.jsonl:1", "one.jsonl:1")
     ]

@@ -76,8 +76,8 @@ def test_a_demonstration_that_is_written_again_is_the_same_record(tmp_path):
     tools = [{"type": "function", "function": {"name": "f"}}]
     row = {"prompt": turns[:4], "completion": "e", "tools": tools, "enable_thinking": False, "system": "Be brief."}
     row["advantage"] = 0.5
-    (record,), _ = read_records([str(write_lines(tmp_path / "a.jsonl", [row]))])
-    (again,), _ = read_records([str(write_lines(tmp_path / "a.jsonl", [mix.as_demonstration(record)]))])
+    (record,), _ = read_records([str(write_lines(tmp_path / "a.jsonl", [row]))], field="data")
+    (again,), _ = read_records([str(write_lines(tmp_path / "a.jsonl", [mix.as_demonstration(record)]))], field="data")
     assert again == replace(record, prompt_length=0, unlearned={2, 3})
 
 
@@ -105,7 +105,7 @@ def test_hpt_demonstrates_what_the_model_fails(mixed, rate, shown):
         (["--method", "luffy", "--pass-rate", "0.5"], "pass_rate (0.5) has no effect with method luffy"),
         (["--pass-rate", "1"], "pass_rate (1.0) must be at least 0 and below 1"),
         (["--system-prompt", "sum"], "needs rollouts on the prompts of the demonstrations, and none is"),
-        (["--demonstrations", "none.jsonl"], "data (none.jsonl) does not exist"),
+        (["--demonstrations", "none.jsonl"], "demonstrations (none.jsonl) does not exist"),
         (["--out", "/"], "out (/) must not exist"),
     ],
 )

@@ -136,7 +136,7 @@ def test_a_bad_pair_is_named(tmp_path, capsys, row, message):
         (["--num-samples", "1"], "num_samples (1) must be at least 2"),
         (["--lr", "0"], "lr (0.0) greater than 0"),
         (["--out", "/"], "out (/) must not exist"),
-        (["--prompts", "none.jsonl"], "data (none.jsonl) does not exist"),
+        (["--prompts", "none.jsonl"], "prompts (none.jsonl) does not exist"),
         (["--learning-rate", "1"], "unknown argument --learning-rate"),
     ],
 )

@@ -79,14 +79,17 @@ def test_a_mistake_that_the_first_process_finds_ends_all(pool, inputs, tmp_path,
     assert not (tmp_path / "save").exists()
 
 
-def test_nodes_with_other_data_are_refused(pool, inputs, tmp_path):
+@pytest.mark.parametrize("field", ["data", pytest.param("valid_data", marks=pytest.mark.slow)])
+def test_nodes_with_other_data_are_refused(pool, inputs, tmp_path, field):
     other = tiny.write_records(tmp_path / "other.jsonl", 8, seed=1)
-    argvs = [
-        command_line(inputs, tmp_path / str(rank), data) for rank, data in enumerate([inputs / "records.jsonl", other])
-    ]
+    argvs = []
+    for rank, data in enumerate([inputs / "records.jsonl", other]):
+        argv = command_line(inputs, tmp_path / str(rank), data if field == "data" else other)
+        valid = ["--eval-interval", "1", "--valid-data", str(other), f"general={data}"]
+        argvs.append(argv if field == "data" else [*argv, *valid])
     exits = pool.run(_run_as_node, 2, argvs)
     assert [exit.code for exit in exits] == [2, 2]
-    assert "data must be the same on all nodes, but rank 0 has 8 records and rank 1 has 8" in exits[0].err
+    assert f"error: {field} must be the same on all nodes, but rank 0 has 8 records and rank 1 has 8" in exits[0].err
 
 
 def test_a_node_without_the_data_ends_all(pool, inputs, tmp_path):
