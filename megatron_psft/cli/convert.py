@@ -169,7 +169,25 @@ def find_adapters(config: ConvertConfig, folders: Folders) -> "StoredAdapters | 
             raise UserError(f"{field} ({path}) is of a model, and {folders.weights} holds adapters; add --lora-merge")
         if target.max_shard_gb is not None:
             raise UserError(f"max_shard_gb ({target.max_shard_gb}) has no effect on an adapter; remove it")
+        if config.source.load_hf is not None:
+            check_base(adapters, config.source.load_hf)
     return adapters
+
+
+def check_base(adapters: "StoredAdapters", load_hf: str) -> None:
+    """Raises UserError where the model that is named is not the one that the adapters stand beside. That may be no
+    Hugging Face model; then this one gives config.json alone."""
+    from megatron_psft.hf.fingerprint import weights_fingerprint
+    from megatron_psft.hf.hub import model_folder
+
+    if adapters.settings["random_init"] or adapters.settings["init_from"] is not None:
+        return
+    found = weights_fingerprint(model_folder("load_hf", load_hf, with_weights=True), "load_hf")
+    if found != adapters.base:
+        raise UserError(
+            f"load_hf ({load_hf}) has the weights ({found}), and the adapters of {adapters.checkpoint} stand beside "
+            f"({adapters.base}); name the model that they were trained on, or leave load_hf out"
+        )
 
 
 def find_folders(config: ConvertConfig) -> Folders:

@@ -20,8 +20,8 @@ class SourceConfig:
     wrote."""
     load_hf: PathText | None = None
     """Folder or hub ID whose config.json and generation config go with the weights of `from_megatron`; if unset,
-    those that it holds itself, or that its run was started with. With `lora_merge` the weights beside the adapters are
-    read there, too, unless the run started from a checkpoint."""
+    those that it holds itself, or that its run was started with. Of adapters it must be the model that they were
+    trained on, whose weights are read there with `lora_merge`, unless the run started from a checkpoint."""
     tokenizer: PathText | None = None
     """Folder or hub ID whose tokenizer goes with the weights; if unset, the run's where `load_hf` is, too, or the
     one beside config.json."""

@@ -161,12 +161,16 @@ def test_a_checkpoint_is_converted_later_to_what_its_run_exports(converted, conv
     assert convert(*source, merged, "--lora-merge", "--check").code == 0
     checkpoint = converted(*source[:2], "--to-megatron", tmp_path / "checkpoint", "--lora-merge")
     assert_same_tensors(converted("--from-megatron", checkpoint, "--to-hf", tmp_path / "back"), merged)
+    again = tmp_path / "again"
+    assert convert(*source, again, "--load-hf", shutil.copytree(inputs / "qwen2", tmp_path / "copy")).code == 0
+    assert_same_tensors(again, adapter)
     tiny.build_model(tmp_path / "other", "qwen2", seed=9)
     for argv, message in (
         (
             [*source, tmp_path / "a", "--lora-merge", "--load-hf", tmp_path / "other"],
             "name the model that they were trained on",
         ),
+        ([*source, tmp_path / "a", "--load-hf", tmp_path / "other"], "trained on, or leave load_hf out"),
         ([*source[:2], "--to-megatron", tmp_path / "a"], "holds adapters; add --lora-merge"),
         ([*source, adapter, "--check"], "holds adapters; add --lora-merge"),
         ([*source, tmp_path / "a", "--max-shard-gb", "1"], "max_shard_gb (1.0) has no effect on an adapter"),
