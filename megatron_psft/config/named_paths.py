@@ -18,13 +18,13 @@ class NamedPath(NamedTuple):
 
 
 def parse_named_path(field: str, text: str) -> NamedPath:
-    """`NAME=PATH`, or `PATH`. A file or folder whose whole name is `text` is meant by it, `PATH=2` is a weight, and a
-    name has no `/`.
+    """`NAME=PATH`, or `PATH`. A file or folder whose whole name is `text` is meant by it, `PATH=2` is a weight, and
+    what has a `/` before the `=` is a path, unless a file or folder is behind.
 
     Raises UserError, with the configuration's `field`, for a name that is empty or could not be part of a metric's.
     """
     name, equals, path = text.partition("=")
-    if not equals or "/" in name or os.path.exists(os.path.expanduser(text)) or _is_number(path):
+    if not equals or _exists(text) or _is_number(path) or ("/" in name and not _exists(path)):
         return NamedPath("", text)
     if not name:
         raise UserError(f"{field} ({text}) must have a name before =; write NAME=PATH, or PATH alone")
@@ -48,6 +48,10 @@ def sets_by_name(field: str, texts: Sequence[str]) -> dict[str, tuple[str, ...]]
             )
         sets[name] = (*sets.get(name, ()), path)
     return sets
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
 
 
 def _is_number(text: str) -> bool:

@@ -37,6 +37,7 @@ def test_paths_without_a_name_are_one_set():
         (["General=a.jsonl", "x.jsonl", "general=a.jsonl"], "valid_data names the set general twice"),
         (["=a.jsonl"], r"valid_data \(=a.jsonl\) must have a name before ="),
         (["general="], r"valid_data \(general=\) must have a path after ="),
+        (["a/b=/"], r"valid_data \(a/b=/\) must have a name of letters, digits"),
         (["my set=a.jsonl"], r"valid_data \(my set=a.jsonl\) must have a name of letters, digits"),
         (["ü=a.jsonl"], r"valid_data \(ü=a.jsonl\) must have a name of letters, digits"),
     ],
