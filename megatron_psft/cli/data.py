@@ -17,6 +17,7 @@ from megatron_psft.config.inputs import DataConfig, WeightsConfig
 from megatron_psft.config.paths import PathText
 from megatron_psft.config.rules import validate_records
 from megatron_psft.config.schema import Config
+from megatron_psft.data.places import check_places
 from megatron_psft.errors import UserError, counted
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` answers at once
@@ -177,6 +178,7 @@ def show_data(config: ShowDataConfig) -> None:
         raise UserError("missing --data; give it as a flag or in the --config file")
     if not config.weights.tokenizer_source:
         raise UserError("missing --tokenizer or --load-hf; name the folder or hub ID of the tokenizer")
+    check_places(config.data)
     tokenizer = hub.load_tokenizer(hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False))
     dataset = build_dataset(
         config.data.data,

@@ -18,6 +18,7 @@ from megatron_psft.config.paths import expand_path
 from megatron_psft.config.rules import validate
 from megatron_psft.config.schema import Config
 from megatron_psft.config.yaml_files import read_settings
+from megatron_psft.data.places import check_places
 from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.distributed.exit_code import EXIT_BUG, EXIT_SIGNALLED, check_file, exit_code_of, leave, left_behind
 from megatron_psft.distributed.orphans import end_at_once, end_with_launcher
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
             check_file()
             config = parse_flags(Config, argv, prog="psft train", epilog=EXAMPLES)
             validate(config, world_size)
+            check_places(config.data)  # not after the seconds of imports that reading them takes
             if config.weights.export_hf is not None:
                 check_apart("export_hf", Path(config.weights.export_hf), _config_file(argv))
         except UserError as error:

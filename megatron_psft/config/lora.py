@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron_psft.config.flags import require_at_least, require_positive
 from megatron_psft.config.paths import PathText
-from megatron_psft.errors import UserError
+from megatron_psft.errors import UserError, nearest_name_hint
 
 ALL_LINEAR = "all-linear"
 
@@ -18,6 +18,9 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "linear_fc2": ("down_proj",),
 }
 """What Megatron-Core's linear layers are made of, by Hugging Face's names."""
+
+_OF_EXPERTS = ("w1", "w2", "w3")
+"""Other names of layers that get none; the model's own check says why."""
 
 
 def spelled_out(targets: Iterable[str]) -> set[str]:
@@ -62,6 +65,13 @@ class LoraConfig:
         require_positive(self, "lora_alpha")
         if not self.lora_target_names:
             raise UserError("lora_targets () must name at least one linear layer")
+        known = [ALL_LINEAR, *_MODULES, *(part for parts in _MODULES.values() for part in parts)]
+        for name in self.lora_target_names:
+            if name not in (*known, *_OF_EXPERTS):
+                raise UserError(
+                    f"lora_targets ({name}) must be linear layers that all families have, of {', '.join(known)}"
+                    f"{nearest_name_hint(name, known)}"
+                )
 
     @property
     def has_adapters(self) -> bool:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import os
 import re
 from bisect import bisect_right
@@ -20,7 +19,7 @@ from megatron_psft.data.cache import DataCache, TokenizedSource
 from megatron_psft.data.chat import RenderSettings
 from megatron_psft.data.example import Example, Notes
 from megatron_psft.data.formats import DEFAULT_COMPLETION_KEY, RecordKeys
-from megatron_psft.data.given import GivenPath
+from megatron_psft.data.given import GivenPath, parse_weighted_path
 from megatron_psft.data.records import TEXT_REFUSED, raise_or_report
 from megatron_psft.data.sources import open_source
 from megatron_psft.data.splits import SplitUse
@@ -35,14 +34,6 @@ _LISTED_BAD_RECORDS = 20
 _MAX_WORKERS = 32  # each holds some 260 MiB, nearly all of it libraries
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightedPath:
-    """A value of `--data`, `PATH` or `PATH=WEIGHT`. `weight` is in passes over the source per epoch."""
-
-    given: GivenPath
-    weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,25 +110,6 @@ class TokenizedDataset:
             digest.update(part.records.data)
             digest.update(part.lengths.data)
         return digest.hexdigest()
-
-
-def parse_weighted_path(text: str, *, field: str) -> WeightedPath:
-    """`PATH=WEIGHT`, or `PATH` with weight 1, of the setting `field`. A file or folder whose whole name is `text` is
-    meant by it.
-
-    Raises UserError where the weight is not positive and finite.
-    """
-    given = GivenPath(field, text)
-    path, equals, number = text.rpartition("=")
-    try:
-        weight = float(number)
-    except ValueError:
-        return WeightedPath(given=given, weight=1.0)
-    if not equals or os.path.exists(os.path.expanduser(text)):
-        return WeightedPath(given=given, weight=1.0)
-    if not (weight > 0 and math.isfinite(weight)):
-        raise UserError(f"{given} must have a weight above 0, in passes per epoch; change or leave out ={number}")
-    return WeightedPath(given=GivenPath(field, path), weight=weight)
 
 
 def build_dataset(

@@ -18,14 +18,20 @@ from typing import BinaryIO, Protocol, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_psft.data.file_names import (
+    COMPRESSIONS,
+    JSON_ARRAY,
+    JSON_LINES,
+    KNOWN_FILES,
+    PARQUET,
+    endings,
+    is_known,
+)
 from megatron_psft.data.given import GivenPath
 from megatron_psft.errors import UserError, first_line
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer JSON line is a bad record: it would be some 16 million tokens, and a file without line ends fills memory."""
-
-KNOWN_FILES = ".jsonl, .json or .parquet"
-"""What can be read, in words; the first two also with .gz or .zst behind."""
 
 # Enough to keep a tokenizer busy, little enough to hold: a batch of Parquet's 65,536 may be gigabytes.
 _CHUNK_ROWS = 256
@@ -121,27 +127,8 @@ def check_readable(given: GivenPath) -> None:
         raise UserError(f"{given} must be readable; change its permissions, or fix the link")
 
 
-def is_known(name: str) -> bool:
-    """Whether a file of that name can be read."""
-    return _endings(name)[0] in _READERS
-
-
-def stem_of(path: Path) -> str:
-    """The file's name without its endings, that of compression too."""
-    return path.name[: len(path.name) - len("".join(_endings(path.name)))]
-
-
-def _endings(name: str) -> tuple[str, str]:
-    """The ending that tells the format and that of compression, lower-case; each may be empty."""
-    rest, ending = os.path.splitext(name.lower())
-    if ending not in _COMPRESSIONS:
-        return ending, ""
-    inner = os.path.splitext(rest)[1]
-    return (inner if inner in _COMPRESSED else "", ending)
-
-
 def _read_file(given: GivenPath) -> Iterator[Chunk]:
-    return _READERS[_endings(given.path)[0]](given)
+    return _READERS[endings(given.path)[0]](given)
 
 
 @contextmanager
@@ -150,7 +137,7 @@ def _opened(given: GivenPath) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
 
     Raises UserError where it cannot be decompressed.
     """
-    compression = _COMPRESSIONS.get(_endings(given.path)[1])
+    compression = COMPRESSIONS.get(endings(given.path)[1])
     with open(given.path, "rb") as file:
         if compression is None:
             yield file, file.tell
@@ -320,9 +307,7 @@ def _read_parquet(given: GivenPath) -> Iterator[Chunk]:
 
 
 _READERS: dict[str, Callable[[GivenPath], Iterator[Chunk]]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json_array,
-    ".parquet": _read_parquet,
+    JSON_LINES: _read_json_lines,
+    JSON_ARRAY: _read_json_array,
+    PARQUET: _read_parquet,
 }
-_COMPRESSED = (".jsonl", ".json")
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

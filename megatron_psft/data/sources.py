@@ -1,7 +1,6 @@
 """What a path of records stands for: a file, the files of a folder or pattern, or a dataset on disk or on the hub."""
 
 import glob
-import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,34 +10,22 @@ from typing import Any
 
 import pyarrow as pa
 
+from megatron_psft.data.file_names import KNOWN_FILES, is_known, stem_of
 from megatron_psft.data.files import (
-    KNOWN_FILES,
     BadRecord,
     Row,
     Source,
     check_readable,
     dataset_source,
     file_source,
-    is_known,
-    stem_of,
 )
 from megatron_psft.data.given import GivenPath
+from megatron_psft.data.places import Place, find_place
 from megatron_psft.data.splits import SplitUse, choose, kind_of, label_of
 from megatron_psft.errors import UserError, counted, first_line
 
 _NAMED_FILES = 8
 _SET_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """A path or ID with what is said of it: `ID[:CONFIG][@SPLIT]`."""
-
-    given: GivenPath
-    base: str
-    config: str | None = None
-    split: str | None = None
 
 
 def open_source(path: str, *, field: str, use: SplitUse = "training") -> Source:
@@ -58,23 +45,15 @@ def open_source(path: str, *, field: str, use: SplitUse = "training") -> Source:
     Raises UserError: no such file, unknown file type, empty folder, no split or several that may be meant, hub dataset
     that cannot be loaded; while iterating over chunks: a JSON or Parquet file that is broken as a whole.
     """
-    # os.path and not pathlib: its answers stay False, and its text unchanged, for what cannot be a path at all.
-    given = GivenPath(field, path)
-    if "://" in path:
-        raise UserError(f"{given} must not be an address; download it and give the file")
-    place = _parse(given)
-    local = Path(os.path.expanduser(place.base))
+    place = find_place(GivenPath(field, path))
+    local = place.local
     if os.path.isdir(local):
         if place.config is not None:
             local = _sub_folder(local, place)
         return _open_folder(local, place, use)
     if os.path.exists(local):
         return _open_file(local, place, use)
-    if glob.has_magic(place.base) and "\0" not in path:
-        return _open_pattern(place, use)
-    if _looks_like_path(place.base) or not _HUB_ID.fullmatch(place.base):
-        raise UserError(f"{given} does not exist; give a file, a folder or the ID of a dataset on the hub")
-    return _open_hub(place, use)
+    return _open_pattern(place, use) if place.is_pattern else _open_hub(place, use)
 
 
 def open_rows(path: str, *, field: str, use: SplitUse = "training") -> Iterator[Row | BadRecord]:
@@ -83,36 +62,7 @@ def open_rows(path: str, *, field: str, use: SplitUse = "training") -> Iterator[
     return (row for chunk in source.chunks() for row in chunk.rows())
 
 
-def place_of(given: GivenPath) -> Path:
-    """The file or folder that is read from if it is local; of a pattern, the folder of its matches."""
-    place = Path(os.path.expanduser(_parse(given).base))
-    if os.path.exists(place) or not glob.has_magic(str(place)):
-        return place
-    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), place.parts)
-    return Path(*fixed)
-
-
-def _parse(given: GivenPath) -> _Place:
-    """A name that exists is taken whole, from the longest on."""
-    base, split, config = given.path, None, None
-    if not _exists(base) and "@" in base:
-        base, _, split = base.rpartition("@")
-    if not _exists(base) and ":" in base:
-        base, _, config = base.rpartition(":")
-    if not base or split == "" or config == "":
-        raise UserError(f"{given} must have a name before and after : and @; give PATH or ID[:CONFIG][@SPLIT]")
-    return _Place(given=given, base=base, config=config, split=split)
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(os.path.expanduser(path))
-
-
-def _looks_like_path(path: str) -> bool:
-    return path.startswith(("/", "./", "../", "~")) or is_known(path)
-
-
-def _sub_folder(folder: Path, place: _Place) -> Path:
+def _sub_folder(folder: Path, place: Place) -> Path:
     assert place.config is not None
     found = folder / place.config
     if not found.is_dir():
@@ -121,7 +71,7 @@ def _sub_folder(folder: Path, place: _Place) -> Path:
     return found
 
 
-def _open_file(path: Path, place: _Place, use: SplitUse) -> Source:
+def _open_file(path: Path, place: Place, use: SplitUse) -> Source:
     if place.split is not None or place.config is not None:
         raise UserError(f"{place.given} names a part of {place.base}, which is a file and read whole; remove it")
     label = label_of(stem_of(path))
@@ -145,7 +95,7 @@ class _Found:
         return str(file if self.folder is None else file.relative_to(self.folder))
 
 
-def _open_folder(folder: Path, place: _Place, use: SplitUse) -> Source:
+def _open_folder(folder: Path, place: Place, use: SplitUse) -> Source:
     check_readable(place.given.at(folder))
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         files = tuple(sorted(file for file in folder.rglob("*") if file.is_file()))
@@ -183,7 +133,7 @@ def _look_into(top: Path, folder: Path, *, label: str) -> _Found:
     return _Found(files=tuple(files), others=tuple(others), folder=top)
 
 
-def _open_pattern(place: _Place, use: SplitUse) -> Source:
+def _open_pattern(place: Place, use: SplitUse) -> Source:
     if place.config is not None:
         raise UserError(f"{place.given} names a part of a pattern, :{place.config}; put it into the pattern")
     matches = sorted(map(Path, glob.glob(os.path.expanduser(place.base), recursive=True)))
@@ -197,7 +147,7 @@ def _open_pattern(place: _Place, use: SplitUse) -> Source:
     return _selected(_Found(files=files, others=others), place, use, name=place.given.path)
 
 
-def _selected(found: _Found, place: _Place, use: SplitUse, *, name: str) -> Source:
+def _selected(found: _Found, place: Place, use: SplitUse, *, name: str) -> Source:
     labels = list(dict.fromkeys(label for _, label in found.files))
     return _source_of(found, choose(place.given, labels, place.split, use), place.given, name=name)
 
@@ -221,7 +171,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _split_source(
-    loaded: Any, place: _Place, files: tuple[Path, ...] | None, use: SplitUse, *, name: str, is_hub: bool = False
+    loaded: Any, place: Place, files: tuple[Path, ...] | None, use: SplitUse, *, name: str, is_hub: bool = False
 ) -> Source:
     """The rows of what the library has loaded, all splits or one. `files` are those of its arrow files if None."""
     note = ""
@@ -248,7 +198,7 @@ def _load_from_disk(folder: Path, given: GivenPath) -> Any:
         raise UserError(f"{given} cannot be loaded by datasets: {first_line(error)}; save it again") from error
 
 
-def _open_hub(place: _Place, use: SplitUse) -> Source:
+def _open_hub(place: Place, use: SplitUse) -> Source:
     datasets = _import_datasets(place.given)
     try:
         # All splits, which the library prepares in any case.

@@ -16,8 +16,9 @@ from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP, Identity, run_i
 from megatron_psft.checkpoint.state import TrainState, load_checkpoint
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, ObjectiveConfig
-from megatron_psft.data.dataset import TokenizedDataset, parse_weighted_path
+from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.dealing import ByTokens
+from megatron_psft.data.given import parse_weighted_path
 from megatron_psft.data.loader import BatchLoader, Shard
 from megatron_psft.data.packing import PackPlan, plan_of
 from megatron_psft.data.source_names import source_names

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_psft.config.rules import validate_advantages, validate_records, validate_train_iters
 from megatron_psft.config.schema import Config
-from megatron_psft.data.dataset import TokenizedDataset, build_dataset, parse_weighted_path
+from megatron_psft.data.dataset import TokenizedDataset, build_dataset
 from megatron_psft.data.drift_sets import DriftSet, read_drift_set
 from megatron_psft.data.example import Example, label_runs
+from megatron_psft.data.given import given_paths
 from megatron_psft.data.packing import PackPlan, plan_of
-from megatron_psft.data.sources import place_of
+from megatron_psft.data.places import folder_of
 from megatron_psft.data.splits import SplitUse
 from megatron_psft.data.statistics import describe_packing, describe_passes
 from megatron_psft.distributed.collective import on_every_rank, patient_group
@@ -232,10 +233,7 @@ def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> It
         if path is not None:
             yield name, Path(path)
     yield "data_cache_dir", Path(data.data_cache_dir)
-    valid, drift = ([path for paths in sets.values() for path in paths] for sets in (data.valid_sets, data.drift_sets))
-    for name, paths in (("data", data.data), ("valid_data", valid), ("drift_data", drift)):
-        for path in paths:
-            yield name, place_of(parse_weighted_path(path, field=name).given)
+    yield from ((given.field, folder_of(given)) for given in given_paths(data))
 
 
 def _read_drift_sets(

@@ -236,6 +236,26 @@ def test_help_needs_no_torch_and_names_every_section():
     assert " torch\n" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("valid_data", "general=gone.jsonl", "valid_data (gone.jsonl) does not exist; "),
+        pytest.param(
+            *("lora_targets", "q_porj", "lora_targets (q_porj) must be linear layers that all families have, "),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused_before_torch_is_imported(inputs, tmp_path, flag, value, message):
+    argv = command_line(inputs, tmp_path / "run", eval_interval=1, **{flag: value})
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_psft", "train", *argv]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {message}")
+    assert not {" torch", " pyarrow", " transformers"} & {line.rpartition("|")[2] for line in done.stderr.splitlines()}
+
+
 @pytest.mark.slow
 def test_interrupted_run_ends_quietly_and_resumes(pool, inputs, tmp_path):
     argv = command_line(inputs, tmp_path / "run", train_iters=24, save_interval=4)

@@ -164,6 +164,11 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(world_size: int,
             "profile_step_start (11) must be at most the number of training steps (",
         ),
         ("--lora-targets q_proj k_proj v_proj", "lora_targets (q_proj, k_proj and v_proj) has no effect without lora_"),
+        (
+            "--lora-rank 2 --lora-targets q_porj",
+            "lora_targets (q_porj) must be linear layers that all families have, of",
+        ),
+        ("--lora-rank 2 --lora-targets q_proj,lm_head", "lora_targets (lm_head) must be linear layers that all fam"),
         ("--lora-rank 2 --random-init --export-hf x", "lora_rank with random_init exports an adapter of weights that"),
         (
             "--lora-rank 2 --random-init --save-interval 2 --export-interval 1",

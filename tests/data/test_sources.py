@@ -11,7 +11,8 @@ import pytest
 
 from megatron_psft.data.files import Row
 from megatron_psft.data.given import GivenPath
-from megatron_psft.data.sources import open_rows, open_source, place_of
+from megatron_psft.data.places import folder_of
+from megatron_psft.data.sources import open_rows, open_source
 from megatron_psft.errors import UserError
 
 ROWS = [{"a": 1}, {"a": 2}, {"a": 3}]
@@ -196,7 +197,7 @@ def test_a_pattern_over_several_splits_is_as_a_folder(tmp_path):
 )
 def test_where_a_path_reads_from(tmp_path, text, place):
     fill(tmp_path / "set", "a*b.jsonl")
-    assert place_of(GivenPath("data", str(tmp_path / text))) == tmp_path / place
+    assert folder_of(GivenPath("data", str(tmp_path / text))) == tmp_path / place
 
 
 def test_what_a_folder_holds_besides_is_named(tmp_path):

@@ -104,12 +104,7 @@ def test_targets_by_either_library_s_names(folder, given, names):
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("qwen2", {"lora_targets": ("q_porj",)}, r"lora_targets \(q_porj\) .*, q_proj.*; did you mean q_proj"),
-        (
-            "qwen2",
-            {"lora_targets": ("q_proj,lm_head",)},
-            r"lora_targets \(lm_head\) is no linear layer of a qwen2 model",
-        ),
+        ("qwen2", {"lora_targets": ("q_proj,w1",)}, r"lora_targets \(w1\) is no linear layer of a qwen2 model"),
         ("qwen2", {"lora_rank": 33}, r"lora_rank \(33\) must be at most 32, the smaller side of k_proj"),
         ("qwen2", {"lora_rank": 65, "lora_targets": ("down_proj",)}, r"must be at most 64, .* of down_proj"),
         (
