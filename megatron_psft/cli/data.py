@@ -53,7 +53,8 @@ class ShownWeights(WeightsConfig):
     """Where the tokenizer comes from. No weights are read."""
 
     load_hf: PathText = ""
-    """Hugging Face folder or hub ID; its tokenizer is used where `tokenizer` is absent."""
+    """Hugging Face folder or hub ID; its tokenizer is used where `tokenizer` is absent. Where it is here, records
+    are told that are longer than its model was made for."""
     save: PathText = ""
     """Run folder of the training command; nothing is written here."""
 
@@ -169,7 +170,7 @@ def describe_folder(folder: "CacheFolder") -> str:
 
 def show_data(config: ShowDataConfig) -> None:
     """Prints statistics and rows. Raises UserError for data or a tokenizer that training would refuse."""
-    from megatron_psft.data.dataset import build_dataset
+    from megatron_psft.data.dataset import beyond_positions, build_dataset
     from megatron_psft.data.packing import plan_of
     from megatron_psft.data.statistics import describe_packing
     from megatron_psft.hf import hub
@@ -179,7 +180,8 @@ def show_data(config: ShowDataConfig) -> None:
     if not config.weights.tokenizer_source:
         raise UserError("missing --tokenizer or --load-hf; name the folder or hub ID of the tokenizer")
     check_places(config.data)
-    tokenizer = hub.load_tokenizer(hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False))
+    tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
+    tokenizer = hub.load_tokenizer(tokenizer_folder)
     dataset = build_dataset(
         config.data.data,
         tokenizer,
@@ -190,6 +192,8 @@ def show_data(config: ShowDataConfig) -> None:
         are_pairs=config.objective.needs_pairs,
     )
     print(dataset.statistics())
+    if text := beyond_positions("data", dataset, max_positions_of(config.weights, tokenizer_folder)):
+        print(text)
     validate_records(config, len(dataset))
     plan = plan_of(dataset.sequence_lengths, config.data, packs_each_step=config.packs_each_step)
     if config.packs_each_step:
@@ -210,6 +214,14 @@ def show_data(config: ShowDataConfig) -> None:
             print(describe(name, example))
             show = show_tokens if config.show.tokens else show_text
             show(example, tokenizer, in_color)
+
+
+def max_positions_of(weights: ShownWeights, tokenizer_folder: Path) -> int | None:
+    """Of the longest text that the run's model was made for; None where its config.json is not at hand."""
+    from megatron_psft.model.shape import read_max_positions
+
+    folder = tokenizer_folder if weights.tokenizer is None else Path(weights.load_hf)
+    return read_max_positions(folder) if weights.load_hf and (folder / "config.json").is_file() else None
 
 
 def build_loader(

@@ -112,6 +112,22 @@ class TokenizedDataset:
         return digest.hexdigest()
 
 
+def beyond_positions(field: str, dataset: TokenizedDataset, max_positions: int | None) -> str | None:
+    """What to say of records of `field` that have positions the model was not made for, if there are any. In a pack
+    each record's positions start over."""
+    positions = dataset.sequence_lengths.max(axis=1) - 1  # the last token is a label only
+    longest = int(positions.argmax())
+    if max_positions is None or positions[longest] <= max_positions:
+        return None
+    beyond = int((positions > max_positions).sum())
+    return (
+        f"WARNING: {field}: beyond max_position_embeddings ({max_positions}) of the model's config.json are {beyond:,} "
+        f"of {counted(len(dataset), 'record')}, the longest is {dataset.location(longest)} ({positions[longest] + 1} "
+        f"tokens): leave them out by --seq-length {max_positions + 1} --overlong drop, or raise "
+        "max_position_embeddings there if the model is to learn such positions"
+    )
+
+
 def build_dataset(
     paths: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",

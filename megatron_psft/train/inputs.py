@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_psft.config.rules import validate_advantages, validate_records, validate_train_iters
 from megatron_psft.config.schema import Config
-from megatron_psft.data.dataset import TokenizedDataset, build_dataset
+from megatron_psft.data.dataset import TokenizedDataset, beyond_positions, build_dataset
 from megatron_psft.data.drift_sets import DriftSet, read_drift_set
 from megatron_psft.data.example import Example, label_runs
 from megatron_psft.data.given import given_paths
@@ -185,22 +185,6 @@ def describe(inputs: Inputs, config: Config) -> None:
         runs = label_runs(shown, inputs.tokenizer)
         text = "".join(f"⟦{text}⟧" if is_label else text for is_label, text in runs)
         log.info("first record, labels in ⟦⟧:\n%s", text)
-
-
-def beyond_positions(field: str, dataset: TokenizedDataset, max_positions: int | None) -> str | None:
-    """What to say of records of `field` that have positions the model was not made for, if there are any. In a pack
-    each record's positions start over."""
-    positions = dataset.sequence_lengths.max(axis=1) - 1  # the last token is a label only
-    longest = int(positions.argmax())
-    if max_positions is None or positions[longest] <= max_positions:
-        return None
-    beyond = int((positions > max_positions).sum())
-    return (
-        f"WARNING: {field}: beyond max_position_embeddings ({max_positions}) of the model's config.json are {beyond:,} "
-        f"of {counted(len(dataset), 'record')}, the longest is {dataset.location(longest)} ({positions[longest] + 1} "
-        f"tokens): leave them out by --seq-length {max_positions + 1} --overlong drop, or raise "
-        "max_position_embeddings there if the model is to learn such positions"
-    )
 
 
 def _check_top_k(config: Config, vocab_size: int) -> None:

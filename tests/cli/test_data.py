@@ -14,6 +14,7 @@ from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.data.micro_batch import MicroBatch
 from tests.support import tiny
 from tests.support.cli import REPOSITORY, Exit
+from tests.support.recipes import SHAPES
 
 RECORD = '{"prompt": "add one", "completion": "two"}\n'
 SHOWN = "<|im_start|>user\nadd one<|im_end|>\n<|im_start|>assistant\n⟦two<|im_end|>⟧\n"
@@ -136,6 +137,15 @@ def test_a_step_of_records_is_shown_as_it_is_packed(show):
     assert "3 steps of 2 records make 2 passes over the 3 records of an epoch" in exit.out
     assert "── step 2, row 1: 2 records, " in exit.out
     assert exit.out.count(SHOWN) == 2
+
+
+def test_records_beyond_the_positions_of_the_model_are_named_as_by_a_run(show, tmp_path):
+    config = SHAPES["Qwen/Qwen2.5-7B-Instruct"] | {"max_position_embeddings": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "WARNING" not in show().out
+    exit = show("--load-hf", str(tmp_path))
+    assert "WARNING: data: beyond max_position_embeddings (3) of the model's config.json are 3 of 3 records" in exit.out
+    assert SHOWN in exit.out
 
 
 def test_a_training_command_and_its_config_are_taken(show, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_psft.config.inputs import DataConfig
 from megatron_psft.data.chat import render_record
-from megatron_psft.data.dataset import DatasetStatistics, TokenizedDataset, build_dataset
+from megatron_psft.data.dataset import DatasetStatistics, TokenizedDataset, beyond_positions, build_dataset
 from megatron_psft.data.records import read_records
 from megatron_psft.errors import UserError
 from tests.data import toys
@@ -296,3 +296,18 @@ def test_the_fingerprint_tells_tokens_labels_and_borders_apart():
     ]
     assert base.fingerprint() == same.fingerprint()
     assert len({dataset.fingerprint() for dataset in [base, *others]}) == 4
+
+
+def test_records_beyond_the_positions_of_the_model_are_named():
+    """Also of pairs, and not a pack of records that are short: a record's last token has no position of its own."""
+    offsets = np.array([0, 3, 12, 20, 24])
+    arrays = {"tokens": np.arange(24, dtype=np.int32), "label_mask": ~np.isin(np.arange(24), offsets)}
+    records = dataset_of(**arrays, offsets=offsets)
+    assert beyond_positions("data", records, 8) is None
+    assert beyond_positions("data", records, None) is None
+    text = beyond_positions("valid_data", records, 6)
+    assert "valid_data: beyond max_position_embeddings (6) of the model's config.json are 2 of 4 records" in text
+    assert "the longest is memory:2 (9 tokens): leave them out by --seq-length 7 --overlong drop" in text
+    pairs = dataset_of(**arrays, offsets=np.array([0, 12, 24]), second_starts=np.array([3, 6]))
+    assert beyond_positions("data", pairs, 8) is None
+    assert "1 of 2 records, the longest is memory:1 (9 tokens)" in beyond_positions("data", pairs, 7)

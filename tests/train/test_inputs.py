@@ -4,15 +4,12 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_psft.hf.folder import MANIFEST
 from megatron_psft.model.shape import read_max_positions
-from megatron_psft.train.inputs import beyond_positions
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
-from tests.support.datasets import dataset_of
 from tests.support.recipes import SHAPES
 
 
@@ -128,21 +125,6 @@ def test_an_export_into_a_folder_of_the_run_is_refused(pool, inputs, tmp_path, f
         assert field in exit.err.replace("--config", "config")
         assert not (project / "config.json").exists()
         (project / MANIFEST).write_text(json.dumps({"complete": True, "files": {}}))
-
-
-def test_records_beyond_the_positions_of_the_model_are_named():
-    """Also of pairs, and not a pack of records that are short: a record's last token has no position of its own."""
-    offsets = np.array([0, 3, 12, 20, 24])
-    arrays = {"tokens": np.arange(24, dtype=np.int32), "label_mask": ~np.isin(np.arange(24), offsets)}
-    records = dataset_of(**arrays, offsets=offsets)
-    assert beyond_positions("data", records, 8) is None
-    assert beyond_positions("data", records, None) is None
-    text = beyond_positions("valid_data", records, 6)
-    assert "valid_data: beyond max_position_embeddings (6) of the model's config.json are 2 of 4 records" in text
-    assert "the longest is memory:2 (9 tokens): leave them out by --seq-length 7 --overlong drop" in text
-    pairs = dataset_of(**arrays, offsets=np.array([0, 12, 24]), second_starts=np.array([3, 6]))
-    assert beyond_positions("data", pairs, 8) is None
-    assert "1 of 2 records, the longest is memory:1 (9 tokens)" in beyond_positions("data", pairs, 7)
 
 
 @pytest.mark.parametrize(
