@@ -6,7 +6,6 @@ the same command goes on with what Ctrl-C has interrupted.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -24,11 +23,12 @@ PSFT = [sys.executable, "-m", "megatron_psft"]
 SEED, NUM_TRAINED, NUM_VALID = 0, 128, 16
 
 # The scripts of these folders are no packages; the trainer is imported from the repository's root.
-sys.path[:0] = [str(HERE), str(HERE.parent / "smollm2"), str(REPOSITORY)]
+sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("shared", "smollm2")), str(REPOSITORY)]
 
 import fetch  # noqa: E402
 import general  # noqa: E402
 import tickets  # noqa: E402
+from claim import claim  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(min(len(os.sched_getaffinity(0)), 16)))
     try:
         model = smollm2() if given is None else str(Path(given).resolve()) if Path(given).is_dir() else given
-        claim(model)
+        claim(FOLDER, [HERE / name for name in ("run.py", "tickets.py", "general.py", "train.yaml")], model)
         compare(model)
     except KeyboardInterrupt:
         print("ended by Ctrl-C: the same command goes on from here", file=sys.stderr)
@@ -55,20 +55,6 @@ def smollm2() -> str:
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or [str(error)])[-1]
         sys.exit(f"error: SmolLM2 could not be fetched ({reason}); take another model: make demo MODEL=DIR|ID")
-
-
-def claim(model: str) -> None:
-    """Empties the folder, unless the very same demo has left something there."""
-    sources = [HERE / name for name in ("run.py", "tickets.py", "general.py", "train.yaml")]
-    digest = hashlib.sha256(b"".join([model.encode(), *(source.read_bytes() for source in sources)])).hexdigest()
-    mark, shown = FOLDER / "demo.sha256", FOLDER.relative_to(REPOSITORY)
-    if mark.is_file() and mark.read_text() == digest:
-        print(f"Writing below {shown}, where finished parts are used again: remove it to start anew.")
-        return
-    print(f"Writing below {shown} (emptied first).")
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
-    mark.write_text(digest)
 
 
 def compare(model: str) -> None:

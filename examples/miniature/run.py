@@ -6,10 +6,8 @@ made again.
 """
 
 import argparse
-import hashlib
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 from collections import deque
@@ -24,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 WORKERS = 2
 
 # The scripts of these folders are no packages; the trainer is imported from the repository's root.
-sys.path[:0] = [str(HERE), str(HERE.parent / "digits"), str(REPOSITORY)]
+sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("shared", "digits")), str(REPOSITORY)]
 
 import chains  # noqa: E402
 import digits  # noqa: E402
@@ -32,6 +30,7 @@ import grpo  # noqa: E402
 import plan as plans  # noqa: E402
 import points  # noqa: E402
 import worker  # noqa: E402
+from claim import claim  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 Task = tuple[Callable[[Any], worker.Results], Any]
@@ -52,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     # Before a worker imports torch: two processes of two threads each would be slower on two cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    claim(folder)
+    scripts = [HERE / f"{name}.py" for name in ("chains", "plan", "worker", "grpo")]
+    claim(folder, [*scripts, HERE.parent / "digits" / "digits.py", *sorted(HERE.glob("*.yaml"))])
     try:
         with pool() as workers:
             results, rl_results = measure(plan, folder, workers)
@@ -63,21 +63,6 @@ def main(argv: Sequence[str]) -> int:
 
     print(f"\n{report.write(plan, folder, results, rl_results)}\n\nDone in {time.monotonic() - started:.0f} s.")
     return 0
-
-
-def claim(folder: Path) -> None:
-    """Empties the folder, unless the very same scripts left something there."""
-    sources = [HERE / f"{name}.py" for name in ("chains", "plan", "worker", "grpo")]
-    sources += [HERE.parent / "digits" / "digits.py", *sorted(HERE.glob("*.yaml"))]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    mark, shown = folder / "scripts.sha256", folder.relative_to(REPOSITORY)
-    if mark.is_file() and mark.read_text() == digest:
-        print(f"Writing below {shown}. Finished runs in it are used again: remove it to start anew.")
-        return
-    print(f"Writing below {shown} (emptied first).")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    mark.write_text(digest)
 
 
 def measure(plan: plans.Plan, folder: Path, workers: ProcessPoolExecutor) -> tuple[worker.Results, worker.Results]:
