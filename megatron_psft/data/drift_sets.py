@@ -24,9 +24,7 @@ from megatron_psft.errors import UserError, counted
 PROMPT, TOKENS, LOG_PROBS, SAMPLED_FROM = "prompt_tokens", "tokens", "log_probs", "sampled_from"
 """Keys of a row: lists of token ids, of the answer's log-probabilities in nats, and by what model they were drawn."""
 
-FIELD = "drift_data"
-"""The setting that names drift sets."""
-
+_FIELD = "drift_data"  # the setting that names drift sets
 _WRITE = "`psft rollout --drift-set` writes one"
 
 
@@ -58,18 +56,18 @@ def read_drift_set(
     """
     examples, nll, longest = [], [], ("", 0)
     for path in paths:
-        for row in open_rows(path, field=FIELD, use="other"):
+        for row in open_rows(path, field=_FIELD, use="other"):
             example, log_probs = _parse(row, sampled_from, vocab_size)
             examples.append(example)
             nll.append(-math.fsum(log_probs))
             longest = max(longest, (row.source, len(example.tokens)), key=lambda named: named[1])
     if longest[1] > seq_length:
         raise UserError(
-            f"{FIELD} must hold no answer that is longer than seq_length ({seq_length}) with its prompt: the "
+            f"{_FIELD} must hold no answer that is longer than seq_length ({seq_length}) with its prompt: the "
             f"longest, {longest[0]}, has {longest[1]} tokens; raise seq_length, or sample shorter ones"
         )
     if len(examples) < 2:
-        raise UserError(f"{FIELD} ({' '.join(paths)}) must hold at least 2 answers, found {len(examples)}; {_WRITE}")
+        raise UserError(f"{_FIELD} ({' '.join(paths)}) must hold at least 2 answers, found {len(examples)}; {_WRITE}")
     tokens = np.array([np.count_nonzero(example.label_mask) for example in examples], dtype=np.int64)
     return DriftSet(dataset=_dataset(name, examples), nll=np.array(nll, dtype=np.float64), tokens=tokens)
 
@@ -77,10 +75,10 @@ def read_drift_set(
 def _parse(row: Row | BadRecord, sampled_from: Mapping[str, str], vocab_size: int) -> tuple[Example, list[float]]:
     """One row's answer, and its log-probabilities."""
     if isinstance(row, BadRecord):
-        raise UserError(f"{FIELD} must hold the model's own answers: {row}; {_WRITE}")
+        raise UserError(f"{_FIELD} must hold the model's own answers: {row}; {_WRITE}")
     problem = _problem(row.value, sampled_from, vocab_size)
     if problem is not None:
-        raise UserError(f"{FIELD} must hold the initial model's own answers: {row.source} {problem}; {_WRITE}")
+        raise UserError(f"{_FIELD} must hold the initial model's own answers: {row.source} {problem}; {_WRITE}")
     assert isinstance(row.value, dict)
     prompt, answer = row.value[PROMPT], row.value[TOKENS]
     tokens = np.array([*prompt, *answer], dtype=np.int32)
