@@ -16,7 +16,7 @@ from megatron_psft.errors import UserError, folder_error
 from megatron_psft.evaluation.compare import compare
 from megatron_psft.evaluation.results import ResultsFolder
 from megatron_psft.evaluation.tasks import Evaluation, EvaluationSampling, TaskConfig, evaluate
-from megatron_psft.hf.hub import ModelConfig
+from megatron_psft.hf.hub import ModelConfig, model_folder
 
 EXAMPLES = """examples:
   results that are there:
@@ -79,8 +79,11 @@ def run(config: CompareConfig) -> None:
     names = ("first", "second")
     models = [name for name in names if not ResultsFolder(Path(getattr(sides, name))).has_results]
     check_effects(config, models)
+    # All of them before hours of sampling from the first.
+    folders = {name: model_folder(name, getattr(sides, name), with_weights=True) for name in models}
     first, second = (
-        results_of(name, config) if name in models else ResultsFolder(Path(getattr(sides, name))) for name in names
+        results_of(name, folders[name], config) if name in models else ResultsFolder(Path(getattr(sides, name)))
+        for name in names
     )
     comparison = compare(first, second)
     target = Path(sides.out) / "compare.md"
@@ -116,9 +119,9 @@ def check_effects(config: CompareConfig, models: Sequence[str]) -> None:
         )
 
 
-def results_of(name: str, config: CompareConfig) -> ResultsFolder:
-    """Evaluates the model on side `name`."""
-    model = ModelConfig(model=getattr(config.sides, name), tokenizer=config.sides.tokenizer)
+def results_of(name: str, folder: Path, config: CompareConfig) -> ResultsFolder:
+    """Evaluates the model in `folder`, on side `name`."""
+    model = ModelConfig(model=str(folder), tokenizer=config.sides.tokenizer)
     out = str(Path(config.sides.out) / name)
     return evaluate(
         Evaluation(model=model, tasks=config.tasks, template=config.template, sampling=config.sampling, out=out)

@@ -180,7 +180,8 @@ def show_data(config: ShowDataConfig) -> None:
     if not config.weights.tokenizer_source:
         raise UserError("missing --tokenizer or --load-hf; name the folder or hub ID of the tokenizer")
     check_places(config.data)
-    tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
+    field = "load_hf" if config.weights.tokenizer is None else "tokenizer"
+    tokenizer_folder = hub.model_folder(field, config.weights.tokenizer_source, with_weights=False)
     tokenizer = hub.load_tokenizer(tokenizer_folder)
     dataset = build_dataset(
         config.data.data,

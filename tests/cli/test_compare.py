@@ -175,6 +175,8 @@ def test_what_cannot_be_compared_is_refused(run, tmp_path):
     assert_refused(run()[0], f"first ({tmp_path / 'first'}) must be a results folder of `psft evaluate`")
     write_results(tmp_path / "first", {"toy": answers([1, 0])})
     assert_refused(run()[0], f"second ({tmp_path / 'second'}) must be a results folder of `psft evaluate`")
+    assert_refused(run("--tasks", "x.jsonl")[0], f"second ({tmp_path / 'second'}) must be an existing folder or a hub")
+    (tmp_path / "second").mkdir()
     assert_refused(run("--tasks", "x.jsonl")[0], "tasks (x.jsonl) must be an existing file")
     write_results(tmp_path / "second", {"other": answers([1, 0])})
     assert_refused(run()[0], "must have a task in common, but have toy and other")

@@ -184,6 +184,8 @@ def test_mistakes_are_one_line_and_code_2(show, flags, message):
 def test_a_tokenizer_has_to_be_named(inputs, capsys):
     assert main(["--data", str(inputs / "a.jsonl")]) == 2
     assert "missing --tokenizer or --load-hf" in capsys.readouterr().err
+    assert main(["--data", str(inputs / "a.jsonl"), "--load-hf", "./none"]) == 2
+    assert "error: load_hf (./none) must be an existing folder" in capsys.readouterr().err
 
 
 def test_the_cache_is_listed_and_pruned(show, inputs, tmp_path, capsys):

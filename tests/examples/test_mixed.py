@@ -106,6 +106,7 @@ def test_hpt_demonstrates_what_the_model_fails(mixed, rate, shown):
         (["--pass-rate", "1"], "pass_rate (1.0) must be at least 0 and below 1"),
         (["--system-prompt", "sum"], "needs rollouts on the prompts of the demonstrations, and none is"),
         (["--demonstrations", "none.jsonl"], "demonstrations (none.jsonl) does not exist"),
+        (["--rollouts", "none.jsonl"], "rollouts (none.jsonl) does not exist"),
         (["--out", "/"], "out (/) must not exist"),
     ],
 )

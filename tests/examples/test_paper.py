@@ -108,8 +108,9 @@ def test_answers_may_stand_under_another_key(run, tmp_path):
         ([{"prompt": "add one", "completion": "3"}], ["--max-answer-tokens", "1"], "must have a record that is short"),
         ([{"prompt": "add one", "completion": "3"}, {"prompt": "x"}], [], "rows.jsonl:2"),
         ([{"prompt": "add one", "completion": "3"}], ["--max-prompt-tokens", "0"], "must be at least 1"),
+        ([], ["--source", "none.jsonl"], "source (none.jsonl) does not exist"),
     ],
-    ids=["all too long", "bad record", "no tokens"],
+    ids=["all too long", "bad record", "no tokens", "no file"],
 )
 def test_a_mistake_writes_nothing(run, tmp_path, rows, flags, message):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
