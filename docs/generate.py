@@ -11,7 +11,7 @@ from pathlib import Path
 from docs.draw_rooms import draw
 from docs.figures import TABLES, figures_of
 from docs.gpu_figures import NAMES, gpu_figures_of
-from docs.model_table import model_table
+from docs.model_table import bridge_table, model_table
 from docs.scaling_tables import scaling_tables, speed_table
 from megatron_psft.config.foreign_names import TRAINERS, table_of
 from megatron_psft.config.resume import FREE, SAME, TOLD
@@ -36,6 +36,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "files": lambda: file_tables(),
     "objectives": lambda: objective_table(),
     "models": model_table,
+    "models of bridge": bridge_table,
     "speeds": speed_table,
     "scaling": scaling_tables,
     "dry run": dry_run_table,

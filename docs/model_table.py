@@ -1,6 +1,8 @@
 """The table of model families: what of each is compared with transformers, from the tests' own cases."""
 
 from megatron_psft.model.families import FAMILIES
+from megatron_psft.sources.bridge_rules import FAMILIES as BRIDGE_FAMILIES
+from tests.nemo import test_source as bridge
 from tests.train import test_parity as parity
 
 MODEL_NAMES = {
@@ -27,6 +29,26 @@ def model_table() -> str:
         both, first = (_layouts(model_type, on_both) for on_both in (True, False))
         trained = "text; the vision tower passes through" if family.vision else "text"
         lines.append(f"| {MODEL_NAMES[model_type]} | `{model_type}` | {trained} | {both} | {first} |")
+    return "\n".join(lines)
+
+
+_OF_BRIDGE = {
+    "gemma3_text": "Gemma 3 (text)",
+    "olmoe": "OLMoE",
+    "glm4_moe": "GLM-4.5",
+    "deepseek_v3": "DeepSeek-V3",
+    "gpt_oss": "gpt-oss",
+}
+
+
+def bridge_table() -> str:
+    lines = ["| models | `model_type` | trajectories | as our own source |", "| --- | --- | --- | --- |"]
+    for model_type in BRIDGE_FAMILIES:
+        cases = [getattr(case, "values", case) for case in bridge.CASES]
+        layouts = ", ".join(str(layout) for family, layout in cases if family == model_type)
+        name = _OF_BRIDGE.get(model_type) or MODEL_NAMES[model_type]
+        same = "4 steps within 1e-6" if model_type in bridge.OF_BOTH else "-"
+        lines.append(f"| {name} | `{model_type}` | {layouts} | {same} |")
     return "\n".join(lines)
 
 

@@ -103,13 +103,13 @@ def plan(config: PlanConfig) -> int:
     from megatron_psft.diagnostics.plan import Plan
     from megatron_psft.distributed.device import Platform
     from megatron_psft.hf import hub
-    from megatron_psft.model.shape import read_shape
+    from megatron_psft.sources.choice import shape_of
 
     cluster = config.cluster
     if config.batch.train_iters is None and config.batch.epochs is None:  # nothing here depends on the run's length
         config = replace(config, batch=replace(config.batch, epochs=1))
     config = config.with_bf16(config.precision.bf16 is not False)  # as on the GPUs that it is planned for
-    shape = read_shape(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))
+    shape = shape_of(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))
     platform = Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=cluster.transformer_engine)
     planned = Plan(config=config, shape=shape, world_size=cluster.gpus, platform=platform)
     fits = planned.peak.total <= cluster.room_bytes

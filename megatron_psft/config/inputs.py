@@ -16,6 +16,9 @@ class WeightsConfig:
 
     load_hf: PathText
     """Hugging Face folder or hub ID with config, tokenizer and safetensors: the model the run starts from."""
+    model_source: Literal["auto", "native", "bridge"] = "auto"
+    """What builds and converts the model: this package, for the families that it knows (native), or NVIDIA's
+    Megatron-Bridge (bridge), on Python 3.12. auto takes bridge for families that are not native alone."""
     random_init: bool = False
     """Read only config and tokenizer from `load_hf` and draw the weights from `seed`. No effect where `save` or `load`
     holds a checkpoint."""

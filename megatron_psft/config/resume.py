@@ -87,6 +87,7 @@ TOLD: Mapping[str, tuple[str, ...]] = {
 """Settings that may change, each named in a line when it does; by what the change means."""
 
 FREE: tuple[str, ...] = (
+    "model_source",
     "resize_vocab",
     "lora_merge",
     "save",

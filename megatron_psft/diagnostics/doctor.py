@@ -150,13 +150,13 @@ def check_shared_memory() -> list[Finding]:
 
 def check_model(folder: Path) -> list[Finding]:
     """Whether a model can be trained."""
-    from megatron_psft.model.shape import read_shape
+    from megatron_psft.sources.choice import describe_model
 
     try:
-        shape = read_shape(folder)
+        text = describe_model(folder)
     except UserError as error:
         return [Finding(level="problem", text=str(error))]
-    return [Finding(level="ok", text=f"{folder} is a {shape.model_type} model of {counted(shape.num_layers, 'layer')}")]
+    return [Finding(level="ok", text=text)]
 
 
 def check_tokenizer(folder: Path) -> list[Finding]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ def export(
     """
     tensors = _weights(chunks, shape, parallel) if lora is None else _merged(chunks, shape, lora, parallel)
     options: dict[str, Any] = {"dtype": dtype, "side_files": side_files, "max_shard_bytes": max_shard_bytes}
-    _write_gathered(tensors, lambda: write_folder(target, tensors, shape=shape, **options), parallel)
+    write_gathered(tensors, lambda: write_folder(target, tensors, shape=shape, **options), parallel)
 
 
 def export_adapter(
@@ -91,11 +91,11 @@ def export_adapter(
         with replacing(target, "export_hf") as folder:
             write_adapter(folder, found, shape, lora, base)
 
-    _write_gathered(tensors, write, parallel)
+    write_gathered(tensors, write, parallel)
 
 
-def _write_gathered(tensors: Iterable[object], write: Callable[[], None], parallel: Parallel) -> None:
-    """`write` on rank 0, of tensors that all ranks gather."""
+def write_gathered(tensors: Iterable[object], write: Callable[[], None], parallel: Parallel) -> None:
+    """`write` on rank 0, of tensors that all ranks gather; collective."""
 
     def write_all() -> None:
         try:
@@ -129,14 +129,48 @@ def write_folder(
     vision = vision_of(side_files.model_folder, shape)
     spelled = str if vision is None else vision.name_in_files
     sizes = {spelled(name): dtype.itemsize * prod(dims) for name, dims in hf_tensors(shape).items()}
-    total = len(sizes)
-    if vision is not None:
-        sizes |= vision.nbytes
+    write_tensors(
+        target,
+        ((spelled(name), tensor.to(dtype)) for name, tensor in tensors),
+        sizes,
+        dtype=dtype,
+        side_files=side_files,
+        beside=vision,
+        max_shard_bytes=max_shard_bytes,
+        option=option,
+    )
+
+
+class Beside(Protocol):
+    """Tensors that come to an export from elsewhere, as they are."""
+
+    @property
+    def nbytes(self) -> Mapping[str, int]:
+        """By their names."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def write_tensors(
+    target: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    sizes: Mapping[str, int],
+    *,
+    dtype: torch.dtype,
+    side_files: SideFiles,
+    beside: Beside | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    option: str = "export_hf",
+) -> None:
+    """Writes a folder of `tensors` as they are, whose bytes are `sizes`, and of those `beside` them; `dtype` is what
+    config.json says of them. Else as `write_folder`."""
+    every = {**sizes, **({} if beside is None else beside.nbytes)}
     with replacing(target, option) as folder:
-        writer = _ShardWriter(folder, sizes, max_shard_bytes)
-        for name, tensor in progress(tensors, "export", unit="tensor", total=total):
-            writer.add(spelled(name), tensor.to(dtype))
-        for name, tensor in vision or ():
+        writer = _ShardWriter(folder, every, max_shard_bytes)
+        for name, tensor in progress(tensors, "export", unit="tensor", total=len(sizes)):
+            writer.add(name, tensor)
+        for name, tensor in beside or ():
             writer.add(name, tensor)
         writer.finish()
         side_files.write(folder, dtype)

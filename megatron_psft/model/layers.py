@@ -153,10 +153,8 @@ class Attention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The queries are the last positions of the keys, `[s, b, heads, d]` against `[t, b, groups, d]`."""
         queries, keys = len(query), len(key)
-        before = keys if self.window is None else self.window
-        mask = None
-        if queries < keys or before < keys - 1:
-            mask = query.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries).triu(keys - queries - before)
+        is_plain = queries == keys and (self.window is None or self.window >= keys - 1)
+        mask = None if is_plain else self._mask(query, keys)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             query,
@@ -168,3 +166,9 @@ class Attention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _mask(self, query: Tensor, keys: int) -> Tensor:
+        """What each query sees, `[s, t]`."""
+        ahead = keys - len(query)
+        mask = query.new_ones(len(query), keys, dtype=torch.bool).tril(ahead)
+        return mask if self.window is None else mask.triu(ahead - self.window)

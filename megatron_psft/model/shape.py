@@ -106,7 +106,7 @@ def read_shape(folder: Path, field: str = "load_hf") -> ModelShape:
         UserError: the file is missing or not JSON, its `model_type` is not supported, or one of its fields asks for
             maths that this version does not compute; the message names the field, its value and what is supported.
     """
-    return shape_from_config(_read_config(folder, field), str(folder / "config.json"))
+    return shape_from_config(read_config(folder, field), str(folder / "config.json"))
 
 
 def read_max_positions(folder: Path, field: str = "load_hf") -> int | None:
@@ -116,7 +116,7 @@ def read_max_positions(folder: Path, field: str = "load_hf") -> int | None:
     It counts what a rotary scaling has added, as Llama 3's files do; where those of a model with yarn do not, this is
     added.
     """
-    config, source = _read_config(folder, field), str(folder / "config.json")
+    config, source = read_config(folder, field), str(folder / "config.json")
     scaling = shape_from_config(config, source).rope_scaling
     value = _language_model(config, FAMILIES[config["model_type"]], source).get("max_position_embeddings")
     if not isinstance(value, int):
@@ -126,7 +126,8 @@ def read_max_positions(folder: Path, field: str = "load_hf") -> int | None:
     return value
 
 
-def _read_config(folder: Path, field: str) -> Any:
+def read_config(folder: Path, field: str = "load_hf") -> Any:
+    """What `folder/config.json` holds. Raises UserError where it is missing or not JSON."""
     path = folder / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))

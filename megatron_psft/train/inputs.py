@@ -24,7 +24,7 @@ from megatron_psft.errors import InfrastructureError, UserError, counted, folder
 from megatron_psft.hf import folder, hub
 from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.side_files import SideFiles
-from megatron_psft.sources.native import NativeSource
+from megatron_psft.sources.choice import choose_source
 from megatron_psft.sources.source import ModelSource
 from megatron_psft.train.exported import check_rows, needed_rows, side_files_of
 
@@ -115,7 +115,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     """
     model_folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=config.weights.reads_hf_weights)
     tokenizer_folder = hub.model_folder("tokenizer", config.weights.tokenizer_source, with_weights=False)
-    source: ModelSource = NativeSource.of(model_folder)
+    source = choose_source(model_folder, config.weights.model_source)
     own_rows = source.vocab_size
     source.check(config)
     _check_top_k(config, own_rows)

@@ -1,0 +1,87 @@
+"""Tiny random models of families that only Megatron-Bridge builds, as published folders are."""
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
+    OlmoeConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+VOCAB_SIZE = 212  # Bridge pads no vocabulary: two ranks must divide it
+
+FAMILIES = ("gemma3_text", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")
+
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 1000.0}
+
+
+def config_of(family: str, **changes):
+    """The configuration of transformers' class."""
+    if family == "gemma3_text":
+        own = {"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+        return Gemma3TextConfig(**{**_SHAPE, **own, **changes})
+    if family == "olmoe":
+        own = {"num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False}
+        return OlmoeConfig(**{**_SHAPE, **own, "rope_parameters": _ROPE, **changes})
+    if family == "gpt_oss":
+        own = {"intermediate_size": 48, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+        return GptOssConfig(**{**_SHAPE, **own, "sliding_window": 8, **changes})
+    own = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    own |= {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "topk_group": 1}
+    if family == "deepseek_v3":
+        own |= {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "n_group": 2}
+        own |= {"qk_nope_head_dim": 16, "v_head_dim": 16, "rms_norm_eps": 1e-6, "rope_parameters": _ROPE}
+        return DeepseekV3Config(**{**_SHAPE, **own, **changes})
+    assert family == "glm4_moe", family
+    own |= {"head_dim": 16, "use_qk_norm": True, "attention_bias": True, "n_group": 1}
+    own |= {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}
+    return Glm4MoeConfig(**{**_SHAPE, **own, **changes})
+
+
+_SEEDS = {"glm4_moe": 2}
+"""Where 0 makes a model in which rounding alone gives a token another expert."""
+
+
+def build_model(folder: Path, family: str, **changes) -> Path:
+    """Writes a checkpoint in fp32 whose every parameter is random, so that one that is dropped or swapped shows."""
+    model = AutoModelForCausalLM.from_config(config_of(family, **changes))
+    _randomize(model, _SEEDS.get(family, 0))
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    return Path(folder)
+
+
+@torch.no_grad()
+def _randomize(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    stored = model.state_dict()
+    buffers = {name: it for name, it in model.named_buffers() if name in stored}  # as the experts' biases
+    for name, tensor in {**dict(model.named_parameters()), **buffers}.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            is_centred = not tensor.any()  # Gemma's, stored with one taken off
+            tensor.copy_((0 if is_centred else 1) + 0.2 * noise)
+        elif tensor.dim() == 1:
+            tensor.copy_(0.2 * noise)
+        else:
+            gain = 1.6 if "embed_tokens" in name or "lm_head" in name else 1.0
+            tensor.copy_(gain / math.sqrt(tensor.shape[-1]) * noise)
