@@ -1,5 +1,8 @@
 """The table of model families: what of each is compared with transformers, from the tests' own cases."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 from megatron_psft.model.families import FAMILIES
 from megatron_psft.sources.bridge_rules import FAMILIES as BRIDGE_FAMILIES
 from tests.nemo import test_source as bridge
@@ -44,20 +47,22 @@ _OF_BRIDGE = {
 def bridge_table() -> str:
     lines = ["| models | `model_type` | trajectories | as our own source |", "| --- | --- | --- | --- |"]
     for model_type in BRIDGE_FAMILIES:
-        cases = [getattr(case, "values", case) for case in bridge.CASES]
-        layouts = ", ".join(str(layout) for family, layout in cases if family == model_type)
+        layouts = ", ".join(_of_family(model_type, bridge.CASES))
         name = _OF_BRIDGE.get(model_type) or MODEL_NAMES[model_type]
         same = "4 steps within 1e-6" if model_type in bridge.OF_BOTH else "-"
         lines.append(f"| {name} | `{model_type}` | {layouts} | {same} |")
     return "\n".join(lines)
 
 
-def _layouts(model_type: str, on_both: bool) -> str:
-    """Of the family's trajectories; those of a variant of it, which has a part of its own, bear its name."""
-    found = []
-    for case in _CASES:
-        (family, layout), marks = (case.values, case.marks) if hasattr(case, "marks") else (case, ())
+def _of_family(model_type: str, cases: Iterable[Any]) -> Iterator[str]:
+    """The layouts of the family's cases; those of a variant of it, which has a part of its own, bear its name."""
+    for case in cases:
+        family, layout = getattr(case, "values", case)
         of, _, variant = family.partition("-")
-        if of == model_type and on_both is ([mark.name for mark in marks] != ["slow"]):
-            found.append(f"{layout} ({variant})" if variant else layout)
-    return ", ".join(found) or "-"
+        if of == model_type:
+            yield f"{layout} ({variant})" if variant else str(layout)
+
+
+def _layouts(model_type: str, on_both: bool) -> str:
+    marks = {id(case): [mark.name for mark in getattr(case, "marks", ())] for case in _CASES}
+    return ", ".join(_of_family(model_type, [it for it in _CASES if on_both is (marks[id(it)] != ["slow"])])) or "-"

@@ -101,11 +101,12 @@ def convert_or_check(config: ConvertConfig) -> int:
     from megatron_psft.hf.conversion import outline_of
     from megatron_psft.hf.hub import load_tokenizer
     from megatron_psft.model.parameters import is_adapter
-    from megatron_psft.model.shape import read_shape
+    from megatron_psft.sources.choice import shape_of
     from megatron_psft.train.exported import resized_shape
 
     folders = find_folders(config)
-    shape = read_shape(folders.model, "load_hf" if config.source.from_hf is None else "from_hf")
+    field = "load_hf" if config.source.from_hf is None else "from_hf"
+    shape = shape_of(folders.model, field, "--export-hf of its run writes the folder, and --via-bridge converts it")
     if folders.run is not None and folders.run.weights.resize_vocab:
         shape = resized_shape(shape, load_tokenizer(folders.tokenizer))
     adapters = find_adapters(config, folders)

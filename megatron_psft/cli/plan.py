@@ -109,7 +109,8 @@ def plan(config: PlanConfig) -> int:
     if config.batch.train_iters is None and config.batch.epochs is None:  # nothing here depends on the run's length
         config = replace(config, batch=replace(config.batch, epochs=1))
     config = config.with_bf16(config.precision.bf16 is not False)  # as on the GPUs that it is planned for
-    shape = shape_of(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))
+    folder = hub.model_folder("load_hf", config.weights.load_hf, with_weights=False)
+    shape = shape_of(folder, "load_hf", "only a run itself shows whether such a model fits")
     platform = Platform(device=torch.device("cuda"), backend="nccl", has_transformer_engine=cluster.transformer_engine)
     planned = Plan(config=config, shape=shape, world_size=cluster.gpus, platform=platform)
     fits = planned.peak.total <= cluster.room_bytes

@@ -109,12 +109,6 @@ def _told_apart(config: Fields) -> str | None:
     return None
 
 
-def _normed_queries(config: Fields) -> str | None:
-    if not config.get("use_qk_norm", False):
-        return f"use_qk_norm ({config.get('use_qk_norm', False)}) is not supported: it was not compared"
-    return None
-
-
 def _low_rank_queries(config: Fields) -> str | None:
     if config.get("q_lora_rank", 1) is None:
         return "q_lora_rank (None) is not supported: it was not compared"
@@ -147,7 +141,7 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
         only("norm_topk_prob", False, why=_NOT_COMPARED),
     ),
     "glm4_moe": (
-        *(*_PLAIN, _PLAIN_ROPE, _normed_queries),
+        *(*_PLAIN, _PLAIN_ROPE),
         only("n_group", 1, why=_NOT_COMPARED),
         only("topk_group", 1, why=_NOT_COMPARED),
         only("norm_topk_prob", True, why=_NOT_COMPARED),

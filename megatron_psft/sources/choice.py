@@ -42,15 +42,16 @@ def describe_model(folder: Path) -> str:
     return f"{folder} is a {fields['model_type']} model, which Megatron-Bridge builds"
 
 
-def shape_of(folder: Path) -> ModelShape:
-    """All sizes of the model in `folder`. Raises UserError for one of which only Megatron-Bridge knows them."""
-    fields = read_config(folder)
+def shape_of(folder: Path, field: str, remedy: str) -> ModelShape:
+    """All sizes of the model in `folder`, which `field` names. Raises UserError, with a remedy, for one of which
+    Megatron-Bridge alone knows them."""
+    fields = read_config(folder, field)
     if isinstance(fields, Mapping) and fields.get("model_type") in ONLY_BRIDGE:
         raise UserError(
-            f"{folder}: model_type ({fields['model_type']}) is built by Megatron-Bridge, which tells no sizes "
-            "beforehand; only a run itself shows whether such a model fits"
+            f"{field} ({folder}): model_type ({fields['model_type']}) is built by Megatron-Bridge, which tells no "
+            f"sizes beforehand; {remedy}"
         )
-    return read_shape(folder)
+    return read_shape(folder, field)
 
 
 def _is_of_bridge(folder: Path, fields: Mapping[str, Any]) -> bool:

@@ -18,6 +18,18 @@ VOCAB_SIZE = 212  # Bridge pads no vocabulary: two ranks must divide it
 
 FAMILIES = ("gemma3_text", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")
 
+_YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_YARN |= {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+_SCALED = {"full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0}}
+_SCALED |= {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+
+VARIANTS = {
+    "gemma3_text-scaled": {"rope_parameters": _SCALED},  # as those from 4B on are
+    "glm4_moe-air": {"use_qk_norm": False},
+    "deepseek_v3-yarn": {"rope_parameters": _YARN},
+}
+"""What published models of a family have besides, by the family and a name."""
+
 _SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -35,7 +47,9 @@ _ROPE = {"rope_type": "default", "rope_theta": 1000.0}
 
 
 def config_of(family: str, **changes):
-    """The configuration of transformers' class."""
+    """The configuration of transformers' class; of a family or one of `VARIANTS`."""
+    if family in VARIANTS:
+        return config_of(family.partition("-")[0], **VARIANTS[family], **changes)
     if family == "gemma3_text":
         own = {"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
         return Gemma3TextConfig(**{**_SHAPE, **own, **changes})

@@ -37,6 +37,7 @@ CASES = [
     *(slow("gemma3_text", LAYOUTS[layout]) for layout in ("TP2-SP", "PP2")),
     *(slow(family, LAYOUTS["DP2-EP2"]) for family in ("olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")),
     slow("deepseek_v3", LAYOUTS["PP2"]),
+    *(slow(variant, ONE) for variant in bridge_models.VARIANTS),
 ]
 
 

@@ -71,5 +71,6 @@ def test_the_doctor_says_who_builds_a_model(folder, tmp_path, monkeypatch):
 
 
 def test_the_plan_knows_no_sizes_of_a_model_of_bridge(folder):
-    with pytest.raises(UserError, match=r"model_type \(gpt_oss\) is built by Megatron-Bridge, which tells no sizes"):
-        choice.shape_of(folder("gpt_oss"))
+    message = r"load_hf \(.*\): model_type \(gpt_oss\) is built by Megatron-Bridge, which tells no sizes .*; run it$"
+    with pytest.raises(UserError, match=message):
+        choice.shape_of(folder("gpt_oss"), "load_hf", "run it")
