@@ -123,6 +123,18 @@ def test_packed_rows_follow_the_oracle_on_their_records(train, model, wanted, fa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3_text", "glm4_moe", "gpt_oss"])
+def test_bf16_follows_fp32_at_its_own_precision(train, model, wanted, tmp_path, family):
+    """Experts may be others than in fp32; the old policy's pass chooses those that training does."""
+    found = train(model(family), "--bf16", "--check-scoring", layout=LAYOUTS["DP2-distopt"])
+    for line, oracle_line in zip(found, wanted(family)[0], strict=True):
+        assert line["nll"] == pytest.approx(oracle_line["nll"], rel=0.03)
+    assert [line["scoring_gap_max"] for line in found[::2]] == [0.0, 0.0]
+    dtypes = {it.dtype for it in load_file(tmp_path / "save_hf" / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout"), [("gemma3_text", "TP2-SP"), ("olmoe", "DP2-EP2"), ("gpt_oss", "DP2-EP2")]
 )
