@@ -7,6 +7,7 @@ has, for a value of the field, values of other fields, which whatever is said of
 
 import argparse
 import ast
+import functools
 import inspect
 import json
 import math
@@ -240,15 +241,26 @@ def _argument_options(field: Field[Any], docs: dict[str, str]) -> dict[str, Any]
 
 def field_docs(root: type) -> dict[str, str]:
     """Returns the string below each field, by field name, read from the source of the sections' classes."""
-    docs = {}
+    docs: dict[str, str] = {}
     for section in get_type_hints(root).values():
         for owner in reversed(section.__mro__[:-1]):  # a class's own string counts before that of a class it extends
-            (node,) = ast.parse(inspect.getsource(owner)).body
-            assert isinstance(node, ast.ClassDef)
-            for statement, below in pairwise(node.body):
-                match statement, below:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                        docs[name] = " ".join(text.split())
+            docs |= _docs_by_class(owner.__module__)[owner.__name__]
+    return docs
+
+
+@functools.cache
+def _docs_by_class(module: str) -> dict[str, dict[str, str]]:
+    """Of each class of a module, the string below each of its fields."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: _docs(node) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def _docs(node: ast.ClassDef) -> dict[str, str]:
+    docs = {}
+    for statement, below in pairwise(node.body):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
     return docs
 
 

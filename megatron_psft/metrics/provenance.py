@@ -1,8 +1,10 @@
 """What code a run or an evaluation was made with, and how it was started each time. Imports no library, so that it also
 works where one is missing."""
 
+import functools
 import json
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,8 +34,10 @@ LIBRARIES = (
 _BUILT_FROM = Path(__file__).with_name("commit.txt")  # written by setup.py, and by docker/Dockerfile
 
 
-def versions() -> dict[str, str | None]:
-    """Version of this package, with its commit, and of each of `LIBRARIES`, None where it is not installed."""
+@functools.cache
+def versions() -> Mapping[str, str | None]:
+    """Version of this package, with its commit, and of each of `LIBRARIES`, None where it is not installed. As found by
+    the first call: a process goes on with what it has imported, whatever becomes of the files."""
     found = commit()
     own = __version__ if found is None else f"{__version__} (commit {found})"
     return {"megatron_psft": own, **{name: installed_version(name) for name in LIBRARIES}}
