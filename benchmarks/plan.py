@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import GIB, Meter, emit, emit_machine, give_memory_back_at_once, in_fresh_process, parse_size
 from toys import write_texts, write_tokenizer
 
@@ -79,6 +78,7 @@ SPECS: dict[str, list[dict[str, Any]]] = {
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Measured and planned peak, in bytes, of the rank that takes most; collective."""
     import psutil
+    import torch._dynamo  # as an optimizer does: it is no part of what is measured
     import torch.distributed as dist
 
     from megatron_psft.config.schema import parse_config

@@ -36,12 +36,18 @@ if not Path("/dev/nvidiactl").exists():
 # Ranks that share a core hand it to each other; across cores every message has to wake one. So each test that runs at a
 # time keeps to a core, and one more takes what is left of any: a fifth of the cores waits.
 cores = sorted(os.sched_getaffinity(0))
-if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")) in (len(cores), len(cores) + 1):
-    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    if number < len(cores):
-        os.sched_setaffinity(0, {cores[number]})
-    else:
-        os.nice(10)
+worker = None if "PYTEST_CURRENT_TEST" in os.environ else os.environ.get("PYTEST_XDIST_WORKER")  # None in tests' own
+if worker is not None:
+    # The tests of a whole suite import it, where a few may do without.
+    from megatron_psft.distributed.megatron_import import import_megatron
+
+    import_megatron()
+    number, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    if count in (len(cores), len(cores) + 1):
+        if number < len(cores):
+            os.sched_setaffinity(0, {cores[number]})
+        else:
+            os.nice(10)
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("suite", deadline=None)

@@ -8,3 +8,6 @@ from megatron_psft.distributed.orphans import signal_with_parent
 
 if getattr(multiprocessing.current_process(), "_inheriting", False):  # in the server, and nowhere else
     signal_with_parent(signal.SIGKILL)
+    from megatron_psft.distributed.megatron_import import import_megatron
+
+    import_megatron()  # of which the rest imports parts

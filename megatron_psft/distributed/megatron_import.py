@@ -8,23 +8,23 @@ from typing import Any
 import torch
 
 _compile = torch.compile
-_UNUSED = "wandb"
-"""Megatron-Core imports it, where it is installed, for timers and an inference engine that no run of ours starts."""
+_UNUSED = ("wandb", "torch.utils.tensorboard")
+"""Megatron-Core imports them, where installed, for timers and an inference engine that no run of ours starts."""
 
 
 def import_megatron() -> None:
     """Imports Megatron-Core without what a run may never use: torch's compiler, which every function that it fuses
-    would load as it is defined, and Weights & Biases. Later imports find both as they are; a Megatron-Core that has
-    been imported before stays as it is."""
-    if hidden := _UNUSED not in sys.modules:
-        sys.modules[_UNUSED] = None  # type: ignore[assignment]  # which makes its import fail
+    would load as it is defined, and trackers. Later imports find all as they are; a Megatron-Core that has been
+    imported before stays as it is."""
+    hidden = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # which makes their import fail
     torch.compile = compile_when_called  # type: ignore[assignment]
     try:
         import megatron.core  # noqa: F401
     finally:
         torch.compile = _compile
-        if hidden:
-            del sys.modules[_UNUSED]
+        for name in hidden:
+            del sys.modules[name]
 
 
 def compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ works where one is missing."""
 import functools
 import json
 import subprocess
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +34,7 @@ _BUILT_FROM = Path(__file__).with_name("commit.txt")  # written by setup.py, and
 
 
 @functools.cache
-def versions() -> Mapping[str, str | None]:
+def versions() -> dict[str, str | None]:
     """Version of this package, with its commit, and of each of `LIBRARIES`, None where it is not installed. As found by
     the first call: a process goes on with what it has imported, whatever becomes of the files."""
     found = commit()

@@ -15,9 +15,10 @@ from megatron_psft.distributed.megatron_import import import_megatron
 
 compile = torch.compile
 import_megatron()
-assert not {"torch._dynamo", "torch._inductor", "wandb"} & set(sys.modules)
+assert not {"torch._dynamo", "torch._inductor", "wandb", "torch.utils.tensorboard"} & set(sys.modules)
 assert torch.compile is compile
-import wandb  # a tracker of the run's
+import wandb  # trackers of the run's
+from torch.utils.tensorboard import SummaryWriter
 
 torch.compiler.set_stance("force_eager")  # there may be no compiler of C++
 from megatron.core.fusions.fused_bias_swiglu import swiglu

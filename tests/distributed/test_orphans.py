@@ -250,7 +250,7 @@ def test_a_group_of_torchrun_ends_whoever_is_killed_whenever(tmp_path, phase, vi
         seconds_until_gone(mark)
 
 
-STEPS = 24
+STEPS = 12
 IN_BACKGROUND = (
     *DIST_OPT,
     *("--save-interval", "2", "--async-save", "--train-iters", str(STEPS), "--lr-decay-style", "constant"),

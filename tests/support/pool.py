@@ -28,17 +28,7 @@ GRACE_SECONDS = 30.0
 """How long the other ranks may go on after one has failed: they usually fail too, as its sockets close."""
 
 _PORTS = range(10_000, 32_000)
-_PRELOAD = [
-    "pytest",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "megatron.core.dist_checkpointing",
-    "megatron.core.models.gpt.gpt_layer_specs",
-    "megatron.core.optimizer",
-    "torch.utils.tensorboard",
-    "megatron_psft.cli.train",
-    "megatron_psft.train.run",
-]
+_PRELOAD = ["tests.support.preload"]
 
 
 class WorkerError(AssertionError):
