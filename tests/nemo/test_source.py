@@ -14,6 +14,7 @@ from tests.nemo.bridge import needs_bridge
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 from tests.support.layouts import LAYOUTS, Layout
+from tests.support.marks import slow
 from tests.support.parity import assert_same_logits, assert_same_run
 
 pytestmark = needs_bridge
@@ -27,17 +28,16 @@ QUICK = ("qwen3", "gemma3_text")
 ONE = Layout()
 
 
-def slow(*case):
-    return pytest.param(*case, marks=pytest.mark.slow)
-
-
 CASES = [
-    *((family, ONE) if family in QUICK else slow(family, ONE) for family in (*OF_BOTH, *bridge_models.FAMILIES)),
-    *(slow("qwen3", LAYOUTS[layout]) for layout in ("TP2-SP", "PP2", "DP2-overlap")),
-    *(slow("gemma3_text", LAYOUTS[layout]) for layout in ("TP2-SP", "PP2")),
-    *(slow(family, LAYOUTS["DP2-EP2"]) for family in ("olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")),
-    slow("deepseek_v3", LAYOUTS["PP2"]),
-    *(slow(variant, ONE) for variant in bridge_models.VARIANTS),
+    *(
+        (family, ONE) if family in QUICK else slow(family, ONE, both=True)
+        for family in (*OF_BOTH, *bridge_models.FAMILIES)
+    ),
+    *(slow("qwen3", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2", "DP2-overlap")),
+    *(slow("gemma3_text", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2")),
+    *(slow(family, LAYOUTS["DP2-EP2"], both=True) for family in ("olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")),
+    slow("deepseek_v3", LAYOUTS["PP2"], both=True),
+    *(slow(variant, ONE, both=True) for variant in bridge_models.VARIANTS),
 ]
 
 
@@ -103,7 +103,7 @@ def test_a_model_from_bridge_follows_the_oracle(train, model, wanted, tmp_path, 
     assert before.keys() == after.keys()
 
 
-@pytest.mark.parametrize("family", [family if family in QUICK else slow(family) for family in OF_BOTH])
+@pytest.mark.parametrize("family", [family if family in QUICK else slow(family, both=True) for family in OF_BOTH])
 def test_both_sources_go_the_same_way(train, model, tmp_path, family):
     found = train(model(family))
     ours = train(model(family), "--model-source", "native", save="native")
@@ -113,6 +113,7 @@ def test_both_sources_go_the_same_way(train, model, tmp_path, family):
 
 
 @pytest.mark.slow
+@pytest.mark.both
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "olmoe", "deepseek_v3", "gpt_oss"])
 def test_packed_rows_follow_the_oracle_on_their_records(train, model, wanted, family):
     """And the old policy's pass says bit for bit what training does."""
@@ -123,6 +124,7 @@ def test_packed_rows_follow_the_oracle_on_their_records(train, model, wanted, fa
 
 
 @pytest.mark.slow
+@pytest.mark.both
 @pytest.mark.parametrize("family", ["gemma3_text", "glm4_moe", "gpt_oss"])
 def test_bf16_follows_fp32_at_its_own_precision(train, model, wanted, tmp_path, family):
     """Experts may be others than in fp32; the old policy's pass chooses those that training does."""
@@ -135,6 +137,7 @@ def test_bf16_follows_fp32_at_its_own_precision(train, model, wanted, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.both
 @pytest.mark.parametrize(
     ("family", "layout"), [("gemma3_text", "TP2-SP"), ("olmoe", "DP2-EP2"), ("gpt_oss", "DP2-EP2")]
 )
@@ -156,6 +159,7 @@ def remove(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.both
 def test_checkpoints_of_the_other_source_are_refused(train, model):
     folder = model("qwen3")
     train(folder, "--model-source", "native")
@@ -165,6 +169,7 @@ def test_checkpoints_of_the_other_source_are_refused(train, model):
 
 
 @pytest.mark.slow
+@pytest.mark.both
 def test_what_bridge_would_leave_out_is_named(train, model, tmp_path):
     """A tensor that no parameter takes, and a parameter that no tensor fills."""
     source = model("gemma3_text")
@@ -183,6 +188,7 @@ def test_what_bridge_would_leave_out_is_named(train, model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.both
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
 def test_layers_for_multi_token_prediction_come_to_the_export(train, model, tmp_path, family):
     source, folder = model(family), tmp_path / "mtp"
@@ -207,5 +213,6 @@ def test_layers_for_multi_token_prediction_come_to_the_export(train, model, tmp_
     ],
 )
 @pytest.mark.slow
+@pytest.mark.both
 def test_what_was_not_tried_is_refused(train, model, flags, message):
     assert f"error: {message}" in train(model("gemma3_text"), *flags, code=2)
