@@ -58,6 +58,8 @@ SIZES = {
         steps=128, records=32, seq_length=4096, evaluations=8, drift_tokens=256, lrs=("3e-6", "1e-5", "3e-5", "1e-4")
     ),
 }
+TICKETS = "tickets="
+"""The set that the demo draws; its fields can be checked, so that its runs have a target score too."""
 METHODS: dict[str, Sequence[str]] = {
     "SFT": ("--objective", "sft"),
     "SFT-KL": ("--objective", "sft-kl"),
@@ -96,6 +98,8 @@ class Plan:
     model: str
     size: Size
     jobs: Sequence[Job]
+    sets: dict[str, str]
+    num_held_out: int
 
     def result(self, job: Job) -> Path:
         return self.out / "results" / f"{job.name}.json"
@@ -111,9 +115,9 @@ def main(argv: Sequence[str]) -> int:
         Job(data, method, lr, seed)
         for seed in options.seeds for data in sets for lr in size.lrs for method in methods
     ]  # fmt: skip
-    plan = Plan(Path(options.out), options.model or str(fetch.smollm2()), size, jobs)
+    plan = Plan(Path(options.out), options.model or str(fetch.smollm2()), size, jobs, sets, options.held_out)
     try:
-        write_data(plan, sets, options.held_out)
+        write_data(plan)
         for job in waiting(plan):
             perform(plan, job)
             write_report(plan)
@@ -127,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="DIR|ID", help="SmolLM2-135M-Instruct if unset")
-    parser.add_argument("--data", nargs="+", metavar="NAME=PATH", default=["tickets="], help="tickets= is the demo's")
+    parser.add_argument("--data", nargs="+", metavar="NAME=PATH", default=[TICKETS], help=f"{TICKETS} is the demo's")
     parser.add_argument("--held-out", type=int, default=16, help="last records of each set, not trained on")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="all if unset")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -136,11 +140,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_data(plan: Plan, sets: dict[str, str], num_held_out: int) -> None:
+def write_data(plan: Plan) -> None:
     """Cuts each set into what is trained on and what is held out, and has the model answer the general requests."""
-    folder = plan.out / "data"
+    folder, num_held_out = plan.out / "data", plan.num_held_out
     folder.mkdir(parents=True, exist_ok=True)
-    for name, path in sets.items():
+    for name, path in plan.sets.items():
         count = plan.size.steps * plan.size.records + num_held_out
         drawn = (json.dumps(record) for record in tickets.records(count, seed=0))
         lines = Path(path).read_text(encoding="utf-8").splitlines() if path else list(drawn)
@@ -154,6 +158,26 @@ def write_data(plan: Plan, sets: dict[str, str], num_held_out: int) -> None:
     if not answers.exists():
         call("rollout", "--drift-set", "--model", plan.model, "--prompts", prompts, "--out", answers,
              "--num-samples", 1, "--max-new-tokens", plan.size.drift_tokens)  # fmt: skip
+
+
+def held_out_tickets(plan: Plan, name: str) -> list[dict[str, str]]:
+    """Of a set that the demo draws; of others no answer can be checked."""
+    path = plan.out / "data" / f"{name}_held_out.jsonl"
+    lines = [] if plan.sets[name] else path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def score_base(plan: Plan) -> dict[str, dict[str, float]]:
+    """What the initial model can do, by set; asked once."""
+    path = plan.out / "base.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for name in plan.sets:
+        if name not in found:
+            from score import scores  # late, as it takes seconds to import
+
+            found[name] = scores(plan.model, held_out_tickets(plan, name))
+            replace_file(path, json.dumps(found, indent=1))
+    return found
 
 
 def waiting(plan: Plan) -> Iterator[Job]:
@@ -171,7 +195,9 @@ def waiting(plan: Plan) -> Iterator[Job]:
 
 
 def perform(plan: Plan, job: Job) -> None:
-    """Trains, and keeps what was measured; weights and checkpoints go."""
+    """Trains, asks the model, and keeps what was measured; weights and checkpoints go."""
+    from score import scores  # late, as it takes seconds to import
+
     data, run, size = plan.out / "data", plan.out / "runs" / job.name, plan.size
     flags = [str(size.steps // 4) if flag == "WARMUP" else flag for flag in METHODS[job.method]]
     call(
@@ -181,13 +207,14 @@ def perform(plan: Plan, job: Job) -> None:
         "--train-iters", size.steps, "--global-batch-size", size.records, "--global-batch-unit", "records",
         "--seq-length", size.seq_length, "--overlong", "truncate", "--lr", job.lr, "--lr-decay-style", "constant",
         "--lr-warmup-iters", size.steps // 8, "--weight-decay", 0, "--keep-last", 1,
-        "--log-interval", size.steps, *flags,
+        "--log-interval", size.steps, "--export-hf", run / "hf", *flags,
     )  # fmt: skip
+    said = scores(run / "hf", held_out_tickets(plan, job.data))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     plan.result(job).parent.mkdir(exist_ok=True)
-    replace_file(plan.result(job), json.dumps({**asdict(job), "points": points(lines)}, indent=1))
-    for checkpoint in run.glob("step_*"):
-        shutil.rmtree(checkpoint)
+    replace_file(plan.result(job), json.dumps({**asdict(job), **said, "points": points(lines)}, indent=1))
+    for weights in (*run.glob("step_*"), run / "hf"):
+        shutil.rmtree(weights)
 
 
 def points(lines: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -206,7 +233,7 @@ def write_report(plan: Plan) -> Path:
     import frontier  # late, as it takes seconds to import
 
     results = [json.loads(plan.result(job).read_text()) for job in plan.jobs if plan.result(job).exists()]
-    return frontier.write(results, plan.out)
+    return frontier.write(results, score_base(plan), plan.out)
 
 
 def call(command: str, *words: Any) -> None:

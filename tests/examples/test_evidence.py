@@ -36,26 +36,57 @@ def test_a_point_has_the_clipped_share_since_the_one_before(sweep):
     assert [(point["step"], point.get("clip_fraction")) for point in points] == [(0, None), (2, 0.1), (4, 0.4)]
 
 
-def test_the_report_ranks_runs_by_their_best_evaluation_and_not_their_last(sweep, tmp_path):
+def test_the_report_ranks_runs_and_methods_by_their_best_evaluation_and_not_their_last(sweep, tmp_path):
     import frontier
 
     late = [line(0, 2.0), line(2, 0.7), line(4, 1.5)]
-    steady = [line(0, 2.0), line(2, 1.0, 0.1), line(4, 0.8, 0.3)]
+    steady = [line(0, 2.0), line(2, 1.0, 0.1), line(4, 0.72, 0.3)]
     results = [
-        {"data": "far", "method": method, "lr": "1e-4", "seed": 3, "points": sweep.points(lines)}
-        for method, lines in (("PSFT, k = 8", steady), ("SFT", late))
+        {"data": "far", "method": method, "lr": lr, "seed": 3, "kept": kept, "points": sweep.points(lines)}
+        for method, lr, kept, lines in (
+            ("PSFT, k = 8", "1e-4", 0.75, steady),
+            ("SFT", "1e-4", 0.5, late),
+            ("SFT", "1e-5", 0.9, [line(0, 2.0), line(4, 1.9)]),
+        )
     ]
-    rows = [row for row in frontier.write(results, tmp_path).read_text().splitlines() if "1e-4" in row]
-    assert rows == [
-        "| SFT | 1e-4 | 3 | 0.700 | 2 | 0.200 | 1.500 | 0.400 ± 0.010 | 0.500 |  |",
-        "| PSFT, k = 8 | 1e-4 | 3 | 0.800 | 4 | 0.400 | 0.800 | 0.400 ± 0.010 | 0.500 | 0.300 |",
+    rows = frontier.write(results, {"far": {"kept": 0.8}}, tmp_path).read_text().splitlines()
+    assert "The initial model: kept 0.80." in rows
+    assert [row for row in rows if row.startswith(("| SFT", "| PSFT"))] == [
+        "| SFT | 0.700 | 1e-4, 2 | 0.200 | 0.200 | 1 of 2 runs |",
+        "| PSFT, k = 8 | 0.720 | 1e-4, 4 | 0.400 | 0.400 | 1 of 1 run |",
+        "| SFT | 1e-4 | 3 | 0.700 | 2 | 0.200 | 1.500 | 0.400 ± 0.010 | 0.500 |  | 0.50 |  |",
+        "| PSFT, k = 8 | 1e-4 | 3 | 0.720 | 4 | 0.400 | 0.720 | 0.400 ± 0.010 | 0.500 | 0.300 | 0.75 |  |",
+        "| SFT | 1e-5 | 3 | 1.900 | 4 | 0.400 | 1.900 | 0.400 ± 0.010 | 0.500 |  | 0.90 |  |",
     ]
     assert (tmp_path / "frontier_far.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("text", "points"), [(None, 1.0), ("not JSON", 0.0)])
+def test_scores_are_shares_of_right_answers(sweep, monkeypatch, text, points):
+    import score
+
+    record = score.tickets.records(1, seed=0)[0]
+    right = {request.prompt: "Paris" for request in score.general.REQUESTS} | {record["prompt"]: record["completion"]}
+
+    class Asked:
+        def __init__(self, model):
+            assert model == "folder"
+
+        def answers(self, chats, *, max_new_tokens):
+            return [text or right[chat[0]["content"]] for chat in chats]
+
+    monkeypatch.setattr(score.ask, "Model", Asked)
+    found = score.scores("folder", [record])
+    assert found["fields"] == points
+    assert found["kept"] == pytest.approx(
+        sum(request.is_right(text or "Paris") for request in score.general.REQUESTS) / 36
+    )
+    assert "fields" not in score.scores("folder", [])
+
+
 def test_runs_that_have_a_result_are_not_made_again(sweep, tmp_path, capsys):
     jobs = [sweep.Job("far", "SFT", lr, 0) for lr in ("1e-5", "1e-4", "1e-3")]
-    plan = sweep.Plan(tmp_path, "model", sweep.SIZES["tiny"], jobs)
+    plan = sweep.Plan(tmp_path, "model", sweep.SIZES["tiny"], jobs, {"far": "far.jsonl"}, 16)
     plan.result(jobs[1]).parent.mkdir()
     plan.result(jobs[1]).write_text("{}")
     assert list(sweep.waiting(plan)) == [jobs[0], jobs[2]]
