@@ -18,7 +18,7 @@ from megatron_psft.config.schema import Config, config_to_yaml, parse_config
 from megatron_psft.config.yaml_files import dump
 from megatron_psft.errors import UserError
 from tests.support.cli import REPOSITORY
-from tests.support.configs import flag, other_value, parse, write_yaml
+from tests.support.configs import flag, other_value, parse, two_texts, write_yaml
 
 FIELDS = [(section, field) for section, cls in get_type_hints(Config).items() for field in fields(cls)]
 BOOLEANS = [field.name for _, field in FIELDS if field.type is bool]
@@ -153,7 +153,7 @@ def test_what_is_written_means_the_same_in_both_versions_of_yaml() -> None:
 
 @pytest.mark.parametrize("name", ["data", "valid_data", "recompute_modules"])
 def test_a_list_may_be_one_value_in_yaml_and_adds_up_over_flags(name: str, tmp_path: Path) -> None:
-    first, second = ("mlp", "moe") if name == "recompute_modules" else ("a.jsonl", "b.jsonl")
+    first, second = two_texts(name)
     path = write_yaml(tmp_path, f"{name}: {first}")
     assert values_of(parse("--config", path, given_elsewhere=name))[name] == (first,)
     twice = parse(flag(name), first, flag(name), second, "--seed", "1", flag(name), first)

@@ -27,6 +27,12 @@ def write_yaml(folder: Path, text: str) -> str:
     return str(path)
 
 
+def two_texts(name: str) -> tuple[str, str]:
+    """Legal members of the field `name`, which is a list."""
+    known = {"recompute_modules": ("mlp", "moe"), "lora_targets": ("q_proj", "v_proj")}
+    return known.get(name, ("a.jsonl", "b.jsonl"))
+
+
 def other_value(field: Field) -> Any:
     """Returns a legal value that is not the field's default."""
     kind = next(kind for kind in get_args(field.type) or [field.type] if kind is not NoneType)
@@ -34,7 +40,7 @@ def other_value(field: Field) -> Any:
         choices = get_args(field.type) if isinstance(kind, str) else get_args(kind)
         return next(choice for choice in choices if choice != field.default)
     if get_origin(field.type) is tuple:
-        return ("mlp", "moe") if field.name == "recompute_modules" else ("a.jsonl", "b.jsonl")
+        return two_texts(field.name)
     if field.name == "chat_template_kwargs":
         return '{"enable_thinking": false}'
     if kind is bool:
