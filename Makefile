@@ -14,10 +14,10 @@ WORKERS ?= 3
 DURATIONS = --durations=50 --durations-min=1
 AT_A_TIME = -n $(WORKERS) --dist worksteal $(DURATIONS)
 # Tests for one Python: of what is no part of the package, and of rooms that call no library that changes with it.
-ONCE = benchmarks cli config docker docs evaluation examples metrics report
+ONCE = benchmarks cli config docker docs evaluation examples metrics report support
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages-py312 install-py312 demo miniature test test-slow test-py312 test-nemo test-gpu lint format docs bench bench-store gpu-acceptance clean
+.PHONY: help install packages-py312 install-py312 demo miniature test test-slow test-together test-alone test-py312 test-nemo test-gpu lint format docs bench bench-store gpu-acceptance clean
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1: /p' Makefile
@@ -42,8 +42,12 @@ miniature: install ## Compare SFT, PSFT and relatives on small models: target, g
 test: install ## Run the CPU tests that take seconds
 	$(BIN)/python -m pytest $(AT_A_TIME) -m "not slow and not gpu"
 
-test-slow: install ## Run the CPU tests that take minutes
+test-slow: test-together test-alone ## Run the CPU tests that take minutes
+
+test-together: install # those that run beside others
 	$(BIN)/python -m pytest $(AT_A_TIME) -m "slow and not alone and not gpu"
+
+test-alone: install
 	$(BIN)/python -m pytest $(DURATIONS) -m "alone and not gpu"
 
 $(VENV)312/.packages: tests/nemo/install.sh tests/nemo/constraints.txt tests/model/engine/requirements.txt
