@@ -50,30 +50,39 @@ def _dispatcher(config: Config, platform: Platform) -> str:
 def check_expert_layout(shape: ModelShape, config: Config) -> None:
     """Raises UserError where the experts cannot be spread as `config.parallel` asks."""
     parallel, experts = config.parallel, shape.experts
+    check_number_of_experts(None if experts is None else experts.count, shape.model_type, config)
     if experts is None:
-        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
-            if getattr(parallel, name) != getattr(type(parallel), name):
-                raise UserError(
-                    f"{name} ({getattr(parallel, name)}) has no effect, as a {shape.model_type} model has no experts; "
-                    "remove it"
-                )
         return
-    if experts.count % parallel.expert_model_parallel_size:
-        raise UserError(
-            f"the number of experts ({experts.count}) must be a multiple of expert_model_parallel_size "
-            f"({parallel.expert_model_parallel_size}); change the latter"
-        )
     if experts.ffn_hidden_size % parallel.expert_tensor_size:
         raise UserError(
             f"the ffn_hidden_size of an expert ({experts.ffn_hidden_size}) must be a multiple of "
             f"expert_tensor_parallel_size ({parallel.expert_tensor_size}); change the latter"
+        )
+    _check_stages(shape, config)
+
+
+def check_number_of_experts(count: int | None, model_type: str, config: Config) -> None:
+    """Raises UserError where a model of `model_type` with so many experts, or without any, cannot be laid out as
+    `config.parallel` asks, whatever else it is like."""
+    parallel = config.parallel
+    if count is None:
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if getattr(parallel, name) != getattr(type(parallel), name):
+                raise UserError(
+                    f"{name} ({getattr(parallel, name)}) has no effect, as a {model_type} model has no experts; "
+                    "remove it"
+                )
+        return
+    if count % parallel.expert_model_parallel_size:
+        raise UserError(
+            f"the number of experts ({count}) must be a multiple of expert_model_parallel_size "
+            f"({parallel.expert_model_parallel_size}); change the latter"
         )
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         raise UserError(
             f"sequence_parallel (False) must be set where a model with experts has tensor_model_parallel_size "
             f"({parallel.tensor_model_parallel_size}), as Megatron-Core trains no other way"
         )
-    _check_stages(shape, config)
 
 
 def _check_stages(shape: ModelShape, config: Config) -> None:

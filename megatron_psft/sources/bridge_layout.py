@@ -9,6 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
+from megatron_psft.model.experts import check_number_of_experts
 
 _CUT = ("num_attention_heads", "num_key_value_heads", "vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -47,29 +48,12 @@ def check_layout(fields: Mapping[str, Any], config: Config) -> None:
 
 
 def _check_experts(fields: Mapping[str, Any], config: Config) -> None:
-    parallel, count = config.parallel, num_experts(fields)
-    if count is None:
-        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
-            if getattr(parallel, name) != getattr(type(parallel), name):
-                raise UserError(
-                    f"{name} ({getattr(parallel, name)}) has no effect, as a {fields['model_type']} model has no "
-                    "experts; remove it"
-                )
-        return
-    if count % parallel.expert_model_parallel_size:
+    size, count = config.parallel.expert_tensor_size, num_experts(fields)
+    check_number_of_experts(count, fields["model_type"], config)
+    if count is not None and size > 1:
         raise UserError(
-            f"the number of experts ({count}) must be a multiple of expert_model_parallel_size "
-            f"({parallel.expert_model_parallel_size}); change the latter"
-        )
-    if parallel.expert_tensor_size > 1:
-        raise UserError(
-            f"expert_tensor_parallel_size ({parallel.expert_tensor_size}) must be 1 for a model from Megatron-Bridge: "
-            "no other was tried; change it"
-        )
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        raise UserError(
-            "sequence_parallel (False) must be set where a model with experts has tensor_model_parallel_size "
-            f"({parallel.tensor_model_parallel_size}), as Megatron-Core trains no other way"
+            f"expert_tensor_parallel_size ({size}) must be 1 for a model from Megatron-Bridge: no other was tried; "
+            "change it"
         )
 
 

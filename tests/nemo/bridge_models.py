@@ -14,6 +14,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from tests.support import tiny
+
 VOCAB_SIZE = 212  # Bridge pads no vocabulary: two ranks must divide it
 
 FAMILIES = ("gemma3_text", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")
@@ -30,19 +32,7 @@ VARIANTS = {
 }
 """What published models of a family have besides, by the family and a name."""
 
-_SHAPE = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-}
+_SHAPE = tiny.SHAPE | {"vocab_size": VOCAB_SIZE, "pad_token_id": None}
 _ROPE = {"rope_type": "default", "rope_theta": 1000.0}
 
 

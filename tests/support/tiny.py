@@ -44,7 +44,7 @@ square sum ten than the then three times total twelve twice two we what when whi
 """
 WORDS = _VOCABULARY.split()
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -114,28 +114,28 @@ def _config(family: str, **overrides):
     if family in VISION_FAMILIES:
         return _vision_config(family, rope, **overrides)
     if family == "mistral":
-        return MistralConfig(**{**_SHAPE, "rope_parameters": rope, "sliding_window": 12, **overrides})
+        return MistralConfig(**{**SHAPE, "rope_parameters": rope, "sliding_window": 12, **overrides})
     if family.endswith("-yarn"):
         yarn = _YARN_ROPE if family.startswith("qwen2") else {**_YARN_ROPE, "truncate": False, "attention_factor": 0.9}
         return _config(family.removesuffix("-yarn"), **{"rope_parameters": {**rope, **yarn}, **overrides})
     if family == "qwen2":
-        return Qwen2Config(**{**_SHAPE, "rope_parameters": rope, **overrides})
+        return Qwen2Config(**{**SHAPE, "rope_parameters": rope, **overrides})
     if family == "qwen3":
-        return Qwen3Config(**{**_SHAPE, "rope_parameters": rope, "head_dim": 24, **overrides})
+        return Qwen3Config(**{**SHAPE, "rope_parameters": rope, "head_dim": 24, **overrides})
     if family == "qwen3_moe":
         sparse = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
         heads = {"head_dim": 24, "mlp_only_layers": [1]}
-        return Qwen3MoeConfig(**{**_SHAPE, **sparse, **heads, "rope_parameters": rope, **overrides})
+        return Qwen3MoeConfig(**{**SHAPE, **sparse, **heads, "rope_parameters": rope, **overrides})
     if family == "mixtral":
         sparse = {"num_local_experts": 4, "num_experts_per_tok": 2}
-        return MixtralConfig(**{**_SHAPE, **sparse, "rope_parameters": rope, **overrides})
+        return MixtralConfig(**{**SHAPE, **sparse, "rope_parameters": rope, **overrides})
     assert family == "llama", family
-    return LlamaConfig(**{**_SHAPE, "rope_parameters": {**rope, **_LLAMA3_ROPE, "rope_type": "llama3"}, **overrides})
+    return LlamaConfig(**{**SHAPE, "rope_parameters": {**rope, **_LLAMA3_ROPE, "rope_type": "llama3"}, **overrides})
 
 
 def _vision_config(family: str, rope: dict, *, tie_word_embeddings: bool, **overrides):
     """The sections of the rotary embedding are all different, so that one that mattered would be seen."""
-    text = {**_SHAPE, "rope_parameters": {**rope, "mrope_section": [1, 2, 5]}, **overrides}
+    text = {**SHAPE, "rope_parameters": {**rope, "mrope_section": [1, 2, 5]}, **overrides}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
     vision |= {"out_hidden_size": text["hidden_size"]}
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
