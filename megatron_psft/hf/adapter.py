@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_psft.checkpoint.find import StartPoint
 from megatron_psft.config.lora import LoraConfig
-from megatron_psft.errors import UserError, reason_of
+from megatron_psft.errors import UserError
 from megatron_psft.hf.fingerprint import weights_fingerprint
 from megatron_psft.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_psft.hf.mapping import Piece, adapter_name, adapter_tensors
-from megatron_psft.hf.weights import save_tensors
+from megatron_psft.hf.weights import open_tensors, save_tensors
 from megatron_psft.model.adapters import targeted
 from megatron_psft.model.shape import ModelShape
 
@@ -94,10 +93,7 @@ class AdapterFolder:
         self._folder = folder
         named = _check_config(folder, config)
         path = folder / ADAPTER_WEIGHTS
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"load_lora: {path} must be a readable safetensors file: {reason_of(error)}") from None
+        self._file = open_tensors(path, "load_lora")
         self._check_tensors(adapter_tensors(shape, config))
         if base is not None:
             self._check_base(base, named)

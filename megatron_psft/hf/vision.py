@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_psft.errors import UserError, reason_of
+from megatron_psft.errors import UserError
 from megatron_psft.hf.folder import CONFIG
 from megatron_psft.hf.mapping import module_name
-from megatron_psft.hf.weights import save_tensors, weight_files
+from megatron_psft.hf.weights import open_tensors, save_tensors, stored_tensors, weight_files
 from megatron_psft.model.families import VisionTower
 from megatron_psft.model.shape import ModelShape
 
@@ -31,7 +30,7 @@ class VisionTensors:
         if not files and any(folder.glob("*.safetensors")):
             files = weight_files(folder, field)
         for file in files:
-            with self._open(file) as opened:
+            with open_tensors(folder / file, field) as opened:
                 for name in opened.keys():  # noqa: SIM118 (this is no dictionary)
                     if module_name(name, tower).startswith(tower.prefix):
                         view = opened.get_slice(name)
@@ -43,19 +42,9 @@ class VisionTensors:
                 "folder that has all of the model"
             )
 
-    def _open(self, file: str) -> safe_open:
-        try:
-            return safe_open(self._folder / file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            path = self._folder / file
-            raise UserError(f"{self._field}: {path} must be a readable safetensors file: {reason_of(error)}") from None
-
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Each with its name in the files."""
-        for file in sorted(set(self._file_of.values())):
-            with self._open(file) as opened:
-                for name in [name for name, of in self._file_of.items() if of == file]:
-                    yield name, opened.get_tensor(name)
+        return stored_tensors(self._folder, self._file_of, self._field)
 
     def name_in_files(self, name: str) -> str:
         """How a tensor of the language model is spelled in files that spell the tower's names like these."""

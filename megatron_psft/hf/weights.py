@@ -4,7 +4,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -83,13 +83,7 @@ class SafetensorsFolder:
 
     def _open(self, name: str) -> safe_open:
         if self._opened is None or self._opened[0] != name:
-            try:
-                self._opened = name, safe_open(self._folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                path = self._folder / name
-                raise UserError(
-                    f"{self._field}: {path} must be a readable safetensors file: {reason_of(error)}"
-                ) from None
+            self._opened = name, open_tensors(self._folder / name, self._field)
         return self._opened[1]
 
     def close(self) -> None:
@@ -226,6 +220,29 @@ def fill_shard(
         shard[row : row + len(block)].copy_(block)
         row += len(block)
     shard[row:].zero_()
+
+
+def open_tensors(path: Path, field: str) -> safe_open:
+    """A safetensors file, of which nothing but its header is read. Raises UserError, which names `field`, for one that
+    is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{field}: {path} must be a readable safetensors file: {reason_of(error)}") from None
+
+
+def stored_tensors(folder: Path, file_of: Mapping[str, str], field: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as they are stored, each with its name, file after file.
+
+    Args:
+        folder: of the files.
+        file_of: the file's name by that of the tensor.
+        field: the setting that `folder` is of, which errors name.
+    """
+    for file in sorted(set(file_of.values())):
+        with open_tensors(folder / file, field) as opened:
+            for name in [name for name, of in file_of.items() if of == file]:
+                yield name, opened.get_tensor(name)
 
 
 def weight_files(folder: Path, field: str) -> list[str]:

@@ -31,7 +31,7 @@ from megatron_psft.model.build import mark_sharded_weights
 from megatron_psft.model.experts import mark_experts
 from megatron_psft.sources.bridge_files import PassedOn, StoredTensor, read_tensors
 from megatron_psft.sources.bridge_import import import_bridge
-from megatron_psft.sources.bridge_layout import check_layout, settings_of
+from megatron_psft.sources.bridge_layout import check_layout, num_experts, settings_of
 from megatron_psft.sources.bridge_rules import check_config, is_passed_on, is_tied
 from megatron_psft.sources.source import AdapterSource
 
@@ -195,11 +195,7 @@ class BridgeSource:
         """Tensors that are stored in another format than most, as biases of experts in fp32, keep theirs."""
         assert merged is None, "check refuses a run with adapters"
         beside = PassedOn(self.folder, self._known_tensors, lambda name: is_passed_on(name, self.fields))
-        trained = {
-            name: it
-            for name, it in self._known_tensors.items()
-            if name not in beside.nbytes and not self._is_tied_head(name)
-        }
+        trained = {name: it for name, it in self._known_tensors.items() if not self._passes_on(name)}
         formats = {name: dtype if it.dtype == self.dtype else it.dtype for name, it in trained.items()}
         sizes = {name: prod(it.dims) * formats[name].itemsize for name, it in trained.items()}
         tensors = self._tensors_of(unwrap_model(list(chunks)), formats)
@@ -231,16 +227,11 @@ class BridgeSource:
 
     @cached_property
     def _active_weights(self) -> float:
-        share = _share_of_experts(self.fields)
+        count = num_experts(self.fields)
+        share = 1.0 if count is None else self.fields["num_experts_per_tok"] / count
         total = 0.0
         for name, it in self._known_tensors.items():
             is_embedding = "embed_tokens" in name and not is_tied(self.fields)
             if len(it.dims) > 1 and not is_embedding and not self._passes_on(name):
                 total += prod(it.dims) * (share if ".experts." in name else 1.0)
         return total
-
-
-def _share_of_experts(fields: Mapping[str, Any]) -> float:
-    counts = (fields.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    count = next((value for value in counts if value), None)
-    return 1.0 if count is None else fields["num_experts_per_tok"] / count

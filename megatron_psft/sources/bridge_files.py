@@ -6,11 +6,10 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_psft.errors import UserError, reason_of
-from megatron_psft.hf.weights import weight_files
+from megatron_psft.errors import UserError
+from megatron_psft.hf.weights import open_tensors, stored_tensors, weight_files
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -33,20 +32,15 @@ def read_tensors(folder: Path, field: str = "load_hf") -> dict[str, StoredTensor
     damaged, and for a tensor that is none of numbers in floating point, as quantized ones are."""
     found = {}
     for file in weight_files(folder, field):
-        try:
-            with safe_open(folder / file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (this is no dictionary)
-                    view = opened.get_slice(name)
-                    if view.get_dtype() not in _DTYPES:
-                        raise UserError(
-                            f"{field} ({folder}): {name} is {view.get_dtype()}, and only weights in floating point are "
-                            "trained; name a folder that has them"
-                        )
-                    found[name] = StoredTensor(file, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{field}: {folder / file} must be a readable safetensors file: {reason_of(error)}"
-            ) from None
+        with open_tensors(folder / file, field) as opened:
+            for name in opened.keys():  # noqa: SIM118 (this is no dictionary)
+                view = opened.get_slice(name)
+                if view.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{field} ({folder}): {name} is {view.get_dtype()}, and only weights in floating point are "
+                        "trained; name a folder that has them"
+                    )
+                found[name] = StoredTensor(file, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
     return found
 
 
@@ -59,8 +53,4 @@ class PassedOn:
         self.nbytes = {name: it.nbytes for name, it in self._tensors.items()}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for file in sorted({it.file for it in self._tensors.values()}):
-            with safe_open(self._folder / file, framework="pt") as opened:
-                for name, it in self._tensors.items():
-                    if it.file == file:
-                        yield name, opened.get_tensor(name)
+        return stored_tensors(self._folder, {name: it.file for name, it in self._tensors.items()}, "load_hf")

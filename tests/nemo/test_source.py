@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,17 +146,11 @@ def test_a_run_resumes_in_another_layout(train, model, wanted, tmp_path, family,
     """In the middle of a window."""
     train(model(family), "--save-interval", "1", layout=LAYOUTS[layout])
     for step in (2, 4):
-        remove(tmp_path / "save" / f"step_{step:07}")
-    remove(tmp_path / "save_hf")
+        shutil.rmtree(tmp_path / "save" / f"step_{step:07}")
+    shutil.rmtree(tmp_path / "save_hf")
     lines, oracle_model = wanted(family)
     assert_same_run(train(model(family)), lines)
     assert_same_logits(tmp_path / "save_hf", oracle_model)
-
-
-def remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
 
 
 @pytest.mark.slow
