@@ -78,13 +78,13 @@ def _replicated(content: Mapping[str, Any]) -> list[_Replicated]:
 def _turns(values: Sequence[_Replicated], parallel: Parallel) -> list[list[_Turn]]:
     """Of each tensor who writes or reads which rows, all ranks that hold it about the same number of bytes."""
     totals, written = {True: 0, False: 0}, {True: 0, False: 0}
+    sizes = {each: dist.get_world_size(parallel.replica_group(for_experts=each)) for each in totals}
     for value in values:
         totals[is_expert(value.key)] += value.data.nbytes
     turns = []
     for value in values:
         for_experts = is_expert(value.key)
-        size = dist.get_world_size(parallel.replica_group(for_experts=for_experts))
-        turns.append(_cut(value, written[for_experts], totals[for_experts], size))
+        turns.append(_cut(value, written[for_experts], totals[for_experts], sizes[for_experts]))
         written[for_experts] += value.data.nbytes
     return turns
 

@@ -123,10 +123,12 @@ class ShardedRows:
         for share in shares:
             stop = min(share.first_row * share.width, share.end)
             if share.start < stop:
-                tensors = states[share.index].items()
-                fragments.append(
-                    (share.index, share.start, {name: values[: stop - share.start].cpu() for name, values in tensors})
-                )
+                tensors = {
+                    # A copy on the CPU, too: with a part of a tensor goes all that it is a part of.
+                    name: values[: stop - share.start].to("cpu", copy=True)
+                    for name, values in states[share.index].items()
+                }
+                fragments.append((share.index, share.start, tensors))
         group = self._optimizer.data_parallel_group
         gathered: list[list[_Fragment]] = [[] for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(gathered, fragments, group=group)

@@ -1,15 +1,19 @@
 """The scores of the old policy's window as a checkpoint has them: whole packs, for a run in any layout."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_psft.data.loader import BatchLoader
-from megatron_psft.distributed.collective import sum_over_context, sum_over_data
+from megatron_psft.distributed.collective import sum_over_replicas
 from megatron_psft.distributed.grid import Parallel
 from megatron_psft.scoring.packs import from_packs, to_packs
+
+_STEPS_AT_ONCE = 16
+"""Summed in one collective: each has all ranks wait for each other, and the largest windows are whole epochs."""
 
 
 def sharded_window(
@@ -31,27 +35,27 @@ def sharded_window(
         parallel: this rank's place.
         scores: `OldPolicyWindow.state`, to write; None to read into zeros.
     """
-    sharded = {}
-    for step in steps:
-        part, width = _part(step, loader, parallel), loader.unpadded_length(step)
-        if scores is None:
-            packs = torch.zeros(len(part), width)
-        else:
-            own = sum_over_context(to_packs(loader, step, scores[step]), parallel).cpu()
-            packs = _of_all_ranks(step, own, loader.own_numbers(step), loader, parallel)[part.start : part.stop].clone()
-        if not len(part):
-            continue
-        sharded[str(step)] = ShardedTensor(
+    steps = list(steps)
+    parts = {step: _part(step, loader, parallel) for step in steps}
+    if scores is None:
+        packs = {step: torch.zeros(len(parts[step]), loader.unpadded_length(step)) for step in steps}
+    else:
+        own = ((step, loader.own_numbers(step), to_packs(loader, step, scores[step])) for step in steps)
+        packs = {step: _rows(whole, parts[step]).clone() for step, whole in _of_all_ranks(own, loader, parallel)}
+    return {
+        str(step): ShardedTensor(
             key=f"old_log_probs.{step}",
-            data=packs,
-            dtype=packs.dtype,
-            local_shape=tuple(packs.shape),
-            global_shape=(loader.batch_packs(step), width),
+            data=packs[step],
+            dtype=torch.float32,
+            local_shape=tuple(packs[step].shape),
+            global_shape=(loader.batch_packs(step), packs[step].shape[1]),
             global_offset=(part.start, 0),
             axis_fragmentations=None,
             replica_id=parallel.context_rank * parallel.tensor_size + parallel.tensor_rank,
         )
-    return sharded
+        for step, part in parts.items()
+        if len(part)
+    }
 
 
 def window_state(
@@ -61,13 +65,17 @@ def window_state(
     Collective, as `sharded_window`."""
     if packs is None:
         return {step: [] for step in steps}
-    state = {}
-    for step in steps:
-        part = _part(step, loader, parallel)
-        read = packs.get(str(step), torch.zeros(0, loader.unpadded_length(step)))
-        whole = _of_all_ranks(step, read, part, loader, parallel)
-        state[step] = from_packs(loader, step, whole[loader.own_numbers(step)])
-    return state
+
+    def read(step: int) -> Tensor:
+        part = packs.get(str(step), torch.zeros(0, loader.unpadded_length(step)))
+        # Context-parallel ranks have all read the same: one of them counts.
+        return part if parallel.context_rank == 0 else torch.zeros_like(part)
+
+    own = ((step, _part(step, loader, parallel), read(step)) for step in steps)
+    return {
+        step: from_packs(loader, step, whole[loader.own_numbers(step)])
+        for step, whole in _of_all_ranks(own, loader, parallel)
+    }
 
 
 def _part(step: int, loader: BatchLoader, parallel: Parallel) -> range:
@@ -76,8 +84,21 @@ def _part(step: int, loader: BatchLoader, parallel: Parallel) -> range:
     return range(count * rank // size, count * (rank + 1) // size)
 
 
-def _of_all_ranks(step: int, packs: Tensor, numbers: Sequence[int], loader: BatchLoader, parallel: Parallel) -> Tensor:
-    """`[global batch, longest pack]` of which each rank has `packs`, the `numbers` of it; on the CPU."""
-    whole = torch.zeros(loader.batch_packs(step), packs.shape[1])
-    whole[list(numbers)] = packs
-    return sum_over_data(whole, parallel).cpu()
+def _rows(tensor: Tensor, numbers: range) -> Tensor:
+    return tensor[numbers.start : numbers.stop]
+
+
+def _of_all_ranks(
+    own: Iterable[tuple[int, Sequence[int], Tensor]], loader: BatchLoader, parallel: Parallel
+) -> Iterator[tuple[int, Tensor]]:
+    """`[global batch, longest pack]` by step, on the CPU. `own`: by step the numbers of the packs that this rank has
+    some of, and these packs, zero where another has it."""
+    own = iter(own)
+    while some := list(islice(own, _STEPS_AT_ONCE)):
+        batches = [torch.zeros(loader.batch_packs(step), packs.shape[1]) for step, _, packs in some]
+        for batch, (_, numbers, packs) in zip(batches, some, strict=True):
+            batch[list(numbers)] = packs
+        flat = sum_over_replicas(torch.cat([batch.flatten() for batch in batches]), parallel).cpu()
+        sizes = [batch.numel() for batch in batches]
+        for (step, *_), batch, values in zip(some, batches, flat.split(sizes), strict=True):
+            yield step, values.view_as(batch)

@@ -86,9 +86,10 @@ def sum_over_context(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
     return _sum(values, parallel, parallel.context_size, parallel.context_group)
 
 
-def sum_over_data(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
-    """As `sum_over_context`, over data-parallel ranks."""
-    return _sum(values, parallel, parallel.data_size, parallel.data_group)
+def sum_over_replicas(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """As `sum_over_context`, over all ranks that hold the same weights: data-parallel and context-parallel ones."""
+    size = parallel.data_size * parallel.context_size
+    return _sum(values, parallel, size, parallel.replica_group(for_experts=False))
 
 
 def _sum(values: torch.Tensor, parallel: Parallel, size: int, group: dist.ProcessGroup) -> torch.Tensor:

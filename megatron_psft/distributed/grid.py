@@ -78,11 +78,6 @@ class Parallel:
             return parallel_state.get_expert_data_parallel_group()
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
-    @property
-    def data_group(self) -> dist.ProcessGroup:
-        """The ranks with the same part of the model and of their rows, one of each data-parallel replica."""
-        return parallel_state.get_data_parallel_group()
-
 
 def initialize_parallel(
     config: ParallelConfig, *, virtual_size: int | None, seed: int, device: torch.device

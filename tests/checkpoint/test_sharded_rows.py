@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 from megatron.core import dist_checkpointing
+from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint import default_planner
 
 from megatron_psft.checkpoint import saver
@@ -33,7 +34,8 @@ def test_a_rank_holds_writes_and_reads_its_own_share(pool, tmp_path, inputs, fam
     model = tiny.build_model(tmp_path / "model", family, tied=family == "qwen3", vocab_size=4096)
     inputs = replace(inputs, model=model)
     argv = inputs.argv(run, *flags, *FEW_STEPS)
-    writes, _, asks, compared = zip(*pool.run(bytes_moved, 4, argv), strict=True)
+    writes, _, told, asks, compared = zip(*pool.run(bytes_moved, 4, argv), strict=True)
+    assert max(told) < min(writes) / 4, "ranks tell each other rows that are cut, and not what these are part of"
     assert asks == ([True, False],) * 4, "whether the parts make whole tensors is asked once"
     assert compared[0][0] > 0, "and answered"
     assert compared[0][1:] == [0]
@@ -55,11 +57,13 @@ def stored_bytes(checkpoint: Path) -> int:
     return sum(part.length for part in reader.storage_data.values())
 
 
-def bytes_moved(argv: list[str]) -> tuple[int, int, list[bool], list[int]]:
+def bytes_moved(argv: list[str]) -> tuple[int, int, int, list[bool], list[int]]:
     """Bytes of the tensors that this rank writes in the last save of a run, which are those that it holds a copy of
-    where there is one; bytes that it reads of the checkpoint that the run goes on from; whether each save had the
-    parts of all ranks told to all; and of how many tensors it compared these."""
+    where there is one; bytes that it reads of the checkpoint that the run goes on from; bytes of the largest object
+    that it tells other ranks; whether each save had the parts of all ranks told to all; and of how many tensors it
+    compared these."""
     moved, asks, compared = Counter[str](), [], []
+    tell = distributed_c10d._object_to_tensor
     plan, read, save = saver._plan, DataReader.read_data, dist_checkpointing.save
     compare = default_planner._validate_global_plan
 
@@ -71,6 +75,11 @@ def bytes_moved(argv: list[str]) -> tuple[int, int, list[bool], list[int]]:
     def reading(self, load_plan, planner):
         moved["read"] += sum(self.storage_data[index].length for index in {i.storage_index for i in load_plan.items})
         return read(self, load_plan, planner)
+
+    def telling(*args, **kwargs):
+        pickled, size = tell(*args, **kwargs)
+        moved["told"] = max(moved["told"], int(size))
+        return pickled, size
 
     def asking(*args, **kwargs):
         asks.append(kwargs["validate_access_integrity"])
@@ -84,9 +93,10 @@ def bytes_moved(argv: list[str]) -> tuple[int, int, list[bool], list[int]]:
     with (
         mock.patch.object(saver, "_plan", planned),
         mock.patch.object(DataReader, "read_data", reading),
+        mock.patch.object(distributed_c10d, "_object_to_tensor", telling),
         mock.patch.object(dist_checkpointing, "save", asking),
         mock.patch.object(default_planner, "_validate_global_plan", comparing),
     ):
         done = run_cli(argv)
         assert done.code == 0, done.err
-    return moved["written"], moved["read"], asks, compared
+    return moved["written"], moved["read"], moved["told"], asks, compared
