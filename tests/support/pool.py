@@ -113,8 +113,12 @@ class Pool:
             self._kill()
         started = [self._start_worker() for _ in range(count - len(self._workers))]
         self._workers += started
-        for worker in started:
-            worker.connection.recv()  # it is ready: no call's time is spent on importing
+        for rank in range(count - len(started), count):
+            try:
+                self._workers[rank].connection.recv()  # it is ready: no call's time is spent on importing
+            except EOFError:
+                self._kill()
+                raise WorkerError({rank: "died before it was ready"}) from None
         return self._workers[:count]
 
     def _start_worker(self) -> _Worker:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support import oracle, tiny
 from tests.support.cli import Exit, call_main, run_torchrun
 from tests.support.marks import slow
-from tests.support.pool import WorkerError
+from tests.support.pool import Pool, WorkerError
 
 
 def _sum_of_ranks(addend):
@@ -33,6 +33,20 @@ def _tensor_parallel_rank(size):
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+
+
+def _leave(connection, stack_file):
+    """The life of a worker that is killed while it starts."""
+
+
+def test_a_rank_that_dies_while_it_starts_is_named(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.support.pool._serve", _leave)
+        own = Pool()
+        with pytest.raises(WorkerError, match="died before it was ready"):
+            own.run(_sum_of_ranks, 1, 10)
+    assert own.run(_sum_of_ranks, 1, 10) == [10], "the next call has another"
+    own.close()
 
 
 def test_ranks_reduce_and_return_their_results_in_order(pool):
