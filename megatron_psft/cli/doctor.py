@@ -22,7 +22,7 @@ from megatron_psft.metrics.provenance import installed_version, versions
 EXAMPLES = """examples:
   this machine:
     psft doctor
-  and whether a model can be trained with its tokenizer:
+  and whether a model can be trained with its tokenizer, and is computed as transformers does:
     psft doctor --model Qwen/Qwen2.5-7B-Instruct
     psft doctor --model runs/first/hf --tokenizer tokenizer/
 
@@ -34,7 +34,8 @@ class ModelToCheck:
     """A model to look at beside the machine."""
 
     model: PathText | None = None
-    """Hugging Face folder or hub ID that a run would start from; no model is looked at if unset."""
+    """Hugging Face folder or hub ID that a run would start from; no model is looked at if unset. Where its weights
+    are on this machine, what a run would compute of them is compared with transformers."""
     tokenizer: PathText | None = None
     """Folder or hub ID of the tokenizer; `model` if unset."""
 
@@ -80,8 +81,17 @@ def examine(config: DoctorConfig) -> int:
     findings += examine_machine(environment)
     if folders is not None:
         model, tokenizer = folders
-        findings += doctor.check_model(model) + doctor.check_tokenizer(tokenizer)
+        findings += examine_model(model) + doctor.check_tokenizer(tokenizer)
     return report(findings)
+
+
+def examine_model(folder: Path) -> list[Finding]:
+    """Whether a model can be trained, and is computed as transformers does; says what it does while that takes time."""
+    findings = doctor.check_model(folder)
+    if findings[0].level == "problem":
+        return findings
+    print(f"comparing {folder} with transformers\n", flush=True)
+    return findings + doctor.check_logits(folder)
 
 
 def examine_machine(environment: Mapping[str, str]) -> list[Finding]:
@@ -122,7 +132,7 @@ def print_table(title: str, lines: Mapping[str, str]) -> None:
 def report(findings: Sequence[Finding]) -> int:
     """Prints the findings, the worst last, and returns the exit code."""
     print("checks")
-    for level in ("ok", "warning", "problem"):
+    for level in ("ok", "skipped", "warning", "problem"):
         for finding in findings:
             if finding.level == level:
                 print(f"  {level + ':':<9} {finding.text}")

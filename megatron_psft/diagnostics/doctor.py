@@ -6,8 +6,11 @@ step of a toy model, made by the code that trains.
 
 import importlib
 import importlib.util
+import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ if TYPE_CHECKING:  # seconds to import, which `--help` does not wait for
     from megatron_psft.distributed.device import Platform
     from megatron_psft.distributed.environment import Setting
 
-Level = Literal["ok", "warning", "problem"]
+Level = Literal["ok", "skipped", "warning", "problem"]
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_MEMORY_GIB = 1  # docker gives 64 MiB unless asked for more
@@ -30,7 +33,8 @@ _SHARED_MEMORY_GIB = 1  # docker gives 64 MiB unless asked for more
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one check has found: `problem` would break a run, or make it something else than was asked for."""
+    """What one check has found: `problem` would break a run, or make it something else than was asked for; `skipped`
+    was not looked at."""
 
     level: Level
     text: str
@@ -157,6 +161,81 @@ def check_model(folder: Path) -> list[Finding]:
     except UserError as error:
         return [Finding(level="problem", text=str(error))]
     return [Finding(level="ok", text=text)]
+
+
+def check_logits(folder: Path) -> list[Finding]:
+    """Whether the model that a run would build is the one that transformers builds of the same folder, which holds a
+    model that can be trained. Takes as long as reading its weights twice."""
+    from megatron_psft.diagnostics import transformers_model
+    from megatron_psft.distributed.host_memory import available_bytes
+
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        return [_not_compared(f"{folder} holds no weights")]
+    try:
+        needed, available = transformers_model.needed_bytes(folder, "model") / 2**30, available_bytes() / 2**30
+    except UserError as error:
+        return [Finding(level="problem", text=str(error))]
+    if needed > available:
+        return [_not_compared(f"it takes {needed:.3g} GiB of host memory, which has {available:.3g} GiB left")]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_psft.diagnostics.logits", str(folder)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # Ctrl-C is this process's, which then ends the other
+        check=False,
+    )
+    if done.returncode == -signal.SIGKILL:
+        return [_not_compared("the process that compared was killed, as it happens where memory runs out")]
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return [
+            Finding(level="problem", text=f"comparing {folder} with transformers fails, and so may a run: {reason}")
+        ]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "mistake" in answer:
+        return [Finding(level="problem", text=answer["mistake"])]
+    return [_describe_logits(folder, **answer)]
+
+
+def _not_compared(reason: str) -> Finding:
+    return Finding(level="skipped", text=f"log-probabilities were not compared with transformers': {reason}")
+
+
+def _describe_logits(folder: Path, *, largest: float, positions: int, agreeing: int, vocab_size: int) -> Finding:
+    """Of a `logits.Comparison`."""
+    from megatron_psft.diagnostics.logits import BOUND
+
+    compared = (
+        f"of all {vocab_size:,} tokens after each of {positions} random ones differ from those of transformers "
+        f"{installed_version('transformers')} by at most {largest:.2g} in fp32 (relative to one below -1; up to "
+        f"{BOUND:g} is rounding)"
+    )
+    if agreeing == positions:
+        return Finding(level="ok", text=f"log-probabilities {compared}")
+    remedy = (
+        "a run would train another model than other programs load; compare config.json and weights with those "
+        "published, and report it with the versions above if they are the same"
+    )
+    level: Level = "problem"
+    if agreeing > positions / 2 and _has_experts(folder):
+        level = "warning"
+        remedy = (
+            "rounding alone may give a token of a mixture of experts another expert, and change it and those behind "
+            "it; if it is not that, a part of the model is another one here"
+        )
+    return Finding(
+        level=level,
+        text=f"{folder}: log-probabilities {compared}, at {positions - agreeing} by more than that: {remedy}",
+    )
+
+
+def _has_experts(folder: Path) -> bool:
+    from megatron_psft.model.shape import read_config
+    from megatron_psft.sources.bridge_layout import num_experts
+
+    return num_experts(read_config(folder)) is not None
 
 
 def check_tokenizer(folder: Path) -> list[Finding]:

@@ -32,13 +32,19 @@ def test_a_machine_that_trains_is_found_well(pool, tmp_path):
     assert "  optimizer     torch.optim.adamw.AdamW (" in exit.out
     assert "  ok:       a toy model has made an optimizer step with all of these\n" in exit.out
     assert "is a llama model of 4 layers\n" in exit.out
+    assert (
+        "  ok:       log-probabilities of all 211 tokens after each of 256 random ones differ from those of "
+        in exit.out
+    )
     assert "problem:" not in exit.out
 
 
 def test_what_would_break_a_run_ends_in_code_1(pool, tmp_path):
     model = tiny.build_model(tmp_path / "model", "llama")  # without a tokenizer
+    (model / "model.safetensors").unlink()
     exit = run_doctor(pool, "--model", model)
     assert exit.code == 1, exit.out + exit.err
+    assert f"  skipped:  log-probabilities were not compared with transformers': {model} holds no weights\n" in exit.out
     assert exit.out.splitlines()[-1] == f"  problem:  {model} has no tokenizer.json, and so no fast tokenizer"
 
 
