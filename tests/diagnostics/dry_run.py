@@ -1,4 +1,5 @@
-"""One rank of any cluster on a CPU: its model, its optimizer and one step, with the sizes of tensors, not their memory.
+"""One rank of any cluster on a CPU: its model, its optimizer, a pass of the old policy and a step, with the sizes of
+tensors, not their memory.
 
 The process group is torch's fake one, of 8 or 512 ranks, of which this process is one; tensors are fake, with shapes
 and storages of which nothing is allocated. Layers, wrapper, optimizer, schedule and head are those of training, in bf16
@@ -11,7 +12,7 @@ Where fake tensors cannot follow, as what comes next depends on values, an answe
 - a number read from the device, as the norm of the gradients, is 1,
 - an object gathered from all ranks is this rank's, on each.
 Bounds of rows and other small integers are real. Not followed at all are Transformer Engine's layers, which need CUDA,
-NCCL's buffers, what values in a kernel's scratch memory take, and the old policy's pass.
+NCCL's buffers, and what values in a kernel's scratch memory take.
 
 Models are cut to few layers and rows to half, and plans with them (`cut`): a layer more is the same again. Of the ranks
 those are built that differ in their place (`distinct_ranks`).
@@ -21,17 +22,15 @@ import gc
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeWork, ProcessGroup
-from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -43,13 +42,13 @@ from megatron_psft.data.rows import packed_row
 from megatron_psft.diagnostics.plan import Plan
 from megatron_psft.distributed.device import Platform, detect
 from megatron_psft.distributed.grid import Parallel, initialize_parallel
-from megatron_psft.head.kernels import portable
 from megatron_psft.model.gpt import build_model, virtual_size
 from megatron_psft.model.parameters import is_expert, named_parameters
 from megatron_psft.objectives.objective import Objective
 from megatron_psft.scoring.old_policy import CurrentPolicy
 from megatron_psft.train.optimizer import build_optimizer, update
 from megatron_psft.train.pipeline import Pipeline
+from tests.diagnostics.dry_run_answers import answers
 
 _REAL_NUMBERS = 65536
 """Integers that are made are real up to so many: bounds, positions, orders of experts."""
@@ -84,12 +83,14 @@ class RankStep:
     buckets: tuple[Bucket, ...]
     state_bytes: int
     """Of weights, gradients and the optimizer's state, once all is built."""
+    pass_peak_bytes: int
+    """Within the old policy's pass over the same rows, with these."""
     peak_bytes: int
     """Within the step, with these."""
     saved_bytes: float
     """What the rank would write of a checkpoint."""
     calls: tuple[Call, ...]
-    """Of the step, in order."""
+    """Of the pass and the step, in order."""
 
 
 class Ledger(TorchDispatchMode):
@@ -247,7 +248,7 @@ def _step(plan: Plan, rank: int) -> RankStep:
     config = plan.config
     ledger = Ledger()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.world_size)
-    with _answers(plan), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with answers(plan), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         virtual = virtual_size(plan.shape, config)
         place = initialize_parallel(config.parallel, virtual_size=virtual, seed=1, device=plan.platform.device)
         chunks = build_model(plan.shape, config, plan.platform, place)
@@ -259,6 +260,8 @@ def _step(plan: Plan, rank: int) -> RankStep:
         ledger.calls.clear()
         with _disable_current_modes():
             rows = [_full_row(plan, place)] * plan.num_microbatches
+        pipeline.score(rows)
+        pass_peak, ledger.peak = ledger.peak, ledger.now
         pipeline.train(rows, CurrentPolicy(), objective=Objective(config=config.objective))
         update(optimizer, step=1, device=plan.platform.device)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
@@ -267,6 +270,7 @@ def _step(plan: Plan, rank: int) -> RankStep:
             parameters=sum(parameter.numel() for parameter in parameters),
             buckets=tuple(_buckets(chunks)),
             state_bytes=states,
+            pass_peak_bytes=pass_peak,
             peak_bytes=ledger.peak,
             saved_bytes=_saved_bytes(chunks, optimizer, place),
             calls=tuple(ledger.calls),
@@ -314,85 +318,3 @@ def _take_down() -> None:
     megatron_random.initialize_rng_tracker(force_reset=True)
     dist.destroy_process_group()
     gc.collect()
-
-
-@contextmanager
-def _answers(plan: Plan) -> Iterator[None]:
-    """What stands in for values, and for what fake tensors and groups do not do."""
-    import megatron.core.transformer.moe.token_dispatcher as dispatcher
-
-    new_group = dist.new_group
-    aten = torch.ops.aten
-    experts = plan.shape.experts
-    share = 1.0 if experts is None else experts.per_token / experts.count
-
-    def fake_group(ranks: Any = None, *args: Any, backend: Any = None, **options: Any) -> Any:
-        return new_group(ranks, *args, backend="fake", **options)
-
-    def gather_objects(found: list[Any], own: Any, group: Any = None) -> None:
-        found[:] = [own] * len(found)
-
-    def scalar(mode: Any, func: Any, tensor: torch.Tensor) -> float:
-        return 1.0 if tensor.is_floating_point() else 1
-
-    def every(mode: Any, func: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
-
-    def chosen(mode: Any, func: Any, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return tensor.new_empty(round(mask.numel() * share))
-
-    operations = {
-        aten._local_scalar_dense.default: scalar,
-        aten.nonzero.default: every,
-        aten.masked_select.default: chosen,
-    }
-    with ExitStack() as stack:
-        for target, name, answer in (
-            (dist, "new_group", fake_group),
-            (dist, "all_gather_object", gather_objects),
-            (torch.nn.Module, "_apply", _apply),
-            # Fewer operations, and 24 MiB more of scratch memory.
-            (portable, "_CPU_BLOCK_BYTES", 32 * 2**20),
-            (dispatcher, "maybe_move_tensor_to_cpu", _even_counts(plan)),
-        ):
-            stack.enter_context(mock.patch.object(target, name, answer))
-        stack.enter_context(mock.patch.dict(fake_impls.op_implementations_dict, operations))
-        yield
-
-
-def _apply(module: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
-    """As torch's, which swaps parameters in a way that fake ones do not allow."""
-    for child in module.children():
-        child._apply(function)
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else function(buffer)
-    for name, parameter in module._parameters.items():
-        if parameter is None or (made := function(parameter.detach())).dtype == parameter.dtype:
-            continue
-        module._parameters[name] = torch.nn.Parameter(made, requires_grad=parameter.requires_grad)
-        vars(module._parameters[name]).update(vars(parameter))
-    return module
-
-
-def _even_counts(plan: Plan) -> Any:
-    """How many tokens go where, by the shape in which Megatron-Core asks for it."""
-    experts, parallel = plan.shape.experts, plan.config.parallel
-    if experts is None:
-        return None
-    ranks, shared = parallel.expert_model_parallel_size, parallel.expert_tensor_size
-    local = experts.count // ranks
-    positions = plan.tokens(plan.config.batch.micro_batch_size) / parallel.tensor_model_parallel_size
-    each = int(positions * experts.per_token / experts.count)
-
-    def counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        if not isinstance(tensor, torch.Tensor):
-            return tensor
-        if as_numpy:  # to or from each rank with other experts, or from each that has a part of the same
-            value = each * local * (1 if tensor.shape == (ranks,) else ranks)
-        else:  # of each expert from each rank, or of each expert here
-            value = each * (1 if tensor.dim() == 2 else ranks * shared)
-        with _disable_current_modes():
-            filled = np.full(tuple(tensor.shape), value)
-            return filled if as_numpy else torch.from_numpy(filled)
-
-    return counts
