@@ -20,10 +20,7 @@ _ASKED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 def explain(error: BaseException, config: Config, platform: Platform, rank: int, world_size: int) -> str:
     """One line for the rank that has met `error`."""
-    is_host = not platform.is_gpu or "DefaultCPUAllocator" in str(error) or isinstance(error, MemoryError)
-    asked = _ASKED.search(str(error))
-    text = f"rank {rank}: out of {'host' if is_host else 'GPU'} memory" + (f", asked for {asked[1]}" if asked else "")
-    text += f"; {_host() if is_host else _gpu(platform.device)}"
+    text = f"rank {rank}: {what_was_asked(error, platform.device)}"
     try:
         shape = read_shape(hub.model_folder("load_hf", config.weights.load_hf, with_weights=False))
         plan = Plan(config=config, shape=shape, world_size=world_size, platform=platform)
@@ -31,6 +28,14 @@ def explain(error: BaseException, config: Config, platform: Platform, rank: int,
     except Exception as trouble:  # whatever it is, it is not what ended the run
         return f"{text}; psft plan says what fits ({first_line(trouble)})"
     return f"{text}; {_planned(memory)}; lower it by {', '.join(_remedies(config, memory))}; psft plan says what fits"
+
+
+def what_was_asked(error: BaseException, device: torch.device) -> str:
+    """Of which memory, and what the process that computes on `device` had of it at most."""
+    is_host = device.type != "cuda" or "DefaultCPUAllocator" in str(error) or isinstance(error, MemoryError)
+    asked = _ASKED.search(str(error))
+    text = f"out of {'host' if is_host else 'GPU'} memory" + (f", asked for {asked[1]}" if asked else "")
+    return f"{text}; {_host() if is_host else _gpu(device)}"
 
 
 def _gpu(device: torch.device) -> str:

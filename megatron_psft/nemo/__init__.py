@@ -8,7 +8,8 @@ config.checkpoint.pretrained_checkpoint = "Qwen2.5-7B-Instruct"
 config.psft.old_policy_interval = 4
 finetune(config)
 
-May import config, objectives, distributed, head, model, metrics, scoring, checkpoint.
+May import config, objectives, distributed, head, model, metrics, scoring, checkpoint,
+diagnostics.
 """
 
 from importlib.util import find_spec

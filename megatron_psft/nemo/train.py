@@ -5,13 +5,15 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from megatron.bridge.training import gpt_step, vlm_step
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.finetune import finetune as bridge_finetune
 from megatron.bridge.training.state import GlobalState
 
 from megatron_psft.checkpoint.unpickle import DataReader
-from megatron_psft.distributed.collective import naming_lost_peers
+from megatron_psft.diagnostics.out_of_memory import what_was_asked
+from megatron_psft.distributed.collective import is_out_of_memory, naming_lost_peers
 from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.distributed.failure import ending_together
 from megatron_psft.distributed.megatron_lines import read_with
@@ -72,14 +74,25 @@ _NOT_FINITE = re.compile(r"found (NaN|Inf) in ")
 """Megatron's words for a loss or a gradient norm that is not finite."""
 
 
+_TAKES_LESS = (
+    "lower it by ddp.use_distributed_optimizer, model.recompute_granularity full, optimizer.optimizer_cpu_offload, a "
+    "smaller train.micro_batch_size or sequence length, or a larger model.tensor_model_parallel_size with "
+    "model.sequence_parallel; psft plan says what the like run of psft train takes"
+)
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Bridge raises a bare RuntimeError for divergence, on the rank that meets it."""
+    """Bridge raises a bare RuntimeError for divergence, on the rank that meets it, and torch names no setting where
+    memory is short."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if _NOT_FINITE.search(str(error)):
             raise DivergenceError(f"{error}; resume from the last checkpoint with a lower lr") from error
+        if is_out_of_memory(error):
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            raise MemoryError(f"{what_was_asked(error, device)}; {_TAKES_LESS}") from error
         raise
 
 

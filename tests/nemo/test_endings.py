@@ -17,7 +17,17 @@ from tests.support.pool import WorkerError
 
 pytestmark = needs_bridge
 
-CODES = {"nan": 3, "inf": 3, "peer": 4, "mistake": 2, "signal": 143, "duration": 0, "no handler": 0, "bug": 1}
+CODES = {
+    "nan": 3,
+    "inf": 3,
+    "peer": 4,
+    "mistake": 2,
+    "signal": 143,
+    "duration": 0,
+    "no handler": 0,
+    "bug": 1,
+    "memory": 1,
+}
 
 
 def _end_as_bridge_does(how: str, callbacks) -> None:
@@ -36,6 +46,10 @@ def _end_as_bridge_does(how: str, callbacks) -> None:
         exec(code)
     if how == "mistake":
         raise UserError("train_iters")
+    if how == "memory":
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
+        )
     if how == "bug":
         raise KeyError("missing")
     if how == "no handler":
@@ -79,6 +93,8 @@ def test_the_end_of_bridges_loop_is_told_by_the_code(bridge_pool, tmp_path, how)
     file = tmp_path / "code"
     (exit,) = bridge_pool.run(_end, 1, how, str(file))
     assert exit.code == CODES[how], exit.err
+    assert ("out of host memory, asked for 2.00 GiB; this process had " in exit.err) == (how == "memory"), exit.err
+    assert ("lower it by ddp.use_distributed_optimizer" in exit.err) == (how == "memory")
     assert (file.read_text() if file.exists() else "0\n") == f"{CODES[how]}\n"
 
 
