@@ -116,6 +116,7 @@ FREE: tuple[str, ...] = (
     "mlflow_experiment",
     "log_clipped_tokens",
     "check_scoring",
+    "check_logits",
     "profile",
     "profile_step_start",
     "profile_step_end",

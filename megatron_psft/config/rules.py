@@ -221,6 +221,7 @@ def _validate_effects(config: Config) -> None:
         _refuse_if_set(optimizer, "without optimizer_cpu_offload", "optimizer_offload_fraction")
     _validate_parallel(parallel)
     _validate_lora(config)
+    _validate_logits_check(config)
     if config.precision.fp8_format is None:
         _refuse_if_set(config.precision, "without fp8_format", "fp8_recipe")
     if recompute.recompute_granularity != "full":
@@ -261,6 +262,14 @@ def _validate_lora(config: Config) -> None:
         _refuse_if_set(lora, "without export_hf or export_interval", "lora_merge")
     if lora.load_lora is not None:
         _refuse_if_set(lora, "with load_lora", "lora_init")
+
+
+def _validate_logits_check(config: Config) -> None:
+    if not config.weights.reads_hf_weights:
+        name = "random_init" if config.weights.random_init else "init_from"
+        _refuse_if_set(config.logging, f"with {name}, whose weights are not those of load_hf", "check_logits")
+    if config.precision.fp8_format is not None:
+        _refuse_if_set(config.logging, "with fp8_format, for which no bound was found", "check_logits")
 
 
 def _validate_objective(objective: ObjectiveConfig) -> None:

@@ -311,6 +311,12 @@ class LoggingConfig:
     """PSFT: measure after every sync how far the old policy's pass and training differ on the same weights
     (`scoring_gap_max`), at the cost of a forward pass over one more global batch; if unset only after the first sync of
     each start, and in fp8 after every one."""
+    check_logits: bool = False
+    """Before the first step, compare what the model, spread over the ranks as it is, says of the first 64 tokens of the
+    first record with transformers' model of `load_hf` in fp32, which rank 0 has in host memory for that; end the run
+    where they differ by more than rounding. That is 1e-4 in fp32; in bf16 the mean difference may be 4 times what bf16
+    makes of transformers' own model, which finds parts that are missing or wrong, but no small error. No effect on a
+    start that goes on from a checkpoint of a whole model."""
     profile: bool = False
     """Measure steps `profile_step_start` to `profile_step_end` on rank `profile_rank` with torch.profiler: into the
     folder `profile` of `save` go a trace for chrome://tracing or Perfetto, and a table of the 20 operators that take

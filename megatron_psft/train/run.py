@@ -16,6 +16,7 @@ from megatron_psft.metrics.provenance import record_start, versions
 from megatron_psft.model.fp8 import check_machine
 from megatron_psft.train.assemble import Run, build_run, export_model
 from megatron_psft.train.inputs import describe, read_in_turn
+from megatron_psft.train.logits_check import check_logits
 from megatron_psft.train.loop import train
 from megatron_psft.train.precision import settle_precision
 
@@ -47,6 +48,8 @@ def run(config: Config, platform: Platform, rank: int, local_rank: int, started_
     log.info("%s", platform.describe())
     describe(inputs, config)
     ready = build_run(config, inputs, platform)
+    if config.logging.check_logits:
+        check_logits(ready, inputs, platform)
     if ready.first_step == ready.train_iters:
         rest = "nothing to do" if config.weights.export_hf is None else "nothing to do but to export"
         log.warning("WARNING: %s: %d of %d steps are done", rest, ready.first_step, ready.train_iters)
