@@ -93,7 +93,7 @@ def test_the_end_of_bridges_loop_is_told_by_the_code(bridge_pool, tmp_path, how)
     file = tmp_path / "code"
     (exit,) = bridge_pool.run(_end, 1, how, str(file))
     assert exit.code == CODES[how], exit.err
-    assert ("out of host memory, asked for 2.00 GiB; this process had " in exit.err) == (how == "memory"), exit.err
+    assert ("out of GPU memory, asked for 2.00 GiB; allocated " in exit.err) == (how == "memory"), exit.err
     assert ("lower it by ddp.use_distributed_optimizer" in exit.err) == (how == "memory")
     assert (file.read_text() if file.exists() else "0\n") == f"{CODES[how]}\n"
 
