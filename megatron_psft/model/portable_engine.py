@@ -282,6 +282,7 @@ def stand_in_for_engine() -> None:
     calls do nothing. Models of this package's own do not depend on that choice."""
     import megatron.core.extensions.transformer_engine as engine
     import megatron.core.extensions.transformer_engine_spec_provider
+    import megatron.core.models.gpt.experimental_attention_variant_module_specs as variant_specs
     import megatron.core.models.gpt.gpt_layer_specs as specs
     import megatron.core.transformer.moe.moe_layer as moe_layer
     import megatron.core.transformer.multi_latent_attention as latent_attention
@@ -301,7 +302,9 @@ def stand_in_for_engine() -> None:
     provider = sys.modules["megatron.core.extensions.transformer_engine_spec_provider"]
     for name in ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
         setattr(provider, name, _STAND_INS[name])
-    specs.HAVE_TE, specs.TESpecProvider, specs.TENorm = True, provider.TESpecProvider, PortableNorm
+    for module in (specs, variant_specs):
+        module.HAVE_TE, module.TESpecProvider = True, provider.TESpecProvider
+    specs.TENorm = PortableNorm
     block.LayerNormImpl = block.TENorm = PortableNorm
     moe_layer.HAVE_TE, moe_layer.TELinear = True, PortableLinear
     for name in ("TELinear", "TEColumnParallelLinear", "TELayerNormColumnParallelLinear"):

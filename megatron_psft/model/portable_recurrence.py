@@ -1,0 +1,116 @@
+"""What Megatron-Core's recurrent layers take from flash-linear-attention, in plain PyTorch: for a CPU.
+
+The layers, their parameters and their checkpoints are Megatron-Core's own.
+"""
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_CHUNK = 64
+"""Positions computed at once: work within a chunk grows with its square, between chunks the state is handed on."""
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """A filter over each channel's last positions, followed by SiLU.
+
+    Args:
+        x: `[b, s, d]`.
+        weight: `[d, w]`, that of the position itself last.
+        bias: `[d]`.
+        activation: `silu` or `swish`.
+        cu_seqlens: bounds of the sequences of a packed row; none sees another.
+
+    Returns:
+        `[b, s, d]`, and no state.
+    """
+    assert activation in ("silu", "swish")
+    return _filter(x, weight, bias, _lengths(x, cu_seqlens)), None
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Each vector of the last dimension, of length one."""
+    return x * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + eps).to(x.dtype)
+
+
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None = None, **options: Any
+) -> tuple[Tensor, None]:
+    """The recurrence of a gated delta net (arXiv 2412.06464, equation 10), in fp32.
+
+    Args:
+        q, k: `[b, s, heads, d_k]`, of length one.
+        v: `[b, s, heads, d_v]`.
+        g: logarithm of the decay, `[b, s, heads]`.
+        beta: how much of what the key recalls is replaced, `[b, s, heads]`.
+        cu_seqlens: bounds of the sequences of a packed row; each begins with an empty state.
+
+    Returns:
+        `[b, s, heads, d_v]`, and no state.
+    """
+    assert not options["use_qk_l2norm_in_kernel"]
+    assert options["initial_state"] is None
+    return _recur(q * k.shape[-1] ** -0.5, k, v, g, beta, lengths=_lengths(q, cu_seqlens)).to(v.dtype), None
+
+
+def _lengths(x: Tensor, cu_seqlens: Tensor | None) -> Sequence[int]:
+    return [x.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+
+
+def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:
+    """`[b, s, d]`, in sequences of `lengths`, to the same."""
+    # No convolution of PyTorch's: which kernel computes it may depend on whether there will be a gradient.
+    width = weight.shape[-1]
+    windows = (F.pad(part, (0, 0, width - 1, 0)).unfold(1, width, 1) for part in x.split(lengths, 1))
+    output = torch.cat([(part * weight).sum(-1) for part in windows], 1)
+    return F.silu(output if bias is None else output + bias)
+
+
+def _recur(*inputs: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`_recurrence` within each sequence of a row: `[b, s, heads, d]` and `[b, s, heads]`, to `[b, s, heads, d_v]`."""
+    by_head = [x.float().transpose(1, 2).split(lengths, 2) for x in inputs]
+    return torch.cat([_recurrence(*parts) for parts in zip(*by_head, strict=True)], 2).transpose(1, 2)
+
+
+def _recurrence(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+    """`S_t = exp(g_t) S_(t-1) + k_t u_t` and `o_t = q_t S_t`, with `u_t = beta_t (v_t - k_t exp(g_t) S_(t-1))`.
+
+    All are of one sequence, `[b, heads, s, d]` and `[b, heads, s]`.
+    """
+    outputs = []
+    state = query.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
+    chunks = zip(*(x.split(_CHUNK, 2) for x in (query, key, value, log_decay, beta[..., None])), strict=True)
+    for q, k, v, g, strength in chunks:
+        total = g.double().cumsum(-1)  # since the chunk's start; in fp32 differences of such sums would lose digits
+        later = torch.ones(*2 * g.shape[-1:], dtype=torch.bool).tril()
+        decay = (total[..., :, None] - total[..., None, :]).masked_fill(~later, float("-inf")).exp().float()  # j to i
+        from_start, to_end = total.exp().float()[..., None], (total[..., -1:] - total).exp().float()[..., None]
+        # Within the chunk, each update needs those before it: a triangular system, with ones on its diagonal.
+        recalled = strength * (k @ k.mT) * decay
+        lacking = strength * (v - from_start * (k @ state))
+        update = torch.linalg.solve_triangular(recalled, lacking, upper=False, unitriangular=True)
+        outputs.append(from_start * (q @ state) + ((q @ k.mT) * decay) @ update)
+        state = from_start[..., -1:, :] * state + (k * to_end).mT @ update
+    return torch.cat(outputs, 2)
+
+
+@functools.cache
+def stand_in_for_kernels() -> None:
+    """Has Megatron-Core's recurrent layers compute with these functions, for the whole process."""
+    common: Any = importlib.import_module("megatron.core.ssm.gated_delta_net.common")
+    layer: Any = importlib.import_module("megatron.core.ssm.gated_delta_net.gdn")
+    assert not common.HAVE_FLA, "the kernels themselves are here"
+    common.HAVE_FLA, common.l2norm = True, l2norm
+    layer.causal_conv1d, layer.chunk_gated_delta_rule = causal_conv1d, chunk_gated_delta_rule
