@@ -41,6 +41,8 @@ _OF_BRIDGE = {
     "glm4_moe": "GLM-4.5",
     "deepseek_v3": "DeepSeek-V3",
     "gpt_oss": "gpt-oss",
+    "qwen3_next": "Qwen3-Next",
+    "qwen3_5_text": "Qwen3.5 (text)",
 }
 
 

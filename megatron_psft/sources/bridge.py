@@ -30,7 +30,7 @@ from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.model.build import mark_sharded_weights
 from megatron_psft.model.experts import mark_experts
 from megatron_psft.sources.bridge_files import PassedOn, StoredTensor, read_tensors
-from megatron_psft.sources.bridge_import import import_bridge
+from megatron_psft.sources.bridge_import import check_kernels, import_bridge
 from megatron_psft.sources.bridge_layout import check_layout, num_experts, settings_of
 from megatron_psft.sources.bridge_rules import check_config, is_passed_on, is_tied
 from megatron_psft.sources.source import AdapterSource
@@ -54,8 +54,10 @@ class BridgeSource:
 
     @classmethod
     def of(cls, folder: Path, fields: Mapping[str, Any]) -> Self:
-        """Imports Megatron-Bridge. Raises UserError where it is not there, or was not compared on such a model."""
+        """Imports Megatron-Bridge. Raises UserError where it, or what it needs, is not there, and where it was not
+        compared on such a model."""
         check_config(fields, str(folder / "config.json"))
+        check_kernels(fields["model_type"])
         return cls(folder, fields, import_bridge())
 
     @cached_property

@@ -26,6 +26,13 @@ _ABSENT = (
 )
 """What Bridge names as it is imported, and does not use as a source of models on a CPU."""
 
+_DELTA_NET = {"fla": "flash-linear-attention"}
+_KERNELS = {
+    "qwen3_next": _DELTA_NET,
+    "qwen3_5_text": _DELTA_NET,
+}
+"""What layers of a family compute with on a GPU besides Transformer Engine: modules, and what pip calls them."""
+
 REMEDY = "pip install 'megatron_psft[nemo]', on Python 3.12"
 
 
@@ -57,11 +64,23 @@ def import_bridge() -> Any:
             )
         return importlib.import_module("megatron.bridge").AutoBridge
     from megatron_psft.model.portable_engine import stand_in_for_engine
+    from megatron_psft.model.portable_recurrence import stand_in_for_kernels
 
     stand_in_for_engine()
+    stand_in_for_kernels()
     torch.compiler.set_stance("force_eager")  # what Bridge's models have compiled would need a C++ compiler
     with _standing_in():
         return importlib.import_module("megatron.bridge").AutoBridge
+
+
+def check_kernels(model_type: str) -> None:
+    """Raises UserError where a GPU is to compute a model whose layers want a library that is not installed."""
+    for module in _KERNELS.get(model_type, {}):
+        if torch.cuda.is_available() and importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"model_type ({model_type}) from Megatron-Bridge needs {module} on a GPU: "
+                f"pip install {' '.join(_KERNELS[model_type].values())}"
+            )
 
 
 @contextmanager

@@ -11,7 +11,10 @@ from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.experts import check_number_of_experts
 
-_CUT = ("num_attention_heads", "num_key_value_heads", "vocab_size")
+_CUT = (
+    *("num_attention_heads", "num_key_value_heads", "vocab_size"),
+    *("linear_num_key_heads", "linear_num_value_heads"),
+)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -44,7 +47,20 @@ def check_layout(fields: Mapping[str, Any], config: Config) -> None:
                 f"{name} ({fields[name]}) must be a multiple of {kind}_model_parallel_size ({ranks}) for a model from "
                 "Megatron-Bridge; change the latter"
             )
+    if fields.get("linear_num_value_heads") and parallel.tensor_model_parallel_size > 1:
+        _require_sequence_parallel(fields, config)
     _check_experts(fields, config)
+
+
+def _require_sequence_parallel(fields: Mapping[str, Any], config: Config) -> None:
+    """The norm in a gated delta net is one weight for the heads of all ranks, and without sequence parallelism
+    Megatron-Core leaves each rank with the gradient from its own."""
+    if not config.parallel.sequence_parallel:
+        raise UserError(
+            f"sequence_parallel (False) must be set where a {fields['model_type']} model has "
+            f"tensor_model_parallel_size ({config.parallel.tensor_model_parallel_size}), as a norm's gradient would be "
+            "that of one rank"
+        )
 
 
 def _check_experts(fields: Mapping[str, Any], config: Config) -> None:

@@ -164,6 +164,16 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
         *(*_PLAIN, rope_types("yarn"), _alternating, _told_apart),
         only("attention_bias", True, why=_NOT_COMPARED),
     ),
+    "qwen3_next": (
+        *(*_PLAIN, only("attention_bias", False), _PLAIN_ROPE),
+        only("mlp_only_layers", [], None, why="Megatron-Bridge would leave the experts of such a layer unfilled"),
+        only("decoder_sparse_step", 1),
+        only("norm_topk_prob", True, why=_NOT_COMPARED),
+    ),
+    "qwen3_5_text": (
+        *(*_PLAIN, only("attention_bias", False), _PLAIN_ROPE),
+        only("attn_output_gate", True),
+    ),
 }
 """Rules by `model_type`."""
 
@@ -192,6 +202,8 @@ def is_tied(config: Fields) -> bool:
 
 
 def is_passed_on(tensor: str, config: Fields) -> bool:
-    """Whether a tensor is of a layer for multi-token prediction, behind those of the model: not trained."""
+    """Whether a tensor is of a layer for multi-token prediction, behind or beside those of the model: not trained."""
+    if tensor.startswith("mtp."):
+        return True
     layer = tensor.removeprefix("model.layers.").partition(".")[0]
     return layer.isdigit() and tensor.startswith("model.layers.") and int(layer) >= config["num_hidden_layers"]

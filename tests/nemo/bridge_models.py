@@ -11,6 +11,8 @@ from transformers import (
     Glm4MoeConfig,
     GptOssConfig,
     OlmoeConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -18,13 +20,12 @@ from tests.support import tiny
 
 VOCAB_SIZE = 212  # Bridge pads no vocabulary: two ranks must divide it
 
-FAMILIES = ("gemma3_text", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")
+FAMILIES = ("gemma3_text", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "qwen3_5_text")
 
 _YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 _YARN |= {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
 _SCALED = {"full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0}}
 _SCALED |= {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-
 VARIANTS = {
     "gemma3_text-scaled": {"rope_parameters": _SCALED},  # as those from 4B on are
     "glm4_moe-air": {"use_qk_norm": False},
@@ -34,6 +35,8 @@ VARIANTS = {
 
 _SHAPE = tiny.SHAPE | {"vocab_size": VOCAB_SIZE, "pad_token_id": None}
 _ROPE = {"rope_type": "default", "rope_theta": 1000.0}
+_GATED_DELTA_NET = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 12}
+_GATED_DELTA_NET |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 
 
 def config_of(family: str, **changes):
@@ -49,6 +52,20 @@ def config_of(family: str, **changes):
     if family == "gpt_oss":
         own = {"intermediate_size": 48, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
         return GptOssConfig(**{**_SHAPE, **own, "sliding_window": 8, **changes})
+    if family == "qwen3_5_text":
+        sections = {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
+        own = {
+            "rope_parameters": {**_ROPE, **sections},
+            "head_dim": 32,
+            "full_attention_interval": 2,
+            **_GATED_DELTA_NET,
+        }
+        return Qwen3_5TextConfig(**{**_SHAPE, **own, **changes})
+    if family == "qwen3_next":
+        own = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+        own |= {"shared_expert_intermediate_size": 40, "head_dim": 32, "full_attention_interval": 2, **_GATED_DELTA_NET}
+        own |= {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25}}
+        return Qwen3NextConfig(**{**_SHAPE, **own, **changes})
     own = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     own |= {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "topk_group": 1}
     if family == "deepseek_v3":
@@ -81,7 +98,9 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
     buffers = {name: it for name, it in model.named_buffers() if name in stored}  # as the experts' biases
     for name, tensor in {**dict(model.named_parameters()), **buffers}.items():
         noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("norm.weight"):
+        if name.endswith("A_log"):
+            tensor.copy_(0.3 * noise - 2)  # a memory of tens of tokens, which would show in the next record of a row
+        elif name.endswith("norm.weight"):
             is_centred = not tensor.any()  # Gemma's, stored with one taken off
             tensor.copy_((0 if is_centred else 1) + 0.2 * noise)
         elif tensor.dim() == 1:

@@ -37,7 +37,9 @@ CASES = [
     *(slow("qwen3", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2", "DP2-overlap")),
     *(slow("gemma3_text", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2")),
     *(slow(family, LAYOUTS["DP2-EP2"], both=True) for family in ("olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")),
-    slow("deepseek_v3", LAYOUTS["PP2"], both=True),
+    *(slow(family, LAYOUTS["PP2"], both=True) for family in ("deepseek_v3", "qwen3_next")),
+    slow("qwen3_next", LAYOUTS["TP2-SP-EP2-ETP1"], both=True),
+    slow("qwen3_5_text", LAYOUTS["TP2-SP"], both=True),
     *(slow(variant, ONE, both=True) for variant in bridge_models.VARIANTS),
 ]
 
@@ -115,7 +117,7 @@ def test_both_sources_go_the_same_way(train, model, tmp_path, family):
 
 @pytest.mark.slow
 @pytest.mark.both
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "olmoe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "olmoe", "deepseek_v3", "gpt_oss", "qwen3_next"])
 def test_packed_rows_follow_the_oracle_on_their_records(train, model, wanted, family):
     """And the old policy's pass says bit for bit what training does."""
     flags = ("--packing", "--global-batch-unit", "records", "--micro-batch-size", "1", "--check-scoring")
@@ -140,7 +142,11 @@ def test_bf16_follows_fp32_at_its_own_precision(train, model, wanted, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.both
 @pytest.mark.parametrize(
-    ("family", "layout"), [("gemma3_text", "TP2-SP"), ("olmoe", "DP2-EP2"), ("gpt_oss", "DP2-EP2")]
+    ("family", "layout"),
+    [
+        *(("gemma3_text", "TP2-SP"), ("olmoe", "DP2-EP2"), ("gpt_oss", "DP2-EP2")),
+        ("qwen3_next", "TP2-SP-EP2-ETP1"),
+    ],
 )
 def test_a_run_resumes_in_another_layout(train, model, wanted, tmp_path, family, layout):
     """In the middle of a window."""
@@ -151,6 +157,16 @@ def test_a_run_resumes_in_another_layout(train, model, wanted, tmp_path, family,
     lines, oracle_model = wanted(family)
     assert_same_run(train(model(family)), lines)
     assert_same_logits(tmp_path / "save_hf", oracle_model)
+
+
+@pytest.mark.slow
+@pytest.mark.both
+@pytest.mark.parametrize("family", ["qwen3_next"])
+def test_weights_that_did_not_move_come_back_bit_for_bit(train, model, tmp_path, family):
+    train(model(family), "--lr", "1e-30", "--train-iters", "1")
+    before, after = (load_file(it / "model.safetensors") for it in (model(family), tmp_path / "save_hf"))
+    assert before.keys() == after.keys()
+    assert [name for name, it in before.items() if not torch.equal(it, after[name])] == []
 
 
 @pytest.mark.slow
@@ -184,20 +200,28 @@ def test_what_bridge_would_leave_out_is_named(train, model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.both
-@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "qwen3_next"])
 def test_layers_for_multi_token_prediction_come_to_the_export(train, model, tmp_path, family):
     source, folder = model(family), tmp_path / "mtp"
     folder.mkdir()
     tensors = load_file(source / "model.safetensors")
     config = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
-    beside = {f"model.layers.4.{name}.weight": torch.randn(64) for name in ("enorm", "hnorm", "shared_head.norm")}
-    beside["model.layers.4.eh_proj.weight"] = torch.randn(64, 128)
+    prefix = "mtp.layers.0" if family == "qwen3_next" else "model.layers.4"
+    beside = {f"{prefix}.{name}.weight": torch.randn(64) for name in ("enorm", "hnorm", "shared_head.norm")}
+    beside[f"{prefix}.eh_proj.weight"] = torch.randn(64, 128)
     save_file(tensors | beside, folder / "model.safetensors", metadata={"format": "pt"})
     train(folder)
     exported = load_file(tmp_path / "save_hf" / "model.safetensors")
     assert exported.keys() == (tensors | beside).keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in beside.items())
+
+
+@pytest.mark.slow
+@pytest.mark.both
+def test_a_norm_of_all_ranks_heads_wants_sequence_parallelism(train, model):
+    layout = Layout(tensor=2, sequence=False)
+    assert "error: sequence_parallel (False) must be set" in train(model("qwen3_5_text"), layout=layout, code=2)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ TAKEN = [
     ("mistral", {"sliding_window": 8}),
     ("deepseek_v3", {"q_lora_rank": 32, "rope_scaling": {"type": "yarn", "factor": 40}}),
     ("gpt_oss", {**YARN, "layer_types": ["sliding_attention", "full_attention"] * 3}),
+    ("qwen3_next", {"mlp_only_layers": [], "partial_rotary_factor": 0.25, "rope_scaling": None}),
 ]
 TRAPS = [
     ("llama", {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}}, "low_freq_factor (2.0)"),
@@ -62,6 +63,9 @@ TRAPS = [
     ("gpt_oss", {"rope_scaling": None}, "rope_type (default)"),
     ("gpt_oss", {**YARN, "layer_types": ["full_attention"] * 6}, "layer_types other than sliding_attention"),
     ("gpt_oss", {**YARN, "hidden_size": 64, "intermediate_size": 32}, "hidden_size (64) of twice the"),
+    ("qwen3_next", {"mlp_only_layers": [0]}, "mlp_only_layers ([0])"),
+    ("qwen3_next", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type (yarn)"),
+    ("qwen3_5_text", {"attention_bias": True}, "attention_bias (True)"),
     ("gemma2", {}, "model_type (gemma2)"),
     (None, {}, "model_type (None)"),
 ]
@@ -88,6 +92,7 @@ def test_each_family_has_a_trap():
         ("model.layers.5.mlp.gate.weight", False),
         ("model.layers.6.eh_proj.weight", True),
         ("model.norm.weight", False),
+        ("mtp.layers.0.input_layernorm.weight", True),
         ("other.layers.9.weight", False),
     ],
 )
