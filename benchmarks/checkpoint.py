@@ -2,10 +2,9 @@
 
 Trains a small model on records of random letters and prints one JSON line per figure. One thread trains, so that on two
 cores the background writer has one for itself, and the allocator keeps what is freed, both as on a machine with GPUs.
-Several ranks share the optimizer and a global batch of a record each.
+Then several ranks do so, which share the optimizer and a global batch of a record each.
 
     python benchmarks/checkpoint.py [--size long]
-    torchrun --nproc-per-node 4 benchmarks/checkpoint.py
 
 `--size gpu` trains half a billion parameters on one GPU, and prints each figure at once: few saves, and which processes
 hold memory of the GPU meanwhile. `gpu-tiny` does the same with a small model, on a CPU where there is no GPU.
@@ -19,7 +18,6 @@ import os
 import random
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
-from common import GIB, FailedError, emit, emit_machine, in_fresh_process, parse_size, reporting
+from common import GIB, FailedError, emit_machine, in_fresh_process, parse_size, reporting
 from processes import emit_gpu_memory, emit_open_gpus
 from throughput import command_line
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -54,11 +53,11 @@ from megatron_psft.train.inputs import read_inputs
 from megatron_psft.train.loop import train_step
 
 _TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-SIZES = {
+SIZES: dict[str, dict[str, int]] = {
     # Medians are taken of the trials, as the time of a step varies by more than a save costs; `long` takes 20 minutes.
-    "cpu": {"hidden_size": 256, "steps": 4, "trials": 8},
-    "long": {"hidden_size": 512, "steps": 4, "trials": 60},
-    "tiny": {"hidden_size": 64, "steps": 1, "trials": 2},
+    "cpu": {"hidden_size": 512, "steps": 4, "trials": 8, "ranks": 4},
+    "long": {"hidden_size": 512, "steps": 4, "trials": 60, "ranks": 4},
+    "tiny": {"hidden_size": 64, "steps": 1, "trials": 2, "ranks": 2},
 }
 _DISTRIBUTED = ["--objective", "sft", "--use-distributed-optimizer"]
 ON_GPU: dict[str, dict[str, Any]] = {
@@ -71,20 +70,27 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+def emit(name: str, value: float | None, unit: str, **details: Any) -> None:
+    """Prints a figure, and of how many ranks it is."""
+    common.emit(name, value, unit, ranks=int(os.environ.get("WORLD_SIZE", "1")), **details)
+
+
 def main() -> None:
     name = parse_size(__doc__, (*SIZES, *ON_GPU))
     if name in ON_GPU:
         main_on_gpu(ON_GPU[name], seconds=_SECONDS_ON_GPU if name == "gpu" else None)
         return
-    size = SIZES[name]
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     torch.set_num_threads(1)
     emit_machine()
+    for ranks in (1, SIZES[name]["ranks"]):
+        in_fresh_process(measure, SIZES[name], ranks=ranks)
+
+
+def measure(size: dict[str, int]) -> None:
+    """Prints all figures; on each of the ranks."""
     keep_freed_memory()
     logging.disable()
-    here = detect(int(os.environ.get("LOCAL_RANK", "0")))
+    here, ranks = detect(int(os.environ["LOCAL_RANK"])), int(os.environ["WORLD_SIZE"])
     with process_group(here, ranks), shared_folder() as folder:
         on_rank_zero(lambda: write_inputs(folder, size["hidden_size"]))
         window = 1 + 3 * size["steps"]  # one per trial, after one that warms up
@@ -93,7 +99,7 @@ def main() -> None:
             --old-policy-interval {window} {"--use-distributed-optimizer" if ranks > 1 else ""}"""
         config = parse_config(flags.split())
         run = build_run(config, on_every_rank(lambda: read_inputs(config, is_main=False)), here)
-        measure(run, size["steps"], size["trials"])
+        measure_run(run, size["steps"], size["trials"])
 
 
 @contextmanager
@@ -134,8 +140,7 @@ def write_inputs(folder: Path, hidden_size: int) -> None:
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
 
 
-def measure(run: Run, steps: int, count: int) -> None:
-    """Prints all figures."""
+def measure_run(run: Run, steps: int, count: int) -> None:
     started = time.perf_counter()
     train_step(run, 0)
     pass_seconds = time.perf_counter() - started

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_psft.errors import counted
+
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu.jsonl"
 
 Figure = dict[str, Any]
@@ -150,6 +152,7 @@ def _lora(figures: list[Figure]) -> str:
 
 
 def _checkpoint(figures: list[Figure]) -> str:
+    ranks = sorted({one["ranks"] for one in figures if "ranks" in one})
     rows = []
     for name, what in (
         ("save_stall_seconds", "a save that is waited for, checksums included"),
@@ -160,14 +163,21 @@ def _checkpoint(figures: list[Figure]) -> str:
         ("check_seconds", "checking a checkpoint"),
         ("load_seconds", "loading it"),
     ):
-        one = _value(figures, name)
-        if one is None:
-            continue
-        unit = " s" if one["unit"] == "s" else ""
-        rows.append([what, f"{number(one['value'])}{unit}", _range(one.get("interval", ()))])
-    sizes = {name: _value(figures, name) for name in ("parameters", "checkpoint_bytes", "old_log_probs_bytes")}
-    rows += [[name.replace("_", " "), f"{one['value']:,.0f}", ""] for name, one in sizes.items() if one]
-    return table(["", "median", "95 % interval"], *rows)
+        cells = [what]
+        for count in ranks:
+            one = _value(figures, name, ranks=count)
+            unit = " s" if one and one["unit"] == "s" else ""
+            cells += [f"{number(one['value'])}{unit}", _range(one.get("interval", ()))] if one else ["", ""]
+        rows.append(cells)
+    for name in ("parameters", "checkpoint_bytes", "old_log_probs_bytes"):
+        found = [_value(figures, name, ranks=count) for count in ranks]
+        rows.append([name.replace("_", " "), *(text for one in found for text in (_whole(one), ""))])
+    heads = [text for count in ranks for text in (counted(count, "rank"), "95 % interval")]
+    return table(["median", *heads], *rows)
+
+
+def _whole(figure: Figure | None) -> str:
+    return "" if figure is None else f"{figure['value']:,.0f}"
 
 
 def _convert(figures: list[Figure]) -> str:
