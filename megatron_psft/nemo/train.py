@@ -91,8 +91,7 @@ def _explained() -> Iterator[None]:
         if _NOT_FINITE.search(str(error)):
             raise DivergenceError(f"{error}; resume from the last checkpoint with a lower lr") from error
         if is_out_of_memory(error):
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            raise MemoryError(f"{what_was_asked(error, device)}; {_TAKES_LESS}") from error
+            raise MemoryError(f"{what_was_asked(error, torch.device('cuda'))}; {_TAKES_LESS}") from error
         raise
 
 

@@ -30,6 +30,7 @@ JUSTIFIED = {
     "head/chunked.py": {'"cuda"'},
     "metrics/flops.py": {"torch.cuda.get_device_name"},
     "model/fp8.py": {"torch.cuda.get_device_capability", "torch.cuda.get_device_name"},
+    "nemo/train.py": {"'cuda'"},
     "rollout/sampling.py": {'"cuda"', "torch.cuda.empty_cache"},
     "train/loop.py": {"torch.cuda.max_memory_allocated"},
 }
