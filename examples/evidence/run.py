@@ -52,7 +52,7 @@ class Size:
 SIZES = {
     "tiny": Size(steps=2, records=2, seq_length=512, evaluations=1, drift_tokens=8, lrs=("1e-4",)),
     "cpu": Size(
-        steps=32, records=4, seq_length=768, evaluations=4, drift_tokens=32, lrs=("1e-5", "3e-5", "1e-4", "3e-4")
+        steps=32, records=4, seq_length=512, evaluations=4, drift_tokens=32, lrs=("1e-5", "3e-5", "1e-4", "3e-4")
     ),
     "gpu": Size(
         steps=128, records=32, seq_length=4096, evaluations=8, drift_tokens=256, lrs=("3e-6", "1e-5", "3e-5", "1e-4")
@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     size = SIZES[options.size]
     jobs = [
         Job(data, method, lr, seed)
-        for seed in options.seeds for data in sets for lr in size.lrs for method in methods
+        for seed in options.seeds for data in sets for lr in options.lrs or size.lrs for method in methods
     ]  # fmt: skip
     plan = Plan(Path(options.out), options.model or str(fetch.smollm2()), size, jobs, sets, options.held_out)
     try:
@@ -134,6 +134,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", metavar="NAME=PATH", default=[TICKETS], help=f"{TICKETS} is the demo's")
     parser.add_argument("--held-out", type=int, default=16, help="last records of each set, not trained on")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="all if unset")
+    parser.add_argument("--lrs", nargs="+", metavar="LR", help="those of the size if unset")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--size", choices=list(SIZES), default="cpu")
     parser.add_argument("--out", default=str(REPOSITORY / "runs" / "evidence"))
