@@ -7,7 +7,8 @@ learned against how far it has gone from the model it began with.
 
 A set of `--data` is a file of JSON Lines, whose last records are held out. Every run leaves a file in `<out>/results`,
 with what was measured at each evaluation; the same command leaves out what is there, so that it goes on after Ctrl-C.
-`<out>/report.md` and its pictures are written anew after every run.
+`<out>/report.md`, its pictures and `<out>/results.jsonl`, which has all results in one file, are written anew after
+every run.
 """
 
 import argparse
@@ -60,6 +61,7 @@ SIZES = {
 }
 TICKETS = "tickets="
 """The set that the demo draws; its fields can be checked, so that its runs have a target score too."""
+ADAPTERS = ("--lora-rank", "16", "--lora-alpha", "32", "--lora-merge")
 METHODS: dict[str, Sequence[str]] = {
     "SFT": ("--objective", "sft"),
     "SFT-KL": ("--objective", "sft-kl"),
@@ -69,6 +71,8 @@ METHODS: dict[str, Sequence[str]] = {
     "PSFT, fixed": ("--old-policy-interval", "fixed"),
     "warm-up, then PSFT, k = 4": ("--old-policy-interval", "4", "--sft-warmup-iters", "WARMUP"),
     "warm-up, then PSFT, fixed": ("--old-policy-interval", "fixed", "--sft-warmup-iters", "WARMUP"),
+    "SFT, LoRA": ("--objective", "sft", *ADAPTERS),
+    "PSFT, k = 4, LoRA": ("--old-policy-interval", "4", *ADAPTERS),
 }
 """Flags of each; WARMUP is a quarter of the steps."""
 MEASURED = ("valid_nll/target", "valid_entropy/target", "drift/general", "drift_stderr/general")
@@ -234,7 +238,10 @@ def write_report(plan: Plan) -> Path:
     import frontier  # late, as it takes seconds to import
 
     results = [json.loads(plan.result(job).read_text()) for job in plan.jobs if plan.result(job).exists()]
-    return frontier.write(results, score_base(plan), plan.out)
+    base = score_base(plan)
+    lines = [json.dumps(line) for line in ({"base": base}, *results)]
+    replace_file(plan.out / "results.jsonl", "".join(f"{line}\n" for line in lines))
+    return frontier.write(results, base, plan.out)
 
 
 def call(command: str, *words: Any) -> None:

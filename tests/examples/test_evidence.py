@@ -50,15 +50,22 @@ def test_the_report_ranks_runs_and_methods_by_their_best_evaluation_and_not_thei
         )
     ]
     rows = frontier.write(results, {"far": {"kept": 0.8}}, tmp_path).read_text().splitlines()
-    assert "The initial model: kept 0.80." in rows
+    assert "The initial model: target NLL 2.000, kept 0.80." in rows
     assert [row for row in rows if row.startswith(("| SFT", "| PSFT"))] == [
-        "| SFT | 0.700 | 1e-4, 2 | 0.200 | 0.200 | 1 of 2 runs |",
-        "| PSFT, k = 8 | 0.720 | 1e-4, 4 | 0.400 | 0.400 | 1 of 1 run |",
+        "| SFT | 0.700 | 1e-4, 2 | 0.200 | 0.200 | none | 1 of 2 runs |",
+        "| PSFT, k = 8 | 0.720 | 1e-4, 4 | 0.400 | 0.400 | 0.75 | 1 of 1 run |",
         "| SFT | 1e-4 | 3 | 0.700 | 2 | 0.200 | 1.500 | 0.400 ± 0.010 | 0.500 |  | 0.50 |  |",
         "| PSFT, k = 8 | 1e-4 | 3 | 0.720 | 4 | 0.400 | 0.720 | 0.400 ± 0.010 | 0.500 | 0.300 | 0.75 |  |",
         "| SFT | 1e-5 | 3 | 1.900 | 4 | 0.400 | 1.900 | 0.400 ± 0.010 | 0.500 |  | 0.90 |  |",
     ]
     assert (tmp_path / "frontier_far.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_method_has_a_colour_and_a_line_of_its_own(sweep):
+    import frontier
+
+    assert frontier.STYLES.keys() == sweep.METHODS.keys()
+    assert len(set(frontier.STYLES.values())) == len(sweep.METHODS)
 
 
 @pytest.mark.parametrize(("text", "points"), [(None, 1.0), ("not JSON", 0.0)])
