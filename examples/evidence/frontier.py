@@ -143,8 +143,10 @@ def draw(results: Sequence[Result], path: Path) -> None:
         marks.plot(result["kept"], target[-1], "o", color=colour, fillstyle="full" if line == "-" else "none")
         for axis, place in ((paths, drift[-1]), (marks, result["kept"])):
             axis.annotate(result["lr"], (place, target[-1]), fontsize=7, color=colour)
-    for method in dict.fromkeys(result["method"] for result in results):
-        paths.plot([], [], STYLES[method][1], marker=".", color=STYLES[method][0], label=method)
+    made = {result["method"] for result in results}
+    for method, (colour, line) in STYLES.items():
+        if method in made:
+            paths.plot([], [], line, marker=".", color=colour, label=method)
     paths.set(xlabel="drift from the initial model, nats per token", ylabel="NLL of held-out records, nats per token")
     paths.set(yscale="log")
     marks.set(xlabel="general requests that are answered right, share")
