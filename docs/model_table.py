@@ -43,6 +43,7 @@ _OF_BRIDGE = {
     "gpt_oss": "gpt-oss",
     "qwen3_next": "Qwen3-Next",
     "qwen3_5_text": "Qwen3.5 (text)",
+    "nemotron_h": "Nemotron-H",
 }
 
 

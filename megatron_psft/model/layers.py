@@ -37,6 +37,8 @@ class PackedRowParams(PackedSeqParams):
 
     segments: tuple[int, ...] = ()
     """Lengths before the split over context-parallel ranks, each cut evenly by it."""
+    seq_idx: Tensor | None = None
+    """Which segment each position of the row is of, int32 `[1, row]`: what Mamba's layers go by."""
 
     def row_order(self, ranks: int) -> Tensor:
         """Where in the concatenated parts of all context-parallel ranks each position of the row is, int64 `[row]`."""
@@ -51,11 +53,12 @@ class PackedRowParams(PackedSeqParams):
 
 
 def packed_row_params(segments: tuple[int, ...], device: torch.device) -> PackedRowParams:
-    """What attention and rotary embedding need to keep the segments of a row apart.
+    """What attention, rotary embedding and recurrences need to keep the segments of a row apart.
 
     There is one set of bounds: padding within a segment stands behind its record, where no token of it looks.
     """
     bounds = torch.tensor([0, *accumulate(segments)], dtype=torch.int32, device=device)
+    owners = np.repeat(np.arange(len(segments), dtype=np.int32), segments)
     return PackedRowParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -66,6 +69,7 @@ def packed_row_params(segments: tuple[int, ...], device: torch.device) -> Packed
         max_seqlen_q=max(segments),
         max_seqlen_kv=max(segments),
         segments=segments,
+        seq_idx=torch.from_numpy(owners)[None].to(device),
     )
 
 

@@ -87,7 +87,7 @@ class PortableLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        return _sharded(self, prefix, {}, sharded_offsets, metadata, self._tp_group)
+        return sharded_parameters(self, prefix, {}, sharded_offsets, metadata, self._tp_group)
 
 
 class PortableRowLinear(RowParallelLinear):
@@ -243,10 +243,10 @@ class PortableAttention(Attention):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        return _sharded(self, prefix, {"softmax_offset": 0}, sharded_offsets, metadata, self._tp_group)
+        return sharded_parameters(self, prefix, {"softmax_offset": 0}, sharded_offsets, metadata, self._tp_group)
 
 
-def _sharded(
+def sharded_parameters(
     module: torch.nn.Module,
     prefix: str,
     cut: Mapping[str, int],
@@ -254,6 +254,7 @@ def _sharded(
     metadata: dict[str, Any] | None,
     tp_group: torch.distributed.ProcessGroup | None,
 ) -> dict[str, Any]:
+    """A module's own parameters for a checkpoint; `cut` says along which dimension tensor-parallel ranks hold parts."""
     state = module.state_dict(prefix="", keep_vars=True)
     return make_sharded_tensors_for_checkpoint(  # type: ignore[no-any-return]
         state, prefix, cut, sharded_offsets, tp_group=tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group")

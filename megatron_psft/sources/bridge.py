@@ -233,7 +233,7 @@ class BridgeSource:
         share = 1.0 if count is None else self.fields["num_experts_per_tok"] / count
         total = 0.0
         for name, it in self._known_tensors.items():
-            is_embedding = "embed_tokens" in name and not is_tied(self.fields)
+            is_embedding = name.endswith(("embed_tokens.weight", "embeddings.weight")) and not is_tied(self.fields)
             if len(it.dims) > 1 and not is_embedding and not self._passes_on(name):
                 total += prod(it.dims) * (share if ".experts." in name else 1.0)
         return total

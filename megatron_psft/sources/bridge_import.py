@@ -30,6 +30,7 @@ _DELTA_NET = {"fla": "flash-linear-attention"}
 _KERNELS = {
     "qwen3_next": _DELTA_NET,
     "qwen3_5_text": _DELTA_NET,
+    "nemotron_h": {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"},
 }
 """What layers of a family compute with on a GPU besides Transformer Engine: modules, and what pip calls them."""
 

@@ -13,13 +13,15 @@ from megatron_psft.model.experts import check_number_of_experts
 
 _CUT = (
     *("num_attention_heads", "num_key_value_heads", "vocab_size"),
-    *("linear_num_key_heads", "linear_num_value_heads"),
+    *("linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads", "n_groups"),
 )
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def num_experts(fields: Mapping[str, Any]) -> int | None:
     """Routed experts of a layer; None for a dense model."""
+    if "E" not in fields.get("hybrid_override_pattern", "E"):
+        return None  # whatever the file says of experts
     return next((fields[name] for name in _EXPERTS if fields.get(name)), None)
 
 
@@ -104,7 +106,7 @@ def settings_of(fields: Mapping[str, Any], config: Config, platform: Platform) -
         "finalize_model_grads_func": finalize_model_grads,
         # Bridge exports rows that pad the vocabulary as if they were tokens.
         "should_pad_vocab": False,
-        "mtp_num_layers": None,
+        **dict.fromkeys(("mtp_num_layers", "mtp_hybrid_override_pattern")),
         # Two passes of one policy must agree, and nothing but the objective move the policy.
         **dict.fromkeys(("hidden_dropout", "attention_dropout", "moe_aux_loss_coeff"), 0.0),
         "moe_z_loss_coeff": None,

@@ -115,6 +115,16 @@ def _low_rank_queries(config: Fields) -> str | None:
     return None
 
 
+def _kinds_of_layers(config: Fields) -> str | None:
+    """Nemotron-H's: Mamba, attention, MLP and experts, a character each, as published files have it."""
+    pattern = config.get("hybrid_override_pattern")
+    if not isinstance(pattern, str) or len(pattern) != config["num_hidden_layers"]:
+        return f"hybrid_override_pattern ({pattern}) must have a character for each of num_hidden_layers"
+    if not set(pattern) <= set("M*-E"):
+        return f"hybrid_override_pattern ({pattern}) is not supported: only M, *, - and E were compared"
+    return None
+
+
 _COMMON: tuple[Rule, ...] = (
     only("quantization_config", None, why="quantized weights are not trained"),
     only("attention_dropout", 0.0, why="two passes of one policy would differ"),
@@ -124,6 +134,8 @@ _PLAIN = (*_COMMON, only("hidden_act", "silu", why="it was not compared"))
 _NO_BIASES = (only("attention_bias", False), only("mlp_bias", False))
 _PLAIN_ROPE = rope_types("default")
 _NOT_COMPARED = "it was not compared"
+_INFINITIES = (float("inf"), {"__float__": "Infinity"})  # published, and as transformers 5 writes it
+_EPSILONS = ("layer_norm_epsilon", "rms_norm_eps")
 
 FAMILIES: Mapping[str, tuple[Rule, ...]] = {
     "llama": (*_PLAIN, *_NO_BIASES, rope_types("default", "llama3"), _llama3_numbers),
@@ -173,6 +185,23 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
     "qwen3_5_text": (
         *(*_PLAIN, only("attention_bias", False), _PLAIN_ROPE),
         only("attn_output_gate", True),
+    ),
+    "nemotron_h": (
+        *(*_COMMON, _kinds_of_layers),
+        only("mlp_hidden_act", "relu2"),
+        only("mamba_hidden_act", "silu"),
+        *(only(name, False) for name in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias")),
+        only("residual_in_fp32", False, why=_NOT_COMPARED),
+        only("use_conv_bias", True),
+        only("conv_kernel", 4),
+        *(only(name, 1e-5, why="a norm of Mamba has 1e-5 in any case") for name in _EPSILONS),
+        only("time_step_limit", None, *([0.0, infinity] for infinity in _INFINITIES)),
+        only("sliding_window", None),
+        only("hidden_dropout", 0.0, why="two passes of one policy would differ"),
+        only("num_nextn_predict_layers", 0, why=_NOT_COMPARED),
+        *(only(name, 1, why=_NOT_COMPARED) for name in ("n_group", "topk_group", "n_shared_experts")),
+        only("norm_topk_prob", True, why=_NOT_COMPARED),
+        only("moe_latent_size", None, why=_NOT_COMPARED),
     ),
 }
 """Rules by `model_type`."""

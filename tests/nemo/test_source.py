@@ -37,9 +37,9 @@ CASES = [
     *(slow("qwen3", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2", "DP2-overlap")),
     *(slow("gemma3_text", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2")),
     *(slow(family, LAYOUTS["DP2-EP2"], both=True) for family in ("olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")),
-    *(slow(family, LAYOUTS["PP2"], both=True) for family in ("deepseek_v3", "qwen3_next")),
+    *(slow(family, LAYOUTS["PP2"], both=True) for family in ("deepseek_v3", "qwen3_next", "nemotron_h")),
     slow("qwen3_next", LAYOUTS["TP2-SP-EP2-ETP1"], both=True),
-    slow("qwen3_5_text", LAYOUTS["TP2-SP"], both=True),
+    *(slow(family, LAYOUTS["TP2-SP"], both=True) for family in ("qwen3_5_text", "nemotron_h")),
     *(slow(variant, ONE, both=True) for variant in bridge_models.VARIANTS),
 ]
 
@@ -117,7 +117,9 @@ def test_both_sources_go_the_same_way(train, model, tmp_path, family):
 
 @pytest.mark.slow
 @pytest.mark.both
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "olmoe", "deepseek_v3", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma3_text", "olmoe", "deepseek_v3", "gpt_oss", "qwen3_next", "nemotron_h"]
+)
 def test_packed_rows_follow_the_oracle_on_their_records(train, model, wanted, family):
     """And the old policy's pass says bit for bit what training does."""
     flags = ("--packing", "--global-batch-unit", "records", "--micro-batch-size", "1", "--check-scoring")
@@ -145,7 +147,7 @@ def test_bf16_follows_fp32_at_its_own_precision(train, model, wanted, tmp_path, 
     ("family", "layout"),
     [
         *(("gemma3_text", "TP2-SP"), ("olmoe", "DP2-EP2"), ("gpt_oss", "DP2-EP2")),
-        ("qwen3_next", "TP2-SP-EP2-ETP1"),
+        *(("qwen3_next", "TP2-SP-EP2-ETP1"), ("nemotron_h", "TP2-SP")),
     ],
 )
 def test_a_run_resumes_in_another_layout(train, model, wanted, tmp_path, family, layout):
@@ -161,7 +163,7 @@ def test_a_run_resumes_in_another_layout(train, model, wanted, tmp_path, family,
 
 @pytest.mark.slow
 @pytest.mark.both
-@pytest.mark.parametrize("family", ["qwen3_next"])
+@pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h"])
 def test_weights_that_did_not_move_come_back_bit_for_bit(train, model, tmp_path, family):
     train(model(family), "--lr", "1e-30", "--train-iters", "1")
     before, after = (load_file(it / "model.safetensors") for it in (model(family), tmp_path / "save_hf"))

@@ -13,6 +13,7 @@ from megatron_psft.sources.bridge_import import check_kernels
     ("model_type", "message"),
     [
         ("qwen3_next", r"\(qwen3_next\) .* needs fla on a GPU: pip install flash-linear-attention$"),
+        ("nemotron_h", r"\(nemotron_h\) .* needs mamba_ssm on a GPU: pip install mamba-ssm causal-conv1d$"),
     ],
 )
 def test_kernels_that_are_missing_on_a_gpu_are_named(monkeypatch, model_type, message):

@@ -13,6 +13,7 @@ LLAMA3["original_max_position_embeddings"] = 8192
 PATTERN = ["sliding_attention"] * 5 + ["full_attention"]
 SCALED = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 32.0}}
+MIXED = {"hybrid_override_pattern": "M-M*-M"}
 
 TAKEN = [
     ("llama", {"rope_scaling": LLAMA3}),
@@ -28,6 +29,7 @@ TAKEN = [
     ("deepseek_v3", {"q_lora_rank": 32, "rope_scaling": {"type": "yarn", "factor": 40}}),
     ("gpt_oss", {**YARN, "layer_types": ["sliding_attention", "full_attention"] * 3}),
     ("qwen3_next", {"mlp_only_layers": [], "partial_rotary_factor": 0.25, "rope_scaling": None}),
+    ("nemotron_h", {**MIXED, "time_step_limit": [0.0, float("inf")], "rms_norm_eps": 1e-5}),
 ]
 TRAPS = [
     ("llama", {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}}, "low_freq_factor (2.0)"),
@@ -66,6 +68,11 @@ TRAPS = [
     ("qwen3_next", {"mlp_only_layers": [0]}, "mlp_only_layers ([0])"),
     ("qwen3_next", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type (yarn)"),
     ("qwen3_5_text", {"attention_bias": True}, "attention_bias (True)"),
+    ("nemotron_h", {**MIXED, "layer_norm_epsilon": 1e-6}, "layer_norm_epsilon (1e-06)"),
+    ("nemotron_h", {**MIXED, "mlp_hidden_act": "silu"}, "mlp_hidden_act (silu)"),
+    ("nemotron_h", {**MIXED, "conv_kernel": 3}, "conv_kernel (3)"),
+    ("nemotron_h", {"hybrid_override_pattern": "MG*M-M"}, "hybrid_override_pattern (MG*M-M) is not supported"),
+    ("nemotron_h", {"hybrid_override_pattern": "M*"}, "hybrid_override_pattern (M*) must have a character"),
     ("gemma2", {}, "model_type (gemma2)"),
     (None, {}, "model_type (None)"),
 ]
