@@ -12,8 +12,8 @@ from torch import Tensor
 def tensors_of(
     template: ShardedTensor | ShardedTensorFactory, *, key: str | None = None, dtype: torch.dtype | None = None
 ) -> list[ShardedTensor]:
-    """A parameter in the checkpoint, for `cut` to give it data: one tensor, or several, as of a gated MLP, whose rows
-    follow one another in the parameter.
+    """A parameter in the checkpoint, without data: one tensor, or several, as of a gated MLP, whose rows follow one
+    another in the parameter.
 
     Args:
         template: the parameter, as Megatron-Core describes it.
@@ -22,13 +22,12 @@ def tensors_of(
     """
     key, dtype = key or template.key, dtype or template.data.dtype
     if isinstance(template, ShardedTensor):
-        is_same = (key, dtype) == (template.key, template.dtype)
-        return [template if is_same else replace(template, key=key, data=None, dtype=dtype)]
+        return [replace(template, key=key, data=None, dtype=dtype)]
     shape = torch.empty(template.data.shape, dtype=dtype, device="meta")
     built = template.build_fn(key, shape, template.replica_id, None)
     tensors = list(nested_values(built if isinstance(built, dict) else dict(enumerate(built))))
     assert sum(tensor.local_shape[0] for tensor in tensors) == len(shape), f"{key} is not cut along its rows"
-    return tensors
+    return [tensor.without_data() for tensor in tensors]
 
 
 def cut(

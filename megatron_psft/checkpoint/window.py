@@ -41,7 +41,8 @@ def sharded_window(
         packs = {step: torch.zeros(len(parts[step]), loader.unpadded_length(step)) for step in steps}
     else:
         own = ((step, loader.own_numbers(step), to_packs(loader, step, scores[step])) for step in steps)
-        packs = {step: _rows(whole, parts[step]).clone() for step, whole in _of_all_ranks(own, loader, parallel)}
+        wholes = _of_all_ranks(own, loader, parallel)
+        packs = {step: whole[parts[step].start : parts[step].stop].clone() for step, whole in wholes}
     return {
         str(step): ShardedTensor(
             key=f"old_log_probs.{step}",
@@ -82,10 +83,6 @@ def _part(step: int, loader: BatchLoader, parallel: Parallel) -> range:
     """The packs of a global batch, by number, that this data-parallel replica reads and writes."""
     count, size, rank = loader.batch_packs(step), parallel.data_size, parallel.data_rank
     return range(count * rank // size, count * (rank + 1) // size)
-
-
-def _rows(tensor: Tensor, numbers: range) -> Tensor:
-    return tensor[numbers.start : numbers.stop]
 
 
 def _of_all_ranks(
