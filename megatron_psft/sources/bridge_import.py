@@ -26,6 +26,10 @@ _ABSENT = (
 )
 """What Bridge names as it is imported, and does not use as a source of models on a CPU."""
 
+_LEFT_OUT = "modelopt"
+"""A library of quantization that takes longer to import than all of Bridge, and changes others as it is. Those who
+import it along can do without."""
+
 _DELTA_NET = {"fla": "flash-linear-attention"}
 _KERNELS = {
     "qwen3_next": _DELTA_NET,
@@ -50,20 +54,21 @@ def import_bridge() -> Any:
         UserError: Bridge is not installed, or of another line; on a GPU also where Transformer Engine is missing.
     """
     if not has_bridge():
-        raise UserError(f"model_source (bridge) needs megatron-bridge {_LINE}: {REMEDY}")
+        raise UserError(f"a model from Megatron-Bridge needs megatron-bridge {_LINE}: {REMEDY}")
     version = importlib.metadata.version("megatron-bridge")
     if not version.startswith(f"{_LINE}."):
         raise UserError(
-            f"model_source (bridge) needs megatron-bridge {_LINE}, and {version} is installed: models of another line "
-            f"were not compared; {REMEDY}"
+            f"a model from Megatron-Bridge needs megatron-bridge {_LINE}, and {version} is installed: models of "
+            f"another line were not compared; {REMEDY}"
         )
     logging.getLogger("megatron.bridge").setLevel(logging.ERROR)
     if torch.cuda.is_available():
         if importlib.util.find_spec("transformer_engine") is None:
             raise UserError(
-                "model_source (bridge) needs Transformer Engine on a GPU: pip install 'transformer-engine[pytorch]'"
+                "a model from Megatron-Bridge needs Transformer Engine on a GPU: pip install "
+                "'transformer-engine[pytorch]'"
             )
-        return importlib.import_module("megatron.bridge").AutoBridge
+        return _auto_bridge()
     from megatron_psft.model.portable_engine import stand_in_for_engine
     from megatron_psft.model.portable_recurrence import stand_in_for_kernels
 
@@ -71,7 +76,22 @@ def import_bridge() -> Any:
     stand_in_for_kernels()
     torch.compiler.set_stance("force_eager")  # what Bridge's models have compiled would need a C++ compiler
     with _standing_in():
+        return _auto_bridge()
+
+
+def _auto_bridge() -> Any:
+    """Without what Bridge has to say of libraries that are not there, tracebacks among it."""
+    silenced = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    is_left_out = _LEFT_OUT not in sys.modules
+    if is_left_out:
+        sys.modules[_LEFT_OUT] = None  # type: ignore[assignment] # to import it is an ImportError
+    try:
         return importlib.import_module("megatron.bridge").AutoBridge
+    finally:
+        logging.disable(silenced)
+        if is_left_out:
+            del sys.modules[_LEFT_OUT]
 
 
 def check_kernels(model_type: str) -> None:
