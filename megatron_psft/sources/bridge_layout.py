@@ -25,6 +25,12 @@ def num_experts(fields: Mapping[str, Any]) -> int | None:
     return next((fields[name] for name in _EXPERTS if fields.get(name)), None)
 
 
+def has_experts(fields: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer of a model that has experts at all is one of them."""
+    pattern = fields.get("hybrid_override_pattern")
+    return pattern[layer] == "E" if pattern else layer >= fields.get("first_k_dense_replace", 0)
+
+
 def check_layout(fields: Mapping[str, Any], config: Config) -> None:
     """Raises UserError for what was not tried on models from Megatron-Bridge, and where the model cannot be cut as
     `config.parallel` asks."""
@@ -73,6 +79,21 @@ def _check_experts(fields: Mapping[str, Any], config: Config) -> None:
             f"expert_tensor_parallel_size ({size}) must be 1 for a model from Megatron-Bridge: no other was tried; "
             "change it"
         )
+    if count is not None:
+        _check_stages(fields, config)
+
+
+def _check_stages(fields: Mapping[str, Any], config: Config) -> None:
+    """Each rank has an optimizer for its experts, whose step Megatron-Core saves with those of rank 0: without any
+    there, no run can go on from the checkpoint."""
+    stages, layers = config.parallel.pipeline_model_parallel_size, fields["num_hidden_layers"]
+    of_stage = layers // stages
+    for stage in range(stages):
+        if not any(has_experts(fields, layer) for layer in range(stage * of_stage, (stage + 1) * of_stage)):
+            raise UserError(
+                f"pipeline_model_parallel_size ({stages}) must leave each stage a layer with experts, and stage "
+                f"{stage} has none; lower it"
+            )
 
 
 def settings_of(fields: Mapping[str, Any], config: Config, platform: Platform) -> dict[str, Any]:
