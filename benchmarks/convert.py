@@ -2,8 +2,7 @@
 
 The model has the shape of Qwen2.5-1.5B but for its number of layers, in bf16; it is in the page cache, as it was
 written just before. Memory is the growth of the peak resident set, mapped files included, and imports count neither in
-time nor in memory. Where Megatron-Bridge is installed (Python 3.12), its way to Megatron-Core is measured as well, with
-the weights-only checkpoint and the low-memory save of its `AutoBridge.import_ckpt`.
+time nor in memory. Where Megatron-Bridge is installed (Python 3.12), `--via-bridge` is measured as well.
 """
 
 import json
@@ -57,7 +56,9 @@ def main() -> None:
         for figure, argv in (("to_megatron", there), ("to_hf", back), ("check", [*there, "--check"])):
             emit_cost(figure, in_fresh_process(convert, {"argv": argv}))
         try:
-            emit_cost("bridge_to_megatron", in_fresh_process(convert_by_bridge, {"source": source, "folder": name}))
+            emit_cost(
+                "bridge_to_megatron", in_fresh_process(convert_by_bridge, {"argv": [*there[:3], f"{name}/bridge"]})
+            )
         except FailedError as error:
             emit("bridge_to_megatron", None, "s", does_not_run=str(error))
 
@@ -106,19 +107,17 @@ def convert(spec: dict[str, Any]) -> dict[str, float]:
 
 
 def convert_by_bridge(spec: dict[str, Any]) -> dict[str, float]:
-    """By `AutoBridge.import_ckpt`, with layers that need no Transformer Engine where there is no GPU."""
-    import torch
+    """The same once Megatron-Bridge is imported, too."""
+    from megatron_psft.distributed.device import prepare
+    from megatron_psft.errors import UserError
+    from megatron_psft.sources.bridge_import import import_bridge
 
-    if not torch.cuda.is_available():
-        from tests.nemo import cpu
-
-        cpu.prepare()
-        from tests.nemo import convert_by_bridge
-
-        convert_by_bridge.use_portable_layers()
-    from megatron_psft.nemo.bridge_weights import import_weights
-
-    return cost_of(lambda: import_weights(Path(spec["source"]), Path(spec["folder"]) / "bridge"))
+    prepare("cpu", 0)
+    try:
+        import_bridge()
+    except UserError as error:
+        raise FailedError(str(error)) from None
+    return convert({"argv": ["--via-bridge", *spec["argv"]]})
 
 
 def cost_of(action: Callable[[], None]) -> dict[str, float]:

@@ -1,15 +1,15 @@
 """Converts weights between a Hugging Face folder and a Megatron-Core checkpoint, either way, without a training run.
 
-It takes one process and no GPU, and memory for a few tensors besides a safetensors file. Of a training checkpoint the
-weights alone are taken.
+It takes one process and no GPU, and memory for a few tensors besides a safetensors file, or by way of Megatron-Bridge
+for the model. Of a training checkpoint the weights alone are taken.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,10 +45,10 @@ EXAMPLES = """examples:
     psft convert --from-megatron runs/lora --to-hf runs/lora/merged --lora-merge
   its weights alone, which another run on other data can start from:
     psft convert --from-megatron runs/first --to-megatron models/first
-  a model that only Megatron-Bridge knows, for a recipe of megatron_psft.nemo, and back:
-    psft convert --via-bridge --from-hf Qwen/Qwen2.5-VL-7B-Instruct --to-megatron models/vl
-    psft convert --via-bridge --from-megatron runs/vl --load-hf Qwen/Qwen2.5-VL-7B-Instruct \\
-        --to-hf runs/vl/hf
+  a model that Megatron-Bridge builds, there and back, from a run of psft train or of Bridge's own loop:
+    psft convert --via-bridge --from-hf google/gemma-3-1b-it --to-megatron models/gemma
+    psft convert --via-bridge --from-megatron runs/gemma --to-hf runs/gemma/hf
+    psft convert --via-bridge --from-megatron runs/nemo --load-hf Qwen/Qwen3-4B --to-hf runs/nemo/hf
   whether both sides still hold the same:
     psft convert --from-megatron runs/first --to-hf runs/first/hf --check
 
@@ -134,26 +134,26 @@ def convert_or_check(config: ConvertConfig) -> int:
 
 
 def convert_by_bridge(config: ConvertConfig) -> None:
-    """Raises UserError for what Megatron-Bridge cannot do, or where it is not installed."""
+    """Raises UserError for what is not converted so, or where Megatron-Bridge is not installed."""
     source, (field, target) = config.source, config.target.place
     if (source.from_hf is None) == (config.target.to_hf is None):
         raise UserError(f"{field} ({target}) must be the other format than the source's with via_bridge")
-    if source.tokenizer is not None:
-        raise UserError(f"tokenizer ({source.tokenizer}) has no effect with via_bridge; remove it")
-    if source.from_hf is None and source.load_hf is None:
-        raise UserError("load_hf must be given with via_bridge: the Hugging Face model that the checkpoint is of")
-    if find_spec("megatron.bridge") is None:
-        raise UserError("via_bridge needs megatron-bridge: pip install megatron-bridge, on Python 3.12")
-    from megatron_psft.hf.hub import model_folder
-    from megatron_psft.nemo.bridge_weights import export_weights, import_weights
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as for any conversion
+    from megatron_psft.distributed.megatron_import import import_megatron
 
-    name = "load_hf" if source.from_hf is None else "from_hf"
-    model = model_folder(name, getattr(source, name), with_weights=True)
-    require_room(field, target, sum(path.stat().st_size for path in model.glob("*.safetensors")))
-    if source.from_megatron is None:
-        import_weights(model, target)
-    else:
-        export_weights(Path(source.from_megatron), model, target)
+    import_megatron()
+
+    from megatron_psft.sources.bridge_conversion import BridgeConversion
+
+    folders = find_folders(config)
+    conversion = BridgeConversion(folders.model, "load_hf" if source.from_hf is None else "from_hf")
+    require_room(field, target, conversion.nbytes)
+    side_files = side_files_of(folders, None)
+    with writing(field, target):
+        if source.from_hf is None:
+            conversion.write_folder(folders.weights, target, side_files)
+        else:
+            conversion.write_checkpoint(target, side_files)
     print(f"{target} by Megatron-Bridge")
 
 
@@ -201,23 +201,31 @@ def find_folders(config: ConvertConfig) -> Folders:
         weights = model = model_folder("from_hf", source.from_hf, with_weights=True)
     else:
         assert source.from_megatron is not None
-        weights, load_hf = newest_checkpoint(Path(source.from_megatron)), source.load_hf
-        if load_hf is None and (weights / "config.json").is_file():
+        via_bridge = config.target.via_bridge
+        weights, load_hf = newest_checkpoint(Path(source.from_megatron), via_bridge), source.load_hf
+        if load_hf is None and not via_bridge and (weights / "config.json").is_file():
             load_hf = str(weights)
         run = run_config(weights)
         if load_hf is None:
             if run is None:
                 path = weights.parent / RUN_CONFIG
-                raise UserError(f"load_hf must be given: {weights} holds no config.json, and there is no {path}")
+                lacks = "does not say of which model it is" if via_bridge else "holds no config.json"
+                raise UserError(f"load_hf must be given: {weights} {lacks}, and there is no {path}")
             load_hf, tokenizer = run.weights.load_hf, tokenizer or run.weights.tokenizer
-        model = model_folder("load_hf", load_hf, with_weights=config.target.lora_merge)
+        model = model_folder("load_hf", load_hf, with_weights=config.target.lora_merge or via_bridge)
     tokenizer_folder = model if tokenizer is None else model_folder("tokenizer", tokenizer, with_weights=False)
     return Folders(weights=weights, model=model, tokenizer=tokenizer_folder, run=run)
 
 
-def newest_checkpoint(path: Path) -> Path:
+def newest_checkpoint(path: Path, via_bridge: bool = False) -> Path:
     if is_step_folder(path):
         return path
+    if via_bridge:
+        from megatron_psft.sources.bridge_conversion import bridge_checkpoint
+
+        of_bridge = bridge_checkpoint(path)
+        if of_bridge is not None:
+            return of_bridge
     found = step_folders(path)
     if not found:
         raise UserError(
@@ -253,20 +261,21 @@ def write(
     export_dtype: "torch.dtype",
     folders: Folders,
 ) -> None:
-    from safetensors import SafetensorError
-
     from megatron_psft.hf.conversion import write_checkpoint
     from megatron_psft.hf.export import MAX_SHARD_BYTES, write_folder
     from megatron_psft.hf.mapping import hf_tensors
     from megatron_psft.hf.vision import vision_of
+    from megatron_psft.model.shape import read_shape
 
     field, path = target.place
     num_parameters = sum(map(math.prod, hf_tensors(weights.shape).values()))
     vision = vision_of(folders.model, weights.shape)
     vision_bytes = 0 if vision is None else sum(vision.nbytes.values())
     require_room(field, path, num_parameters * dtype.itemsize + vision_bytes)
-    side_files = side_files_of(folders, weights.shape)
-    try:
+    vocab_size = weights.shape.vocab_size
+    has_more_rows = vocab_size != read_shape(folders.model).vocab_size
+    side_files = side_files_of(folders, vocab_size if has_more_rows else None)
+    with writing(field, path):
         if target.to_hf is None:
             write_checkpoint(path, weights, outline, dtype, export_dtype=export_dtype, side_files=side_files)
         else:
@@ -281,17 +290,27 @@ def write(
                 option=field,
                 side_files=side_files,
             )
+    print(f"{counted(num_parameters, 'parameter')} as {str(dtype).removeprefix('torch.')} in {path}")
+
+
+@contextmanager
+def writing(field: str, path: Path) -> Iterator[None]:
+    """Says what the writing of `path` failed of."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the disk's own complaint
         if not isinstance(cause, OSError | SafetensorError):
             raise
         text = f"{field} ({path}) could not be written: {cause}; fix it and start again"
         raise (storage_error(cause, text) if isinstance(cause, OSError) else UserError(text)) from None
-    print(f"{counted(num_parameters, 'parameter')} as {str(dtype).removeprefix('torch.')} in {path}")
 
 
-def side_files_of(folders: Folders, shape: "ModelShape") -> "SideFiles":
-    """Raises UserError for a tokenizer that cannot be loaded. `shape` is that of the weights.
+def side_files_of(folders: Folders, vocab_size: int | None) -> "SideFiles":
+    """Raises UserError for a tokenizer that cannot be loaded. `vocab_size` is None where it is that of the model's
+    folder.
 
     Weights that a run has trained, or with a tokenizer from elsewhere, are written so that they load with it; a model
     of somebody else's is copied as it is.
@@ -300,10 +319,8 @@ def side_files_of(folders: Folders, shape: "ModelShape") -> "SideFiles":
     from megatron_psft.data.chat import RenderSettings
     from megatron_psft.hf.hub import load_tokenizer
     from megatron_psft.hf.side_files import SideFiles
-    from megatron_psft.model.shape import read_shape
     from megatron_psft.train.exported import end_of_turn_id
 
-    vocab_size = None if shape.vocab_size == read_shape(folders.model).vocab_size else shape.vocab_size
     is_trained = is_step_folder(folders.weights) and read_content(folders.weights)["step"] != WEIGHTS_ONLY_STEP
     has_one = (folders.tokenizer / "tokenizer.json").is_file()
     if not has_one or (folders.tokenizer == folders.model and not is_trained):

@@ -49,8 +49,9 @@ class TargetConfig:
     """Write the whole model with the adapters of `from_megatron` added to its weights; if unset, `to_hf` of a
     checkpoint that holds adapters is a peft adapter."""
     via_bridge: bool = False
-    """Convert with Megatron-Bridge's AutoBridge, in its own checkpoint format, and so every family of models that it
-    knows. It has the whole model in memory; `from_megatron` needs `load_hf`."""
+    """Convert as a run with `model_source` bridge reads and writes its model, which takes memory for all of it. Of
+    `from_megatron`, that may also be a checkpoint of Megatron-Bridge's own loop, the model's folder with its weights
+    is needed: `load_hf`, if unset that of its run."""
     check: bool = False
     """Write nothing, but compare what would be written with what is there, tensor by tensor by SHA-256, and say which
     differ."""

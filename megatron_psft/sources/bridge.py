@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 _UNRELATED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
 """Fields of a `config.json` that tell no model from another."""
 
+_ROUTER_BIAS = "e_score_correction_bias"
+"""End of the names of biases by which routers choose experts."""
+
 
 @dataclass(frozen=True)
 class BridgeSource:
@@ -49,16 +53,18 @@ class BridgeSource:
     fields: Mapping[str, Any]
     """The `config.json`."""
     auto_bridge: Any
+    setting: str = "load_hf"
+    """That names the folder."""
     tensors: Mapping[str, StoredTensor] | None = None
     """Those of the folder; None until the run is known to start from them."""
 
     @classmethod
-    def of(cls, folder: Path, fields: Mapping[str, Any]) -> Self:
+    def of(cls, folder: Path, fields: Mapping[str, Any], setting: str = "load_hf", *, is_trained: bool = True) -> Self:
         """Imports Megatron-Bridge. Raises UserError where it, or what it needs, is not there, and where it was not
         compared on such a model."""
-        check_config(fields, str(folder / "config.json"))
+        check_config(fields, str(folder / "config.json"), is_trained=is_trained)
         check_kernels(fields["model_type"])
-        return cls(folder, fields, import_bridge())
+        return cls(folder, fields, import_bridge(), setting)
 
     @cached_property
     def _bridge(self) -> Any:
@@ -76,6 +82,15 @@ class BridgeSource:
         for it in self._known_tensors.values():
             elements[it.dtype] = elements.get(it.dtype, 0) + prod(it.dims)
         return max(elements, key=elements.__getitem__)
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether a model in bf16 holds every number of the folder: Megatron-Core has biases of routers in fp32."""
+        return all(
+            it.dtype == torch.bfloat16 or name.endswith(_ROUTER_BIAS)
+            for name, it in self._known_tensors.items()
+            if not self._passes_on(name)
+        )
 
     @property
     def max_positions(self) -> int | None:
@@ -98,7 +113,7 @@ class BridgeSource:
         """Nothing: see `passes_tensors_on`."""
 
     def with_weights(self, folder: Path, config: Config) -> Self:
-        return replace(self, folder=folder, tensors=read_tensors(folder))
+        return replace(self, folder=folder, tensors=read_tensors(folder, self.setting))
 
     def with_rows(self, number: int) -> Self:
         if number > self.vocab_size:
@@ -145,6 +160,9 @@ class BridgeSource:
     def fill(self, chunks: Sequence[torch.nn.Module], parallel: Parallel) -> None:
         """Bridge streams tensor by tensor; before it does, what it would leave out is looked for."""
         models = unwrap_model(list(chunks))
+        for module in (module for model in models for module in model.modules()):
+            if isinstance(module, TopKRouter):
+                module._maintain_float32_expert_bias()  # which it else does as it first computes, of rounded numbers
         self._check_complete(models)
         self._bridge.load_hf_weights(models)
 
@@ -174,8 +192,8 @@ class BridgeSource:
         ):
             if names:
                 raise UserError(
-                    f"load_hf ({self.folder}): Megatron-Bridge {what}: {', '.join(names[:3])} ({len(names)} in all); "
-                    "this model cannot be trained from it"
+                    f"{self.setting} ({self.folder}): Megatron-Bridge {what}: {', '.join(names[:3])} ({len(names)} in "
+                    "all); this model cannot come from it"
                 )
 
     def _passes_on(self, name: str) -> bool:
@@ -226,6 +244,11 @@ class BridgeSource:
     def forward_flops(self, lengths: Iterable[int]) -> float:
         """Of the matrices alone, with those of the experts that compute a token; attention itself is not counted."""
         return 2.0 * self._active_weights * sum(lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors of the folder."""
+        return sum(it.nbytes for it in self._known_tensors.values())
 
     @cached_property
     def _active_weights(self) -> float:

@@ -206,15 +206,26 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
 }
 """Rules by `model_type`."""
 
+ONLY_CONVERTED: Mapping[str, tuple[Rule, ...]] = {"qwen2_5_vl": (_COMMON[0],)}
+"""Rules of families whose weights come back from Bridge as they were, and whose maths was not compared here."""
 
-def check_config(config: Fields, source: str) -> None:
-    """Raises UserError for a model that was not compared; `source` names its `config.json`."""
+
+def with_language_model(config: Fields) -> Fields:
+    """The fields of the language model, whether the model sees besides or not."""
+    text = config.get("text_config")
+    return {**text, **config} if isinstance(text, Mapping) else config
+
+
+def check_config(config: Fields, source: str, *, is_trained: bool = True) -> None:
+    """Raises UserError for a model that was not compared; `source` names its `config.json`. One that is not trained is
+    only converted."""
     model_type = config.get("model_type")
-    rules = FAMILIES.get(str(model_type))
+    families = FAMILIES if is_trained else {**FAMILIES, **ONLY_CONVERTED}
+    rules = families.get(str(model_type))
     if rules is None:
         raise UserError(
             f"{source}: model_type ({model_type}) was not compared through Megatron-Bridge; those that were are "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(families)}"
         )
     for name in _SIZES:
         if not isinstance(config.get(name), int) or config[name] < 1:

@@ -176,9 +176,8 @@ MISTAKES = {
     "--from-hf {model} --to-hf {new} --max-shard-gb 0": "max_shard_gb (0.0) must be greater than 0",
     "--via-bridge --from-hf {model} --to-hf {new}": "to_hf ({new}) must be the other format",
     "--via-bridge --from-megatron {checkpoint} --to-megatron {new}": "to_megatron ({new}) must be the other format",
-    "--via-bridge --from-megatron {checkpoint} --to-hf {new}": "load_hf must be given with via_bridge",
+    "--via-bridge --from-megatron {checkpoint} --to-hf {new}": "load_hf must be given: {checkpoint} does not say",
     "--via-bridge --from-hf {model} --to-megatron {new} --dtype float16": "dtype (float16) has no effect with",
-    "--via-bridge --from-hf {model} --tokenizer {model} --to-megatron {new}": "tokenizer ({model}) has no effect with",
     "--via-bridge --from-hf {model} --to-megatron {model} --check": "check (True) has no effect with via_bridge",
     "--from-hf {model} --to-hf {new} --dtype int8": "dtype ('int8') must be one of float32, bfloat16, float16",
 }
@@ -194,7 +193,7 @@ def test_mistakes_are_one_line_and_code_2(convert, places, tmp_path):
 @pytest.mark.skipif(find_spec("megatron.bridge") is not None, reason="megatron-bridge is installed")
 def test_without_megatron_bridge_it_is_asked_for(convert, places, tmp_path):
     result = convert("--via-bridge", "--from-hf", places.model, "--to-megatron", tmp_path / "new")
-    assert_refused(result, "via_bridge needs megatron-bridge: pip install megatron-bridge, on Python 3.12")
+    assert_refused(result, "a model from Megatron-Bridge needs megatron-bridge 0.6: pip install")
 
 
 def truncate(path: Path) -> None:

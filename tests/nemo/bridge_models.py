@@ -36,7 +36,7 @@ VARIANTS = {
     "gemma3_text-scaled": {"rope_parameters": _SCALED},  # as those from 4B on are
     "glm4_moe-air": {"use_qk_norm": False},
     "deepseek_v3-yarn": {"rope_parameters": _YARN},
-    "nemotron_h-experts": {"hybrid_override_pattern": "MEM*ME", **_NEMOTRON_EXPERTS},
+    "nemotron_h-experts": {"hybrid_override_pattern": "ME*E", **_NEMOTRON_EXPERTS},
 }
 """What published models of a family have besides, by the family and a name."""
 
@@ -74,9 +74,9 @@ def config_of(family: str, **changes):
         own |= {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25}}
         return Qwen3NextConfig(**{**_SHAPE, **own, **changes})
     if family == "nemotron_h":
-        own = {"hybrid_override_pattern": "M-M*M-", "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 16}
+        own = {"hybrid_override_pattern": "M-*M", "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 16}
         # transformers 5.12 is right within a chunk alone: logits at positions behind differ with its size, by 6e-3.
-        own |= {"n_groups": 2, "ssm_state_size": 8, "chunk_size": 256}
+        own |= {"n_groups": 2, "ssm_state_size": 8, "chunk_size": 192}
         without = ("num_hidden_layers", "rms_norm_eps")  # what the class makes of others
         return NemotronHConfig(**{name: it for name, it in {**_SHAPE, **own, **changes}.items() if name not in without})
     own = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -105,6 +105,15 @@ def build_model(folder: Path, family: str, **changes) -> Path:
     if family.startswith("nemotron_h"):
         _respell_nemotron(Path(folder))
     return Path(folder)
+
+
+def build_in_bf16(folder: Path, family: str, **changes) -> Path:
+    """The same in bf16, but for the biases by which routers choose, as published files have it."""
+    build_model(folder, family, **changes)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: it if name.endswith("e_score_correction_bias") else it.bfloat16() for name, it in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def _respell_nemotron(folder: Path) -> None:

@@ -50,7 +50,7 @@ def test_native_is_asked_for_by_name(folder):
 
 def test_bridge_is_asked_for_by_name(folder, monkeypatch):
     monkeypatch.setattr(bridge_import, "has_bridge", lambda: False)
-    with pytest.raises(UserError, match=r"model_source \(bridge\) needs megatron-bridge 0.6: pip install"):
+    with pytest.raises(UserError, match=r"a model from Megatron-Bridge needs megatron-bridge 0\.6: pip install"):
         choice.choose_source(folder("qwen2"), "bridge")
 
 
