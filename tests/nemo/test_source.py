@@ -30,18 +30,28 @@ ONE = Layout()
 
 
 CASES = [
-    *(
-        (family, ONE) if family in QUICK else slow(family, ONE, both=True)
-        for family in (*OF_BOTH, *bridge_models.FAMILIES)
-    ),
+    ("qwen3", ONE),
+    ("gemma3_text", ONE),
     *(slow("qwen3", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2", "DP2-overlap")),
+    *(slow(it, LAYOUTS[layout], both=True) for it in ("qwen2", "llama", "mistral") for layout in ("TP2-SP", "PP2")),
     *(slow("gemma3_text", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2")),
-    *(slow(family, LAYOUTS["DP2-EP2"], both=True) for family in ("olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")),
-    *(slow(family, LAYOUTS["PP2"], both=True) for family in ("deepseek_v3", "qwen3_next", "nemotron_h")),
-    slow("qwen3_next", LAYOUTS["TP2-SP-EP2-ETP1"], both=True),
-    *(slow(family, LAYOUTS["TP2-SP"], both=True) for family in ("qwen3_5_text", "nemotron_h")),
-    *(slow(variant, ONE, both=True) for variant in bridge_models.VARIANTS),
+    slow("gemma3_text-scaled", ONE, both=True),
+    *(slow(it, LAYOUTS[layout], both=True) for it in ("qwen3_moe", "olmoe") for layout in ("DP2-EP2", "PP2")),
+    *(slow("glm4_moe", LAYOUTS[layout], both=True) for layout in ("DP2-EP2", "PP2")),
+    slow("glm4_moe-air", ONE, both=True),
+    *(slow("deepseek_v3", LAYOUTS[layout], both=True) for layout in ("DP2-EP2", "PP2")),
+    slow("deepseek_v3-yarn", ONE, both=True),
+    *(slow("gpt_oss", LAYOUTS[layout], both=True) for layout in ("DP2-EP2", "PP2")),
+    *(slow("qwen3_next", LAYOUTS[layout], both=True) for layout in ("TP2-SP-EP2-ETP1", "PP2")),
+    *(slow("qwen3_5_text", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2")),
+    *(slow("nemotron_h", LAYOUTS[layout], both=True) for layout in ("TP2-SP", "PP2")),
+    slow("nemotron_h-experts", ONE, both=True),
 ]
+"""By family: what a worker has built of one serves its next case."""
+
+RESUMED = {("gemma3_text", "TP2-SP"), ("olmoe", "DP2-EP2"), ("gpt_oss", "DP2-EP2")}
+RESUMED |= {("qwen3_next", "TP2-SP-EP2-ETP1"), ("nemotron_h", "TP2-SP")}
+"""Those that go on in one process, too."""
 
 
 @pytest.fixture(scope="session")
@@ -97,13 +107,20 @@ def train(source_pool, inputs, tmp_path):
 
 @pytest.mark.parametrize(("family", "layout"), CASES, ids=str)
 def test_a_model_from_bridge_follows_the_oracle(train, model, wanted, tmp_path, family, layout):
+    """And goes on in another layout, in the middle of a window."""
     lines, oracle_model = wanted(family)
     assert all(line["clip_fraction"] > 0.02 for line in lines[1::2]), "the clip must matter in this comparison"
-    found = train(model(family), layout=layout)
+    resumes = (family, str(layout)) in RESUMED
+    found = train(model(family), *(("--save-interval", "3") if resumes else ()), layout=layout)
     assert_same_run(found, lines)
     assert_same_logits(tmp_path / "save_hf", oracle_model)
     before, after = (load_file(it / "model.safetensors") for it in (model(family), tmp_path / "save_hf"))
     assert before.keys() == after.keys()
+    if resumes:
+        shutil.rmtree(tmp_path / "save" / "step_0000004")
+        shutil.rmtree(tmp_path / "save_hf")
+        assert_same_run(train(model(family)), lines)
+        assert_same_logits(tmp_path / "save_hf", oracle_model)
 
 
 @pytest.mark.parametrize("family", [family if family in QUICK else slow(family, both=True) for family in OF_BOTH])
@@ -133,32 +150,13 @@ def test_packed_rows_follow_the_oracle_on_their_records(train, model, wanted, fa
 @pytest.mark.parametrize("family", ["gemma3_text", "glm4_moe", "gpt_oss"])
 def test_bf16_follows_fp32_at_its_own_precision(train, model, wanted, tmp_path, family):
     """Experts may be others than in fp32; the old policy's pass chooses those that training does."""
-    found = train(model(family), "--bf16", "--check-scoring", layout=LAYOUTS["DP2-distopt"])
-    for line, oracle_line in zip(found, wanted(family)[0], strict=True):
+    flags = ("--bf16", "--check-scoring", "--train-iters", "2")
+    found = train(model(family), *flags, layout=LAYOUTS["DP2-distopt"])
+    for line, oracle_line in zip(found, wanted(family)[0][:2], strict=True):
         assert line["nll"] == pytest.approx(oracle_line["nll"], rel=0.03)
-    assert [line["scoring_gap_max"] for line in found[::2]] == [0.0, 0.0]
+    assert found[0]["scoring_gap_max"] == 0.0
     dtypes = {it.dtype for it in load_file(tmp_path / "save_hf" / "model.safetensors").values()}
     assert dtypes == {torch.bfloat16}
-
-
-@pytest.mark.slow
-@pytest.mark.both
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [
-        *(("gemma3_text", "TP2-SP"), ("olmoe", "DP2-EP2"), ("gpt_oss", "DP2-EP2")),
-        *(("qwen3_next", "TP2-SP-EP2-ETP1"), ("nemotron_h", "TP2-SP")),
-    ],
-)
-def test_a_run_resumes_in_another_layout(train, model, wanted, tmp_path, family, layout):
-    """In the middle of a window."""
-    train(model(family), "--save-interval", "1", layout=LAYOUTS[layout])
-    for step in (2, 4):
-        shutil.rmtree(tmp_path / "save" / f"step_{step:07}")
-    shutil.rmtree(tmp_path / "save_hf")
-    lines, oracle_model = wanted(family)
-    assert_same_run(train(model(family)), lines)
-    assert_same_logits(tmp_path / "save_hf", oracle_model)
 
 
 @pytest.mark.slow
@@ -169,6 +167,17 @@ def test_weights_that_did_not_move_come_back_bit_for_bit(train, model, tmp_path,
     before, after = (load_file(it / "model.safetensors") for it in (model(family), tmp_path / "save_hf"))
     assert before.keys() == after.keys()
     assert [name for name, it in before.items() if not torch.equal(it, after[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.both
+def test_biases_of_routers_stay_fp32_in_bf16(train, tmp_path):
+    """As published files have them, and transformers computes."""
+    model = bridge_models.build_in_bf16(tmp_path / "model", "glm4_moe")
+    train(model, "--bf16", "--lr", "1e-30", "--train-iters", "1")
+    before, after = (load_file(it / "model.safetensors") for it in (model, tmp_path / "save_hf"))
+    assert [name for name, it in before.items() if not torch.equal(it, after[name])] == []
+    assert after["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -230,7 +239,7 @@ def test_a_norm_of_all_ranks_heads_wants_sequence_parallelism(train, model):
     ("flags", "message"),
     [
         (["--random-init"], "random_init (True) is not supported for a gemma3_text model from Megatron-Bridge"),
-        (["--lora-rank", "4"], "lora_rank (4) is not supported for a gemma3_text model"),
+        (["--lora-rank", "4", "--lora-merge"], "lora_merge (True) is not supported for a gemma3_text"),
     ],
 )
 @pytest.mark.slow
