@@ -290,8 +290,13 @@ def _take_over(linear: Any) -> None:
     has_norm = getattr(linear, "layer_norm_weight", None) is not None
     if has_norm:  # Transformer Engine's; what its norm has made is what the adapters take
         linear.return_layernorm_output, linear.return_layernorm_output_gathered = True, False
+    post_norm = getattr(linear, "post_layernorm", None)  # of Megatron-Bridge's Gemma 3
+    inputs = [] if post_norm is None else _add_before(post_norm, adapters)
 
     def adapted(input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        if post_norm is not None:
+            inputs.append(input_)
+            return forward(input_, *args, **options)  # type: ignore[no-any-return]
         output, bias = forward(input_, *args, **options)
         if has_norm:
             output, input_ = output
@@ -305,6 +310,20 @@ def _take_over(linear: Any) -> None:
         return own | adapters.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)
 
     linear.forward, linear.sharded_state_dict = adapted, sharded
+
+
+def _add_before(norm: Any, adapters: Adapters) -> list[Tensor]:
+    """Has the norm at the end of a layer take what the adapters add to the layer's product, too. Returns where the
+    layer leaves what goes into it, each time before the norm is called."""
+    inputs: list[Tensor] = []
+    forward = norm.forward
+
+    def adapted(output: Tensor) -> Tensor:
+        input_ = inputs.pop()
+        return forward(output if adapters.is_off else adapters(input_, output))  # type: ignore[no-any-return]
+
+    norm.forward = adapted
+    return inputs
 
 
 @contextmanager

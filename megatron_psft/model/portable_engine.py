@@ -105,8 +105,10 @@ class PortableNormedColumnLinear(ColumnParallelLinear):
         super().__init__(input_size, output_size, config=config, **options)
         norm = PortableNorm(config, input_size, config.layernorm_epsilon)
         self.layer_norm_weight, self.layer_norm_bias = norm.weight, norm.bias
+        self.return_layernorm_output = False
 
-    def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Any, Tensor | None]:
+        """As Transformer Engine's with its `return_layernorm_output`: the output, or this and what the norm made."""
         hidden = _normalized(
             input_,
             self.layer_norm_weight,
@@ -114,7 +116,8 @@ class PortableNormedColumnLinear(ColumnParallelLinear):
             self.config.layernorm_epsilon,
             is_centred=self.config.layernorm_zero_centered_gamma,
         )
-        return super().forward(hidden, *args, **options)  # type: ignore[no-any-return]
+        output, bias = super().forward(hidden, *args, **options)
+        return ((output, hidden) if self.return_layernorm_output else output), bias
 
 
 class _GroupedLinear(torch.nn.Module):

@@ -28,12 +28,17 @@ from megatron_psft.distributed.grid import Parallel
 from megatron_psft.errors import UserError
 from megatron_psft.hf.export import write_gathered, write_tensors
 from megatron_psft.hf.side_files import SideFiles
+from megatron_psft.model.adapters import add_adapters, targeted
 from megatron_psft.model.build import mark_sharded_weights
 from megatron_psft.model.experts import mark_experts
+from megatron_psft.model.parameters import is_adapter
+from megatron_psft.model.shape import ModelShape
+from megatron_psft.sources.bridge_adapters import adapter_shape
 from megatron_psft.sources.bridge_files import PassedOn, StoredTensor, read_tensors
 from megatron_psft.sources.bridge_import import check_kernels, import_bridge
 from megatron_psft.sources.bridge_layout import check_layout, num_experts, settings_of
 from megatron_psft.sources.bridge_rules import check_config, is_passed_on, is_tied
+from megatron_psft.sources.native import ShapedAdapters
 from megatron_psft.sources.source import AdapterSource
 
 log = logging.getLogger(__name__)
@@ -99,7 +104,11 @@ class BridgeSource:
 
     @property
     def adapters(self) -> AdapterSource:
-        raise AssertionError("check refuses a run with adapters")
+        return ShapedAdapters(self._adapter_shape)
+
+    @property
+    def _adapter_shape(self) -> ModelShape:
+        return adapter_shape(self.fields, num_experts(self.fields))
 
     @property
     def passes_tensors_on(self) -> bool:
@@ -153,6 +162,9 @@ class BridgeSource:
         model = provider.provide(pre_process=parallel.is_first_stage, post_process=parallel.is_last_stage)
         mark_sharded_weights(model)
         mark_experts(model)
+        if config.lora.has_adapters:
+            shape = self._adapter_shape
+            add_adapters(model, shape, config, targeted(config.lora, shape), tensor_size=parallel.tensor_size)
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         return model  # type: ignore[no-any-return]
@@ -180,7 +192,7 @@ class BridgeSource:
         # Where the head is the embedding, a last stage has a copy of its own, which Bridge brings there.
         copies = {"output_layer.weight"} if is_tied(self.fields) else set()
         parameters = [entry for model in models for entry in model.named_parameters()]
-        unfilled = [name for name, it in parameters if id(it) not in filled and name not in copies]
+        unfilled = [name for name, it in parameters if not (id(it) in filled or name in copies or is_adapter(name))]
         everywhere: list[tuple[set[str], list[str]] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, (read, unfilled))
         all_read = {name for found in everywhere if found is not None for name in found[0]}
@@ -213,7 +225,7 @@ class BridgeSource:
         merged: LoraConfig | None = None,
     ) -> None:
         """Tensors that are stored in another format than most, as biases of experts in fp32, keep theirs."""
-        assert merged is None, "check refuses a run with adapters"
+        assert merged is None, "check refuses lora_merge"
         beside = PassedOn(self.folder, self._known_tensors, lambda name: is_passed_on(name, self.fields))
         trained = {name: it for name, it in self._known_tensors.items() if not self._passes_on(name)}
         formats = {name: dtype if it.dtype == self.dtype else it.dtype for name, it in trained.items()}

@@ -10,6 +10,7 @@ from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
 from megatron_psft.model.experts import check_number_of_experts
+from megatron_psft.sources.bridge_adapters import check_adapters
 
 _CUT = (
     *("num_attention_heads", "num_key_value_heads", "vocab_size"),
@@ -36,7 +37,6 @@ def check_layout(fields: Mapping[str, Any], config: Config) -> None:
     `config.parallel` asks."""
     parallel, weights = config.parallel, config.weights
     not_tried = {
-        "lora_rank": config.lora.lora_rank if config.lora.has_adapters else None,
         "random_init": weights.random_init or None,
         "fp8_format": config.precision.fp8_format,
         "context_parallel_size": None if parallel.context_parallel_size == 1 else parallel.context_parallel_size,
@@ -47,6 +47,7 @@ def check_layout(fields: Mapping[str, Any], config: Config) -> None:
             raise UserError(
                 f"{name} ({value}) is not supported for a {fields['model_type']} model from Megatron-Bridge; remove it"
             )
+    check_adapters(fields, num_experts(fields), config.lora)
     cut = {name: ("tensor", parallel.tensor_model_parallel_size) for name in _CUT if fields.get(name)}
     cut["num_hidden_layers"] = ("pipeline", parallel.pipeline_model_parallel_size)
     for name, (kind, ranks) in cut.items():

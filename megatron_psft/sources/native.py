@@ -41,8 +41,8 @@ class NativeSource(ShapedChunks):
         return self._known_weights.dtype
 
     @property
-    def adapters(self) -> "NativeAdapters":
-        return NativeAdapters(self.shape)
+    def adapters(self) -> "ShapedAdapters":
+        return ShapedAdapters(self.shape)
 
     @property
     def passes_tensors_on(self) -> bool:
@@ -109,7 +109,7 @@ class NativeSource(ShapedChunks):
 
 
 @dataclass(frozen=True)
-class NativeAdapters:
+class ShapedAdapters:
     """Adapters beside a model of a shape."""
 
     shape: ModelShape
