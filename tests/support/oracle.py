@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.support import tiny
 
-Example = tuple[list[int], list[bool]]
-"""Token ids of a record, and which of them are labels: predicted from the tokens before them."""
+Example = tuple[list[int], list[bool]] | tuple[list[int], list[bool], Mapping[str, Tensor]]
+"""Token ids of a record, and which of them are labels: predicted from the tokens before them; then what the model takes
+besides the ids, such as pixels, if anything."""
 
 PARITY_LR = 5e-4
 """Within a window of 4 steps at this rate a tiny model clips many tokens, and yet a relative error of 1e-7 in its
@@ -104,19 +105,19 @@ def _accumulate_gradients(
     clip_ratio_high: float,
 ) -> dict[str, float]:
     """Adds the gradient of the token mean of `loss_of` over the global batch to the parameters."""
-    label_tokens = sum(sum(label_mask) for _, label_mask in batch)
+    label_tokens = sum(sum(label_mask) for _, label_mask, *_ in batch)
     columns: dict[str, list[Tensor]] = {"loss": [], "nll": [], "entropy": [], "ratio": [], "clipped": [], "kl": []}
     with torch.no_grad():
         nll_z = nll_z_of([label_statistics(model, *example)[0] for example in batch])
-    for (ids, label_mask), z in zip(batch, nll_z, strict=True):
-        distribution, labels = label_distributions(model, ids, label_mask)
+    for example, z in zip(batch, nll_z, strict=True):
+        distribution, labels = label_distributions(model, *example)
         log_probs, entropy = distribution.gather(1, labels[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
         old_log_probs, initial_log_probs = log_probs.detach(), None
         with torch.no_grad():
             if old_model is not None:
-                old_log_probs, _ = label_statistics(old_model, ids, label_mask)
+                old_log_probs, _ = label_statistics(old_model, *example)
             if initial_model is not None:
-                initial_log_probs, _ = label_statistics(initial_model, ids, label_mask)
+                initial_log_probs, _ = label_statistics(initial_model, *example)
         ratio = torch.exp(torch.clamp(log_probs - old_log_probs, -20, 20))
         known = {"old_log_probs": old_log_probs, "ref_log_probs": initial_log_probs, "nll_z": z}
         losses = loss_of(distribution, labels, **known)
@@ -133,7 +134,7 @@ def _accumulate_gradients(
         "ratio_max": float(table["ratio"].max()),
         "clip_fraction": float(table["clipped"].mean()),
         "approx_kl": float(table["kl"].mean()),
-        "tokens": sum(len(ids) - 1 for ids, _ in batch),  # the last one predicts nothing
+        "tokens": sum(len(ids) - 1 for ids, *_ in batch),  # the last one predicts nothing
         "label_tokens": label_tokens,
         "records": len(batch),
     }
@@ -144,17 +145,21 @@ def nearest_rank(values: Tensor, percent: int) -> float:
     return float(values.sort().values[math.ceil(percent * len(values) / 100) - 1])
 
 
-def label_statistics(model: torch.nn.Module, ids: list[int], label_mask: list[bool]) -> tuple[Tensor, Tensor]:
+def label_statistics(
+    model: torch.nn.Module, ids: list[int], label_mask: list[bool], seen: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each label token, and entropy in nats of the distribution it was drawn from: both [labels]."""
-    log_distribution, labels = label_distributions(model, ids, label_mask)
+    log_distribution, labels = label_distributions(model, ids, label_mask, seen)
     entropy = -(log_distribution.exp() * log_distribution).sum(dim=-1)
     return log_distribution.gather(1, labels[:, None])[:, 0], entropy
 
 
-def label_distributions(model: torch.nn.Module, ids: list[int], label_mask: list[bool]) -> tuple[Tensor, Tensor]:
+def label_distributions(
+    model: torch.nn.Module, ids: list[int], label_mask: list[bool], seen: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the whole vocabulary where a label is predicted, [labels, vocabulary], and the labels."""
     assert not label_mask[0], "nothing comes before the first token to predict it from"
-    logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+    logits = model(input_ids=torch.tensor([ids]), **(seen or {})).logits[0, :-1]
     is_label = torch.tensor(label_mask[1:])
     return torch.log_softmax(logits.float(), dim=-1)[is_label], torch.tensor(ids[1:])[is_label]
 
