@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from megatron.bridge.training import gpt_step, vlm_step
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.finetune import finetune as bridge_finetune
 from megatron.bridge.training.state import GlobalState
@@ -23,6 +22,7 @@ from megatron_psft.errors import DivergenceError
 from megatron_psft.nemo.config import PsftConfigContainer
 from megatron_psft.nemo.forward_step import BridgeStep, PsftForwardStep
 from megatron_psft.nemo.old_policy import OldPolicyCallback
+from megatron_psft.nemo.vision import bridge_step_of, mend, sees
 
 
 def finetune(
@@ -48,7 +48,9 @@ def finetune(
     """
     prepare_environment()  # for a script that has not, still before CUDA is used
     if bridge_step is None:
-        bridge_step = (vlm_step if hasattr(config.model, "vision_config") else gpt_step).forward_step
+        bridge_step = bridge_step_of(config)
+    if sees(config):
+        config.model.register_pre_wrap_hook(mend)
     forward_step = PsftForwardStep(config.psft, bridge_step)
     end_with_launcher()
     end = _EarlyEnd()

@@ -1,5 +1,6 @@
 """Runs Megatron-Bridge on the CPU."""
 
+import importlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,9 +9,18 @@ from typing import Any
 import pytest
 
 from tests.nemo import cpu
+from tests.support.cli import Exit
+from tests.support.layouts import LAYOUTS
 from tests.support.pool import Pool
 
 SEQ_LENGTH = 256
+
+COMPARED = {"lm loss": "loss", **{name: name for name in ("nll", "entropy", "grad_norm", "clip_fraction")}}
+COMPARED |= {name: name for name in ("ratio_mean", "approx_kl")}
+IN_MODEL = (
+    *("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size"),
+    "expert_model_parallel_size",
+)
 
 needs_bridge = pytest.mark.skipif(find_spec("megatron.bridge") is None, reason="megatron-bridge is not installed")
 
@@ -35,3 +45,37 @@ def run_bridge(
         assert exit.code == 0, exit.out[-2000:] + exit.err[-8000:]
     lines = (save / f"bridge_{nproc - 1}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def overrides_of(layout: str) -> list[str]:
+    """What Bridge's configuration is told of a layout: all that differs from one rank's."""
+    parallel, one = LAYOUTS[layout].parallel, LAYOUTS["one"].parallel
+    sections = {name: ("model",) for name in IN_MODEL}
+    sections |= {"use_distributed_optimizer": ("ddp", "optimizer")}
+    sections |= {"overlap_grad_reduce": ("ddp",), "overlap_param_gather": ("ddp",)}
+    found = [
+        f"{section}.{name}={getattr(parallel, name)}".lower()
+        for name, places in sections.items()
+        for section in places
+        if getattr(parallel, name) != getattr(one, name)
+    ]
+    # The stages of a pipeline exchange rows of one length.
+    return [*found, "dataset.dataset_kwargs.pad_to_max_length=true"] if layout == "PP2" else found
+
+
+def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    for line, wanted_line in zip(found, wanted, strict=True):
+        for bridge_name, name in COMPARED.items():
+            if name not in wanted_line:  # of an old policy
+                assert bridge_name not in line
+                continue
+            assert line[bridge_name] == pytest.approx(wanted_line[name], rel=1e-4), (line["step"], name)
+
+
+def run_seeing(argv: list[str]) -> Exit:
+    """What the `main` of run_vision.py does on this rank; for `pool.run` of a pool that runs nothing else."""
+    cpu.prepare()
+    # Before Bridge is imported, and binds what Transformer Engine's layers are called.
+    importlib.import_module("tests.nemo.vision_layers").stand_in()
+    return cpu.run("tests.nemo.run_vision", argv)

@@ -7,7 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 "$python" -m pip install -c "$here/constraints.txt" torch transformers \
     accelerate argcomplete av datasets diffusers einops hydra-core megatron-energon nvidia-modelopt omegaconf peft pillow psutil pyyaml \
-    qwen-vl-utils regex rich tensorboard tqdm wandb \
+    qwen-vl-utils regex rich tensorboard torchvision tqdm wandb \
     hypothesis math-verify matplotlib mlflow-skinny pytest pytest-xdist selenium trl
 # Without what they require: Transformer Engine and nvidia-resiliency-ext have no build for a machine without CUDA, and
 # cpu.py has stand-ins for them.

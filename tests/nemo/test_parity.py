@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from megatron_psft.scoring.agreement import BOUNDS
-from tests.nemo.bridge import SEQ_LENGTH, needs_bridge, run_bridge
+from tests.nemo.bridge import SEQ_LENGTH, assert_same_run, needs_bridge, overrides_of, run_bridge
 from tests.support import oracle, tiny
 from tests.support.cli import run_cli
 from tests.support.layouts import LAYOUTS
@@ -20,30 +20,8 @@ from tests.support.pool import WorkerError
 pytestmark = [needs_bridge, pytest.mark.slow, pytest.mark.both]
 
 STEPS, GLOBAL_BATCH_SIZE = 12, 8
-COMPARED = {"lm loss": "loss", **{name: name for name in ("nll", "entropy", "grad_norm", "clip_fraction")}}
-COMPARED |= {name: name for name in ("ratio_mean", "approx_kl")}
 VOCAB_SIZE = 212  # Bridge pads no vocabulary that a model brings along: two ranks must divide it
-IN_MODEL = (
-    *("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size"),
-    "expert_model_parallel_size",
-)
 BRIDGE_LAYOUTS = ("one", "TP2", "TP2-SP", "PP2", "DP2", "DP2-overlap")
-
-
-def overrides_of(layout: str) -> list[str]:
-    """What Bridge's configuration is told of a layout: all that differs from one rank's."""
-    parallel, one = LAYOUTS[layout].parallel, LAYOUTS["one"].parallel
-    sections = {name: ("model",) for name in IN_MODEL}
-    sections |= {"use_distributed_optimizer": ("ddp", "optimizer")}
-    sections |= {"overlap_grad_reduce": ("ddp",), "overlap_param_gather": ("ddp",)}
-    found = [
-        f"{section}.{name}={getattr(parallel, name)}".lower()
-        for name, places in sections.items()
-        for section in places
-        if getattr(parallel, name) != getattr(one, name)
-    ]
-    # The stages of a pipeline exchange rows of one length.
-    return [*found, "dataset.dataset_kwargs.pad_to_max_length=true"] if layout == "PP2" else found
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -103,16 +81,6 @@ def bridge_run(bridge_pool, inputs, tmp_path):
         return run_bridge(bridge_pool, tmp_path, **paths, overrides=overridden, nproc=nproc, **planted)
 
     return train
-
-
-def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
-    assert [line["step"] for line in found] == [line["step"] for line in wanted]
-    for line, wanted_line in zip(found, wanted, strict=True):
-        for bridge_name, name in COMPARED.items():
-            if name not in wanted_line:  # of an old policy
-                assert bridge_name not in line
-                continue
-            assert line[bridge_name] == pytest.approx(wanted_line[name], rel=1e-4), (line["step"], name)
 
 
 CASES = [
