@@ -300,6 +300,8 @@ def writing(field: str, path: Path) -> Iterator[None]:
 
     try:
         yield
+    except InfrastructureError as error:  # of Megatron-Core's writer, or of rank 0
+        raise InfrastructureError(f"{field} ({path}) could not be written: {error}; fix it and start again") from None
     except (OSError, RuntimeError, SafetensorError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides the disk's own complaint
         if not isinstance(cause, OSError | SafetensorError):

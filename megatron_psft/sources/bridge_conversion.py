@@ -1,7 +1,6 @@
 """Weights of a model that Megatron-Bridge builds, between a Hugging Face folder and checkpoints, in one process on the
 CPU, which has the whole model in memory."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint import TensorStorageMetadata
+from torch.distributed.checkpoint import CheckpointException, TensorStorageMetadata
 
 from megatron_psft import sealed
 from megatron_psft.atomic import aside, sync
@@ -25,15 +24,13 @@ from megatron_psft.distributed.device import prepare
 from megatron_psft.distributed.grid import Parallel, initialize_parallel, process_group
 from megatron_psft.distributed.megatron_lines import save_options, start_results_server
 from megatron_psft.distributed.orphans import end_with_parent
-from megatron_psft.errors import UserError
+from megatron_psft.errors import InfrastructureError, UserError, first_line
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.model.shape import read_config
 from megatron_psft.progress import progress
 from megatron_psft.sealed import DamageError
 from megatron_psft.sources.bridge import BridgeSource
 from megatron_psft.sources.bridge_rules import with_language_model
-
-log = logging.getLogger(__name__)
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _OF_OPTIMIZERS = ("optimizer.", "chained_")
@@ -59,13 +56,13 @@ class BridgeConversion:
 
     def write_checkpoint(self, target: Path, side_files: SideFiles) -> None:
         """Writes a checkpoint of nothing but the folder's weights, in bf16 where all are, else in fp32. It appears
-        under its name only when it is complete."""
+        under its name only when it is complete. Raises InfrastructureError where the disk is full or fails."""
         with self._model(bf16=self._source.is_bf16) as (model, parallel):
             self._source.fill([model], parallel)
             with aside(target.resolve().parent, target.name) as folder:
                 staging = sealed.begin(folder / target.name)
                 start_results_server(end_with_parent)
-                dist_checkpointing.save({"model": sharded_weights(model)}, str(staging), **save_options())
+                _save(model, staging)
                 sealed.leave_sums(staging, 0)
                 side_files.write(staging, self._source.dtype)
                 identity = dict(self._source.weights_identity)
@@ -101,6 +98,15 @@ class BridgeConversion:
             parallel = initialize_parallel(config.parallel, virtual_size=None, seed=0, device=platform.device)
             megatron_config = self._source.transformer_config(config, platform)
             yield self._source.build_chunk(config, megatron_config, platform, parallel, 0), parallel
+
+
+def _save(model: MegatronModule, folder: Path) -> None:
+    """Raises InfrastructureError where the disk is full or fails."""
+    try:
+        dist_checkpointing.save({"model": sharded_weights(model)}, str(folder), **save_options())
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise InfrastructureError(first_line(cause)) from None
 
 
 def bridge_checkpoint(folder: Path) -> Path | None:

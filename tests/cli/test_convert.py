@@ -4,7 +4,6 @@ import ctypes
 import json
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,11 +19,12 @@ from transformers import AutoTokenizer
 from megatron_psft import sealed
 from megatron_psft.sealed import MARKER
 from tests.support import tiny
-from tests.support.cli import REPOSITORY, Exit, run_cli
+from tests.support.cli import REPOSITORY, run_cli
 from tests.support.converting import (
     assert_refused,
     assert_same_tensors,
     convert,
+    convert_with_small_files,
     converted,
     dtypes_of,
     inputs,
@@ -296,16 +296,6 @@ def test_what_is_killed_has_no_name_and_is_not_taken_for_whole(
     assert len(list(tmp_path.glob("new.*/thesis.tex"))) == 3
     assert not list(tmp_path.glob(".new.*"))
     assert convert(*argv, "--check").code == 0
-
-
-def convert_with_small_files(argv: list[str]) -> Exit:
-    """The command where no file may grow beyond 32 KiB, as with a quota used up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, hard))
-    try:
-        return run_convert(argv)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("target", ["--to-megatron", "--to-hf"])

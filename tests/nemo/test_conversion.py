@@ -13,7 +13,7 @@ from tests.nemo import bridge_models
 from tests.nemo.bridge import needs_bridge
 from tests.support import tiny
 from tests.support.cli import Exit, run_cli
-from tests.support.converting import assert_refused, assert_same_tensors, run_convert
+from tests.support.converting import assert_refused, assert_same_tensors, convert_with_small_files, run_convert
 
 pytestmark = [needs_bridge, pytest.mark.slow, pytest.mark.both]
 
@@ -105,3 +105,14 @@ def test_mistakes_are_one_line(convert, converted, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert_refused(convert(*back, checkpoint, "--load-hf", source), "must be an intact checkpoint", damaged.name)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_fails_is_one_line_and_leaves_nothing(source_pool, converted, tmp_path):
+    source = tiny.build_model(tmp_path / "source", "qwen3", num_hidden_layers=2)
+    checkpoint = converted("--from-hf", source, "--to-megatron", tmp_path / "ckpt")
+    there = ["--from-hf", source, "--to-megatron", tmp_path / "new"]
+    back = ["--from-megatron", checkpoint, "--load-hf", source, "--to-hf", tmp_path / "new"]
+    for argv in (there, back):
+        (result,) = source_pool.run(convert_with_small_files, 1, ["--via-bridge", *map(str, argv)])
+        assert_refused(result, f"{argv[-2][2:].replace('-', '_')} ({tmp_path / 'new'}) could not be written: ", code=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "source"]

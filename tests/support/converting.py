@@ -1,5 +1,6 @@
 """What the tests of conversion share: the command, runs, and what folders hold."""
 
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,16 @@ def run_convert(argv: Sequence[str]) -> Exit:
     from megatron_psft.cli.convert import main
 
     return call_main(main, argv)
+
+
+def convert_with_small_files(argv: list[str]) -> Exit:
+    """The command where no file may grow beyond 32 KiB, as with a quota used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, hard))
+    try:
+        return run_convert(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
