@@ -380,7 +380,7 @@ def strike(pool, argv: list[str], run: Path, signum: int, rng: random.Random) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "times", "background"),
-    [(SIGKILL, 12, ()), (SIGTERM, 6, ()), (SIGKILL, 4, ("--async-save",)), (SIGTERM, 4, ("--async-save",))],
+    [(SIGKILL, 8, ()), (SIGTERM, 4, ()), (SIGKILL, 2, ("--async-save",)), (SIGTERM, 2, ("--async-save",))],
     ids=["SIGKILL", "SIGTERM", "SIGKILL-background", "SIGTERM-background"],
 )
 def test_a_run_survives_a_signal_at_any_moment(pool, tmp_path, inputs, uninterrupted, signum, times, background):

@@ -23,7 +23,7 @@ from tests.support.runs import forget_steps_from, metrics_of
 
 __all__ = ["convert", "converted"]  # the fixtures
 
-STEPS, GLOBAL_BATCH_SIZE, RANK, ALPHA = 12, 8, 6, 12
+STEPS, GLOBAL_BATCH_SIZE, RANK, ALPHA = 6, 8, 6, 12
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LORA = ("--lora-rank", str(RANK), "--lora-alpha", str(ALPHA))
@@ -89,7 +89,7 @@ def train(pool, inputs: Path, family: str, save: Path, *flags: object, layout: s
         slow("qwen2", "CP2"),
         slow("llama", "DP2-distopt"),
         slow("qwen3", "one"),
-        slow("qwen3", "TP2-SP-PP2-DP2-distopt"),
+        slow("qwen3", "TP2-PP2"),
         slow("qwen3_moe", "DP2-EP2"),
     ],
 )
@@ -98,7 +98,7 @@ def test_psft_of_adapters_follows_peft(pool, inputs, tmp_path, family, layout):
     flags = [*LORA, "--load-lora", inputs / f"{family}-adapter", "--old-policy-interval", 4]
     flags += ["--lora-targets", *targets_of(family)]
     found = train(pool, inputs, family, tmp_path, *flags, "--export-hf", tmp_path / "hf", layout=layout)
-    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 4, "the clip must matter in this comparison"
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 2, "the clip must matter in this comparison"
     assert_same_run(found, wanted)
     base = AutoModelForCausalLM.from_pretrained(inputs / family, dtype=torch.float32)
     exported = PeftModel.from_pretrained(base, tmp_path / "hf").merge_and_unload()
@@ -185,9 +185,9 @@ def test_a_checkpoint_is_converted_later_to_what_its_run_exports(converted, conv
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_layout(pool, inputs, tmp_path):
-    run = [*LORA, "--load-lora", inputs / "qwen3-adapter", "--old-policy-interval", 4, "--save-interval", 5]
+    run = [*LORA, "--load-lora", inputs / "qwen3-adapter", "--old-policy-interval", 4, "--save-interval", 3]
     whole = train(pool, inputs, "qwen3", tmp_path / "whole", *run, layout="DP2-distopt")
-    forget_steps_from(tmp_path / "whole", 8)
+    forget_steps_from(tmp_path / "whole", 4)
     flags = ["--use-distributed-optimizer"]
     again = train(pool, inputs, "qwen3", tmp_path / "whole", *run, *flags, layout="TP2-SP")
     assert [line["step"] for line in again] == [line["step"] for line in whole]
@@ -230,7 +230,8 @@ def test_adapters_in_bf16_add_up_steps_that_bf16_would_lose(pool, inputs, tmp_pa
     """By their fp32 copies: from here on bf16 tells apart what differs by 2^-11, and a step is less than half of it."""
     start, lr = adapter_of(inputs / "qwen2-adapter"), 1e-4
     flags = [*LORA, "--load-lora", inputs / "qwen2-adapter", "--bf16", "--lr", lr, "--objective", "sft"]
-    train(pool, inputs, "qwen2", tmp_path / "run", *flags, "--export-hf", tmp_path / "hf")
+    flags += ["--train-iters", 12, "--export-hf", tmp_path / "hf"]
+    train(pool, inputs, "qwen2", tmp_path / "run", *flags)
     changed = {"lora_A": [], "lora_B": []}
     for name, found in adapter_of(tmp_path / "hf").items():
         is_coarse = start[name].abs() >= 2**-4

@@ -132,9 +132,10 @@ VISION_CASES = [slow("qwen2_5_vl", "TP2-SP", both=True)]
 
 @pytest.mark.parametrize(("family", "layout"), DENSE_CASES)
 def test_psft_follows_the_oracle(pool, inputs, tmp_path, family, layout):
-    wanted, model = expected(inputs, family, **PSFT)
-    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= 6, "the clip must matter in this comparison"
-    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout, steps=STEPS)
+    steps = STEPS if family == "qwen3" else FEW_STEPS
+    wanted, model = expected(inputs, family, steps, **PSFT)
+    assert sum(line["clip_fraction"] > 0.1 for line in wanted) >= steps / 2, "the clip must matter in this comparison"
+    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", layout=layout, steps=steps)
     assert_same_run(found, wanted)
     assert_same_logits(tmp_path / "hf", model)
     for line in found[::4]:
@@ -273,7 +274,7 @@ def test_a_relative_follows_the_oracle(pool, inputs, tmp_path, objective, layout
     assert_same_logits(tmp_path / "hf", model)
 
 
-@pytest.mark.parametrize(("family", "layout"), [("qwen2", "one"), slow("qwen3", "TP2-SP-PP2-DP2-distopt")])
+@pytest.mark.parametrize(("family", "layout"), [("qwen2", "one"), slow("qwen3", "TP2-SP")])
 @pytest.mark.slow
 def test_without_the_fused_head_all_is_the_same(pool, inputs, tmp_path, family, layout):
     wanted, model = expected(inputs, family, FEW_STEPS, **PSFT)
@@ -301,19 +302,23 @@ def test_window_of_one_step_has_the_trajectory_of_sft(pool, inputs, tmp_path):
     assert {line["loss"] for line in psft} == {-1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags",
+    ("family", "layout", "flags"),
     [
-        slow(["--recompute-granularity", "selective"]),
-        slow(["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]),
-        slow(["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "2"]),
+        ("qwen3", "TP2-SP", "--recompute-granularity selective"),
+        ("qwen3", "TP2-SP", "--recompute-granularity full --recompute-method block --recompute-num-layers 2"),
+        (
+            "qwen3_moe",
+            "DP2-EP2-overlap",
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        ),
     ],
-    ids=["selective", "uniform", "block"],
+    ids=["selective", "block", "uniform"],
 )
-@pytest.mark.parametrize(("family", "layout"), [("qwen3", "TP2-SP"), slow("qwen3_moe", "DP2-EP2-overlap")])
 def test_recomputation_changes_nothing(pool, inputs, tmp_path, family, layout, flags):
     wanted, _ = expected(inputs, family, FEW_STEPS, **PSFT)
-    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", *flags, layout=layout)
+    found = train(pool, inputs, family, tmp_path, "--old-policy-interval", "4", *flags.split(), layout=layout)
     assert_same_run(found, wanted)
 
 
@@ -348,7 +353,6 @@ def test_bf16_follows_fp32_at_its_own_precision(pool, inputs, tmp_path):
         ("qwen2", "PP2-VPP1"),
         slow("qwen2", "DP2-overlap"),
         slow("qwen3_moe", "DP2-EP2-overlap"),
-        slow("mixtral", "TP2-SP-DP2-EP2"),
     ],
 )
 def test_the_old_policy_scores_bit_for_bit_what_training_does(pool, inputs, tmp_path, family, layout):

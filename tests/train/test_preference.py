@@ -216,7 +216,7 @@ def own_answers(inputs) -> Path:
 LORA = ("--lora-rank", "6", "--lora-alpha", "12")
 
 
-@pytest.mark.parametrize("layout", ["one", slow("TP2-SP-PP2-DP2-distopt")])
+@pytest.mark.parametrize("layout", ["one", slow("TP2-PP2")])
 def test_new_adapters_have_the_model_without_them_as_reference_at_any_time(
     pool, inputs, tmp_path, layout, new_adapter, own_answers
 ):
