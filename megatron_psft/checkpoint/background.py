@@ -41,6 +41,8 @@ class BackgroundCalls(AsyncCallsQueue):
         super().__init__()
         self._tensors, self._plan = SharedMemory(), SharedMemory()
         self._staging = Staging(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1)
+        self._thread.submit(int)  # started now: where ranks outnumber cores, a save waits long until a new one runs
         # What takes seconds to import is imported once, while training begins.
         multiprocessing.set_forkserver_preload([f"megatron_psft.checkpoint.{name}" for name in ("server", "saver")])
         with _environment_of_server():
@@ -52,7 +54,7 @@ class BackgroundCalls(AsyncCallsQueue):
             call.async_caller.wait_for_copy()
 
     def _get_async_caller(self) -> "_Caller":
-        return _Caller(self._tensors, self._plan, self._staging)
+        return _Caller(self._tensors, self._plan, self._staging, self._thread)
 
 
 class SharedMemory:
@@ -139,9 +141,11 @@ class _Caller(TemporalAsyncCaller):
     """One writer. What it writes is copied in a thread, next to the forward and backward pass, which change none of
     it."""
 
-    def __init__(self, tensors: SharedMemory, plan: SharedMemory, staging: Staging | None) -> None:
+    def __init__(
+        self, tensors: SharedMemory, plan: SharedMemory, staging: Staging | None, thread: ThreadPoolExecutor
+    ) -> None:
         super().__init__()
-        self._tensors, self._plan, self._staging = tensors, plan, staging
+        self._tensors, self._plan, self._staging, self._thread = tensors, plan, staging, thread
         self._starting: Future[None] | None = None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
@@ -150,9 +154,7 @@ class _Caller(TemporalAsyncCaller):
         self.start_time = time()
         if self._staging is not None:
             self._staging.follow()
-        thread = ThreadPoolExecutor(1)
-        self._starting = thread.submit(self._start, async_req)
-        thread.shutdown(wait=False)
+        self._starting = self._thread.submit(self._start, async_req)
 
     def _start(self, request: AsyncRequest) -> None:
         rank, buckets, results = request.async_fn_args
