@@ -47,15 +47,15 @@ def uninterrupted(pool, inputs, tmp_path_factory) -> Callable[..., list[dict[str
     return metrics
 
 
-@pytest.mark.parametrize("layout", [slow(DIST_OPT, id="DP2-distopt"), slow(PP2, id="PP2")])
-def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs, layout):
+@pytest.mark.slow
+def test_a_run_can_stop_after_any_step_of_a_window(pool, tmp_path, inputs):
     """Within the window, at its borders, in warm-up, and where an epoch ends."""
     whole = tmp_path / "whole"
-    train(pool, 2, inputs.argv(whole, *layout, *EVERY_STEP))
+    train(pool, 2, inputs.argv(whole, *PP2, *EVERY_STEP))
     for stop in range(1, 6):
         resumed = shutil.copytree(whole, tmp_path / f"after-{stop}")
         forget_steps_from(resumed, stop + 1)
-        said = train(pool, 2, inputs.argv(resumed, *layout))
+        said = train(pool, 2, inputs.argv(resumed, *PP2))
         assert f"resumed from {step_folder(resumed, stop)}" in said
         assert metrics_of(resumed) == metrics_of(whole)
 
@@ -129,9 +129,16 @@ def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Ex
         setattr(owner, moment, original)
 
 
-@pytest.mark.parametrize("moment", [slow("in training"), "in the old policy's pass", slow("in evaluation")])
-@pytest.mark.parametrize(("signum", "rank"), [(SIGTERM, "1"), slow(SIGINT, "0")])
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signum", "rank", "moment"),
+    [
+        (SIGTERM, "1", "in training"),
+        (SIGINT, "0", "in training"),
+        (SIGTERM, "1", "in the old policy's pass"),
+        (SIGINT, "0", "in evaluation"),
+    ],
+)
 def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, uninterrupted, moment, signum, rank):
     flags = (*DIST_OPT, *evaluated(inputs))
     argv = inputs.argv(tmp_path / "run", *flags)
@@ -192,18 +199,16 @@ def test_a_start_that_takes_all_of_the_time_warns(pool, tmp_path, inputs):
 ADAPTERS = (*DIST_OPT, "--lora-rank", "4", "--bf16")
 
 
-@pytest.mark.parametrize(
-    "layout", [slow(ONE, id="one"), slow(DIST_OPT, id="DP2-distopt"), slow(ADAPTERS, id="adapters-bf16")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [DIST_OPT, ADAPTERS], ids=["DP2-distopt", "adapters-bf16"])
 def test_checkpoints_written_in_the_background_are_the_same(pool, tmp_path, inputs, uninterrupted, layout):
-    world_size = 2 if layout else 1
     run = tmp_path / "run"
-    train(pool, world_size, inputs.argv(run, *layout, *EVERY_STEP, "--async-save", "--keep-last", "5"))
+    train(pool, 2, inputs.argv(run, *layout, *EVERY_STEP, "--async-save", "--keep-last", "5"))
     assert step_folders(run) == [step_folder(run, step) for step in range(4, 9)]
     assert metrics_of(run) == uninterrupted(*layout)
     resumed = shutil.copytree(run, tmp_path / "resumed")
     forget_steps_from(resumed, 7)  # what was saved is what the weights were then, and not what they became since
-    train(pool, world_size, inputs.argv(resumed, *layout, "--async-save"))
+    train(pool, 2, inputs.argv(resumed, *layout, "--async-save"))
     assert metrics_of(resumed) == uninterrupted(*layout)
 
 

@@ -105,7 +105,7 @@ def test_installed_command_lists_examines_and_knows_its_commit(run, python, buil
     assert "  ok:       a toy model has made an optimizer step with all of these\n" in report
 
 
-def test_installed_command_trains_alone_and_under_torchrun(run, tmp_path):
+def test_installed_command_trains(run, tmp_path):
     """With processes for data and for saves, which import the console script anew."""
     tiny.build_model(tmp_path / "model", "qwen2", num_hidden_layers=2)
     tiny.build_tokenizer(tmp_path / "tokenizer")
@@ -114,7 +114,4 @@ def test_installed_command_trains_alone_and_under_torchrun(run, tmp_path):
     flags += ["--data-workers", "2", "--global-batch-size", "2", "--seq-length", "512", "--save", "run"]
     flags += ["--async-save", "--save-interval", "1", "--keep-last", "9"]
     run("psft", "train", *flags, "--train-iters", "2")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-    run("python", *launcher, "-m", "megatron_psft", *flags, "--train-iters", "4")
-    steps = sorted(path.name for path in (tmp_path / "run").glob("step_*"))
-    assert steps == ["step_0000001", "step_0000002", "step_0000003", "step_0000004"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("step_*")) == ["step_0000001", "step_0000002"]

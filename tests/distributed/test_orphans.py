@@ -240,8 +240,16 @@ def victim_of(launcher: subprocess.Popen[str], victim: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["launcher", "0", "1"])
-@pytest.mark.parametrize("phase", ["rendezvous", "collective", "training"])
+@pytest.mark.parametrize(
+    ("phase", "victim"),
+    [
+        ("rendezvous", "launcher"),
+        ("rendezvous", "0"),
+        ("collective", "launcher"),
+        ("collective", "1"),
+        ("training", "0"),
+    ],
+)
 def test_a_group_of_torchrun_ends_whoever_is_killed_whenever(tmp_path, phase, victim):
     (tmp_path / "rank.py").write_text(_GROUP_RANK)
     with started(*torchrun(tmp_path / "rank.py", phase, tmp_path)) as (launcher, mark):

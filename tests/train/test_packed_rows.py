@@ -77,7 +77,7 @@ def _check_gradients(folder: Path, config: ParallelConfig, every_data: dict[str,
         return {key: sums if run.place.reports_sums else [] for key, (sums, _) in found.items()}
 
 
-CASES = [(layout, 1) for layout in PACKED_LAYOUTS] + [(layout, 2) for layout in ("one", "PP2", "TP2-SP-CP2")]
+CASES = [(layout, 1) for layout in PACKED_LAYOUTS] + [(layout, 2) for layout in ("one", "PP2", "CP2")]
 QUICK = (("TP2-SP", 1), ("PP2-VPP1", 1), ("CP2-DP2-reduce", 1), ("PP2", 2))
 
 
