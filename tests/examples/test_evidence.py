@@ -98,3 +98,31 @@ def test_runs_that_have_a_result_are_not_made_again(sweep, tmp_path, capsys):
     plan.result(jobs[1]).write_text("{}")
     assert list(sweep.waiting(plan)) == [jobs[0], jobs[2]]
     assert "1 of 3 runs done; far_sft_1e-5_0" in capsys.readouterr().out
+
+
+def test_a_model_has_not_drifted_from_its_own_answers_and_another_has(sweep, tmp_path):
+    import score
+
+    from megatron_psft.cli import rollout
+    from tests.support import tiny
+
+    own, other = (tiny.build_model(tmp_path / str(seed), "qwen2", seed=seed) for seed in (0, 1))
+    for folder in (own, other):
+        tiny.build_tokenizer(folder)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one two"}\n{"prompt": "three"}\n')
+    argv = f"--model {own} --prompts {tmp_path}/prompts.jsonl --drift-set --num-samples 1 --max-new-tokens 8"
+    answers = tmp_path / "answers.jsonl"
+    assert rollout.main([*argv.split(), "--out", str(answers)]) == 0
+    assert score.drift(own, answers) == pytest.approx(0, abs=1e-5)
+    assert score.drift(other, answers) > 0.01
+
+
+def test_what_is_rejected_has_one_wrong_field(sweep):
+    import random
+
+    import rl
+
+    record, other = rl.tickets.records(2, seed=0)
+    for seed in range(20):
+        wrong = rl.with_a_wrong_field(record, other, random.Random(seed))
+        assert rl.tickets.right_fields(wrong, record["completion"]) == len(rl.tickets.FIELDS) - 1
