@@ -22,7 +22,7 @@ from megatron_psft.errors import DivergenceError
 from megatron_psft.nemo.config import PsftConfigContainer
 from megatron_psft.nemo.forward_step import BridgeStep, PsftForwardStep
 from megatron_psft.nemo.old_policy import OldPolicyCallback
-from megatron_psft.nemo.vision import bridge_step_of, mend, sees
+from megatron_psft.nemo.vision import bridge_step_of, sees, set_right
 
 
 def finetune(
@@ -50,7 +50,7 @@ def finetune(
     if bridge_step is None:
         bridge_step = bridge_step_of(config)
     if sees(config):
-        config.model.register_pre_wrap_hook(mend)
+        set_right(config)
     forward_step = PsftForwardStep(config.psft, bridge_step)
     end_with_launcher()
     end = _EarlyEnd()

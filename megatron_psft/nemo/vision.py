@@ -5,6 +5,7 @@ What is mended is mended on the instance, before it is wrapped and its weights a
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from transformers import AutoConfig
 
 from megatron_psft.nemo.forward_step import BridgeStep
 
@@ -36,6 +38,24 @@ def bridge_step_of(config: ConfigContainer) -> BridgeStep:
     packs = ("enable_in_batch_packing", "defer_in_batch_packing_to_step")
     module = qwen3_vl_step if all(getattr(config.dataset, name, False) for name in packs) else vlm_step
     return module.forward_step  # type: ignore[no-any-return]
+
+
+def set_right(config: ConfigContainer) -> None:
+    """What Bridge builds wrongly of a model that sees; before it is built."""
+    _set_sections(config)
+    config.model.register_pre_wrap_hook(mend)
+
+
+def _set_sections(config: ConfigContainer) -> None:
+    """Which frequencies turn by time, height and width: for Qwen2.5-VL Bridge takes those of the published models for
+    granted, whatever the model's config.json says."""
+    folder = config.checkpoint.pretrained_checkpoint
+    if folder is None or (Path(folder).exists() and not (Path(folder) / "config.json").is_file()):
+        return  # nothing, or a checkpoint of Bridge's, to start from
+    found = (AutoConfig.from_pretrained(folder).get_text_config().rope_parameters or {}).get("mrope_section")
+    if found is not None and list(config.model.mrope_section) != list(found):
+        log.info("set right of Megatron-Bridge's model: mrope_section %s, as its config.json has it", found)
+        config.model.mrope_section = list(found)
 
 
 def mend(chunks: list[Any]) -> list[Any]:

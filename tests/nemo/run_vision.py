@@ -35,7 +35,6 @@ def recipe_of(job: dict) -> PsftConfigContainer:
     recipe.model.seq_length = recipe.dataset.seq_length = 256
     recipe.model.use_cpu_initialization, recipe.model.attention_backend = True, None
     recipe.model.batch_p2p_comm = recipe.model.cross_entropy_loss_fusion = False
-    recipe.model.mrope_section = [1, 2, 5]  # Bridge takes that of Qwen2.5-VL's published models for granted
     recipe.model.tensor_model_parallel_size = 1
     recipe.tokenizer.vocab_size = recipe.model.vocab_size  # of the recipe's stand-in for a tokenizer
     recipe.mixed_precision, recipe.optimizer.bf16 = None, False
