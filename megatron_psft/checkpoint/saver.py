@@ -101,9 +101,10 @@ class Saver:
             InfrastructureError: it could not be written, as on a full disk; the checkpoints before it are as they were.
             UserError: the folder or the rights to it are wrong.
         """
-        self.finish()
-        self._target = target = folders.step_folder(self._folder, step)
-        staging = on_rank_zero(lambda: _begin(target, self._needed_bytes))
+        self._finalize(blocking=True)
+        target = folders.step_folder(self._folder, step)
+        staging = on_rank_zero(lambda: self._begin(target))
+        self._target = target
         with self._writing(), naming_lost_peers(f"checkpoint {target}"), helpers_outlive_signals():
             start_results_server(end_with_parent)
             with plain_operations(), _quick_collections():
@@ -194,6 +195,10 @@ class Saver:
 
         if self._parallel.is_main:  # in a thread: the disk's confirmation and the removal of files take their time
             self._sealing = self._sealer.submit(seal)
+
+    def _begin(self, target: Path) -> Path:
+        self._wait_for_seal()
+        return _begin(target, self._needed_bytes)
 
     def _wait_for_seal(self) -> None:
         sealing, self._sealing = self._sealing, None
