@@ -230,6 +230,7 @@ def _train(run: Run, first: int, steps: int, saver: Saver, *, number: int | None
 
     def wait_for(work: Callable[[], None]) -> None:
         nonlocal stalled
+        dist.barrier()  # ranks that come late to it from what they computed do so without a save, too
         before = time.perf_counter()
         work()
         stalled += time.perf_counter() - before
