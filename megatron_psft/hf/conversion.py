@@ -85,7 +85,7 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path, field: str, shape: ModelShape) -> None:
         """Raises UserError, which names `field` of the configuration, for weights that are damaged or of a model other
         than `shape`."""
-        _check_model(folder, field, weights_identity(read_shape(folder, field)), shape)
+        _check_model(folder, field, weights_identity(read_shape(folder, field)), weights_identity(shape))
         self.shape = shape
         self.files = SafetensorsFolder(folder, shape, field)
         self.dtype = self.export_dtype = self.files.dtype
@@ -107,7 +107,7 @@ class MegatronWeights:
     ) -> None:
         """Raises UserError, which names `field` of the configuration, for a checkpoint that is damaged or of a model
         other than `shape`. `lora` is of its adapters, where they are what is read."""
-        _check_intact(folder, field, shape, has_adapters=lora is not None)
+        check_intact(folder, field, weights_identity(shape), has_adapters=lora is not None)
         self.shape, self._outline = shape, outline
         self._dims = hf_tensors(shape) if lora is None else adapter_tensors(shape, lora)
         self._reader = DataReader(folder)
@@ -142,7 +142,9 @@ class MegatronWeights:
             yield from tensors.items()
 
 
-def _check_intact(folder: Path, field: str, shape: ModelShape, *, has_adapters: bool) -> None:
+def check_intact(folder: Path, field: str, wanted: Identity, *, has_adapters: bool = False) -> None:
+    """Raises UserError, which names `field` of the configuration, for a checkpoint that is damaged, or not of the model
+    whose identity is `wanted`."""
     try:
         content = sealed.read_content(folder)
     except DamageError as error:
@@ -151,7 +153,7 @@ def _check_intact(folder: Path, field: str, shape: ModelShape, *, has_adapters: 
         raise UserError(f"{field} ({folder}): version ({content['version']}) must be {VERSION}; use its own release")
     if (BASE in content["identity"]) != has_adapters:
         raise UserError(f"{field} ({folder}) holds {'a model' if has_adapters else 'adapters and not a model'}")
-    _check_model(folder, field, content["identity"], shape)
+    _check_model(folder, field, content["identity"], wanted)
     num_files = len(list(folder.iterdir()))
     for part in progress(range(num_files), "checksums", unit="file"):
         damage = sealed.first_damage(folder, part=part, parts=num_files)
@@ -159,12 +161,11 @@ def _check_intact(folder: Path, field: str, shape: ModelShape, *, has_adapters: 
             raise UserError(f"{field} ({folder}) must be an intact checkpoint: {damage}")
 
 
-def _check_model(folder: Path, field: str, identity: Identity, shape: ModelShape) -> None:
-    for name, wanted in weights_identity(shape).items():
-        if identity.get(name) != wanted:
+def _check_model(folder: Path, field: str, found: Identity, wanted: Identity) -> None:
+    for name, value in wanted.items():
+        if found.get(name) != value:
             raise UserError(
-                f"{field} ({folder}) must be of the same model, but has {name} ({identity.get(name)}) instead of "
-                f"({wanted})"
+                f"{field} ({folder}) must be of the same model, but has {name} ({found.get(name)}) instead of ({value})"
             )
 
 

@@ -1,5 +1,6 @@
 """Mixture-of-experts layers: their part of Megatron-Core's configuration, and what they ask of a layout."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def check_expert_layout(shape: ModelShape, config: Config) -> None:
             f"the ffn_hidden_size of an expert ({experts.ffn_hidden_size}) must be a multiple of "
             f"expert_tensor_parallel_size ({parallel.expert_tensor_size}); change the latter"
         )
-    _check_stages(shape, config)
+    check_stages(shape.num_layers, shape.has_experts, config)
 
 
 def check_number_of_experts(count: int | None, model_type: str, config: Config) -> None:
@@ -85,13 +86,14 @@ def check_number_of_experts(count: int | None, model_type: str, config: Config) 
         )
 
 
-def _check_stages(shape: ModelShape, config: Config) -> None:
-    """Each rank keeps an optimizer for its experts, and Megatron-Core saves the step of it with those of rank 0."""
+def check_stages(num_layers: int, has_experts: Callable[[int], bool], config: Config) -> None:
+    """Raises UserError where a pipeline stage has no layer with experts. Each rank keeps an optimizer for its own,
+    whose step Megatron-Core saves with those of rank 0: without any there, no run could go on from the checkpoint."""
     stages = config.parallel.pipeline_model_parallel_size
-    per_chunk = config.parallel.num_layers_per_virtual_pipeline_stage or shape.num_layers // stages
+    per_chunk = config.parallel.num_layers_per_virtual_pipeline_stage or num_layers // stages
     for stage in range(stages):
-        layers = [layer for layer in range(shape.num_layers) if layer // per_chunk % stages == stage]
-        if not any(shape.has_experts(layer) for layer in layers):
+        layers = [layer for layer in range(num_layers) if layer // per_chunk % stages == stage]
+        if not any(map(has_experts, layers)):
             raise UserError(
                 f"pipeline_model_parallel_size ({stages}) must leave each stage a layer with experts, and stage "
                 f"{stage} has none; lower it"

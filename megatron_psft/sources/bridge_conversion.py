@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import CheckpointException, TensorStorageMetad
 from megatron_psft import sealed
 from megatron_psft.atomic import aside, sync
 from megatron_psft.checkpoint.folders import is_step_folder
-from megatron_psft.checkpoint.identity import BASE, VERSION, WEIGHTS_ONLY_STEP, Identity
+from megatron_psft.checkpoint.identity import VERSION, WEIGHTS_ONLY_STEP
 from megatron_psft.checkpoint.state import load_weights, sharded_weights
 from megatron_psft.checkpoint.unpickle import DataReader
 from megatron_psft.config.inputs import DataConfig, WeightsConfig
@@ -25,10 +25,9 @@ from megatron_psft.distributed.grid import Parallel, initialize_parallel, proces
 from megatron_psft.distributed.megatron_lines import save_options, start_results_server
 from megatron_psft.distributed.orphans import end_with_parent
 from megatron_psft.errors import InfrastructureError, UserError, first_line
+from megatron_psft.hf.conversion import check_intact
 from megatron_psft.hf.side_files import SideFiles
 from megatron_psft.model.shape import read_config
-from megatron_psft.progress import progress
-from megatron_psft.sealed import DamageError
 from megatron_psft.sources.bridge import BridgeSource
 from megatron_psft.sources.bridge_rules import with_language_model
 
@@ -75,7 +74,7 @@ class BridgeConversion:
         """Writes the Hugging Face folder of a checkpoint of a run's or of Bridge's own loop, in bf16 where that is,
         else in the format of the folder. Raises UserError where it is damaged, or of another model."""
         if is_step_folder(checkpoint):
-            _check_intact(checkpoint, self._source.weights_identity)
+            check_intact(checkpoint, "from_megatron", self._source.weights_identity)
         stored = _stored_weights(checkpoint)
         is_bf16 = all(it.properties.dtype == torch.bfloat16 for name, it in stored.items() if not _has_own_format(name))
         with self._model(bf16=is_bf16) as (model, parallel):
@@ -122,28 +121,6 @@ def bridge_checkpoint(folder: Path) -> Path | None:
     if not newest.is_dir():
         raise UserError(f"from_megatron ({folder}): {_TRACKER} says ({name}), and there is no {newest.name}")
     return newest
-
-
-def _check_intact(checkpoint: Path, wanted: Identity) -> None:
-    """Raises UserError for a checkpoint that is damaged, or not of the model."""
-    field = f"from_megatron ({checkpoint})"
-    try:
-        content = sealed.read_content(checkpoint)
-    except DamageError as error:
-        raise UserError(f"{field} must be an intact checkpoint: {error}") from None
-    if content["version"] != VERSION:
-        raise UserError(f"{field}: version ({content['version']}) must be {VERSION}; use its own release")
-    if BASE in content["identity"]:
-        raise UserError(f"{field} holds adapters and not a model")
-    for name, value in wanted.items():
-        found = content["identity"].get(name)
-        if found != value:
-            raise UserError(f"{field} must be of the same model, but has {name} ({found}) instead of ({value})")
-    num_files = len(list(checkpoint.iterdir()))
-    for part in progress(range(num_files), "checksums", unit="file"):
-        damage = sealed.first_damage(checkpoint, part=part, parts=num_files)
-        if damage is not None:
-            raise UserError(f"{field} must be an intact checkpoint: {damage}")
 
 
 def _stored_weights(checkpoint: Path) -> dict[str, TensorStorageMetadata]:

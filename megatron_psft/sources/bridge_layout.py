@@ -1,6 +1,7 @@
 """What a run's settings are to Megatron-Bridge's provider of a model, and what of them is refused."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron_psft.config.schema import Config
 from megatron_psft.distributed.device import Platform
 from megatron_psft.errors import UserError
-from megatron_psft.model.experts import check_number_of_experts
+from megatron_psft.model.experts import check_number_of_experts, check_stages
 from megatron_psft.sources.bridge_adapters import check_adapters
 
 _CUT = (
@@ -81,20 +82,7 @@ def _check_experts(fields: Mapping[str, Any], config: Config) -> None:
             "change it"
         )
     if count is not None:
-        _check_stages(fields, config)
-
-
-def _check_stages(fields: Mapping[str, Any], config: Config) -> None:
-    """Each rank has an optimizer for its experts, whose step Megatron-Core saves with those of rank 0: without any
-    there, no run can go on from the checkpoint."""
-    stages, layers = config.parallel.pipeline_model_parallel_size, fields["num_hidden_layers"]
-    of_stage = layers // stages
-    for stage in range(stages):
-        if not any(has_experts(fields, layer) for layer in range(stage * of_stage, (stage + 1) * of_stage)):
-            raise UserError(
-                f"pipeline_model_parallel_size ({stages}) must leave each stage a layer with experts, and stage "
-                f"{stage} has none; lower it"
-            )
+        check_stages(fields["num_hidden_layers"], partial(has_experts, fields), config)
 
 
 def settings_of(fields: Mapping[str, Any], config: Config, platform: Platform) -> dict[str, Any]:
