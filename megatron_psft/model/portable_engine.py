@@ -21,7 +21,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_psft.model.layers import Attention
+from megatron_psft.model.layers import Attention, PackedRowParams, packed_row_params
 
 _VERSION = "2.9.0"
 """That Megatron-Core is told where it asks: what these layers do, the engine does from before this release on."""
@@ -192,7 +192,8 @@ class PortableGroupedRowLinear(_GroupedLinear):
 
 
 class PortableAttention(Attention):
-    """`Attention` with what families differ in: a window in some layers, a learned sink beside the keys."""
+    """`Attention` with what families differ in: a window in some layers, a learned sink beside the keys, in a vision
+    tower no causal mask."""
 
     def __init__(
         self,
@@ -204,14 +205,16 @@ class PortableAttention(Attention):
         pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
+        assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.no_mask)
         super().__init__(
             config,
             layer_number,
-            attn_mask_type,
+            AttnMaskType.causal,
             attention_type,
             softmax_scale=softmax_scale,
             pg_collection=pg_collection,
         )
+        self._is_causal = attn_mask_type == AttnMaskType.causal
         if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             self.window = None
         self._tp_group = None if pg_collection is None else pg_collection.tp
@@ -220,15 +223,24 @@ class PortableAttention(Attention):
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        """As `Attention.forward`; a packed row may have a batch dimension of one, and then its output has it too."""
+        """As `Attention.forward`; a packed row may be Megatron-Core's or Bridge's, and may have a batch dimension of
+        one, and then its output has it too."""
         options.pop("num_splits", None)
-        has_batch = query.dim() == 4 and options.get("packed_seq_params") is not None
+        row = options.get("packed_seq_params")
+        if row is not None and not isinstance(row, PackedRowParams):
+            bounds = row.cu_seqlens_q if row.cu_seqlens_q_padded is None else row.cu_seqlens_q_padded
+            options["packed_seq_params"] = packed_row_params(tuple(bounds.diff().tolist()), bounds.device)
+        has_batch = query.dim() == 4 and row is not None
         if has_batch:
             query, key, value = (x.squeeze(1) for x in (query, key, value))
         output = super().forward(query, key, value, *args, **options)
         return output.unsqueeze(1) if has_batch else output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not self._is_causal:
+            query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            output = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale)
+            return output.permute(2, 0, 1, 3).flatten(2)
         if not hasattr(self, "softmax_offset"):
             return super()._attend(query, key, value)
         # The sink is one key more, of no value, whose score does not depend on the query. Written out: of PyTorch's

@@ -1,6 +1,5 @@
 """Runs Megatron-Bridge on the CPU."""
 
-import importlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 
 from tests.nemo import cpu
-from tests.support.cli import Exit
 from tests.support.layouts import LAYOUTS
 from tests.support.pool import Pool
 
@@ -71,11 +69,3 @@ def assert_same_run(found: list[dict[str, float]], wanted: list[dict[str, float]
                 assert bridge_name not in line
                 continue
             assert line[bridge_name] == pytest.approx(wanted_line[name], rel=1e-4), (line["step"], name)
-
-
-def run_seeing(argv: list[str]) -> Exit:
-    """What the `main` of run_vision.py does on this rank; for `pool.run` of a pool that runs nothing else."""
-    cpu.prepare()
-    # Before Bridge is imported, and binds what Transformer Engine's layers are called.
-    importlib.import_module("tests.nemo.vision_layers").stand_in()
-    return cpu.run("tests.nemo.run_vision", argv)

@@ -21,11 +21,3 @@ def source_pool() -> Iterator[Pool]:
     workers = Pool()
     yield workers
     workers.close()
-
-
-@pytest.fixture(scope="session")
-def vision_pool() -> Iterator[Pool]:
-    """Ranks whose Bridge, on a CPU, builds vision towers (vision_layers.py)."""
-    workers = Pool()
-    yield workers
-    workers.close()

@@ -2,8 +2,9 @@
 `python -m tests.nemo.cpu MODULE ARGUMENTS`.
 
 Bridge, unlike Megatron-Core, cannot be imported without Transformer Engine and nvidia-resiliency-ext, and asks for CUDA
-by name. The two get stand-ins, once Megatron-Core has seen that they are not there, and CUDA's questions the CPU's
-answers, beyond those of megatron_psft.distributed.cpu_shims.
+by name. The two get stand-ins, once Megatron-Core has seen that they are not there, the engine's layers portable ones,
+so that models are built by Bridge's own specifications, and CUDA's questions the CPU's answers, beyond those of
+megatron_psft.distributed.cpu_shims.
 """
 
 import functools
@@ -15,6 +16,7 @@ import types
 import torch
 
 from megatron_psft.distributed.cpu_shims import adapt_to_cpu
+from megatron_psft.model.portable_engine import stand_in_for_engine
 from tests.support.cli import Exit, call_main
 
 _ENGINE = ("", ".common", ".common.recipe", ".pytorch", ".pytorch.fp8", ".pytorch.ops")
@@ -47,6 +49,7 @@ def prepare() -> None:
         importlib.import_module(f"megatron.core.{name}")
     for name in _STAND_INS:
         _install(name)
+    stand_in_for_engine()
     _answer_as_cuda()
     import megatron.core.datasets.utils as datasets_utils
 

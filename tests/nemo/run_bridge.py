@@ -20,9 +20,6 @@ from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 from safetensors.torch import load_file
 
-from megatron_psft.distributed.device import Platform
-from megatron_psft.model import gpt
-from megatron_psft.model.shape import read_shape
 from megatron_psft.nemo.config import PsftConfigContainer
 from megatron_psft.nemo.recipes import psft_recipe
 from megatron_psft.nemo.train import finetune
@@ -78,11 +75,8 @@ class LoadedLoRA(LoRA):
 
 
 def portable_model(model_folder: Path, seq_length: int):
-    """Bridge's provider of the model, in fp32 and with the layers that pretrain_psft.py has on a CPU."""
+    """Bridge's provider of the model, in fp32."""
     provider = AutoBridge.from_hf_pretrained(str(model_folder)).to_megatron_provider(load_weights=False)
-    shape = read_shape(model_folder)
-    place = Platform(device=torch.device("cpu"), backend="gloo", has_transformer_engine=False)
-    provider.transformer_layer_spec = lambda config, vp_stage=None: gpt._layer_spec(shape, config, place, vp_stage)
     for name, value in {**FP32, **dict.fromkeys(FUSIONS, False)}.items():
         setattr(provider, name, value)
     provider.use_cpu_initialization, provider.attention_backend, provider.seq_length = True, None, seq_length

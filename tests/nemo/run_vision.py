@@ -1,4 +1,4 @@
-"""Fine-tunes a tiny model that sees with Megatron-Bridge: `bridge.run_seeing(["JOB.json"])`.
+"""Fine-tunes a tiny model that sees with Megatron-Bridge: `cpu.run("tests.nemo.run_vision", ["JOB.json"])`.
 
 The recipe is the package's own, or Bridge's turned into one, on the tiny model in place of the published one.
 """

@@ -10,7 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoProcessor
 
-from tests.nemo.bridge import assert_same_run, needs_bridge, overrides_of, run_seeing
+from tests.nemo import cpu
+from tests.nemo.bridge import assert_same_run, needs_bridge, overrides_of
 from tests.support import oracle, tiny
 from tests.support.layouts import LAYOUTS
 
@@ -82,7 +83,7 @@ def expected(model, examples):
 
 
 @pytest.fixture
-def run(vision_pool, seen, model, tmp_path):
+def run(bridge_pool, seen, model, tmp_path):
     """What Bridge says of each step of a run that saves in `tmp_path`, where its export is too."""
 
     def train(family: str, *overrides: str, layout: str = "one") -> list[dict[str, float]]:
@@ -93,7 +94,7 @@ def run(vision_pool, seen, model, tmp_path):
         overridden = [*own, *(it for it in overrides_of(layout) if not it.startswith("dataset.")), *overrides]
         path, nproc = tmp_path / "job.json", LAYOUTS[layout].world_size
         path.write_text(json.dumps({**job, "save": tmp_path, "overrides": overridden}, default=str))
-        for exit in vision_pool.run(run_seeing, nproc, [str(path)]):
+        for exit in bridge_pool.run(cpu.run, nproc, "tests.nemo.run_vision", [str(path)]):
             assert exit.code == 0, exit.out[-2000:] + exit.err[-8000:]
         return [json.loads(line) for line in (tmp_path / f"bridge_{nproc - 1}.jsonl").read_text().splitlines()]
 
