@@ -206,7 +206,7 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
 }
 """Rules by `model_type`."""
 
-ONLY_CONVERTED: Mapping[str, tuple[Rule, ...]] = {"qwen2_5_vl": (_COMMON[0],)}
+ONLY_CONVERTED: Mapping[str, tuple[Rule, ...]] = dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), (_COMMON[0],))
 """Rules of families whose weights come back from Bridge as they were, and whose maths was not compared here."""
 
 

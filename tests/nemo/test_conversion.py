@@ -67,7 +67,7 @@ def save_by_bridge(model: Path, target: Path) -> None:
         conversion._source._bridge.save_megatron_model([chunk], str(target))
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen2_5_vl", "qwen3_vl"])
 def test_a_checkpoint_of_bridges_own_is_exported(source_pool, converted, tmp_path, family):
     """With biases of routers in fp32, and with a vision tower."""
     if family == "glm4_moe":

@@ -19,6 +19,7 @@ pytestmark = [
     needs_bridge,
     pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed"),
     pytest.mark.slow,
+    pytest.mark.both,
 ]
 
 STEPS, GLOBAL_BATCH_SIZE, INTERVAL, RECORDS = 4, 4, 2, 8
@@ -103,8 +104,8 @@ def run(bridge_pool, seen, model, tmp_path):
 
 UNPACKED = ("dataset.enable_in_batch_packing=false", "dataset.pad_to_max_length=true")
 CASES = [
-    pytest.param("qwen2_5_vl", "TP2", (), marks=pytest.mark.both),  # as the recipe has it
-    pytest.param("qwen3_vl", "one", (), marks=pytest.mark.both),
+    ("qwen2_5_vl", "TP2", ()),  # as the recipe has it
+    ("qwen3_vl", "one", ()),
     ("qwen2_5_vl", "PP2", UNPACKED),  # two rows, which are not contiguous in Bridge
     ("qwen3_vl", "TP2-SP", ()),
 ]
