@@ -64,10 +64,11 @@ packages-py312: $(VENV)312/.packages # all that install-py312 installs but this 
 install-py312: $(VENV)312/.installed ## Create the environment of Python 3.12 with its Megatron-Core and Megatron-Bridge
 
 test-py312: install-py312 ## Run the tests of `make test` and some slow ones on Python 3.12, without rooms for which it makes no difference
-	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m "(not slow or both) and not gpu" $(ONCE:%=--ignore=tests/%)
+	$(VENV)312/bin/python -m pytest $(AT_A_TIME) -m "(not slow or both) and not gpu" --ignore=tests/nemo $(ONCE:%=--ignore=tests/%)
 
-test-nemo: install-py312 ## Run the tests of Megatron-Bridge alone, on Python 3.12
-	$(VENV)312/bin/python -m pytest $(AT_A_TIME) tests/nemo
+# One at a time: each that runs at a time would have ranks of its own, and each of these imports Bridge for 13 seconds.
+test-nemo: install-py312 ## Run the tests of Megatron-Bridge, on Python 3.12
+	$(VENV)312/bin/python -m pytest $(DURATIONS) -m "not gpu" tests/nemo
 
 test-gpu: install ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
