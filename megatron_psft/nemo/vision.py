@@ -43,7 +43,7 @@ def bridge_step_of(config: ConfigContainer) -> BridgeStep:
 def set_right(config: ConfigContainer) -> None:
     """What Bridge builds wrongly of a model that sees; before it is built."""
     _set_sections(config)
-    config.model.register_pre_wrap_hook(mend)
+    config.model.register_pre_wrap_hook(_mend)
 
 
 def _set_sections(config: ConfigContainer) -> None:
@@ -58,7 +58,7 @@ def _set_sections(config: ConfigContainer) -> None:
         config.model.mrope_section = list(found)
 
 
-def mend(chunks: list[Any]) -> list[Any]:
+def _mend(chunks: list[Any]) -> list[Any]:
     """A hook for Bridge's provider: `register_pre_wrap_hook`."""
     log.info(
         "set right of Megatron-Bridge's model: the GELU of Qwen3-VL's mergers, gradients of its deepstack, contiguity"
