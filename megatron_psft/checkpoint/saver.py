@@ -197,8 +197,17 @@ class Saver:
             self._sealing = self._sealer.submit(seal)
 
     def _begin(self, target: Path) -> Path:
+        """Makes the folder to write in, where there is room for what is to come, once the one before is sealed."""
         self._wait_for_seal()
-        return _begin(target, self._needed_bytes)
+        staging = sealed.begin(target)
+        free_bytes = shutil.disk_usage(staging).free
+        if free_bytes < self._needed_bytes:
+            sealed.discard(target)
+            raise InfrastructureError(
+                f"save ({target.parent}) must have room for a checkpoint, about {self._needed_bytes / 2**30:.2g} GiB, "
+                f"and has {free_bytes / 2**30:.2g} GiB; the checkpoints before it are intact; make room and start again"
+            )
+        return staging
 
     def _wait_for_seal(self) -> None:
         sealing, self._sealing = self._sealing, None
@@ -226,19 +235,6 @@ class Saver:
         cause = causes[0]
         text = _write_failed(str(cause), self._target)
         raise storage_error(cause, text) if isinstance(cause, OSError) else InfrastructureError(text)
-
-
-def _begin(target: Path, needed_bytes: int) -> Path:
-    """Makes the folder to write in, where there is room for what is to come."""
-    staging = sealed.begin(target)
-    free_bytes = shutil.disk_usage(staging).free
-    if free_bytes < needed_bytes:
-        sealed.discard(target)
-        raise InfrastructureError(
-            f"save ({target.parent}) must have room for a checkpoint, about {needed_bytes / 2**30:.2g} GiB, and has "
-            f"{free_bytes / 2**30:.2g} GiB; the checkpoints before it are intact; make room and start again"
-        )
-    return staging
 
 
 def _write_failed(cause: str, target: Path) -> str:
