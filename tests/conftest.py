@@ -1,6 +1,7 @@
 """Settings of the whole suite, and the pool of ranks."""
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -14,6 +15,9 @@ from hypothesis import settings
 from tests.support.cli import REPOSITORY
 from tests.support.pool import Pool
 from tests.support.start import sitecustomize
+
+# Half the time that collecting tests takes was Python's collector's, which walked all that they import again and again.
+gc.disable()
 
 # Before torch is imported, and inherited by all processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,6 +56,13 @@ if worker is not None:
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else Triton, as the process ends, tells of each object that it has left
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

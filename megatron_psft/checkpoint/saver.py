@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, cast
@@ -267,7 +267,7 @@ def _plan(content: dict[str, Any], staging: Path, *, is_first: bool) -> AsyncReq
 def _quick_collections() -> Iterator[None]:
     """Python's garbage collector looks at nothing but what comes in this context. Megatron-Core calls it while it
     describes an optimizer's state, and it would walk all objects of the process, some tenths of a second."""
-    if gc.get_freeze_count():  # somebody else's
+    if _is_frozen():
         yield
         return
     gc.freeze()
@@ -275,6 +275,12 @@ def _quick_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@cache
+def _is_frozen() -> bool:
+    """Whether objects were frozen by somebody else, who wants them so. Asked once, as Python counts them one by one."""
+    return gc.get_freeze_count() > 0
 
 
 @contextmanager

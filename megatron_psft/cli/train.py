@@ -22,6 +22,7 @@ from megatron_psft.data.places import check_places
 from megatron_psft.distributed.environment import prepare_environment
 from megatron_psft.distributed.exit_code import EXIT_BUG, EXIT_SIGNALLED, check_file, exit_code_of, leave, left_behind
 from megatron_psft.distributed.orphans import end_at_once, end_with_launcher
+from megatron_psft.distributed.quick_imports import quick_imports
 from megatron_psft.errors import ExplainedError, RankError, UserError
 from megatron_psft.hf.folder import check_apart
 
@@ -86,8 +87,9 @@ def main(argv: Sequence[str]) -> int:
 def _train(config: Config, rank: int, world_size: int, local_rank: int, started_at: float) -> int:
     environment = [] if config.precision.device == "cpu" else prepare_environment()
     # Late, as these take seconds to import: `--help` and a mistyped flag answer at once.
-    from megatron_psft.distributed.device_choice import has_hidden_gpu, survey
-    from megatron_psft.distributed.failure import FailureWatch, end_after
+    with quick_imports():
+        from megatron_psft.distributed.device_choice import has_hidden_gpu, survey
+        from megatron_psft.distributed.failure import FailureWatch, end_after
 
     minutes = config.parallel.distributed_timeout_minutes
     settled = _settle(survey(config.precision.device, rank, local_rank), rank, world_size, local_rank, minutes)
@@ -98,7 +100,8 @@ def _train(config: Config, rank: int, world_size: int, local_rank: int, started_
         log.info("environment: %s", ", ".join(map(str, environment)))
     elif config.precision.device == "auto" and has_hidden_gpu(os.environ):
         log.warning("CUDA_VISIBLE_DEVICES hides the GPUs of this machine: they are not used")
-    from megatron_psft.distributed.grid import process_group
+    with quick_imports():
+        from megatron_psft.distributed.grid import process_group
 
     with FailureWatch(meeting, partial(end_after, rank)) as watch:
         try:
@@ -112,8 +115,9 @@ def _train(config: Config, rank: int, world_size: int, local_rank: int, started_
 
 def _run(config: Config, platform: "Platform", locks: ExitStack, rank: int, local_rank: int, started_at: float) -> int:
     """Within the process group, so that all ranks can leave together; raises what only this one may know of."""
-    from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
-    from megatron_psft.train.run import hold_folders, run
+    with quick_imports():
+        from megatron_psft.distributed.collective import naming_lost_peers, on_rank_zero
+        from megatron_psft.train.run import hold_folders, run
 
     try:
         with naming_lost_peers("training"):

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from megatron_psft.distributed.quick_imports import quick_imports
+
 _compile = torch.compile
+_has_gpu = torch.cuda.is_available
 _UNUSED = ("wandb", "torch.utils.tensorboard")
 """Megatron-Core imports them, where installed, for timers and an inference engine that no run of ours starts."""
 
@@ -20,7 +23,8 @@ def import_megatron() -> None:
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # which makes their import fail
     torch.compile = compile_when_called  # type: ignore[assignment]
     try:
-        import megatron.core  # noqa: F401
+        with quick_imports():
+            import megatron.core  # noqa: F401
     finally:
         torch.compile = _compile
         for name in hidden:
@@ -28,10 +32,11 @@ def import_megatron() -> None:
 
 
 def compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """`torch.compile`, as a function or a decorator, whose work begins with the first call of what it returns."""
+    """`torch.compile`, as a function or a decorator, whose work begins with the first call of what it returns. Without
+    a GPU there is none: it would take seconds and a compiler of C++, for functions that a CPU computes in no time."""
     if function is None:
         return functools.partial(compile_when_called, **options)
-    compiled = functools.cache(lambda: _compile(function, **options))
+    compiled = functools.cache(lambda: _compile(function, **options) if _has_gpu() else function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

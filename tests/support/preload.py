@@ -1,12 +1,16 @@
 """What the ranks of the pool are born with: imports, and what a process finds out once. The fork server imports it."""
 
-import pytest  # noqa: F401
-import torch._dynamo  # as an optimizer does
-import torch.utils.tensorboard  # noqa: F401
-import transformers.models.auto.modeling_auto
-import transformers.models.auto.tokenization_auto  # noqa: F401
+import gc
 
-from megatron_psft.distributed.megatron_import import import_megatron
+gc.disable()
+
+import pytest  # noqa: E402, F401
+import torch._dynamo  # noqa: E402  # as an optimizer does
+import torch.utils.tensorboard  # noqa: E402, F401
+import transformers.models.auto.modeling_auto  # noqa: E402
+import transformers.models.auto.tokenization_auto  # noqa: E402, F401
+
+from megatron_psft.distributed.megatron_import import import_megatron  # noqa: E402
 
 import_megatron()
 
@@ -23,3 +27,6 @@ from megatron_psft.metrics import provenance  # noqa: E402
 provenance.versions()
 cache._hash_of_code()
 flags.field_docs(schema.Config)
+
+gc.freeze()
+gc.enable()
