@@ -84,9 +84,9 @@ FULL = Plan()
 QUICK = Plan(
     methods=(SFT, PSFT),
     seeds=(0,),
-    base_steps=120,
+    base_steps=40,
     lengths=(16,),
-    sizes=Sizes(base=3000, target=32, held_out=32),
+    sizes=Sizes(base=1000, target=32, held_out=32),
     questions=32,
     rl=Rl(rounds=1, prompts=8, samples=4),
 )

@@ -42,7 +42,6 @@ BF16 = ("--bf16",)
         ("qwen3", True, 1, ()),
         slow("qwen2", False, 2, TP2),
         slow("llama", False, 2, PP2),
-        slow("qwen3", True, 2, DIST_OPT),
         slow("qwen2", False, 2, VPP),
         slow("qwen3", True, 4, (*TP2, *PP2)),
     ],

@@ -106,7 +106,7 @@ def train(
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
-OF_ALL_FAMILIES = ("one", "TP2-SP", "PP2-VPP1")
+OF_ALL_FAMILIES = ("TP2-SP", "PP2-VPP1")
 """Where what a family has of its own (biases, stretched frequencies, an untied head) is cut or moved; data and context
 parallel ranks hold it whole. Below are TP2-PP2 with Qwen2's fixed old policy and with relatives of Llama's."""
 CASES = [
@@ -123,7 +123,6 @@ DENSE_CASES = [case if case in QUICK else slow(*case, both=case in ON_BOTH_LINES
 EXPERT_CASES = [
     ("qwen3_moe", QUICK_EXPERT_LAYOUT),
     *(slow("qwen3_moe", layout) for layout in SLOW_EXPERT_LAYOUTS),
-    slow("mixtral", "one"),
     slow("mixtral", "TP2-SP-DP2-EP2"),
 ]
 VARIANT_CASES = [slow("mistral", "TP2-SP", both=True), slow("qwen3-yarn", "PP2"), slow("qwen3_vl", "PP2", both=True)]
@@ -196,7 +195,6 @@ def test_packs_follow_the_oracle_on_their_records(pool, inputs, tmp_path, family
     ("family", "layout", "steps"),
     [
         ("qwen3", "DP2-overlap", STEPS),
-        slow("qwen3", "one", FEW_STEPS),
         slow("qwen3", "TP2-SP", FEW_STEPS),
         slow("qwen3", "PP2-DP2-VPP1-overlap", FEW_STEPS),
         slow("qwen3", "CP2", FEW_STEPS),

