@@ -21,7 +21,7 @@ pytestmark = [needs_bridge, pytest.mark.slow, pytest.mark.both]
 
 STEPS, GLOBAL_BATCH_SIZE = 12, 8
 VOCAB_SIZE = 212  # Bridge pads no vocabulary that a model brings along: two ranks must divide it
-BRIDGE_LAYOUTS = ("one", "TP2", "TP2-SP", "PP2", "DP2", "DP2-overlap")
+BRIDGE_LAYOUTS = ("one", "TP2-SP", "PP2", "DP2-overlap")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -86,7 +86,6 @@ def bridge_run(bridge_pool, inputs, tmp_path):
 CASES = [
     ("qwen2", "one"),
     *(("qwen3", layout) for layout in BRIDGE_LAYOUTS),
-    ("qwen3_moe", "one"),
     ("qwen3_moe", "DP2-EP2"),
 ]
 
@@ -120,7 +119,6 @@ OTHERS = {
     "plain head": ("--no-fused-head", "psft.fused_head=false"),
     "dft": ("--objective dft", "psft.objective=dft"),
     "eaft": ("--objective eaft", "psft.objective=eaft"),
-    "wider clip": ("--clip-ratio-high 0.5", "psft.clip_ratio_high=0.5"),
 }
 
 
@@ -150,16 +148,15 @@ def test_shuffled_epochs_are_read_ahead_in_their_order(bridge_run, inputs, expec
     assert_same_run(bridge_run("qwen2", *overrides), wanted)
 
 
-@pytest.mark.parametrize("layout", ["one", "DP2"])
-def test_run_resumes_within_a_window(bridge_run, expected, tmp_path, layout):
+def test_run_resumes_within_a_window(bridge_run, expected, tmp_path):
     """Two steps into a window of four; the weights of the window's begin are gone."""
     overrides = [f"checkpoint.save={tmp_path}", f"checkpoint.load={tmp_path}"]
-    first = bridge_run("qwen2", *overrides, "train.exit_interval=6", layout=layout)
+    first = bridge_run("qwen2", *overrides, "train.exit_interval=6", layout="DP2")
     assert len(first) == 6
-    assert_same_run(bridge_run("qwen2", *overrides, layout=layout), expected("qwen2"))
+    assert_same_run(bridge_run("qwen2", *overrides, layout="DP2"), expected("qwen2"))
 
 
-@pytest.mark.parametrize("layout", ["one", "TP2", "PP2"])
+@pytest.mark.parametrize("layout", ["one", "PP2"])
 def test_the_scoring_check_is_made_once_and_its_metrics_are_logged(bridge_run, tmp_path, layout):
     folder = tmp_path / "events"
     bridge_run("qwen2", f"logger.tensorboard_dir={folder}", "train.train_iters=6", layout=layout)
