@@ -9,7 +9,7 @@ from megatron_psft.model.adapters import targeted
 from megatron_psft.model.families import Family
 from megatron_psft.model.shape import ExpertShape, ModelShape
 
-_COMPARED = ("gemma3_text", "olmoe")
+_COMPARED = ("gemma3_text", "glm4_moe", "gpt_oss", "olmoe")
 
 
 class _Sizes(ModelShape):

@@ -19,7 +19,8 @@ pytestmark = [needs_bridge, pytest.mark.slow, pytest.mark.both]
 
 STEPS, GLOBAL_BATCH_SIZE, INTERVAL, RANK, ALPHA = 4, 4, 4, 6, 12
 OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-TARGETS = {"gemma3_text": (*OF_ATTENTION, "gate_proj", "up_proj", "down_proj"), "olmoe": OF_ATTENTION}
+TARGETS = dict.fromkeys(("olmoe", "glm4_moe", "gpt_oss"), OF_ATTENTION)
+TARGETS |= {"gemma3_text": (*OF_ATTENTION, "gate_proj", "up_proj", "down_proj")}
 
 
 @pytest.fixture
@@ -38,7 +39,10 @@ def train(source_pool, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("family", "layout"), [("gemma3_text", "TP2-SP"), ("olmoe", "DP2-EP2")])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("gemma3_text", "TP2-SP"), ("olmoe", "DP2-EP2"), ("glm4_moe", "PP2"), ("gpt_oss", "DP2-EP2")],
+)
 def test_psft_of_adapters_follows_peft(train, tmp_path, family, layout):
     """And goes on in one process, in the middle of a window."""
     model = bridge_models.build_model(tmp_path / "model", family)
