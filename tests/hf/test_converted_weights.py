@@ -45,7 +45,7 @@ BF16 = ("--bf16",)
         slow("qwen2", False, 2, VPP),
         slow("qwen3", True, 4, (*TP2, *PP2)),
     ],
-    ids=["one", "TP2-SP", "PP2", "DP2-distopt", "PP2-VPP", "TP2-PP2"],
+    ids=["one", "TP2-SP", "PP2", "PP2-VPP", "TP2-PP2"],
 )
 def test_a_checkpoint_that_is_converted_once_trains_in_any_layout(
     pool, converted, tmp_path, inputs, family, tied, world_size, layout
