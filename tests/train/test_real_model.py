@@ -97,8 +97,9 @@ def test_steps_follow_the_oracle(pool, model, records, tmp_path, objective, layo
             assert line[name] == pytest.approx(oracle_line[name], rel=1e-4), (line["step"], name)
     if objective == "psft":
         assert [line["clip_fraction"] for line in found] == pytest.approx([line["clip_fraction"] for line in wanted])
-        assert max(line["clip_fraction"] for line in found) > (0.1 if steps == STEPS else 0)
-    assert "Paris" in answer(tmp_path / "run" / "hf", "What is the capital of France?")
+        assert max(line["clip_fraction"] for line in found) > (0.1 if steps == STEPS else 0.0)
+    if steps == STEPS:
+        assert "Paris" in answer(tmp_path / "run" / "hf", "What is the capital of France?")
 
 
 def answer(folder: Path, question: str) -> str:
