@@ -62,11 +62,9 @@ def expected(model: Path, objective: str) -> list[dict[str, float]]:
     return history
 
 
-def train(
-    pool, model: Path, records: Path, save: Path, objective: str, layout: Layout, steps: int
-) -> list[dict[str, float]]:
+def train(pool, model: Path, records: Path, save: Path, objective: str, layout: Layout) -> list[dict[str, float]]:
     argv = f"""
-        --load-hf {model} --data {records} --save {save} --export-hf {save}/hf --train-iters {steps}
+        --load-hf {model} --data {records} --save {save} --export-hf {save}/hf --train-iters {STEPS}
         --global-batch-size {GLOBAL_BATCH_SIZE} --lr {LR} --lr-decay-style constant
         --no-shuffle --no-packing --objective {objective}
     """
@@ -77,19 +75,19 @@ def train(
 
 
 @pytest.mark.parametrize(
-    ("objective", "layout", "steps"),
+    ("objective", "layout"),
     [
-        ("sft", Layout(), STEPS),
-        ("psft", Layout(tensor=3), STEPS),  # nine heads in three groups
-        ("psft", Layout(pipeline=2), 2),
-        ("psft", Layout(context=2), 2),
-        ("psft", Layout(data=2, optimizer="distopt"), 2),
+        ("sft", Layout()),
+        ("psft", Layout(tensor=3)),  # nine heads in three groups
+        ("psft", Layout(pipeline=2)),
+        ("psft", Layout(context=2)),
+        ("psft", Layout(data=2, optimizer="distopt")),
     ],
     ids=str,
 )
-def test_steps_follow_the_oracle(pool, model, records, tmp_path, objective, layout, steps):
-    found = train(pool, model, records, tmp_path / "run", objective, layout, steps)
-    wanted = expected(model, objective)[:steps]
+def test_four_steps_follow_the_oracle(pool, model, records, tmp_path, objective, layout):
+    found = train(pool, model, records, tmp_path / "run", objective, layout)
+    wanted = expected(model, objective)
     for line, oracle_line in zip(found, wanted, strict=True):
         for name in ("tokens", "label_tokens"):
             assert line[name] == oracle_line[name]
@@ -97,9 +95,8 @@ def test_steps_follow_the_oracle(pool, model, records, tmp_path, objective, layo
             assert line[name] == pytest.approx(oracle_line[name], rel=1e-4), (line["step"], name)
     if objective == "psft":
         assert [line["clip_fraction"] for line in found] == pytest.approx([line["clip_fraction"] for line in wanted])
-        assert max(line["clip_fraction"] for line in found) > (0.1 if steps == STEPS else 0.0)
-    if steps == STEPS:
-        assert "Paris" in answer(tmp_path / "run" / "hf", "What is the capital of France?")
+        assert max(line["clip_fraction"] for line in found) > 0.1
+    assert "Paris" in answer(tmp_path / "run" / "hf", "What is the capital of France?")
 
 
 def answer(folder: Path, question: str) -> str:
