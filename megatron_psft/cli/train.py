@@ -100,8 +100,7 @@ def _train(config: Config, rank: int, world_size: int, local_rank: int, started_
         log.info("environment: %s", ", ".join(map(str, environment)))
     elif config.precision.device == "auto" and has_hidden_gpu(os.environ):
         log.warning("CUDA_VISIBLE_DEVICES hides the GPUs of this machine: they are not used")
-    with quick_imports():
-        from megatron_psft.distributed.grid import process_group
+    from megatron_psft.distributed.grid import process_group
 
     with FailureWatch(meeting, partial(end_after, rank)) as watch:
         try:
