@@ -27,7 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 START = Path(sitecustomize.__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(START), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 # Where memory has room for them, their files wait for no disk in other ways either.
-MEMORY = Path("/dev/shm")
+MEMORY = Path(os.environ.get("TESTS_MEMORY") or "/dev/shm")
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * 2**30:
     os.environ["TMPDIR"] = str(MEMORY)
     tempfile.tempdir = None

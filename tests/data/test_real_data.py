@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.data.chat import render_record
 from megatron_psft.data.example import Example
 from megatron_psft.data.micro_batch import collate
@@ -44,6 +46,8 @@ def train_on_gsm8k(pool, data: Path, model: Path, tokenizer: str, save: Path, *f
     argv += ["--no-packing", *flags]
     exits = pool.run(run_cli, 2, [str(value) for value in argv], timeout=1800)
     assert [exit.code for exit in exits] == [0, 0], exits[0].err
+    for checkpoint in step_folders(save):  # gigabytes, in memory
+        shutil.rmtree(checkpoint)
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
