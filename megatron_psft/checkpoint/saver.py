@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint import CheckpointException, Metadata, SavePlan, default_planner
 from torch.serialization import get_crc32_options, set_crc32_options
 
@@ -91,6 +92,7 @@ class Saver:
             self._queue = BackgroundCalls(parallel.device) if in_background else None
         self._sealer = ThreadPoolExecutor(max_workers=1)  # of rank 0
         self._sealing: Future[None] | None = None
+        self._unwritten: list[Callable[[], None]] = []
         self._target = folder
         self._has_to_validate = True
 
@@ -115,7 +117,8 @@ class Saver:
                 request = request._replace(async_fn=write)
             request.add_finalize_fn(partial(self._seal, target, step))
             if self._queue is None:
-                request.execute_sync()
+                with _tables_to(self._unwritten):
+                    request.execute_sync()
             else:
                 self._queue.schedule_async_request(request)
         if self._queue is None:
@@ -138,7 +141,7 @@ class Saver:
 
     def _finalize(self, *, blocking: bool) -> None:
         if self._queue is not None:
-            with self._writing(), naming_lost_peers(f"checkpoint {self._target}"):
+            with self._writing(), naming_lost_peers(f"checkpoint {self._target}"), _tables_to(self._unwritten):
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def __enter__(self) -> "Saver":
@@ -187,6 +190,7 @@ class Saver:
 
         def seal() -> None:
             try:
+                self._unwritten.pop()()
                 sealed.seal(target, content)
                 folders.remove_older(self._folder, self._keep_last)
             except OSError as error:
@@ -261,6 +265,22 @@ def _plan(content: dict[str, Any], staging: Path, *, is_first: bool) -> AsyncReq
             validate_access_integrity=is_first,
             **save_options(),
         )
+
+
+@contextmanager
+def _tables_to(unwritten: list[Callable[[], None]]) -> Iterator[None]:
+    """Has Megatron-Core leave to `unwritten` what rank 0 writes last, the table of all tensors (`.metadata`): all ranks
+    would wait until the disk has it."""
+    write = FileSystemWriterAsync.finish
+
+    def keep(*arguments: Any) -> None:
+        unwritten.append(partial(write, *arguments))
+
+    FileSystemWriterAsync.finish = keep
+    try:
+        yield
+    finally:
+        FileSystemWriterAsync.finish = write
 
 
 @contextmanager

@@ -130,7 +130,9 @@ def _run_with_signal(argv: list[str], rank: str, moment: str, signum: int) -> Ex
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("moment", "signum", "rank"), zip(MOMENTS, (SIGTERM, SIGINT, SIGTERM), "101", strict=True))
+@pytest.mark.parametrize(
+    ("moment", "signum", "rank"), list(zip(MOMENTS, (SIGTERM, SIGINT, SIGTERM), "101", strict=True))
+)
 def test_a_signal_ends_the_run_in_good_order(pool, tmp_path, inputs, uninterrupted, moment, signum, rank):
     flags = (*DIST_OPT, *evaluated(inputs))
     argv = inputs.argv(tmp_path / "run", *flags)

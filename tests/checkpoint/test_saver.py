@@ -1,5 +1,6 @@
 """A run that is resumed is the run that was not interrupted: to the bit in its layout, to rounding in another."""
 
+import errno
 import functools
 import shutil
 from dataclasses import replace
@@ -9,11 +10,12 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from safetensors.torch import load_file
 
 from megatron_psft.checkpoint.folders import step_folder, step_folders
 from tests.support import tiny
-from tests.support.cli import run_cli
+from tests.support.cli import Exit, run_cli
 from tests.support.marks import slow
 from tests.support.runs import (
     CP2,
@@ -242,6 +244,23 @@ def bytes_copied_by_plans(argv: list[str]) -> list[int]:
     with mock.patch.object(dist_checkpointing, "save", counted_plan):
         assert run_cli(argv).code == 0
     return copied
+
+
+def _run_without_room_for_the_table(argv: list[str]) -> Exit:
+    with mock.patch.object(FileSystemWriterAsync, "finish", side_effect=OSError(errno.ENOSPC, "No space left")):
+        return run_cli(argv)
+
+
+@pytest.mark.parametrize(
+    "background", [pytest.param((), id="waiting"), pytest.param(("--async-save",), id="background")]
+)
+def test_a_checkpoint_whose_table_cannot_be_written_is_none(pool, tmp_path, inputs, background):
+    argv = inputs.argv(tmp_path / "run", *DIST_OPT, "--save-interval", "1", *background)
+    first, second = pool.run(_run_without_room_for_the_table, 2, argv)
+    assert (first.code, second.code) == (4, 4)
+    assert "error: save: a checkpoint could not be written ([Errno 28] No space left); those before it" in first.err
+    assert "Traceback" not in first.err + second.err
+    assert not list((tmp_path / "run").glob("step_*"))
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
