@@ -4,6 +4,7 @@ Before the first step of a window of k steps comes a sync: the old policy become
 weights; at the sync one forward-only pass stores what the weights of that moment say of the window's labels.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from megatron_psft.config.schema import ObjectiveConfig
 from megatron_psft.objectives.objective import Objective
 from megatron_psft.progress import progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,14 @@ class OldPolicyWindow:
         `between_batches` is called after each global batch; where it raises, the window has not begun.
         """
         self._scores.clear()
-        end = self.window_of(step).stop
+        window = self.window_of(step)
+        if step != window.start:
+            log.info(
+                "old policy: synced before step %d, within the window of steps %d to %d, for which no scores were kept, "
+                "as the run had ended there",
+                *(step + 1, window.start + 1, window.stop),
+            )
+        end = window.stop
         scored_steps = range(step + 1, end)
         if scored_steps and self._prepare is not None:
             self._prepare(scored_steps)

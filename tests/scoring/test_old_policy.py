@@ -160,7 +160,8 @@ def test_a_run_restored_anywhere_goes_on_as_if_it_had_not_stopped(interval, trai
     assert first.places + second.places == uninterrupted.places
 
 
-def test_steps_that_a_longer_run_adds_begin_a_window_that_ends_where_it_always_would():
+def test_steps_that_a_longer_run_adds_begin_a_window_that_ends_where_it_always_would(caplog):
+    caplog.set_level("INFO")
     short = Run(interval=4, train_iters=6)
     short.train(0, 6)
     longer = Run(interval=4, train_iters=14)
@@ -168,6 +169,8 @@ def test_steps_that_a_longer_run_adds_begin_a_window_that_ends_where_it_always_w
     assert longer.train(6, 14) == [CURRENT, 6, CURRENT, 8, 8, 8, CURRENT, 12]
     assert longer.passes == [(6, 7), (8, 9), (8, 10), (8, 11), (12, 13)]
     assert longer.places == [0, 1, 0, 1, 2, 3, 0, 1]
+    (line,) = caplog.messages
+    assert line.startswith("old policy: synced before step 7, within the window of steps 5 to 8, ")
 
 
 def test_the_place_in_a_window_that_a_longer_run_began_is_kept():
