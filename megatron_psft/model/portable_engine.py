@@ -33,7 +33,7 @@ class PortableNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         assert not config.fused_residual_rmsnorm
-        self._eps, self._is_centred = eps, config.layernorm_zero_centered_gamma
+        self.eps, self._is_centred = eps, config.layernorm_zero_centered_gamma
         self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
         self.bias: torch.nn.Parameter | None = None
         if config.normalization == "LayerNorm":
@@ -43,7 +43,7 @@ class PortableNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., hidden_size]` to the same."""
-        return _normalized(hidden, self.weight, self.bias, self._eps, is_centred=self._is_centred)
+        return _normalized(hidden, self.weight, self.bias, self.eps, is_centred=self._is_centred)
 
 
 def _normalized(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, is_centred: bool) -> Tensor:

@@ -122,7 +122,7 @@ class OldPolicyWindow:
         window = self.window_of(step)
         if step != window.start:
             log.info(
-                "old policy: synced before step %d, within the window of steps %d to %d, for which no scores were kept, "
+                "old policy: synced before step %d, within the window of steps %d to %d, of which no scores were kept "
                 "as the run had ended there",
                 *(step + 1, window.start + 1, window.stop),
             )

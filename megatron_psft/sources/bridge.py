@@ -69,7 +69,9 @@ class BridgeSource:
         compared on such a model."""
         check_config(fields, str(folder / "config.json"), is_trained=is_trained)
         check_kernels(fields["model_type"])
-        return cls(folder, fields, import_bridge(), setting)
+        bridge = import_bridge()
+        _check_readable(folder, setting)
+        return cls(folder, fields, bridge, setting)
 
     @cached_property
     def _bridge(self) -> Any:
@@ -160,6 +162,7 @@ class BridgeSource:
         provider: Any = megatron_config
         provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         model = provider.provide(pre_process=parallel.is_first_stage, post_process=parallel.is_last_stage)
+        _set_epsilons(model, megatron_config.layernorm_epsilon)
         mark_sharded_weights(model)
         mark_experts(model)
         if config.lora.has_adapters:
@@ -250,6 +253,7 @@ class BridgeSource:
         fields = {name: value for name, value in self.fields.items() if name not in _UNRELATED}
         return {
             "model source": "bridge",
+            "model model_type": self.fields["model_type"],  # first, as what differs first is named
             **json.loads(json.dumps({f"model {name}": it for name, it in fields.items()})),
         }
 
@@ -272,3 +276,24 @@ class BridgeSource:
             if len(it.dims) > 1 and not is_embedding and not self._passes_on(name):
                 total += prod(it.dims) * (share if ".experts." in name else 1.0)
         return total
+
+
+def _check_readable(folder: Path, setting: str) -> None:
+    """Raises UserError where transformers, by which Bridge reads it, cannot make sense of the `config.json`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{setting} ({folder}): transformers cannot read its config.json: {reason}") from error
+
+
+def _set_epsilons(model: torch.nn.Module, epsilon: float) -> None:
+    """Gives the norms behind attention and MLP, as Gemma 3 has them, the model's: Bridge leaves them the engine's."""
+    for module in model.modules():
+        norm = getattr(module, "post_layernorm", None)
+        if norm is not None:
+            assert hasattr(norm, "eps"), type(norm)
+            norm.eps = epsilon

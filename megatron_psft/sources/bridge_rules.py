@@ -227,6 +227,11 @@ def check_config(config: Fields, source: str, *, is_trained: bool = True) -> Non
             f"{source}: model_type ({model_type}) was not compared through Megatron-Bridge; those that were are "
             f"{', '.join(families)}"
         )
+    if model_type == "nemotron_h" and "hybrid_override_pattern" not in config:
+        raise UserError(
+            f"{source}: hybrid_override_pattern is missing; a folder that transformers 5 has written has other names, "
+            "of fields and of tensors, than the published ones, which Megatron-Bridge reads"
+        )
     for name in _SIZES:
         if not isinstance(config.get(name), int) or config[name] < 1:
             raise UserError(f"{source}: {name} ({config.get(name)}) must be a positive integer")

@@ -25,6 +25,11 @@ def choose_source(folder: Path, wanted: Literal["auto", "native", "bridge"]) -> 
         UserError: no source has the model, or the one that does is not installed.
     """
     fields = read_config(folder)
+    if isinstance(fields, Mapping) and wanted == "native" and fields.get("model_type") in ONLY_BRIDGE:
+        raise UserError(
+            f"model_source (native) has no model_type ({fields['model_type']}), of {folder}; Megatron-Bridge builds "
+            "such models: leave it out"
+        )
     if not isinstance(fields, Mapping) or wanted == "native":
         return NativeSource.of(folder)  # which says what is wrong
     if wanted == "auto" and not _is_of_bridge(folder, fields):

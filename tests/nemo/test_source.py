@@ -207,6 +207,17 @@ def test_what_bridge_would_leave_out_is_named(train, model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.both
+def test_a_config_that_transformers_cannot_read_is_refused(train, model, tmp_path):
+    folder = Path(shutil.copytree(model("gemma3_text"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "head_dim": "16"}))
+    error = train(folder, code=2)
+    assert f"error: load_hf ({folder}): transformers cannot read its config.json: " in error
+    assert "head_dim" in error
+
+
+@pytest.mark.slow
+@pytest.mark.both
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "qwen3_next"])
 def test_layers_for_multi_token_prediction_come_to_the_export(train, model, tmp_path, family):
     source, folder = model(family), tmp_path / "mtp"

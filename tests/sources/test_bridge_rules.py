@@ -72,6 +72,11 @@ TRAPS = [
     ("nemotron_h", {**MIXED, "mlp_hidden_act": "silu"}, "mlp_hidden_act (silu)"),
     ("nemotron_h", {**MIXED, "conv_kernel": 3}, "conv_kernel (3)"),
     ("nemotron_h", {"hybrid_override_pattern": "MG*M-M"}, "hybrid_override_pattern (MG*M-M) is not supported"),
+    (
+        "nemotron_h",
+        {"layers_block_type": ["mamba"] * 6},
+        "hybrid_override_pattern is missing; a folder that transformers 5",
+    ),
     ("nemotron_h", {"hybrid_override_pattern": "M*"}, "hybrid_override_pattern (M*) must have a character"),
     ("gemma2", {}, "model_type (gemma2)"),
     (None, {}, "model_type (None)"),

@@ -44,7 +44,7 @@ def test_a_family_of_no_source_is_told_those_of_both(folder):
 
 
 def test_native_is_asked_for_by_name(folder):
-    with pytest.raises(UserError, match=r"model_type \(gemma3_text\) is not supported; supported are llama"):
+    with pytest.raises(UserError, match=r"model_source \(native\) has no model_type \(gemma3_text\), "):
         choice.choose_source(folder("gemma3_text"), "native")
 
 
