@@ -93,7 +93,7 @@ $(VENV)/.installed-docs: $(STAMP)
 docs: $(VENV)/.installed-docs ## Build the documentation into build/site, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-CPU_BENCHMARKS = head psft_overhead scaling vs_trl lora plan checkpoint convert
+CPU_BENCHMARKS = head psft_overhead scaling vs_trl real_model lora plan checkpoint convert
 
 $(VENV)/.installed-bench: $(STAMP)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[bench]'

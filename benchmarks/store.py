@@ -34,7 +34,7 @@ from megatron_psft.metrics.provenance import commit, installed_version
 
 Figure = dict[str, Any]
 
-NAMES = ("head", "psft_overhead", "scaling", "vs_trl", "lora", "plan", "checkpoint", "convert")
+NAMES = ("head", "psft_overhead", "scaling", "vs_trl", "real_model", "lora", "plan", "checkpoint", "convert")
 """What is stored of a CPU."""
 GPU_SECONDS = {
     "environment": 40,

@@ -132,6 +132,20 @@ def _trl(figures: list[Figure]) -> str:
     return table(["", "this trainer", "TRL"], *rows)
 
 
+def _real_model(figures: list[Figure]) -> str:
+    rows = []
+    for name, what in (("transformers", "a plain loop over transformers"), ("trl", "TRL")):
+        speed, cpu = (
+            _value(figures, one) for one in (f"tokens_per_second_over_{name}", f"cpu_seconds_{name}_over_ours")
+        )
+        if speed and cpu:
+            numbers = [f"{one['value']:.2f}" for one in (speed, cpu)]
+            rows.append([what, *numbers, f"{speed['largest_loss_gap']:.0e}"])
+    ours = _value(figures, "tokens_per_second")
+    shown = table(["against", "speed, ours over theirs", "CPU time, theirs over ours", "largest loss gap, relative"], *rows)
+    return f"{shown}\n\n{number(ours['value'])} tokens per second." if ours else shown
+
+
 def _lora(figures: list[Figure]) -> str:
     rows = []
     for name, what in (("adapters", "adapters"), ("trl", "adapters, TRL and peft"), ("whole_model", "the whole model")):
@@ -207,6 +221,7 @@ TABLES: dict[str, Callable[[list[Figure]], str]] = {
     "psft_overhead": _overhead,
     "scaling": _scaling,
     "vs_trl": _trl,
+    "real_model": _real_model,
     "lora": _lora,
     "plan": _plan,
     "checkpoint": _checkpoint,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from docs.draw_rooms import draw
-from docs.evidence_tables import evidence_tables
+from docs.evidence_tables import evidence_tables, rl_tables
 from docs.figures import TABLES, figures_of
 from docs.gpu_figures import NAMES, gpu_figures_of
 from docs.model_table import bridge_table, model_table
@@ -42,6 +42,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "scaling": scaling_tables,
     "dry run": dry_run_table,
     "evidence": evidence_tables,
+    "rl": rl_tables,
     **{f"figures of {name}": (lambda name=name: figures_of(name)) for name in TABLES},
     **{f"gpu {name}": (lambda name=name: gpu_figures_of(name)) for name in NAMES},
     **{f"names of {trainer}": (lambda trainer=trainer: table_of(trainer)) for trainer in TRAINERS},
