@@ -142,7 +142,9 @@ def _real_model(figures: list[Figure]) -> str:
             numbers = [f"{one['value']:.2f}" for one in (speed, cpu)]
             rows.append([what, *numbers, f"{speed['largest_loss_gap']:.0e}"])
     ours = _value(figures, "tokens_per_second")
-    shown = table(["against", "speed, ours over theirs", "CPU time, theirs over ours", "largest loss gap, relative"], *rows)
+    shown = table(
+        ["against", "speed, ours over theirs", "CPU time, theirs over ours", "largest loss gap, relative"], *rows
+    )
     return f"{shown}\n\n{number(ours['value'])} tokens per second." if ours else shown
 
 

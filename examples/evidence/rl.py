@@ -6,7 +6,7 @@ fine-tuning on the demo's tickets has left, with TRL: reward, entropy, drift, an
 
 Needs `pip install -e '.[rl]'`. GRPO's reward is 1 for a ticket that is right as a whole; DPO prefers the right ticket
 to one of which a field is another ticket's. Every round leaves a file in `<out>`; the same command leaves out what is
-there. `<out>/results.jsonl` has them all.
+there, so that it goes on after Ctrl-C. `<out>/results.jsonl` has them all.
 """
 
 import argparse
@@ -46,12 +46,16 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     out, models = Path(options.out), dict(pair.split("=", 1) for pair in options.models)
     os.environ.setdefault("OMP_NUM_THREADS", str(min(len(os.sched_getaffinity(0)), 16)))
-    write_data(out, options.base or str(fetch.smollm2()))
     results = []
-    for name, folder in models.items():
-        for training in ("none", *ROUNDS):
-            results.append(perform(out, name, Path(folder), training, options))
-            print(line(results[-1]), flush=True)
+    try:
+        write_data(out, options.base or str(fetch.smollm2()))
+        for name, folder in models.items():
+            for training in ("none", *ROUNDS):
+                results.append(perform(out, name, Path(folder), training, options))
+                print(line(results[-1]), flush=True)
+    except KeyboardInterrupt:
+        print("ended by Ctrl-C: the same command goes on from the rounds that are finished", file=sys.stderr)
+        return 130
     replace_file(out / "results.jsonl", "".join(f"{json.dumps(result)}\n" for result in results))
     print(out / "results.jsonl")
     return 0
@@ -129,7 +133,12 @@ _SERIES = {key for keys in LOGGED.values() for key in keys}
 
 def call(*words: Any) -> None:
     """A Python script or module; ends this one where it fails."""
-    code = subprocess.run([sys.executable, *map(str, words)], cwd=REPOSITORY, check=False).returncode
+    with subprocess.Popen([sys.executable, *map(str, words)], cwd=REPOSITORY) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it was interrupted, too
+            raise
     if code:
         sys.exit(code)
 
