@@ -110,29 +110,51 @@ class ShardedRows:
 
     def _rows_to_save(self, shares: Sequence[_Share]) -> dict[int, list["_Rows"]]:
         states = {share.index: self._states_of(share) for share in shares}
-        pieces = self._pieces_of_cut_rows(shares, states)
+        pieces = self._pieces_of_cut_rows(states)
         return {share.index: _rows_of(share, states[share.index], pieces) for share in shares}
 
     def _states_of(self, share: _Share) -> _Tensors:
         tensors = self._optimizer._get_main_param_and_optimizer_states(share.parameter)
         return {state: tensors[state].detach().float() for state in _STATES}
 
-    def _pieces_of_cut_rows(self, shares: Sequence[_Share], states: Mapping[int, _Tensors]) -> list[_Fragment]:
-        """What all ranks have of rows that begin on the rank before, a row or less of each parameter that is cut."""
-        fragments: list[_Fragment] = []
-        for share in shares:
-            stop = min(share.first_row * share.width, share.end)
-            if share.start < stop:
-                tensors = {
-                    # A copy on the CPU, too: with a part of a tensor goes all that it is a part of.
-                    name: values[: stop - share.start].to("cpu", copy=True)
-                    for name, values in states[share.index].items()
-                }
-                fragments.append((share.index, share.start, tensors))
+    def _pieces_of_cut_rows(self, states: Mapping[int, _Tensors]) -> list[_Fragment]:
+        """What all ranks have of rows that begin on the rank before, a row or less of each parameter that is cut; on
+        the CPU. Every rank knows where all others' lie, so that the values travel alone, in one collective."""
         group = self._optimizer.data_parallel_group
-        gathered: list[list[_Fragment]] = [[] for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(gathered, fragments, group=group)
-        return sorted((piece for found in gathered for piece in found), key=lambda piece: piece[:2])
+        cuts = [list(self._cuts(rank)) for rank in range(dist.get_world_size(group))]
+        sizes = [len(_STATES) * sum(stop - start for _, start, stop in own) for own in cuts]
+        if not any(sizes):
+            return []
+        rank, device = dist.get_rank(group), self._optimizer.buffers[0].grad_data.device
+        values = [
+            states[index][name][: stop - start].to(device) for index, start, stop in cuts[rank] for name in _STATES
+        ]
+        sent = torch.cat([*values, torch.zeros(max(sizes) - sizes[rank], device=device)])
+        gathered = [torch.empty_like(sent) for _ in cuts]
+        dist.all_gather(gathered, sent, group=group)
+        pieces = []
+        for found, flat in zip(cuts, gathered, strict=True):
+            lengths = [stop - start for _, start, stop in found for _ in _STATES]
+            parts = iter(flat.cpu()[: sum(lengths)].split(lengths))
+            pieces += [(index, start, {name: next(parts) for name in _STATES}) for index, start, _ in found]
+        return sorted(pieces, key=lambda piece: piece[:2])
+
+    def _cuts(self, rank: int) -> Iterator[tuple[int, int, int]]:
+        """Of each parameter whose share on a data-parallel rank begins within a row: its number, and from which flat
+        element on how far this row goes there."""
+        world_size = dist.get_world_size(self._optimizer.data_parallel_group)
+        index = 0
+        for buffer in self._optimizer.buffers:
+            for parameter, (first, last, bucket_number) in buffer.param_index_map.items():
+                bucket = buffer.buckets[bucket_number]
+                size = bucket.grad_data.numel() // world_size
+                begin = bucket.offset + rank * size
+                start, end = max(begin, first) - first, min(begin + size, last) - first
+                width = parameter.numel() // len(parameter)
+                stop = min(-(-start // width) * width, end)
+                if start < stop:
+                    yield index, start, stop
+                index += 1
 
 
 @dataclass(frozen=True, kw_only=True)
