@@ -155,7 +155,7 @@ def test_a_checkpoint_is_converted_later_to_what_its_run_exports(converted, conv
     assert ours == theirs
     merged = converted(*source, tmp_path / "merged", "--lora-merge")
     base = AutoModelForCausalLM.from_pretrained(inputs / "qwen2", dtype=torch.float32)
-    assert_same_logits(merged, PeftModel.from_pretrained(base, adapter).merge_and_unload(), tolerance=1e-6)
+    assert_same_logits(merged, PeftModel.from_pretrained(base, adapter).merge_and_unload(), atol=1e-6)
     assert convert(*source, merged, "--lora-merge", "--check").code == 0
     checkpoint = converted(*source[:2], "--to-megatron", tmp_path / "checkpoint", "--lora-merge")
     assert_same_tensors(converted("--from-megatron", checkpoint, "--to-hf", tmp_path / "back"), merged)
