@@ -28,19 +28,18 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 _Tensors = dict[str, Tensor]
 """One for each of `_STATES`."""
 
-_Fragment = tuple[int, int, _Tensors]
-"""Flat elements of a row that begins on another rank: the parameter's number, the first element, and what they are."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """Elements [start, end) of the flattened parameter `index`, which this rank updates. `width`: elements of a row."""
+    """Elements [start, end) of the flattened parameter `index`, which this rank updates. `width`: elements of a row;
+    `chunk`: of what a rank has of the bucket that the parameter lies in."""
 
     index: int
     parameter: torch.nn.Parameter
     start: int
     end: int
     width: int
+    chunk: int
 
     @property
     def first_row(self) -> int:
@@ -51,6 +50,18 @@ class _Share:
     def whole_rows_end(self) -> int:
         """The row after the last one that lies in the share whole."""
         return max(self.first_row, self.end // self.width)
+
+    def head(self) -> tuple[int, int]:
+        """Of the row that begins on a rank before this: how many ranks before, and how many elements are here."""
+        before = self.start % self.width
+        return -(-before // self.chunk), min(self.first_row * self.width, self.end) - self.start if before else 0
+
+    def rest(self) -> Iterator[tuple[int, int]]:
+        """Of the row that begins here and ends on a rank behind this: on the how many-th behind, how many elements."""
+        if self.whole_rows_end * self.width < self.end:
+            missing = (self.whole_rows_end + 1) * self.width - self.end
+            for number, gone in enumerate(range(0, missing, self.chunk), start=1):
+                yield number, min(self.chunk, missing - gone)
 
 
 class ShardedRows:
@@ -95,66 +106,50 @@ class ShardedRows:
 
     def _shares(self) -> Iterator[_Share]:
         """This rank's shares of parameters, under numbers that all data-parallel ranks give them."""
+        group = self._optimizer.data_parallel_group
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         index = 0
-        for buffer, ranges_of_dtype in zip(self._optimizer.buffers, self._optimizer.gbuf_ranges, strict=True):
-            (buckets,) = ranges_of_dtype.values()
-            own = {
-                parameter: ranges["param"] for bucket in buckets for parameter, ranges in bucket["param_map"].items()
-            }
-            for parameter in buffer.param_index_map:
-                if parameter in own and own[parameter].end > own[parameter].start:
-                    elements = own[parameter]
+        for buffer in self._optimizer.buffers:
+            for parameter, (first, last, bucket_number) in buffer.param_index_map.items():
+                bucket = buffer.buckets[bucket_number]
+                chunk = bucket.grad_data.numel() // world_size
+                begin = bucket.offset + rank * chunk
+                start, end = max(begin, first) - first, min(begin + chunk, last) - first
+                if start < end:
                     width = parameter.numel() // len(parameter)
-                    yield _Share(index=index, parameter=parameter, start=elements.start, end=elements.end, width=width)
+                    yield _Share(index=index, parameter=parameter, start=start, end=end, width=width, chunk=chunk)
                 index += 1
 
     def _rows_to_save(self, shares: Sequence[_Share]) -> dict[int, list["_Rows"]]:
         states = {share.index: self._states_of(share) for share in shares}
-        pieces = self._pieces_of_cut_rows(states)
-        return {share.index: _rows_of(share, states[share.index], pieces) for share in shares}
+        rests = self._rests_of_cut_rows(shares, states)
+        return {share.index: _rows_of(share, states[share.index], rests.get(share.index, [])) for share in shares}
 
     def _states_of(self, share: _Share) -> _Tensors:
         tensors = self._optimizer._get_main_param_and_optimizer_states(share.parameter)
         return {state: tensors[state].detach().float() for state in _STATES}
 
-    def _pieces_of_cut_rows(self, states: Mapping[int, _Tensors]) -> list[_Fragment]:
-        """What all ranks have of rows that begin on the rank before, a row or less of each parameter that is cut; on
-        the CPU. Every rank knows where all others' lie, so that the values travel alone, in one collective."""
-        group = self._optimizer.data_parallel_group
-        cuts = [list(self._cuts(rank)) for rank in range(dist.get_world_size(group))]
-        sizes = [len(_STATES) * sum(stop - start for _, start, stop in own) for own in cuts]
-        if not any(sizes):
-            return []
-        rank, device = dist.get_rank(group), self._optimizer.buffers[0].grad_data.device
-        values = [
-            states[index][name][: stop - start].to(device) for index, start, stop in cuts[rank] for name in _STATES
-        ]
-        sent = torch.cat([*values, torch.zeros(max(sizes) - sizes[rank], device=device)])
-        gathered = [torch.empty_like(sent) for _ in cuts]
-        dist.all_gather(gathered, sent, group=group)
-        pieces = []
-        for found, flat in zip(cuts, gathered, strict=True):
-            lengths = [stop - start for _, start, stop in found for _ in _STATES]
-            parts = iter(flat.cpu()[: sum(lengths)].split(lengths))
-            pieces += [(index, start, {name: next(parts) for name in _STATES}) for index, start, _ in found]
-        return sorted(pieces, key=lambda piece: piece[:2])
-
-    def _cuts(self, rank: int) -> Iterator[tuple[int, int, int]]:
-        """Of each parameter whose share on a data-parallel rank begins within a row: its number, and from which flat
-        element on how far this row goes there."""
-        world_size = dist.get_world_size(self._optimizer.data_parallel_group)
-        index = 0
-        for buffer in self._optimizer.buffers:
-            for parameter, (first, last, bucket_number) in buffer.param_index_map.items():
-                bucket = buffer.buckets[bucket_number]
-                size = bucket.grad_data.numel() // world_size
-                begin = bucket.offset + rank * size
-                start, end = max(begin, first) - first, min(begin + size, last) - first
-                width = parameter.numel() // len(parameter)
-                stop = min(-(-start // width) * width, end)
-                if start < stop:
-                    yield index, start, stop
-                index += 1
+    def _rests_of_cut_rows(
+        self, shares: Sequence[_Share], states: Mapping[int, _Tensors]
+    ) -> dict[int, list[Sequence[Tensor]]]:
+        """By parameter what ranks behind this have of a row that begins here: of each a tensor per state. Each rank
+        hears of those few alone, as a border cuts no more than one row of a bucket."""
+        group, device = self._optimizer.data_parallel_group, self._optimizer.buffers[0].grad_data.device
+        rank = dist.get_rank(group)
+        exchanges: list[dist.P2POp] = []
+        received: dict[int, list[Tensor]] = {}
+        for share in shares:
+            distance, count = share.head()
+            if distance:
+                sent = torch.cat([states[share.index][name][:count].to(device) for name in _STATES])
+                exchanges.append(dist.P2POp(dist.isend, sent, dist.get_global_rank(group, rank - distance), group))
+            for distance, count in share.rest():
+                there = torch.empty(len(_STATES) * count, device=device)
+                exchanges.append(dist.P2POp(dist.irecv, there, dist.get_global_rank(group, rank + distance), group))
+                received.setdefault(share.index, []).append(there)
+        for work in dist.batch_isend_irecv(exchanges) if exchanges else ():
+            work.wait()
+        return {index: [there.cpu().chunk(len(_STATES)) for there in parts] for index, parts in received.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +166,9 @@ def _rows_to_load(share: _Share) -> list[_Rows]:
     return [_Rows(first=first, count=-(-share.end // share.width) - first)]
 
 
-def _rows_of(share: _Share, states: _Tensors, pieces: Sequence[_Fragment]) -> list[_Rows]:
-    """The rows that begin in the share: those in the middle as they lie there, and the one that its end cuts."""
+def _rows_of(share: _Share, states: _Tensors, rest: Sequence[Sequence[Tensor]]) -> list[_Rows]:
+    """The rows that begin in the share: those in the middle as they lie there, and the one that its end cuts, with the
+    `rest` of it."""
     first, end, width = share.first_row, share.whole_rows_end, share.width
     rows = []
     if first < end:
@@ -180,12 +176,10 @@ def _rows_of(share: _Share, states: _Tensors, pieces: Sequence[_Fragment]) -> li
         rows.append(
             _Rows(first=first, count=end - first, tensors={name: values[inner] for name, values in states.items()})
         )
-    if end * width < share.end:
-        cut = slice(end * width - share.start, None)
-        rest = [found for index, start, found in pieces if index == share.index and start // width == end]
-        tensors = {
-            name: torch.cat([values[cut].cpu(), *(found[name] for found in rest)]) for name, values in states.items()
-        }
+    if rest:
+        begun = [states[name][end * width - share.start :].cpu() for name in _STATES]
+        parts = zip(begun, *rest, strict=True)
+        tensors = {name: torch.cat(found) for name, found in zip(_STATES, parts, strict=True)}
         rows.append(_Rows(first=end, count=1, tensors=tensors))
     return rows
 
