@@ -5,12 +5,11 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from torch.distributed.checkpoint import CheckpointException, Metadata, SavePlan, default_planner
+from torch.distributed.checkpoint import CheckpointException
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_psft import sealed
@@ -36,6 +34,7 @@ from megatron_psft.checkpoint.state import (
     _sharded_rng,
     _sharded_state,
 )
+from megatron_psft.checkpoint.table import Table
 from megatron_psft.checkpoint.window import sharded_window
 from megatron_psft.config.resume import Settings
 from megatron_psft.data.loader import BatchLoader
@@ -92,7 +91,7 @@ class Saver:
             self._queue = BackgroundCalls(parallel.device) if in_background else None
         self._sealer = ThreadPoolExecutor(max_workers=1)  # of rank 0
         self._sealing: Future[None] | None = None
-        self._unwritten: list[Callable[[], None]] = []
+        self._table = Table()
         self._target = folder
         self._has_to_validate = True
 
@@ -109,15 +108,15 @@ class Saver:
         self._target = target
         with self._writing(), naming_lost_peers(f"checkpoint {target}"), helpers_outlive_signals():
             start_results_server(end_with_parent)
-            with plain_operations(), _quick_collections():
-                request = _plan(self._sharded_content(step), staging, is_first=self._has_to_validate)
-            self._has_to_validate = False
+            is_first, self._has_to_validate = self._has_to_validate, False
+            with plain_operations(), _quick_collections(), self._table.planned(is_first=is_first):
+                request = _plan(self._sharded_content(step), staging, is_first=is_first)
             if request.async_fn is not None:  # there may be nothing to write on this rank
                 write = partial(_write, request.async_fn, staging, self._parallel.rank)
                 request = request._replace(async_fn=write)
             request.add_finalize_fn(partial(self._seal, target, step))
             if self._queue is None:
-                with _tables_to(self._unwritten):
+                with self._table.left_to_be_written():
                     request.execute_sync()
             else:
                 self._queue.schedule_async_request(request)
@@ -141,7 +140,7 @@ class Saver:
 
     def _finalize(self, *, blocking: bool) -> None:
         if self._queue is not None:
-            with self._writing(), naming_lost_peers(f"checkpoint {self._target}"), _tables_to(self._unwritten):
+            with self._writing(), naming_lost_peers(f"checkpoint {self._target}"), self._table.left_to_be_written():
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def __enter__(self) -> "Saver":
@@ -190,7 +189,7 @@ class Saver:
 
         def seal() -> None:
             try:
-                self._unwritten.pop()()
+                self._table.write()
                 sealed.seal(target, content)
                 folders.remove_older(self._folder, self._keep_last)
             except OSError as error:
@@ -255,32 +254,15 @@ def _plan(content: dict[str, Any], staging: Path, *, is_first: bool) -> AsyncReq
     Whether all ranks' parts make whole tensors is asked before a process's first checkpoint, which the others repeat:
     for it every rank hears of every other's tensors, and rank 0 compares them.
     """
-    with nullcontext() if is_first else _without_comparing():
-        _own_storages(content)
-        return dist_checkpointing.save(
-            content,
-            str(staging),
-            content_metadata=dict(_METADATA),
-            async_sharded_save=True,
-            validate_access_integrity=is_first,
-            **save_options(),
-        )
-
-
-@contextmanager
-def _tables_to(unwritten: list[Callable[[], None]]) -> Iterator[None]:
-    """Has Megatron-Core leave to `unwritten` what rank 0 writes last, the table of all tensors (`.metadata`): all ranks
-    would wait until the disk has it."""
-    write = FileSystemWriterAsync.finish
-
-    def keep(*arguments: Any) -> None:
-        unwritten.append(partial(write, *arguments))
-
-    FileSystemWriterAsync.finish = keep
-    try:
-        yield
-    finally:
-        FileSystemWriterAsync.finish = write
+    _own_storages(content)
+    return dist_checkpointing.save(
+        content,
+        str(staging),
+        content_metadata=dict(_METADATA),
+        async_sharded_save=True,
+        validate_access_integrity=is_first,
+        **save_options(),
+    )
 
 
 @contextmanager
@@ -301,22 +283,6 @@ def _quick_collections() -> Iterator[None]:
 def _is_frozen() -> bool:
     """Whether objects were frozen by somebody else, who wants them so. Asked once, as Python counts them one by one."""
     return gc.get_freeze_count() > 0
-
-
-@contextmanager
-def _without_comparing() -> Iterator[None]:
-    """Torch compares each part of a tensor with every other for overlaps. Of experts there are thousands: for
-    Qwen3-30B-A3B it took rank 0 more than a minute, while all wait."""
-    validate = default_planner._validate_global_plan
-
-    def validate_nothing(plans: list[SavePlan], metadata: Metadata) -> Any:
-        return validate(plans, replace(metadata, state_dict_metadata={}))
-
-    default_planner._validate_global_plan = cast(Any, validate_nothing)
-    try:
-        yield
-    finally:
-        default_planner._validate_global_plan = validate
 
 
 def _own_storages(content: dict[str, Any]) -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core import dist_checkpointing
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint import default_planner
 
 from megatron_psft.checkpoint import saver
+from megatron_psft.checkpoint.sharded_rows import _Share
 from megatron_psft.checkpoint.unpickle import DataReader
 from tests.support import tiny
 from tests.support.cli import run_cli
@@ -43,11 +46,37 @@ def test_a_rank_holds_writes_and_reads_its_own_share(pool, tmp_path, inputs, fam
     # Files also have a few hundred bytes around every tensor.
     assert 0.5 * stored < sum(writes) < stored
     assert max(writes) <= 1.1 * sum(writes) / 4
+    assert tensors_in(run / "step_0000003") == tensors_in(run / "step_0000002"), "a later table is as complete"
     expected = metrics_of(run)
     forget_steps_from(run, 3)
     for _, read, *_ in pool.run(bytes_moved, 4, argv):
         assert 0 < read <= 1.1 * stored / 4
     assert metrics_of(run) == expected
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 50), st.integers(1, 12), st.integers(1, 9))
+def test_ranks_agree_on_what_they_have_of_rows_that_are_cut(world_size, chunk, offset, rows, width):
+    """However many ranks a row goes through: no word is said about it before its values are."""
+    chunk += -(-(offset + rows * width) // world_size)  # the bucket holds the parameter
+    shares = {}
+    for rank in range(world_size):
+        start, end = max(0, rank * chunk - offset), min(rows * width, (rank + 1) * chunk - offset)
+        if start < end:
+            shares[rank] = _Share(index=0, parameter=None, start=start, end=end, width=width, chunk=chunk)
+    heads = {rank: share.head() for rank, share in shares.items()}
+    sent = {(rank, rank - distance): count for rank, (distance, count) in heads.items() if distance}
+    awaited = {(rank + distance, rank): count for rank, share in shares.items() for distance, count in share.rest()}
+    assert sent == awaited
+    assert all(count > 0 for count in sent.values())
+    begun = sum(share.whole_rows_end - share.first_row + any(share.rest()) for share in shares.values())
+    assert begun == rows
+
+
+def tensors_in(checkpoint: Path) -> dict[str, object]:
+    """By the checkpoint's table, of what a later step has, too."""
+    table = DataReader(checkpoint).read_metadata()
+    assert {index.fqn for index in table.storage_data} == table.state_dict_metadata.keys()
+    return {name: found for name, found in table.state_dict_metadata.items() if not name.startswith("old_log_probs")}
 
 
 def stored_bytes(checkpoint: Path) -> int:
