@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_psft.config.inputs import DataConfig, TemplateConfig
 from megatron_psft.data.example import NO_NOTES, Example, Notes
 from megatron_psft.data.keys import REASONING_KEYS
+from megatron_psft.data.marks import closing_of, unclosed_mark
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.plain_text import PlainText, unmark
 from megatron_psft.data.records import Record
@@ -184,12 +185,14 @@ class ChatRenderer:
     def _render(self, conversation: Conversation, record: Record) -> list[Rendering]:
         turns = conversation.turns
         if self._loss_on == "all":
+            _refuse_unclosed(conversation, [index for index in turns if index not in record.unlearned])
             return [self._render_all(conversation, record)]
         learned = [
             index
             for index in (turns if self._loss_on == "assistant" else turns[-1:])
             if index >= record.prompt_length and index not in record.unlearned
         ]
+        _refuse_unclosed(conversation, learned)
         text, spans, lost = self._label(conversation, learned)
         if not lost:
             return [Rendering(text=text, label_spans=tuple(spans))]
@@ -273,6 +276,15 @@ class ChatRenderer:
         if missing_part(message, text[len(prompt) :]) is not None:
             raise _lost_reasoning(index)
         return text + end, (len(prompt), label_end)
+
+
+def _refuse_unclosed(conversation: Conversation, turns: Sequence[int]) -> None:
+    """Raises RecordError for one of `turns` that begins reasoning and never ends it, where the template deals with
+    reasoning: it would take all of it for the answer. For other templates it is text as any other."""
+    for index in turns:
+        mark = unclosed_mark(conversation.messages[index]["content"])
+        if mark is not None and conversation.template.knows_mark(closing_of(mark)):
+            raise RecordError(f"content that opens {mark} and never closes it", f"messages[{index}]")
 
 
 def _dropped_reasoning(conversation: Conversation, turns: Sequence[int]) -> set[int]:

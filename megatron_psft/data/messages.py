@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
 from megatron_psft.data.keys import LEARN_KEYS, REASONING_KEYS, is_empty, message_key_problem, shown_key
+from megatron_psft.data.marks import split_content
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -165,8 +166,7 @@ def parse_message(value: object, where: str) -> Turn:
         message["tool_calls"] = calls
     if len(value) == 2:
         return Turn(message)
-    if reasoning := _parse_reasoning(value, role, where):
-        message["reasoning_content"] = reasoning
+    _add_reasoning(message, value, where)
     if role == "tool":
         _add_names(message, value, where)
     return Turn(message, is_learned=_parse_learned(value, where))
@@ -255,6 +255,28 @@ def _parse_reasoning(value: Mapping[str, object], role: str, where: str) -> str:
     if len({*given.values()}) > 1:
         raise RecordError("two texts of reasoning", f"{where} has {' and '.join(given)}")
     return cast(str, next(iter(given.values()), ""))
+
+
+def _add_reasoning(message: Message, value: Mapping[str, object], where: str) -> None:
+    """Adds the reasoning that stands under a key, without which the content must have something to say."""
+    if not (reasoning := _parse_reasoning(value, message["role"], where)):
+        return
+    message["reasoning_content"] = reasoning
+    message["content"] = _without_repeated(reasoning, message["content"], where)
+    if not message["content"].strip() and "tool_calls" not in message:
+        raise RecordError("empty content", f"{where}, {message['role']}")
+
+
+def _without_repeated(reasoning: str, content: str, where: str) -> str:
+    """The content without a block of reasoning that says what a key says already; templates would write both. Raises
+    RecordError for one that says something else."""
+    if (split := split_content(content)) is None:
+        return content
+    if split.reasoning.strip() == reasoning.strip():
+        return split.answer
+    if split.is_opened:
+        raise RecordError("two texts of reasoning", f"{where} has one under a key and one in its content")
+    return content  # a mark that the answer speaks of
 
 
 def _parse_calls(value: object, where: str) -> list[ToolCall]:

@@ -146,8 +146,10 @@ class BoundTemplate:
         self._error_of: dict[str, RecordError | None] = {}
         self._reasoning_key = REASONING_KEYS[0]
         self._takes_text_arguments = False
-        self.knows_thinking = "</think>" in text
-        """Whether the template deals with reasoning that stands in contents."""
+
+    def knows_mark(self, mark: str) -> bool:
+        """Whether the template deals with reasoning that stands in contents and ends with `mark`."""
+        return mark in self._text
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), add_generation_prompt: bool = False
@@ -179,7 +181,7 @@ class BoundTemplate:
         if not used:
             return record.messages
         errors = {feature: error for feature in sorted(used) if (error := self._probe(feature)) is not None}
-        if can_inline_reasoning and self.knows_thinking and "reasoning_content" in errors:
+        if can_inline_reasoning and self.knows_mark("</think>") and "reasoning_content" in errors:
             del errors["reasoning_content"]
             _raise_first(errors)
             return self._with_text_arguments(_inline_reasoning(record.messages))

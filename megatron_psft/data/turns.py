@@ -5,16 +5,10 @@ Blanks at the ends, and around the marks of reasoning, are the template's affair
 to be learned.
 """
 
-import re
 from typing import Literal
 
+from megatron_psft.data.marks import EMPTY_BLOCK, MARK, OPEN_AT_END, OPENING
 from megatron_psft.data.messages import Message
-
-_NAMES = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
-_MARK = re.compile(rf"\s*(?:</?{_NAMES}>|\[/?THINK\]|◁/?think▷)\s*")
-_OPENING = re.compile(rf"\s*(?:<{_NAMES}>|\[THINK\]|◁think▷)\s*")
-_OPEN_AT_END = re.compile(rf"(?:<{_NAMES}>|\[THINK\]|◁think▷)\s*$")
-_EMPTY_BLOCK = re.compile(rf"\s*(?:<{_NAMES}>|\[THINK\]|◁think▷)?\s*(?:</{_NAMES}>|\[/THINK\]|◁/think▷)\s*")
 
 Part = Literal["reasoning", "content"]
 
@@ -34,16 +28,16 @@ def missing_part(message: Message, label: str) -> Part | None:
     if any(call["function"]["name"] not in label for call in message.get("tool_calls", ())):
         return "content"
     content = message["content"].strip()
-    if content in label and (not reasoning or content in _without_marks(label) or _MARK.search(content)):
+    if content in label and (not reasoning or content in _without_marks(label) or MARK.search(content)):
         return None
     return _missing_piece(content, label)
 
 
 def _missing_piece(content: str, label: str) -> Part | None:
     """The same for a content that does not stand in the label as it is, piece by piece between marks of reasoning."""
-    if not _MARK.search(content):
+    if not MARK.search(content):
         return "content"
-    pieces = _MARK.split(content)
+    pieces = MARK.split(content)
     label = _without_marks(label)
     end = len(label)
     for number, piece in reversed(list(enumerate(pieces))):  # the answer first: it may say what the reasoning says
@@ -55,17 +49,17 @@ def _missing_piece(content: str, label: str) -> Part | None:
 
 def _find_outside_marks(text: str, label: str) -> int:
     """Where `text` stands in the label, but for within a mark; -1 where it does not."""
-    return label.find(text) if _MARK.search(text) else _without_marks(label).find(text)
+    return label.find(text) if MARK.search(text) else _without_marks(label).find(text)
 
 
 def _without_marks(text: str) -> str:
     """The text with other characters for its marks, so that places stay the same."""
-    return _MARK.sub(lambda mark: "\0" * len(mark[0]), text)
+    return MARK.sub(lambda mark: "\0" * len(mark[0]), text)
 
 
 def has_reasoning(message: Message) -> bool:
     """Whether a turn says more than its answer, in the content or beside it."""
-    return "reasoning_content" in message or _MARK.search(message["content"]) is not None
+    return "reasoning_content" in message or MARK.search(message["content"]) is not None
 
 
 def skip_empty_block(message: Message, label: str) -> int:
@@ -73,9 +67,9 @@ def skip_empty_block(message: Message, label: str) -> int:
 
     The label may begin within the block, whose opening is then part of the generation prompt.
     """
-    if "reasoning_content" in message or _MARK.match(message["content"]):
+    if "reasoning_content" in message or MARK.match(message["content"]):
         return 0
-    if (block := _EMPTY_BLOCK.match(label)) is None:
+    if (block := EMPTY_BLOCK.match(label)) is None:
         return 0
     content = label.find(message["content"])  # whose own blanks stay
     return min(block.end(), content) if content > 0 else block.end()
@@ -86,9 +80,9 @@ def continue_prompt(prompt: str, content: str) -> str | None:
 
     None after a prompt that has closed its reasoning already.
     """
-    if _EMPTY_BLOCK.search(prompt[-80:]) and not _OPEN_AT_END.search(prompt):
+    if EMPTY_BLOCK.search(prompt[-80:]) and not OPEN_AT_END.search(prompt):
         return None
     content = content.lstrip()
-    if _OPEN_AT_END.search(prompt) and (opening := _OPENING.match(content)):
+    if OPEN_AT_END.search(prompt) and (opening := OPENING.match(content)):
         return content[opening.end() :]
     return content

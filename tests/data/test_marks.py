@@ -126,6 +126,29 @@ def test_reasoning_that_differs_or_is_not_the_assistant_s_is_refused():
     assert reason(answered(thinking=True)) == "wrong type"
 
 
+@pytest.mark.parametrize("form", [0, 1], ids=["messages", "ShareGPT"])
+@pytest.mark.parametrize("content", ["<think>\nHm.\n</think>\n\n4", "<reasoning>Hm.</reasoning>4", "Hm.</think>4"])
+def test_reasoning_in_the_content_and_under_a_key_is_taken_once(form, content):
+    record = good(both_forms([USER, {**RIGHT, "content": content, "thinking": "Hm. "}])[form])
+    assert record.messages == (USER, {**RIGHT, "reasoning_content": "Hm. "})
+    assert reason(answered(content=content.removesuffix("4"), thinking="Hm.")) == "empty content"
+
+
+@pytest.mark.parametrize("content", ["<think>Well.</think>4", "<think></think>4", " [THINK]Well.[/THINK]4"])
+def test_reasoning_in_the_content_that_says_something_else_than_a_key_is_refused(content):
+    bad = parse(answered(content=content, reasoning_content="Hm."))
+    assert isinstance(bad, BadRecord)
+    assert bad.reason == "two texts of reasoning"
+    assert bad.detail == "messages[1] has one under a key and one in its content"
+    assert good(answered(content=content, reasoning_content="")).messages[1]["content"] == content
+    assert good(answered(content=content, reasoning_content="Hm."), ignored=("reasoning_content",))
+
+
+@pytest.mark.parametrize("content", ["The tag </think> ends it.", "It is <think>a</think>.", "<think> begins it."])
+def test_an_answer_beside_reasoning_may_speak_of_the_marks(content):
+    assert good(answered(content=content, reasoning_content="Hm.")).messages[1]["content"] == content
+
+
 @pytest.mark.parametrize("key", [*keys.REASONING_KEYS, "thoughts"])
 def test_reasoning_beside_the_messages_is_refused_with_the_place_it_belongs_to(key):
     found = reason({"prompt": "2+2?", key: "Hm.", "completion": "4"})

@@ -55,6 +55,18 @@ def test_a_record_whose_last_turn_loses_its_reasoning_is_refused(template, recor
                 label_texts(record, template.tokenizer(), loss_on)
 
 
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+@pytest.mark.parametrize("template", [templates.QWEN3, templates.R1])
+def test_reasoning_that_never_ends_is_refused_where_the_template_deals_with_reasoning(template, loss_on):
+    record = conversation("Hi?", "Yes.", "Why?", "<think>\nBecause")
+    with pytest.raises(RecordError, match=r"opens <think> and never closes it \(messages\[3\]\)"):
+        label_texts(record, template.tokenizer(), loss_on)
+    assert label_texts(without_labels(record, 3), template.tokenizer())
+    assert "<think>\nBecause" in label_texts(record, templates.CHATML.tokenizer(), loss_on)[-1]
+    other = conversation("Hi?", "[THINK]Because")  # a mark that this template knows nothing of
+    assert "[THINK]Because" in label_texts(other, template.tokenizer(), loss_on)[-1]
+
+
 NO_TAGS = toys.CHATML.replace("{{ m.content }}", "{{ m.content | striptags }}")
 
 
