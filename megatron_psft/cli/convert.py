@@ -311,16 +311,17 @@ def writing(field: str, path: Path) -> Iterator[None]:
 
 
 def side_files_of(folders: Folders, vocab_size: int | None) -> "SideFiles":
-    """Raises UserError for a tokenizer that cannot be loaded. `vocab_size` is None where it is that of the model's
-    folder.
+    """Raises UserError for a tokenizer that cannot be loaded, or has ids that the model has no row for. `vocab_size`
+    is None where it is that of the model's folder.
 
     Weights that a run has trained, or with a tokenizer from elsewhere, are written so that they load with it; a model
     of somebody else's is copied as it is.
     """
     from megatron_psft.checkpoint.identity import WEIGHTS_ONLY_STEP
     from megatron_psft.data.chat import RenderSettings
-    from megatron_psft.hf.hub import load_tokenizer
+    from megatron_psft.hf.hub import embedding_rows, load_tokenizer
     from megatron_psft.hf.side_files import SideFiles
+    from megatron_psft.hf.tokenizer import check_rows
     from megatron_psft.train.exported import end_of_turn_id
 
     is_trained = is_step_folder(folders.weights) and read_content(folders.weights)["step"] != WEIGHTS_ONLY_STEP
@@ -328,6 +329,9 @@ def side_files_of(folders: Folders, vocab_size: int | None) -> "SideFiles":
     if not has_one or (folders.tokenizer == folders.model and not is_trained):
         return SideFiles(model_folder=folders.model, tokenizer_folder=folders.tokenizer)
     tokenizer = load_tokenizer(folders.tokenizer)
+    rows = embedding_rows(folders.model) if vocab_size is None else vocab_size
+    if rows is not None:
+        check_rows(tokenizer, rows)
     settings = RenderSettings() if folders.run is None else RenderSettings.of_data(folders.run.data)
     return SideFiles(
         model_folder=folders.model,

@@ -81,7 +81,7 @@ def examine(config: DoctorConfig) -> int:
     findings += examine_machine(environment)
     if folders is not None:
         model, tokenizer = folders
-        findings += examine_model(model) + doctor.check_tokenizer(tokenizer)
+        findings += examine_model(model) + doctor.check_tokenizer(tokenizer, model)
     return report(findings)
 
 

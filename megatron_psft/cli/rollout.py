@@ -150,16 +150,18 @@ def rollout(config: RolloutConfig) -> None:
     except OSError as error:
         text = f"out ({config.output.out}) must be a file that can be written: {error.strerror}"
         raise storage_error(error, text) from None
-    with file, sampler:
-        for number, (prompt, answers) in enumerate(zip(prompts, sampler.sample(rendered), strict=True)):
-            for row in rows.of(prompt, answers):
-                file.write(json.dumps({**row, "group": number}, ensure_ascii=False) + "\n")
-    print(rows.tally)
-    if not rows.tally.written:
-        partial.unlink()
-        raise UserError(
-            "no answer is left to train on; use more num_samples, a higher temperature, other prompts, or "
-            "--keep-flat-groups or --keep-unfinished"
-        )
-    os.replace(partial, config.output.out)
+    try:
+        with file, sampler:
+            for number, (prompt, answers) in enumerate(zip(prompts, sampler.sample(rendered), strict=True)):
+                for row in rows.of(prompt, answers):
+                    file.write(json.dumps({**row, "group": number}, ensure_ascii=False) + "\n")
+        print(rows.tally)
+        if not rows.tally.written:
+            raise UserError(
+                "no answer is left to train on; use more num_samples, a higher temperature, other prompts, or "
+                "--keep-flat-groups or --keep-unfinished"
+            )
+        os.replace(partial, config.output.out)
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"{counted(rows.tally.written, 'record')} in {config.output.out}")

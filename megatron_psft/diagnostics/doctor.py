@@ -238,15 +238,23 @@ def _has_experts(folder: Path) -> bool:
     return num_experts(read_config(folder)) is not None
 
 
-def check_tokenizer(folder: Path) -> list[Finding]:
-    """Whether other programs make the tokens of a folder that training makes: transformers 5 takes parts of some
-    tokenizers, such as one beside a config.json of model_type qwen2, from the family's class and not from the file."""
+def check_tokenizer(folder: Path, model: Path) -> list[Finding]:
+    """Whether the model has a row for each id, and other programs make the tokens of a folder that training makes:
+    transformers 5 takes parts of some tokenizers, such as one beside a config.json of model_type qwen2, from the
+    family's class and not from the file."""
     from megatron_psft.hf import hub
+    from megatron_psft.hf.tokenizer import check_rows
 
     file = folder / "tokenizer.json"
     if not file.is_file():
         return [Finding(level="problem", text=f"{folder} has no tokenizer.json, and so no fast tokenizer")]
-    _, difference = hub.read_tokenizer(folder)
+    tokenizer, difference = hub.read_tokenizer(folder)
+    try:
+        rows = hub.embedding_rows(model)
+        if rows is not None:
+            check_rows(tokenizer, rows, can_resize=True)
+    except UserError as error:
+        return [Finding(level="problem", text=str(error))]
     if difference is None:
         return [Finding(level="ok", text=f"transformers makes the tokens of {folder} that its tokenizer.json says")]
     text = (

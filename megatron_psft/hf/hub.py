@@ -1,5 +1,6 @@
 """Turns `DIR|ID` into a local folder."""
 
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError, first_line
-from megatron_psft.hf.tokenizer import as_its_file
+from megatron_psft.hf.tokenizer import as_its_file, check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,6 +73,21 @@ def read_tokenizer(folder: Path) -> tuple["PreTrainedTokenizerBase", tuple[str, 
     return tokenizer, None if how is None else (type(loaded).__name__, how)
 
 
+def embedding_rows(folder: Path) -> int | None:
+    """How many rows the config.json of a model's folder gives the embedding; None where it does not say."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} must be JSON: {error}") from None
+    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    rows = config.get("vocab_size") if isinstance(config, dict) else None
+    return rows if isinstance(rows, int) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Hugging Face model and its tokenizer."""
@@ -86,6 +102,11 @@ class ModelConfig:
         return model_folder("model", self.model, with_weights=True)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """Raises UserError where there is none."""
-        source = self.model if self.tokenizer is None else self.tokenizer
-        return load_tokenizer(model_folder("tokenizer", source, with_weights=False))
+        """Raises UserError where there is none, or one from elsewhere has ids that the model has no row for."""
+        if self.tokenizer is None:  # published models have ids without a row, of tokens that no text has
+            return load_tokenizer(model_folder("tokenizer", self.model, with_weights=False))
+        tokenizer = load_tokenizer(model_folder("tokenizer", self.tokenizer, with_weights=False))
+        rows = embedding_rows(self.folder())
+        if rows is not None:
+            check_rows(tokenizer, rows)
+        return tokenizer

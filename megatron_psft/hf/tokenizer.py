@@ -64,6 +64,23 @@ def highest_id(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, int]:
     return max(tokenizer.get_vocab().items(), key=itemgetter(1))
 
 
+def needed_rows(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Of the embedding, for each id of the tokenizer."""
+    _, number = highest_id(tokenizer)
+    return number + 1
+
+
+def check_rows(tokenizer: "PreTrainedTokenizerBase", rows: int, *, can_resize: bool = False) -> None:
+    """Raises UserError where an id has no row in the embedding, to which a training run (`can_resize`) may add some."""
+    token, number = highest_id(tokenizer)
+    if number >= rows:
+        other_way = ", or add rows with --resize-vocab" if can_resize else ""
+        raise UserError(
+            f"tokenizer ({tokenizer.name_or_path}) has ids up to {number} ({token}), but the model's embedding has "
+            f"{rows} rows (vocab_size); name the tokenizer that belongs to the model{other_way}"
+        )
+
+
 def token_difference(
     wanted: "PreTrainedTokenizerBase", found: "PreTrainedTokenizerBase", texts: Sequence[str] = ()
 ) -> str | None:

@@ -10,9 +10,8 @@ from megatron_psft.data.chat import ChatRenderer, RenderSettings
 from megatron_psft.data.dataset import TokenizedDataset
 from megatron_psft.data.messages import RecordError
 from megatron_psft.data.template import template_texts
-from megatron_psft.errors import UserError
 from megatron_psft.hf.side_files import SideFiles
-from megatron_psft.hf.tokenizer import highest_id
+from megatron_psft.hf.tokenizer import needed_rows
 from megatron_psft.model.shape import ModelShape
 
 _COMPARED_RECORDS, _COMPARED_TOKENS = 100, 2000
@@ -56,20 +55,3 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, settings: RenderSettings)
 def resized_shape(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> ModelShape:
     """The shape with a row of the embedding for each id of the tokenizer."""
     return replace(shape, vocab_size=max(shape.vocab_size, needed_rows(tokenizer)))
-
-
-def needed_rows(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Of the embedding, for each id of the tokenizer."""
-    _, number = highest_id(tokenizer)
-    return number + 1
-
-
-def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raises UserError where an id has no row in the embedding."""
-    token, number = highest_id(tokenizer)
-    if number >= rows:
-        raise UserError(
-            f"tokenizer ({tokenizer.name_or_path}) has ids up to {number} ({token}), but the model's embedding has "
-            f"{rows} rows (vocab_size); name the tokenizer that belongs to the model, or add rows with "
-            "--resize-vocab"
-        )

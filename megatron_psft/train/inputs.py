@@ -24,9 +24,10 @@ from megatron_psft.errors import InfrastructureError, UserError, counted, folder
 from megatron_psft.hf import folder, hub
 from megatron_psft.hf.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from megatron_psft.hf.side_files import SideFiles
+from megatron_psft.hf.tokenizer import check_rows, needed_rows
 from megatron_psft.sources.choice import choose_source
 from megatron_psft.sources.source import ModelSource
-from megatron_psft.train.exported import check_rows, needed_rows, side_files_of
+from megatron_psft.train.exported import side_files_of
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     tokenizer = hub.load_tokenizer(tokenizer_folder)
     if config.weights.resize_vocab:
         source = source.with_rows(needed_rows(tokenizer))
-    check_rows(tokenizer, source.vocab_size)
+    check_rows(tokenizer, source.vocab_size, can_resize=True)
     drift_sets = _read_drift_sets(config, model_folder, tokenizer, own_rows)
     dataset = _read_dataset(config, "data", config.data.data, tokenizer, is_main)
     valid_sets = {

@@ -190,6 +190,15 @@ def test_mistakes_are_one_line_and_code_2(convert, places, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "empty", "model", "other"]
 
 
+@pytest.mark.parametrize("argv", ["--from-hf {model} --to-megatron", "--from-megatron {checkpoint} --to-hf"])
+def test_a_tokenizer_with_ids_that_have_no_row_goes_with_no_weights(convert, places, tmp_path, argv):
+    tokenizer = tiny.build_sparse_tokenizer(tmp_path / "sparse", 10_000)
+    result = convert(*argv.format(**vars(places)).split(), tmp_path / "to" / "new", "--tokenizer", tokenizer)
+    assert_refused(result, f"tokenizer ({tokenizer}) has ids up to 10000 (")
+    assert result.err.endswith("rows (vocab_size); name the tokenizer that belongs to the model\n")
+    assert not (tmp_path / "to").exists()
+
+
 @pytest.mark.skipif(find_spec("megatron.bridge") is not None, reason="megatron-bridge is installed")
 def test_without_megatron_bridge_it_is_asked_for(convert, places, tmp_path):
     result = convert("--via-bridge", "--from-hf", places.model, "--to-megatron", tmp_path / "new")

@@ -255,6 +255,13 @@ def test_a_missing_model_is_told(run, inputs):
     assert_refused(exit, "model (./nowhere) must be an existing folder or a hub ID")
 
 
+def test_ids_of_a_tokenizer_that_have_no_row_are_refused(run, inputs, tmp_path):
+    tokenizer = tiny.build_sparse_tokenizer(tmp_path / "sparse", 10_000)
+    exit = run("--tasks", inputs / "toy.parquet", "--tokenizer", tokenizer)
+    assert_refused(exit, f"tokenizer ({tokenizer}) has ids up to 10000 (")
+    assert not (tmp_path / "out").exists()
+
+
 def test_tasks_of_the_harness_need_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -183,6 +183,15 @@ def test_mistakes_are_one_line_and_code_2(sample, flags, message):
     assert records == []
 
 
+@pytest.mark.parametrize("flags", [("--tokenizer", "sparse"), ("--max-new-tokens", "4096")])
+def test_what_is_refused_leaves_nothing_behind(sample, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    tiny.build_sparse_tokenizer(tmp_path / "sparse", 10_000)
+    exit, _ = sample(*flags)
+    assert_refused(exit, "tokenizer (sparse) has ids up to 10000 (" if "sparse" in flags else "max_position_embeddings")
+    assert [*tmp_path.glob("new/*"), *tmp_path.glob("new/.*")] == []
+
+
 def test_an_existing_file_is_not_replaced(sample, tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "out.jsonl").write_text('{"kept": true}\n')

@@ -125,7 +125,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 def test_a_model_with_its_tokenizer_in_a_folder_of_its_own_is_fine(model, tokenizer):
-    assert levels([*doctor.check_model(model), *doctor.check_tokenizer(tokenizer)]) == ["ok", "ok"]
+    assert levels([*doctor.check_model(model), *doctor.check_tokenizer(tokenizer, model)]) == ["ok", "ok"]
 
 
 def test_a_tokenizer_that_transformers_replaces_is_a_warning(model, tokenizer, tmp_path):
@@ -137,24 +137,32 @@ def test_a_tokenizer_that_transformers_replaces_is_a_warning(model, tokenizer, t
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["tokenizer_class"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (finding,) = doctor.check_tokenizer(folder)
+    (finding,) = doctor.check_tokenizer(folder, folder)
     assert finding.level == "warning"
     assert "Training takes those of the file" in finding.text
 
 
 def test_a_model_that_is_not_supported_and_a_folder_without_tokenizer_are_problems(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    not_supported, no_tokenizer = [*doctor.check_model(tmp_path), *doctor.check_tokenizer(tmp_path)]
+    not_supported, no_tokenizer = [*doctor.check_model(tmp_path), *doctor.check_tokenizer(tmp_path, tmp_path)]
     assert (not_supported.level, no_tokenizer.level) == ("problem", "problem")
     assert "model_type (bert) is not supported" in not_supported.text
     assert "has no tokenizer.json" in no_tokenizer.text
+
+
+def test_an_id_that_the_model_has_no_row_for_is_a_problem(model, tmp_path):
+    (finding,) = doctor.check_tokenizer(tiny.build_sparse_tokenizer(tmp_path / "sparse", 10_000), model)
+    assert finding.level == "problem"
+    assert "has ids up to 10000 (" in finding.text
+    assert f"{tiny.VOCAB_SIZE} rows (vocab_size)" in finding.text
+    assert "--resize-vocab" in finding.text
 
 
 def test_a_broken_tokenizer_is_a_users_mistake(tokenizer, tmp_path):
     folder = shutil.copytree(tokenizer, tmp_path / "broken")
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match="must be a folder with a Hugging Face tokenizer"):
-        doctor.check_tokenizer(folder)
+        doctor.check_tokenizer(folder, folder)
 
 
 def test_what_a_library_raises_is_the_finding():

@@ -254,6 +254,16 @@ def build_tokenizer(folder: Path) -> Path:
     return Path(folder)
 
 
+def build_sparse_tokenizer(folder: Path, number: int) -> Path:
+    """The same, but its last token has another id, so that there is a gap before it."""
+    build_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = number
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
 def write_records(path: Path, count: int, *, seed: int = 0, max_words: int = 20, max_exchanges: int = 3) -> Path:
     """Writes `count` lines of `{"messages": [...]}`: one to `max_exchanges` exchanges, some after a system message.
 

@@ -81,20 +81,10 @@ def test_a_special_token_that_has_no_row_is_refused(pool, tmp_path, model):
     assert "has ids up to 200 (<|other|>), but the model's embedding has 200 rows" in done.err
 
 
-def sparse(folder: Path, number: int) -> Path:
-    """A tokenizer whose last token has another id, so that there is a gap before it."""
-    tiny.build_tokenizer(folder)
-    content = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary[max(vocabulary, key=vocabulary.get)] = number
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    return folder
-
-
 @pytest.mark.parametrize("number", [200, 210, 10_000])
 def test_ids_beyond_the_rows_of_the_embedding_are_refused(pool, tmp_path, model, number):
     """Though there are no more tokens than rows."""
-    folder = sparse(tmp_path / "tokenizer", number)
+    folder = tiny.build_sparse_tokenizer(tmp_path / "tokenizer", number)
     assert len(load_tokenizer(folder)) == 200
     done = train(pool, tmp_path, model, folder)
     assert done.code == 2
@@ -130,7 +120,7 @@ def test_added_rows_compute_what_transformers_computes_with_its_own(tmp_path, ti
 def test_added_rows_are_trained_resumed_and_exported_in_tensor_parallel_ranks(pool, tmp_path):
     """Some on either rank: Megatron-Core pads to 1024 rows, of which each has 512."""
     source = tiny.build_model(tmp_path / "model", "qwen3", vocab_size=500, num_hidden_layers=1)
-    words = sparse(tmp_path / "tokenizer", 530)
+    words = tiny.build_sparse_tokenizer(tmp_path / "tokenizer", 530)
     flags = ("--resize-vocab", "--objective", "sft", "--lr-decay-style", "constant", *LAYOUTS["TP2-SP"].flags)
     (tmp_path / "own.jinja").write_text(f"{tiny.CHATML}{{# of this run #}}")
     flags = ("--chat-template", str(tmp_path / "own.jinja"), *flags)
