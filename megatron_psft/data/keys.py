@@ -30,12 +30,19 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 LEARN_KEYS = ("weight", "train", "loss", "training", "trainable")
 KWARGS_KEY, THINKING_KEY = "chat_template_kwargs", "enable_thinking"
 
+_GIVE_WEIGHT = "give weight 0 to messages that are not to be learned"
 _NOT_TEXT = KeyGroup(
     (
         *("images", "image", "img", "image_path", "image_paths", "image_url", "image_urls", "pixel_values"),
         *("videos", "video", "audios", "audio", "input_audio"),
     ),
     "only text is trained on",
+)
+
+_REASONING = KeyGroup(
+    (*REASONING_KEYS, "thoughts", "think", "cot", "chain_of_thought", "rationale", "scratchpad"),
+    "give reasoning as reasoning_content of the assistant's message, a switch as enable_thinking",
+    of_answer=True,
 )
 
 ROW_HEEDED = (
@@ -49,14 +56,13 @@ ROW_REFUSED = (
     KeyGroup(("functions", "function_call"), "give schemas of functions under tools, calls as tool_calls of a message"),
     KeyGroup(("history",), "give earlier turns as messages"),
     KeyGroup(("documents",), "write them into the messages"),
+    _REASONING,
     KeyGroup(
-        (*REASONING_KEYS, "thoughts", "think", "cot", "chain_of_thought", "rationale"),
-        "give reasoning as reasoning_content of the assistant's message, a switch as enable_thinking",
-        of_answer=True,
-    ),
-    KeyGroup(
-        ("loss_mask", "label_mask", "completion_mask", "assistant_masks", "mask", "input_ids", "attention_mask"),
-        "give weight 0 to messages that are not to be learned",
+        (
+            *("loss_mask", "label_mask", "completion_mask", "assistant_masks", "mask", "input_ids", "attention_mask"),
+            *("train_on", "loss_on", "target_turns"),
+        ),
+        _GIVE_WEIGHT,
         of_answer=True,
     ),
     KeyGroup(LEARN_KEYS[1:], "give them to messages, or leave the row out", of_answer=True),
@@ -121,6 +127,14 @@ HARMLESS_ENDS = (
 )
 
 _LEARN_WORDS = frozenset({*LEARN_KEYS, "learn", "learned", "mask", "masks", "masked", "weights", "labels", "trained"})
+_FLAG_WORDS = _LEARN_WORDS | {"label", "target", "targets", "learnable", "supervised", "ignore", "ignored"}
+"""What is_target or a list under `label` may mean; label_id and target_name are harmless."""
+_SWITCHES = frozenset({"true", "false", "yes", "no", "on", "off", "0", "1"})
+_REASONING_WORDS = frozenset({*_REASONING.names, *(f"{name}s" for name in _REASONING.names)})
+_SETTING_WORDS = frozenset(HARMLESS) - {"path"} | {
+    *("effort", "budget", "mode", "style", "format", "config", "depth", "status", "kind", "prompt", "enabled"),
+}
+"""Last words of names that are about reasoning and do not hold it, as `reasoning_effort`."""
 _NEAR = 0.88  # one letter of eight: "advantages" and "tool", not "system_id"
 _LONGEST_KEY = 64  # characters; what is longer is no misspelling, and not kept in the caches below
 
@@ -137,9 +151,13 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-def message_key_problem(key: str) -> str | None:
-    """Why a message's key outside of the heeded ones is refused, given that it has a value; None for a harmless one."""
-    return _message_name_problem(key[: _LONGEST_KEY + 1])
+def message_key_problem(key: str, value: object) -> str | None:
+    """Why a message's key outside of the heeded ones is refused, given its value, which is not empty; None for a
+    harmless one."""
+    key = key[: _LONGEST_KEY + 1]
+    if _is_learn_value(key, value):
+        return _refusal("message", key, "is not supported as false, 0 or a mask: give weight 0 or 1")
+    return _message_name_problem(key)
 
 
 @lru_cache(maxsize=4096)
@@ -158,6 +176,8 @@ def row_key_problem(key: str, value: object, optional: tuple[str, ...], *, is_pr
         return None
     key = key[: _LONGEST_KEY + 1]
     problem = _row_name_problem(key, optional, is_prompt)
+    if problem is None and not is_prompt and (text := _answer_problem(key, value)):
+        problem = _refusal("row", key, f"is not supported: {text}")
     if problem is None and isinstance(value, bool | list | dict) and _is_suspect(key, value, is_prompt):
         problem = _refusal("row", key, f"is not known{_hint(key, {*_ROW_HEEDED, *optional})}")
     return problem
@@ -176,12 +196,51 @@ def _row_name_problem(key: str, optional: tuple[str, ...], is_prompt: bool) -> s
     return None
 
 
+def _answer_problem(key: str, value: object) -> str | None:
+    """What to do in place of a row's key that by its words and value is reasoning, or says what is learned."""
+    if _is_reasoning_name(key) and _has_text(value):
+        return _REASONING.text
+    is_learn_value = isinstance(value, bool | list) and _is_learn_value(key, value)
+    return _GIVE_WEIGHT if is_learn_value or _is_learn_switch(key, value) else None
+
+
+@lru_cache(maxsize=4096)
+def _is_reasoning_name(key: str) -> bool:
+    words = [word.rstrip("0123456789") for word in _words(key)]
+    return not (_REASONING_WORDS.isdisjoint(words) or words[-1] in _SETTING_WORDS or _is_harmless(key))
+
+
+def _has_text(value: object) -> bool:
+    if isinstance(value, list | dict):
+        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_learn_value(key: str, value: object) -> bool:
+    """True where a key that is harmless with other values, as `labels` with texts, says with this one what is
+    learned."""
+    if key.lower() not in HARMLESS or _LEARN_WORDS.isdisjoint(_words(key)):
+        return False
+    if isinstance(value, list):
+        return bool(value) and isinstance(value[0], int | float)
+    return isinstance(value, bool | int | float) and not value
+
+
+def _is_learn_switch(key: str, value: object) -> bool:
+    """True for a switch that is written as a number or a text, as `mask_history: 1`, and is about what is learned."""
+    if not isinstance(value, str | int | float) or str(value).lower() not in _SWITCHES:
+        return False
+    name = key.lower()
+    is_count = name in HARMLESS or name.startswith(("num_", "n_")) or name.endswith(HARMLESS_ENDS)
+    return not is_count and not (_LEARN_WORDS - {"labels", "weights"}).isdisjoint(_words(key))
+
+
 def _is_suspect(key: str, value: bool | list[object] | dict[object, object], is_prompt: bool) -> bool:
     """True for a value that may be a switch, a mask of what is learned, or messages."""
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, dict):
         return ("role" in first and "content" in first) or ("from" in first and "value" in first)
-    is_mask = not is_prompt and isinstance(first, int | float) and not _LEARN_WORDS.isdisjoint(_words(key))
+    is_mask = not is_prompt and isinstance(first, int | float) and not _FLAG_WORDS.isdisjoint(_words(key))
     return (isinstance(value, bool) or is_mask) and not _is_harmless(key)
 
 
@@ -220,13 +279,15 @@ def _is_harmless(key: str) -> bool:
     name = key.lower()
     if name in HARMLESS:
         return True
-    is_like_one = name.startswith(HARMLESS_STARTS) or name.endswith(HARMLESS_ENDS)
-    return is_like_one and _LEARN_WORDS.isdisjoint(_words(key))
+    if name.startswith(HARMLESS_STARTS):
+        return _FLAG_WORDS.isdisjoint(_words(key))
+    return name.endswith(HARMLESS_ENDS) and _LEARN_WORDS.isdisjoint(_words(key))
 
 
 def _words(key: str) -> list[str]:
     """Of a name in snake_case, kebab-case or camelCase."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key[:_LONGEST_KEY]).lower().replace("-", "_").split("_")
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key[:_LONGEST_KEY].replace("CoT", "Cot"))
+    return re.split("[-_ ]", name.lower())
 
 
 def _is_near(key: str, name: str) -> bool:

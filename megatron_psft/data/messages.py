@@ -174,7 +174,9 @@ def parse_message(value: object, where: str) -> Turn:
 
 def _refuse_unknown(value: Mapping[str, object], known: Collection[str], where: str) -> None:
     """Raises RecordError for a key that is not `known` and might say what is to be learned."""
-    unknown = {key: message_key_problem(key) for key in value if key not in known and not is_empty(value[key])}
+    unknown = {
+        key: message_key_problem(key, value[key]) for key in value if key not in known and not is_empty(value[key])
+    }
     refuse_keys({key: problem for key, problem in unknown.items() if problem is not None}, where)
 
 
@@ -294,7 +296,7 @@ def _parse_call(value: object, where: str) -> ToolCall:
     if not isinstance(value, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError("wrong type", f"{where} is not an object with the name and the arguments of a function")
     for key, item in (*value.items(), *function.items()):  # such as parameters, or the result
-        if key not in _CALL_KEYS and not is_empty(item) and message_key_problem(key) is not None:
+        if key not in _CALL_KEYS and not is_empty(item) and message_key_problem(key, item) is not None:
             raise RecordError(
                 f"call with the key {shown_key(key)}: only a function's name and arguments are read", where
             )

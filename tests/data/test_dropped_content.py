@@ -7,7 +7,7 @@ from megatron_psft.data.formats import RecordKeys
 from megatron_psft.data.pairs import parse_pair
 from megatron_psft.data.records import read_records
 from megatron_psft.errors import UserError
-from tests.data.spelled import AGAIN, CHAT, RIGHT, USER, WRONG, both_forms, good, reason
+from tests.data.spelled import AGAIN, CHAT, RIGHT, USER, WRONG, answered, both_forms, good, reason
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,83 @@ def test_a_key_that_comes_twice_in_an_object_is_an_error(tmp_path):
     path.with_suffix(".json").write_text(f"[{lines[0]}]", encoding="utf-8")
     with pytest.raises(UserError, match="key 'prompt' comes twice"):
         read_records([str(path.with_suffix(".json"))], field="data")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "Complex_CoT",
+            "CoT",
+            "thinking_trajectories",
+            "deepseek_thinking_trajectory",
+            "reasoning_trace",
+            "thinkContent",
+        ),
+        *("reasoning_steps", "deepseek_reasoning", "model-reasoning", "thinking process", "qwq_thoughts", "scratchpad"),
+        *("generated_reasoning_2", "reasoning_path", "chain_of_thought_en"),
+    ],
+)
+@pytest.mark.parametrize("value", ["Hm.", ["Hm.", "So."], [{"step": 1, "text": "Hm."}]])
+def test_a_column_of_reasoning_is_refused_under_any_name(key, value):
+    row = {"prompt": "2+2?", "completion": "4", key: value}
+    assert "is not supported: give reasoning as reasoning_content" in reason(row)
+    assert good(row, ignored=(key,)).messages == (USER, RIGHT)
+    assert "message key" in reason(answered(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("reasoning_effort", "high"), ("thinking_budget", 1024), ("reasoning_language", "en"), ("cot_type", "long")),
+        *(("reasoning_tokens", 17), ("reasoning_model", "a/b"), ("thinking_mode", "auto"), ("reasoning_score", 0.5)),
+        *(("is_reasoning_complete", [True]), ("reasoning_trace", " "), ("reasoning_traces", [""]), ("cottage", "x")),
+    ],
+)
+def test_what_is_about_reasoning_and_is_none_is_no_reason_to_refuse_a_row(key, value):
+    assert good({"messages": [USER, RIGHT], key: value}).messages == (USER, RIGHT)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((name, False) for name in ("is_target", "is_label", "is_learnable", "is_supervised", "was_ignored")),
+        *(("is_ignored", True), ("labels", False), ("labels", [0, 1]), ("used_in_training", False)),
+        *(("used_in_training", 0), ("labels", 0)),
+    ],
+)
+def test_a_message_key_that_says_what_is_learned_is_refused(key, value):
+    assert reason(answered(**{key: value})).startswith(f"message key {key} is not ")
+    assert good(answered(**{key: value}), ignored=(key,)).messages == (USER, RIGHT)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("labels", [0, 1]), ("labels", False), ("label", [0, 1]), ("target_turns", [3]), ("targetTurns", 3)),
+        *(("mask_history", 1), ("mask_history", "true"), ("train_on_last_turn_only", 1), ("train_on", "last")),
+        *(("maskPrompt", "No"), ("used_in_training", False), ("is_target", False), ("loss_on", "all")),
+    ],
+)
+def test_a_row_key_that_says_what_is_learned_is_refused(key, value):
+    row = {"messages": [USER, RIGHT], key: value}
+    assert reason(row).startswith(f"row key {key} is not ")
+    assert good(row, ignored=(key,)).messages == (USER, RIGHT)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("label", "math"), ("label", 1), ("labels", ["a"]), ("labels", 0), ("label_name", "x"), ("target", "x")),
+        *(
+            ("train_size", 100),
+            ("train_count", 1),
+            ("n_masked", 1),
+            ("training_source", "web"),
+            ("mask_token", "[MASK]"),
+        ),
+        *(("train_id", 1), ("label_id", 0), ("targets", ["4"]), ("training_data", "yes, it is")),
+    ],
+)
+def test_labels_and_counts_of_a_row_are_harmless(key, value):
+    assert good({"messages": [USER, RIGHT], key: value}).messages == (USER, RIGHT)
