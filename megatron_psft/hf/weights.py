@@ -39,6 +39,33 @@ class WeightSource(Protocol):
         ...
 
 
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, str],
+    place: str,
+    model_type: str,
+) -> None:
+    """Raises UserError where tensors are missing, unknown or of another size.
+
+    Args:
+        found: sizes of the tensors in files, by their modules' names.
+        expected: by config.json.
+        stored: the names in the files.
+        place: where the files are, for errors.
+        model_type: for errors.
+    """
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise UserError(f"{place} lacks {_some(missing)}; a {model_type} checkpoint must have them")
+    unknown = [stored[name] for name in found if name not in expected]
+    if unknown:
+        raise UserError(f"{place} holds {_some(unknown)}, which a {model_type} model does not use")
+    for name, dims in expected.items():
+        if found[name] != dims:
+            raise UserError(f"{place}: {name} is {found[name]}, but config.json makes it {dims}")
+
+
 class SafetensorsFolder:
     """The weights of a Hugging Face model folder. Pickled weights are never opened.
 
@@ -78,7 +105,9 @@ class SafetensorsFolder:
             raise UserError(
                 f"{field} ({folder}) lacks {self._vision.prefix}*; a {shape.model_type} checkpoint must have them"
             )
-        self._check(hf_tensors(shape), shape)
+        expected = hf_tensors(shape)
+        found = {name: dims for name, dims in self._dims.items() if name in expected or not _is_redundant(name, shape)}
+        check_tensors(found, expected, self._stored, f"{field} ({folder})", shape.model_type)
         self._check_tie(shape)
 
     def _open(self, name: str) -> safe_open:
@@ -89,24 +118,6 @@ class SafetensorsFolder:
     def close(self) -> None:
         """Lets the open file go; what is read after this opens one again."""
         self._opened = None
-
-    def _check(self, expected: dict[str, tuple[int, ...]], shape: ModelShape) -> None:
-        missing = [name for name in expected if name not in self._file_of]
-        if missing:
-            raise UserError(
-                f"{self._field} ({self._folder}) lacks {_some(missing)}; a {shape.model_type} checkpoint must have them"
-            )
-        unknown = [
-            self._stored[name] for name in self._file_of if name not in expected and not _is_redundant(name, shape)
-        ]
-        if unknown:
-            raise UserError(
-                f"{self._field} ({self._folder}) holds {_some(unknown)}, which a {shape.model_type} model does not use"
-            )
-        for name, dims in expected.items():
-            found = self._dims[name]
-            if found != dims:
-                raise UserError(f"{self._field} ({self._folder}): {name} is {found}, but config.json makes it {dims}")
 
     def _check_tie(self, shape: ModelShape) -> None:
         """A head of its own under tie_word_embeddings is a contradiction, which transformers resolves by untying."""

@@ -51,6 +51,8 @@ class ExpertFields:
 class VisionTower:
     """Of a family whose models see: what of them is no language model. It is not trained, and passes through."""
 
+    module: str
+    """Its class, in transformers' module of the family."""
     prefix: str = "model.visual."
     """Of its tensors, by the names of transformers' modules."""
     published: Mapping[str, str] = field(default_factory=dict)
@@ -120,14 +122,16 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=True,
         defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
         vision=VisionTower(
-            published={"model.visual.": "visual.", "model.language_model.": "model."}, has_flat_config=True
+            module="Qwen2_5_VisionTransformerPretrainedModel",
+            published={"model.visual.": "visual.", "model.language_model.": "model."},
+            has_flat_config=True,
         ),
         names=_LANGUAGE_MODEL,
     ),
     "qwen3_vl": Family(
         qk_norm=True,
         defaults={"num_key_value_heads": 32, "head_dim": 128, "rope_theta": 5e5},
-        vision=VisionTower(),
+        vision=VisionTower(module="Qwen3VLVisionModel"),
         names=_LANGUAGE_MODEL,
     ),
     "mistral": Family(has_sliding_window=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),

@@ -16,7 +16,7 @@ from megatron_psft.errors import UserError
 from megatron_psft.hf.adapter import AdapterBase
 from megatron_psft.hf.export import export, export_adapter
 from megatron_psft.hf.side_files import SideFiles
-from megatron_psft.hf.vision import VISION_FILE
+from megatron_psft.hf.vision import VISION_FILE, vision_of
 from megatron_psft.hf.weights import SafetensorsFolder
 from megatron_psft.model.shape import read_shape
 from tests.support import tiny
@@ -188,3 +188,24 @@ def test_adapters_go_to_the_language_model_alone(pool, tmp_path, sources, family
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert found.keys() == {name.replace(".weight", ".default.weight") for name in written}
     assert all(torch.equal(found[name.replace(".weight", ".default.weight")], it) for name, it in written.items())
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_tower_that_config_json_does_not_describe_is_refused(sources, tmp_path, family):
+    """transformers would draw what lacks at random, or not load the export."""
+    folder = shutil.copytree(sources[family], tmp_path / "model")
+    shape, tensors = read_shape(folder), load_file(folder / "model.safetensors")
+    assert vision_of(folder, shape) is not None
+    name = max(filter(is_of_vision, tensors))
+    for damaged, message in (
+        ({key: tensor for key, tensor in tensors.items() if key != name}, f"lacks {name_in_model(name)}"),
+        (tensors | {name: torch.zeros(5, 5, 5)}, r"is \(5, 5, 5\), but config.json makes it"),
+        (tensors | {f"{name}_more": torch.zeros(1)}, f"holds {name}_more, which a {family} model does not use"),
+    ):
+        save_file(damaged, folder / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            vision_of(folder, shape)
+
+
+def name_in_model(name: str) -> str:
+    return f"model.{name.removeprefix('model.')}"
