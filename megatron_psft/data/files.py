@@ -209,11 +209,16 @@ def _parse_line(line: bytes, source: str, encoding: str) -> Row | BadRecord:
     except UnicodeDecodeError as error:
         return BadRecord(source=source, reason="not UTF-8", detail=f"byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
-        return BadRecord(source=source, reason="not JSON", detail=f"{error.msg} at column {error.colno}")
+        return BadRecord(source=source, reason="not JSON", detail=f"{_what(error)} at column {error.colno}")
     except ValueError as error:  # an integer of thousands of digits, or a key that comes twice
         return BadRecord(source=source, reason="not JSON", detail=first_line(error))
     except RecursionError:
         return BadRecord(source=source, reason="nested too deeply")
+
+
+def _what(error: json.JSONDecodeError) -> str:
+    """What is wrong, without the place; some of Python's texts end with the "at" before it."""
+    return error.msg.removesuffix(" at")
 
 
 def _object_of(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -246,7 +251,7 @@ def _read_json_array(given: GivenPath) -> Iterator[Chunk]:
         raise UserError(f"{given} must be UTF-8, byte {error.start + 1} is not; re-encode the file") from error
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{given} must be one JSON array: {error.msg} at line {error.lineno}, column {error.colno}; "
+            f"{given} must be one JSON array: {_what(error)} at line {error.lineno}, column {error.colno}; "
             "a file with one object per line is named .jsonl"
         ) from error
     except (ValueError, RecursionError) as error:

@@ -77,7 +77,7 @@ def test_a_pair_without_a_prompt_is_refused(key, why):
     assert bad.reason.startswith(why)
 
 
-def test_a_key_that_comes_twice_in_an_object_is_an_error(tmp_path):
+def test_a_key_that_comes_twice_and_a_text_that_does_not_end_are_errors(tmp_path):
     lines = [
         '{"prompt": "a", "prompt": "b", "completion": "c"}',
         '{"messages": [{"role": "user", "role": "assistant"}]}',
@@ -88,6 +88,12 @@ def test_a_key_that_comes_twice_in_an_object_is_an_error(tmp_path):
     assert records == []
     wanted = "not JSON (key {!r} comes twice in an object)"
     assert [str(one) for one in bad] == [f"{path}:{n}: {wanted.format(k)}" for n, k in ((1, "prompt"), (2, "role"))]
+    path.write_text('{"prompt": "a', encoding="utf-8")
+    (cut,) = read_records([str(path)], field="data")[1]
+    assert cut.detail == "Unterminated string starting at column 12"
+    path.with_suffix(".json").write_text('[{"prompt": "a', encoding="utf-8")
+    with pytest.raises(UserError, match="Unterminated string starting at line 1, column 13;"):
+        read_records([str(path.with_suffix(".json"))], field="data")
     path.with_suffix(".json").write_text(f"[{lines[0]}]", encoding="utf-8")
     with pytest.raises(UserError, match="key 'prompt' comes twice"):
         read_records([str(path.with_suffix(".json"))], field="data")
