@@ -21,7 +21,7 @@ from megatron_psft.data.files import (
 )
 from megatron_psft.data.given import GivenPath
 from megatron_psft.data.places import Place, find_place
-from megatron_psft.data.splits import SplitUse, choose, kind_of, label_of
+from megatron_psft.data.splits import SplitUse, choose, kind_of, label_of, missing_shards
 from megatron_psft.errors import UserError, counted, first_line
 
 _NAMED_FILES = 8
@@ -162,6 +162,8 @@ def _source_of(found: _Found, chosen: set[str], given: GivenPath, *, name: str) 
     count = counted(len(found.files) + len(found.others), "file")
     read = _listed([found.name_of(path) for path in files])
     note = f"{name}: {len(files)} of {count} read: {read}; left out: {_listed([*left, *found.others]) or 'none'}"
+    if missing := missing_shards(stem_of(path) for path in files):
+        note += f"; missing shards: {_listed(missing)}"
     return replace(file_source(given, name, files), selection=note)
 
 

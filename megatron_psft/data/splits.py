@@ -1,7 +1,7 @@
 """Which split a file's name or a split's own name stands for, and which of those that there are is meant."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from megatron_psft.data.given import GivenPath
@@ -14,7 +14,7 @@ _KINDS = {
 }
 """The words that the hub finds in names, and a few more."""
 
-_HUB_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]{8,})?")  # older ones end with a hash
+_HUB_SHARD = re.compile(r"(.+?)-(\d{5})-of-(\d{5})(-[0-9a-f]{8,})?")  # older ones end with a hash
 _NUMBER = re.compile(r"[-_.]?\d+([-_.]of[-_.]\d+)?$")
 
 SplitUse = Literal["training", "other"]
@@ -32,6 +32,19 @@ def label_of(name: str) -> str:
     while (shorter := _NUMBER.sub("", name)) != name:
         name = shorter
     return name if kind_of(name) else ""
+
+
+def missing_shards(names: Iterable[str]) -> list[str]:
+    """The shards that files in the hub's form say there are, and that are not among them; names without endings."""
+    there: dict[tuple[str, str], set[int]] = {}
+    for numbered in filter(None, map(_HUB_SHARD.fullmatch, names)):
+        there.setdefault((numbered[1], numbered[3]), set()).add(int(numbered[2]))
+    return [
+        f"{label}-{number:05}-of-{total}"
+        for (label, total), numbers in there.items()
+        for number in range(int(total))
+        if number not in numbers
+    ]
 
 
 def kind_of(label: str) -> str | None:

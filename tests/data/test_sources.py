@@ -212,6 +212,18 @@ def test_what_a_folder_holds_besides_is_named(tmp_path):
     )
 
 
+def test_shards_that_are_not_there_are_named(tmp_path):
+    fill(tmp_path, "data/train-00000-of-00003-a09b74b3ef9c3b56.jsonl", "data/test-00001-of-00002.jsonl.gz")
+    for path, missing in {
+        tmp_path: "train-00001-of-00003, train-00002-of-00003",
+        f"{tmp_path}@test": "test-00000-of-00002",
+        tmp_path / "data/tr*": "train-00001-of-00003, train-00002-of-00003",
+    }.items():
+        assert open_source(str(path), field="data").selection.endswith(f"; missing shards: {missing}")
+    fill(tmp_path, "data/train-00001-of-00003.jsonl", "data/train-00002-of-00003.jsonl")
+    assert "missing" not in open_source(str(tmp_path), field="data").selection
+
+
 def test_a_line_names_a_few_of_many_files(tmp_path):
     fill(tmp_path, *(f"{number:02}.jsonl" for number in range(20)), *(f"{number:02}.csv" for number in range(30)))
     line = open_source(str(tmp_path), field="data").selection
