@@ -23,7 +23,7 @@ from megatron_psft.data.keys import REASONING_KEYS
 from megatron_psft.data.marks import closing_of, unclosed_mark
 from megatron_psft.data.messages import Message, RecordError
 from megatron_psft.data.plain_text import PlainText, unmark
-from megatron_psft.data.records import Record
+from megatron_psft.data.records import NOTHING_TO_LEARN, Record
 from megatron_psft.data.spans import Conversation, Span, TurnFinder
 from megatron_psft.data.template import SENTINEL, ChatTemplates, read_template
 from megatron_psft.data.text_ends import TextEnds
@@ -192,6 +192,8 @@ class ChatRenderer:
             for index in (turns if self._loss_on == "assistant" else turns[-1:])
             if index >= record.prompt_length and index not in record.unlearned
         ]
+        if not learned:
+            raise RecordError(NOTHING_TO_LEARN, "--loss-on last takes the last one, which has weight 0 or the like")
         _refuse_unclosed(conversation, learned)
         text, spans, lost = self._label(conversation, learned)
         if not lost:

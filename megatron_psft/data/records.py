@@ -28,6 +28,9 @@ Parsed = TypeVar("Parsed")
 TEXT_REFUSED = "plain text is trained on with --loss-on all only"
 """The reason of a plain text where only conversations are read."""
 
+NOTHING_TO_LEARN = "no assistant turn to learn"
+"""The reason of a conversation without a label."""
+
 _LARGEST_ADVANTAGE = 3.4028234663852886e38  # of fp32, in which it is kept
 
 _REPORTED_RECORDS = 20
@@ -188,9 +191,7 @@ def make_record(
     if not assistants:
         raise RecordError("no assistant turn")
     if not any(index >= prompt_length and turns[index].is_learned for index in assistants):
-        raise RecordError(
-            "no assistant turn to learn", "each belongs to the prompt, or has weight 0, train false or the like"
-        )
+        raise RecordError(NOTHING_TO_LEARN, "each belongs to the prompt, or has weight 0, train false or the like")
     return Record(
         messages=tuple(turn.message for turn in turns),
         source=source,

@@ -259,6 +259,14 @@ def test_labels_are_the_turns_that_are_to_be_learned():
     assert "".join(texts).count("2+2?") == 1
 
 
+def test_a_record_whose_last_turn_is_not_to_be_learned_is_bad_where_that_one_alone_counts():
+    tokenizer = byte_tokenizer(toys.CHATML)
+    record = good({"messages": [USER, WRONG, AGAIN, {**RIGHT, "loss": False}]})
+    assert label_texts_of(render_record(record, tokenizer, "assistant"), tokenizer) == ["5<|im_end|>"]
+    with pytest.raises(RecordError, match=r"no assistant turn to learn \(--loss-on last takes the last one"):
+        render_record(record, tokenizer, "last")
+
+
 def test_a_turn_that_is_not_the_assistant_s_cannot_be_left_out_of_the_whole_text():
     record = good({"messages": [{**USER, "weight": 0}, RIGHT]})
     tokenizer = byte_tokenizer(toys.CHATML)
