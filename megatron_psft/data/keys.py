@@ -129,7 +129,7 @@ HARMLESS_ENDS = (
 _LEARN_WORDS = frozenset({*LEARN_KEYS, "learn", "learned", "mask", "masks", "masked", "weights", "labels", "trained"})
 _FLAG_WORDS = _LEARN_WORDS | {"label", "target", "targets", "learnable", "supervised", "ignore", "ignored"}
 """What is_target or a list under `label` may mean; label_id and target_name are harmless."""
-_SWITCHES = frozenset({"true", "false", "yes", "no", "on", "off", "0", "1"})
+_SWITCHES = frozenset({"true", "false", "yes", "no", "on", "off", "0", "1", "0.0", "1.0"})
 _REASONING_WORDS = frozenset({*_REASONING.names, *(f"{name}s" for name in _REASONING.names)})
 _SETTING_WORDS = frozenset(HARMLESS) - {"path"} | {
     *("effort", "budget", "mode", "style", "format", "config", "depth", "status", "kind", "prompt", "enabled"),

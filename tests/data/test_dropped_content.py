@@ -151,7 +151,13 @@ def test_a_message_key_that_says_what_is_learned_is_refused(key, value):
     ("key", "value"),
     [
         *(("labels", [0, 1]), ("labels", False), ("label", [0, 1]), ("target_turns", [3]), ("targetTurns", 3)),
-        *(("mask_history", 1), ("mask_history", "true"), ("train_on_last_turn_only", 1), ("train_on", "last")),
+        *(
+            ("mask_history", 1),
+            ("mask_history", 1.0),
+            ("mask_history", "true"),
+            ("train_on_last_turn_only", 1),
+            ("train_on", "last"),
+        ),
         *(("maskPrompt", "No"), ("used_in_training", False), ("is_target", False), ("loss_on", "all")),
     ],
 )
