@@ -4,6 +4,7 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
+from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.config.inputs import WeightsConfig
 from megatron_psft.config.resume import settings_of
 from megatron_psft.config.schema import Config, config_to_yaml
@@ -11,8 +12,10 @@ from megatron_psft.distributed.collective import on_every_rank, on_rank_zero
 from megatron_psft.distributed.device import Platform
 from megatron_psft.distributed.environment import place_flight_recorder
 from megatron_psft.distributed.signals import StopRequested
+from megatron_psft.errors import UserError, folder_error
 from megatron_psft.lock import lock_beside, lock_within, sole_writer
-from megatron_psft.metrics.provenance import record_start, versions
+from megatron_psft.metrics.provenance import STARTS_FILE, record_start, versions
+from megatron_psft.metrics.run_log import METRICS_FILE
 from megatron_psft.model.fp8 import check_machine
 from megatron_psft.train.assemble import Run, build_run, export_model
 from megatron_psft.train.inputs import describe, read_in_turn
@@ -21,6 +24,11 @@ from megatron_psft.train.loop import train
 from megatron_psft.train.precision import settle_precision
 
 log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+
+_BEGINNINGS = {CONFIG_FILE: "# megatron_psft ", METRICS_FILE: '{"step": ', STARTS_FILE: '{"time": '}
+"""Of the files that a run writes under names which others give, too."""
 
 
 def run(config: Config, platform: Platform, rank: int, local_rank: int, started_at: float) -> StopRequested | None:
@@ -67,9 +75,30 @@ def hold_folders(weights: WeightsConfig, locks: ExitStack) -> None:
     """Makes this run the one that writes, before it has read or written anything."""
     save = Path(weights.save)
     locks.enter_context(sole_writer("save", save, lock_within(save), steal=weights.steal_lock))
+    check_own_files(save)
     if weights.export_hf is not None:
         target = Path(weights.export_hf)
         locks.enter_context(sole_writer("export_hf", target, lock_beside(target), steal=weights.steal_lock))
+
+
+def check_own_files(save: Path) -> None:
+    """Raises UserError where a file of somebody else has the name of one that the run writes."""
+    for name, beginning in _BEGINNINGS.items():
+        if name == CONFIG_FILE and step_folders(save):
+            continue  # a run that goes on leaves it as it is
+        path = save / name
+        if not path.exists():
+            continue
+        try:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                found = file.read(len(beginning))
+        except OSError as error:
+            raise folder_error("save", save, error) from None
+        if not beginning.startswith(found):  # a killed run may have left less
+            raise UserError(
+                f"save ({save}) holds {name}, which no run wrote, and which this one would write to; rename it, or "
+                "name another folder"
+            )
 
 
 def _record(run: Run) -> None:
@@ -86,7 +115,7 @@ def _record(run: Run) -> None:
         changed={change.name: [change.before, change.now] for change in (() if start is None else start.changes)},
         settings=settings_of(run.config),
     )
-    path = save / "config.yaml"
+    path = save / CONFIG_FILE
     if begins or not path.exists():
         head = "".join(f"# {name} {version}\n" for name, version in versions().items() if version)
         path.write_text(head + config_to_yaml(run.config), encoding="utf-8")
