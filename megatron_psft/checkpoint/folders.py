@@ -22,7 +22,12 @@ def export_folder(folder: Path, step: int) -> Path:
 def step_folders(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first; whether they are intact is `damage_on_any_rank`'s question."""
     found = (path for path in folder.glob("step_*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir())
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Completed optimizer steps of a checkpoint of a run, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def is_step_folder(path: Path) -> bool:

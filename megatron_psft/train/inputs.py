@@ -1,6 +1,7 @@
 """Reads and checks everything that a run reads, before anything is built."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from megatron_psft.checkpoint.folders import export_folder, step_folders, step_of
 from megatron_psft.config.rules import validate_advantages, validate_records, validate_train_iters
 from megatron_psft.config.schema import Config
 from megatron_psft.data.dataset import TokenizedDataset, beyond_positions, build_dataset
@@ -141,6 +143,8 @@ def read_inputs(config: Config, *, is_main: bool) -> Inputs:
     train_iters = config.batch.steps(len(plan))
     assert train_iters is not None
     validate_train_iters(config, train_iters)
+    if is_main:
+        _check_exports_to_come(config, model_folder, tokenizer_folder, train_iters)
     side_files = None
     if config.weights.exports:
         rows = None if source.vocab_size == own_rows else source.vocab_size
@@ -210,11 +214,25 @@ def _prepare_folders(config: Config, model_folder: Path, tokenizer_folder: Path,
             folder.check_unchanged("export_hf", target)
 
 
+def _check_exports_to_come(config: Config, model_folder: Path, tokenizer_folder: Path, train_iters: int) -> None:
+    """Of `export_interval`. Raises UserError where training would end at one, for what is in its place."""
+    save, interval = Path(config.weights.save), config.weights.export_steps
+    if interval is None:
+        return
+    done = max((step_of(folder) for folder in step_folders(save)), default=0)
+    for step in range((done // interval + 1) * interval, train_iters + 1, interval):
+        target = export_folder(save, step)
+        if os.path.lexists(target):
+            folder.check_apart("export_interval", target, _needed_by(config, model_folder, tokenizer_folder))
+            folder.check_target("export_interval", target)
+            folder.check_unchanged("export_interval", target)
+
+
 def _needed_by(config: Config, model_folder: Path, tokenizer_folder: Path) -> Iterator[tuple[str, Path]]:
     """Files and folders of a run, and the fields that name them."""
     weights, data = config.weights, config.data
     yield from (("save", Path(weights.save)), ("load_hf", model_folder), ("tokenizer", tokenizer_folder))
-    for name, path in (("load", weights.load), ("init_from", weights.init_from)):
+    for name, path in (("load", weights.load), ("init_from", weights.init_from), ("load_lora", config.lora.load_lora)):
         if path is not None:
             yield name, Path(path)
     yield "data_cache_dir", Path(data.data_cache_dir)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_psft.checkpoint.folders import step_folders
 from megatron_psft.hf.folder import MANIFEST
 from megatron_psft.model.shape import read_max_positions
 from tests.support import tiny
@@ -99,7 +101,7 @@ def test_a_node_without_the_data_ends_all(pool, inputs, tmp_path):
     assert "gone.jsonl) does not exist" in exits[0].err
 
 
-@pytest.mark.parametrize("field", ["data", "valid_data", "config", "save", "load_hf", "working directory"])
+@pytest.mark.parametrize("field", ["data", "valid_data", "config", "save", "load_hf", "load_lora", "working directory"])
 def test_an_export_into_a_folder_of_the_run_is_refused(pool, inputs, tmp_path, field):
     """Also where it has been exported to before."""
     project = tmp_path / "project"
@@ -116,6 +118,8 @@ def test_an_export_into_a_folder_of_the_run_is_refused(pool, inputs, tmp_path, f
         argv += ["--save", str(project / "run")]
     if field == "load_hf":
         argv += ["--load-hf", str(tiny.build_model(project / "model", "qwen2", num_hidden_layers=1))]
+    if field == "load_lora":
+        argv += ["--lora-rank", "2", "--load-lora", str(project)]
     if field == "working directory":
         argv[-1] = str(Path.cwd().parent)
     for _ in range(2):
@@ -152,3 +156,41 @@ def test_positions_are_those_that_config_json_counts(tmp_path, change, positions
     shape = SHAPES["Qwen/Qwen2.5-7B-Instruct"] | {"max_position_embeddings": 512}
     (tmp_path / "config.json").write_text(json.dumps(shape | change))
     assert read_max_positions(tmp_path) == positions
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "starts.jsonl"])
+def test_a_file_of_somebody_else_in_the_run_folder_is_not_written_to(pool, inputs, tmp_path, name):
+    save = tmp_path / "run" / "save"
+    save.mkdir(parents=True)
+    (save / name).write_text('{"mine": 1}\n')
+    data = tiny.write_records(tmp_path / "train.jsonl", 8)
+    (exit,) = pool.run(run_cli, 1, command_line(inputs, tmp_path / "run", data))
+    assert exit.code == 2
+    assert f"error: save ({save}) holds {name}, which no run wrote" in exit.err
+    assert [(path.name, path.read_text()) for path in save.iterdir()] == [(name, '{"mine": 1}\n')]
+
+
+def test_a_run_begins_beside_other_files_and_again_by_its_own_config(pool, inputs, tmp_path):
+    save = tmp_path / "run" / "save"
+    save.mkdir(parents=True)
+    (save / "notes.txt").write_text("mine")
+    argv = command_line(inputs, tmp_path / "run", tiny.write_records(tmp_path / "train.jsonl", 8))
+    assert pool.run(run_cli, 1, argv)[0].code == 0
+    own = ["--config", str(save / "config.yaml")]
+    (exit,) = pool.run(run_cli, 1, own)
+    assert (exit.code, "nothing to do" in exit.err + exit.out) == (0, True)
+    for checkpoint in step_folders(save):  # as where a run was killed before its first
+        shutil.rmtree(checkpoint)
+    assert pool.run(run_cli, 1, own)[0].code == 0
+    assert (save / "notes.txt").read_text() == "mine"
+
+
+def test_an_export_to_come_whose_place_is_taken_is_refused_before_training(pool, inputs, tmp_path):
+    taken = tmp_path / "run" / "save" / "step_0000001_hf"
+    taken.mkdir(parents=True)
+    (taken / "config.json").write_text("{}")
+    argv = command_line(inputs, tmp_path / "run", tiny.write_records(tmp_path / "train.jsonl", 8))
+    (exit,) = pool.run(run_cli, 1, [*argv, "--save-interval", "1", "--export-interval", "1"])
+    assert exit.code == 2
+    assert f"error: export_interval ({taken}) holds config.json" in exit.err
+    assert not (tmp_path / "run" / "save" / "metrics.jsonl").exists()
