@@ -12,6 +12,7 @@ from megatron_psft.report import palette
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 Result = dict[str, Any]
 Scores = Mapping[str, float]
@@ -149,6 +150,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
             paths.plot([], [], line, marker=".", color=colour, label=method)
     paths.set(xlabel="drift from the initial model, nats per token", ylabel="NLL of held-out records, nats per token")
     paths.set(yscale="log")
+    paths.yaxis.set_major_formatter("{x:g}")
+    paths.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))  # no powers of ten between 1 and 2
     marks.set(xlabel="general requests that are answered right, share")
     paths.legend(frameon=False, fontsize=8)
     for axis in (paths, marks):
