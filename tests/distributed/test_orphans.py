@@ -270,7 +270,8 @@ def test_a_run_whose_launcher_is_killed_resumes_to_the_bit(pool, tmp_path, input
     """While checkpoints are written in the background. Of a rank that is killed tell the tests of resuming."""
     argv = inputs.argv(tmp_path / "run", *IN_BACKGROUND)
     with started(*torchrun("-m", "megatron_psft", *argv)) as (launcher, mark):
-        wait_for(tmp_path / "run", "step_*[0-9]", 2)
+        # The writers have the lowest priority: among other tests they may get next to nothing of a CPU for minutes.
+        wait_for(tmp_path / "run", "step_*[0-9]", 2, seconds=600)
         launcher.kill()
         seconds_until_gone(mark)
     assert len(metrics_of(tmp_path / "run")) < STEPS
