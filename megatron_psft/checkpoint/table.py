@@ -36,7 +36,6 @@ class Table:
     @contextmanager
     def left_to_be_written(self) -> Iterator[None]:
         """Has Megatron-Core leave the table to `write`, as it completes a checkpoint in this context."""
-
         finish = FileSystemWriterAsync.finish
 
         def keep(writer: FileSystemWriterAsync, _: Metadata, told: list[bytes]) -> None:

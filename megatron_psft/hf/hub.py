@@ -1,6 +1,5 @@
 """Turns `DIR|ID` into a local folder."""
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from megatron_psft.config.paths import PathText
 from megatron_psft.errors import UserError, first_line
+from megatron_psft.hf.folder import CONFIG
 from megatron_psft.hf.tokenizer import as_its_file, check_rows
+from megatron_psft.model.shape import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,13 +76,9 @@ def read_tokenizer(folder: Path) -> tuple["PreTrainedTokenizerBase", tuple[str, 
 
 def embedding_rows(folder: Path) -> int | None:
     """How many rows the config.json of a model's folder gives the embedding; None where it does not say."""
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / CONFIG).is_file():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} must be JSON: {error}") from None
+    config = read_config(folder)
     if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
         config = config["text_config"]
     rows = config.get("vocab_size") if isinstance(config, dict) else None
